@@ -1,0 +1,160 @@
+"""The ZeroMQ endpoints. Nothing else in the project imports zmq.
+
+A channel is one PAIR socket: exactly one peer at either end, messages in order, none dropped silently
+(PUB and ROUTER drop). Addresses are random names in Linux' abstract socket namespace: they exist as long
+as the listening process does, so that nothing is left behind whatever died, and only processes of the
+same user may connect (the peer's credentials are checked by ZeroMQ).
+
+The side that connects says Hello first; `accept` waits for it and compares protocol version, name and
+generation, so that a late or foreign peer is refused before it can do harm.
+
+A channel belongs to one thread.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from collections.abc import Sequence
+
+import zmq
+
+from tpworker.ipc.messages import (
+    MAX_MESSAGE_BYTES,
+    PROTOCOL_VERSION,
+    Hello,
+    Message,
+    MessageError,
+    decode,
+    encode,
+)
+
+
+class ChannelError(Exception):
+    """A peer that did not come in time, or is not the one expected."""
+
+
+def new_address(name: str) -> str:
+    """A fresh address; `name` is only there to be read by people (in /proc/net/unix)."""
+    return f"ipc://@tpworker-{os.getpid()}-{name}-{secrets.token_hex(8)}"
+
+
+class Channel:
+    """One end of a message channel. Make it with `bind` or `connect`."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PAIR)
+        self._socket.set(zmq.LINGER, 0)  # a peer that died must not keep us from leaving
+        self._socket.set(zmq.SNDHWM, 0)  # bounded by lookahead and by max_queue, not here
+        self._socket.set(zmq.RCVHWM, 0)
+        self._socket.set(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+
+    @classmethod
+    def bind(cls, address: str) -> Channel:
+        """The listening end. Only processes of this user can connect."""
+        channel = cls(address)
+        channel._socket.set(zmq.IPC_FILTER_UID, os.getuid())
+        channel._socket.bind(address)
+        return channel
+
+    @classmethod
+    def connect(cls, address: str, name: str, generation: int) -> Channel:
+        """The connecting end, which introduces itself at once."""
+        channel = cls(address)
+        channel._socket.connect(address)
+        channel.send(Hello(PROTOCOL_VERSION, name, generation))
+        return channel
+
+    def accept(self, name: str, generation: int, timeout: float) -> None:
+        """Waits until the peer called `name` has introduced itself.
+
+        Raises:
+            ChannelError: nobody within `timeout` seconds, or somebody else.
+        """
+        hello = self.receive(timeout)
+        if hello is None:
+            raise ChannelError(f"{name} did not connect within {timeout:.0f} s")
+        self.check_hello(hello, name, generation)
+
+    @staticmethod
+    def check_hello(hello: Message, name: str, generation: int) -> None:
+        """Raises ChannelError unless `hello` is what the peer called `name` must say first."""
+        expected = Hello(PROTOCOL_VERSION, name, generation)
+        if hello != expected:
+            raise ChannelError(f"expected {expected}, got {hello}")
+
+    def send(self, message: Message) -> None:
+        """Queues a message; never waits for the peer."""
+        self._socket.send(encode(message), zmq.DONTWAIT)
+
+    def send_encoded(self, data: bytes) -> None:
+        """Queues a message that is encoded already: a plan goes to every rank, and is encoded once."""
+        self._socket.send(data, zmq.DONTWAIT)
+
+    def receive(self, timeout: float | None) -> Message | None:
+        """The next message; None if there is none within `timeout` seconds (None: waits for ever)."""
+        data = self.receive_encoded(timeout)
+        return None if data is None else decode(data)
+
+    def receive_encoded(self, timeout: float | None) -> bytes | None:
+        """As `receive`, not decoded."""
+        if timeout is None:
+            return self._socket.recv()
+        try:
+            return self._socket.recv(zmq.DONTWAIT)
+        except zmq.Again:
+            pass
+        if timeout <= 0 or not self._socket.poll(timeout * 1000):
+            return None
+        return self._socket.recv(zmq.DONTWAIT)
+
+    def receive_now(self) -> Message | None:
+        """The next message if it is here already."""
+        return self.receive(0)
+
+    def fileno(self) -> int:
+        """A descriptor for event loops. ZeroMQ signals it by edge, not level: when it is readable, and
+        after every send, call `receive_now` until it gives None."""
+        return int(self._socket.get(zmq.FD))
+
+    def close(self) -> None:
+        """Closes the socket; what was not sent yet is dropped."""
+        self._socket.close()
+
+
+class Poller:
+    """Waits for a message on any of several channels of one thread."""
+
+    def __init__(self, channels: Sequence[Channel]) -> None:
+        self._poller = zmq.Poller()
+        self._channels = {channel._socket: channel for channel in channels}
+        for channel in channels:
+            self._poller.register(channel._socket, zmq.POLLIN)
+
+    def wait(self, timeout: float | None) -> list[Channel]:
+        """The channels that have a message; an empty list after `timeout` seconds (None: waits for ever)."""
+        events = self._poller.poll(None if timeout is None else max(0, round(timeout * 1000)))
+        return [self._channels[socket] for socket, _ in events]
+
+
+def accept_all(expected: Sequence[tuple[Channel, str]], generation: int, timeout: float) -> None:
+    """Waits until every expected peer has introduced itself on its channel.
+
+    Raises:
+        ChannelError: names those who did not come within `timeout` seconds, or the one who is not it.
+    """
+    deadline = time.monotonic() + timeout
+    waiting = dict(expected)
+    while waiting:
+        ready = Poller(list(waiting)).wait(max(0.0, deadline - time.monotonic()))
+        if not ready:
+            raise ChannelError(f"{', '.join(waiting.values())} did not connect within {timeout:.0f} s")
+        for channel in ready:
+            hello = channel.receive_now()
+            if hello is not None:
+                Channel.check_hello(hello, waiting.pop(channel), generation)
+
+
+__all__ = ["Channel", "ChannelError", "MessageError", "Poller", "accept_all", "new_address"]

@@ -1,0 +1,506 @@
+"""Every message that crosses a process boundary: one frozen dataclass each, as msgpack.
+
+On the wire a message is an array: its tag, then its fields in order. A part of another message (an
+`Admission` in a `BatchPlan`) is the array of its fields. What comes in is checked, types and bounds,
+before anybody sees it; nothing is ever unpickled. Arrays of token ids, slots and blocks travel as bytes
+of little-endian integers (`pack_int32`), so that a long prompt costs one copy and not one object a token.
+
+Every message after the handshake bears the generation of the process group that sent it: a new group
+(after a fault) has a higher one, and what an old one still sends is recognised and dropped.
+
+    runtime                      scheduler                        rank i
+       │◄────────────────────────── Hello ◄───────────── Hello ─────┤   versions are compared
+       │                              │◄────────────── RankLoaded ──┤   how many KV blocks it could hold
+       │                              ├─ Allocate ─────────────────►│   the smallest of those
+       │◄──────── SchedulerReady ─────┤◄────────────── RankReady ───┤
+       ├─ Submit, Abort ─────────────►├─ BatchPlan ────────────────►│
+       │◄───────────── StepOutput ────┤◄────────────── StepResult ──┤   rank 0 alone
+       ├─ Stop ──────────────────────►├─ Stop ─────────────────────►│
+"""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+from operator import attrgetter
+from typing import Annotated, Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
+
+import msgpack
+
+PROTOCOL_VERSION = 1
+
+MAX_MESSAGE_BYTES = 1 << 26
+MAX_RANKS = 64
+MAX_SLOTS = 4096
+MAX_BLOCKS = 1 << 30
+MAX_SEQUENCE = 1 << 22  # tokens of one request, prompt and output together
+
+
+class MessageError(Exception):
+    """Bytes that are not a message of this protocol, or whose fields are out of bounds."""
+
+
+@dataclass(frozen=True)
+class Within:
+    """Bounds of an integer or a float, both ends included; of a string or bytes: of its length."""
+
+    low: float
+    high: float
+
+
+Step = Annotated[int, Within(0, 2**62)]
+Slot = Annotated[int, Within(0, MAX_SLOTS - 1)]
+Rank = Annotated[int, Within(0, MAX_RANKS - 1)]
+Generation = Annotated[int, Within(0, 2**31)]
+RequestId = Annotated[int, Within(0, 2**62)]
+Length = Annotated[int, Within(0, MAX_SEQUENCE)]
+Count = Annotated[int, Within(0, 2**62)]
+Nanoseconds = Annotated[int, Within(0, 2**63 - 1)]
+Name = Annotated[str, Within(1, 64)]
+Text = Annotated[str, Within(0, 1 << 16)]
+Int32s = Annotated[bytes, Within(0, 4 * MAX_SEQUENCE)]
+Int64s = Annotated[bytes, Within(0, 8 * MAX_SEQUENCE)]
+
+
+# ---------------------------------------------------------------------------------- integer arrays
+
+
+def pack_int32(values: Iterable[int]) -> bytes:
+    """Little-endian 32-bit integers, e.g. token ids. Raises OverflowError when one does not fit."""
+    packed = array("i", values)
+    if sys.byteorder == "big":
+        packed.byteswap()
+    return packed.tobytes()
+
+
+def unpack_int32(data: bytes) -> array[int]:
+    """The inverse of `pack_int32`, an array that behaves like a list of integers."""
+    return _unpack("i", data)
+
+
+def pack_int64(values: Iterable[int]) -> bytes:
+    """Little-endian 64-bit integers, e.g. request ids."""
+    packed = array("q", values)
+    if sys.byteorder == "big":
+        packed.byteswap()
+    return packed.tobytes()
+
+
+def unpack_int64(data: bytes) -> array[int]:
+    """The inverse of `pack_int64`."""
+    return _unpack("q", data)
+
+
+def _unpack(typecode: str, data: bytes) -> array[int]:
+    unpacked: array[int] = array(typecode)
+    if len(data) % unpacked.itemsize:
+        raise MessageError(f"{len(data)} bytes are no whole number of {unpacked.itemsize}-byte integers")
+    unpacked.frombytes(data)
+    if sys.byteorder == "big":
+        unpacked.byteswap()
+    return unpacked
+
+
+# ------------------------------------------------------------------------------------ handshake
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """The first message on every channel, from the process that connected."""
+
+    version: Annotated[int, Within(0, 2**31)]
+    name: Name
+    generation: Generation
+
+
+@dataclass(frozen=True, slots=True)
+class RankLoaded:
+    """A rank has its weights and knows how many KV blocks its device could hold."""
+
+    generation: Generation
+    rank: Rank
+    max_kv_blocks: Annotated[int, Within(0, MAX_BLOCKS)]
+
+
+@dataclass(frozen=True, slots=True)
+class Allocate:
+    """Sizes are agreed on before anything is allocated: the smallest offer of all ranks."""
+
+    generation: Generation
+    num_kv_blocks: Annotated[int, Within(1, MAX_BLOCKS)]
+
+
+@dataclass(frozen=True, slots=True)
+class RankReady:
+    """A rank has its KV blocks (and graphs) and waits for step 0."""
+
+    generation: Generation
+    rank: Rank
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerReady:
+    """Every rank is ready; requests may come."""
+
+    generation: Generation
+    num_kv_blocks: Annotated[int, Within(1, MAX_BLOCKS)]
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Leave in good order. Open requests have been ended by then."""
+
+    generation: Generation
+
+
+# -------------------------------------------------------------------------------------- requests
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """A request's sampling parameters with every default filled in. Part of `Submit` and `Admission`."""
+
+    temperature: Annotated[float, Within(0, 100)]
+    top_p: Annotated[float, Within(0, 1)]
+    top_k: Annotated[int, Within(0, 2**31 - 1)]  # 0: all
+    seed: Annotated[int, Within(-(2**63), 2**63 - 1)]
+    max_tokens: Annotated[int, Within(1, MAX_SEQUENCE)]
+    min_tokens: Length
+    stop_ids: Annotated[bytes, Within(0, 64)]  # int32: end-of-sequence ids (unless ignored), stop token ids
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """A new request; or, after a restart, one whose first `num_delivered` tokens its client already has.
+
+    `tokens` is the prompt followed by the delivered tokens, so that prompt length is their difference.
+    `request` is unique in the runtime's life: one number for each (request, choice) of a client.
+    """
+
+    generation: Generation
+    request: RequestId
+    tokens: Int32s
+    num_delivered: Length
+    sampling: Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """Nobody wants the tokens of this request any more. Unknown and finished requests are ignored."""
+
+    generation: Generation
+    request: RequestId
+
+
+# ----------------------------------------------------------------------------------------- plans
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """A slot is given to a request. Part of `BatchPlan`.
+
+    `tokens` is all that is known of its sequence: the prompt, and after a preemption or a restart what
+    was generated before. KV of the first `num_cached` of them is in `blocks` already (prefix cache).
+    `num_prompt` tells prompt from output: `min_tokens` counts from there.
+    """
+
+    slot: Slot
+    tokens: Int32s
+    num_prompt: Length
+    num_cached: Length
+    blocks: Int32s
+    sampling: Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """Blocks are appended to a slot's block table at entry `first`. Part of `BatchPlan`."""
+
+    slot: Slot
+    first: Length
+    blocks: Int32s
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens [start, start + length) of a slot's known tokens are prefilled. Part of `BatchPlan`.
+
+    `sample` is true for the chunk that reaches the end of the known tokens: a token is sampled there.
+    """
+
+    slot: Slot
+    start: Length
+    length: Annotated[int, Within(1, MAX_SEQUENCE)]
+    sample: bool
+
+
+@dataclass(frozen=True, slots=True)
+class BatchPlan:
+    """One step: what has changed since the plan before, and what to compute.
+
+    Applied in this order: releases, admissions, grants; then one forward over the slots of `decode`
+    (one token each, from device state) and the chunks. `decode` lists slots as int32 bytes, None means
+    'the same as in the plan before'. Sampled tokens are in the order: decode slots, sampling chunks.
+    """
+
+    generation: Generation
+    step: Step
+    released: tuple[Slot, ...] = ()
+    admitted: tuple[Admission, ...] = ()
+    grants: tuple[Grant, ...] = ()
+    chunks: tuple[Chunk, ...] = ()
+    decode: Int32s | None = None
+
+
+# --------------------------------------------------------------------------------------- results
+
+
+@dataclass(frozen=True, slots=True)
+class StepTiming:
+    """When a step was launched by the host, and ran on the device. Part of `StepResult`, `StepOutput`.
+
+    CLOCK_MONOTONIC of rank 0's host, nanoseconds. The step gap is `started` less the step before's `ended`.
+    """
+
+    launched: Nanoseconds
+    started: Nanoseconds
+    ended: Nanoseconds
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """The sampled tokens of one step, int32, in the order that `BatchPlan` tells."""
+
+    generation: Generation
+    step: Step
+    tokens: Int32s
+    timing: StepTiming
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """The request ended with the token at `index` of this `StepOutput`. Part of `StepOutput`."""
+
+    index: Annotated[int, Within(0, MAX_SLOTS)]
+    reason: Annotated[str, Within(1, 16)]  # 'stop' (a stop id) or 'length'
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A request got its first slot. Part of `StepOutput`."""
+
+    request: RequestId
+    num_cached: Length  # prompt tokens found in the prefix cache
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerLoad:
+    """How busy the scheduler is at the time of a `StepOutput`; the last three count since its start."""
+
+    running: Count
+    waiting: Count
+    free_blocks: Count
+    preemptions: Count
+    prompt_tokens: Count
+    cached_tokens: Count
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """One message a step from scheduler to runtime: every token committed, and what ended.
+
+    `requests` (int64), `positions` and `tokens` (int32) run in parallel. A position counts a request's
+    output tokens from 0, over restarts and preemptions too: the runtime drops what it already has.
+    """
+
+    generation: Generation
+    step: Step
+    requests: Int64s
+    positions: Int32s
+    tokens: Int32s
+    finished: tuple[Finish, ...]
+    started: tuple[Started, ...]
+    num_prefill_tokens: Count
+    num_decodes: Count
+    timing: StepTiming
+    load: SchedulerLoad
+
+
+Message = (
+    Hello
+    | RankLoaded
+    | Allocate
+    | RankReady
+    | SchedulerReady
+    | Stop
+    | Submit
+    | Abort
+    | BatchPlan
+    | StepResult
+    | StepOutput
+)
+
+_BY_TAG: dict[int, type[Any]] = {
+    1: Hello,
+    2: RankLoaded,
+    3: Allocate,
+    4: RankReady,
+    5: SchedulerReady,
+    6: Stop,
+    10: Submit,
+    11: Abort,
+    20: BatchPlan,
+    30: StepResult,
+    31: StepOutput,
+}
+_TAG_OF = {cls: tag for tag, cls in _BY_TAG.items()}
+
+
+# ----------------------------------------------------------------------------------------- codec
+
+_T = TypeVar("_T")
+_Check = Callable[[Any], Any]
+
+
+class _Codec:
+    """Packs and unpacks one dataclass; its checks are built once, from the type hints."""
+
+    of: ClassVar[dict[type[Any], _Codec]] = {}
+
+    def __init__(self, cls: type[Any]) -> None:
+        _Codec.of[cls] = self
+        self.cls = cls
+        self.names = [field.name for field in fields(cls)]
+        hints = get_type_hints(cls, include_extras=True)
+        getter = attrgetter(*self.names)  # of one name it gives the bare value
+        self.values: Callable[[Any], Any] = getter if len(self.names) > 1 else lambda m: (getter(m),)
+        self.checks = [_check_for(hints[name]) for name in self.names]
+        self.parts = [i for i, name in enumerate(self.names) if _part_of(hints[name]) is not None]
+
+    def pack(self, message: Any) -> list[Any]:
+        values = list(self.values(message))
+        for i in self.parts:
+            value = values[i]
+            if isinstance(value, tuple):
+                values[i] = [_Codec.of[type(part)].pack(part) for part in value]
+            else:
+                values[i] = _Codec.of[type(value)].pack(value)
+        return values
+
+    def unpack(self, values: Any) -> Any:
+        if type(values) is not list or len(values) != len(self.checks):
+            raise MessageError(f"{self.cls.__name__}: expected an array of {len(self.checks)} fields")
+        try:
+            return self.cls(*[check(value) for check, value in zip(self.checks, values, strict=True)])
+        except MessageError as error:
+            raise MessageError(f"{self.cls.__name__}: {error}") from None
+
+
+def _is_part(hint: Any) -> bool:
+    return isinstance(hint, type) and hasattr(hint, "__dataclass_fields__")
+
+
+def _part_of(hint: Any) -> Any:
+    """The dataclass that a field holds, directly or in a tuple; None for plain values."""
+    if get_origin(hint) is tuple:
+        hint = get_args(hint)[0]
+    return hint if _is_part(hint) else None
+
+
+def _check_for(hint: Any) -> _Check:
+    if get_origin(hint) is tuple:
+        return _check_tuple(_check_for(get_args(hint)[0]))
+    if _is_part(hint):
+        return (_Codec.of.get(hint) or _Codec(hint)).unpack
+    if get_origin(hint) is Annotated:
+        base, bounds = get_args(hint)
+        return _check_sized(base, bounds) if base in (bytes, str) else _check_number(base, bounds)
+    if hint is bool:
+        return _check_bool
+    optional = [arg for arg in get_args(hint) if arg is not type(None)]
+    if len(optional) == 1:
+        inner = _check_for(optional[0])
+        return lambda value: None if value is None else inner(value)
+    raise TypeError(f"no check for {hint!r}")  # a mistake in this file, found on import
+
+
+def _check_tuple(inner: _Check) -> _Check:
+    def check(value: Any) -> Any:
+        if type(value) is not list:
+            raise MessageError(f"expected an array, got {type(value).__name__}")
+        return tuple([inner(item) for item in value])
+
+    return check
+
+
+def _check_number(base: type, bounds: Within) -> _Check:
+    low, high = bounds.low, bounds.high
+
+    def check(value: Any) -> Any:
+        if type(value) is not base:
+            raise MessageError(f"expected {base.__name__}, got {type(value).__name__}")
+        if not low <= value <= high:
+            raise MessageError(f"{value} is not within {low} and {high}")
+        return value
+
+    return check
+
+
+def _check_sized(base: type, bounds: Within) -> _Check:
+    low, high = bounds.low, bounds.high
+
+    def check(value: Any) -> Any:
+        if type(value) is not base:
+            raise MessageError(f"expected {base.__name__}, got {type(value).__name__}")
+        if not low <= len(value) <= high:
+            raise MessageError(f"a length of {len(value)} is not within {low} and {high}")
+        return value
+
+    return check
+
+
+def _check_bool(value: Any) -> bool:
+    if type(value) is not bool:
+        raise MessageError(f"expected bool, got {type(value).__name__}")
+    return value
+
+
+for _cls in _BY_TAG.values():
+    _Codec(_cls)
+
+
+def encode(message: Message) -> bytes:
+    """A message as bytes. Numbers are not checked here but where they come in."""
+    cls = type(message)
+    data: bytes = msgpack.packb([_TAG_OF[cls], *_Codec.of[cls].pack(message)])
+    return data
+
+
+def decode(data: bytes) -> Message:
+    """Bytes as a message.
+
+    Raises:
+        MessageError: not msgpack, an unknown tag, a wrong number of fields, a wrong type, out of bounds.
+    """
+    if len(data) > MAX_MESSAGE_BYTES:
+        raise MessageError(f"a message of {len(data)} bytes; the limit is {MAX_MESSAGE_BYTES}")
+    try:
+        values = msgpack.unpackb(data, strict_map_key=True)
+    except Exception as error:  # msgpack raises half a dozen kinds, ValueError and its own among them
+        raise MessageError(f"not msgpack: {error}") from None
+    if type(values) is not list or not values or type(values[0]) is not int:
+        raise MessageError("expected an array that begins with a tag")
+    cls = _BY_TAG.get(values[0])
+    if cls is None:
+        raise MessageError(f"unknown tag {values[0]}")
+    message: Message = _Codec.of[cls].unpack(values[1:])
+    return message
+
+
+def expect(message: Message, cls: type[_T]) -> _T:
+    """The message, if it is of the class that the protocol calls for at this point."""
+    if not isinstance(message, cls):
+        raise MessageError(f"expected {cls.__name__}, got {type(message).__name__}")
+    return message

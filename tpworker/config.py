@@ -1,0 +1,177 @@
+"""What a user can set: the runtime's configuration and a request's sampling parameters.
+
+Each is validated once, then frozen. Nothing here imports torch, so a bad option is refused in an
+instant, before a process is started.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from tpworker.errors import ConfigError, InvalidRequest
+
+DeviceName = Literal["auto", "cpu", "cuda"]
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+LoadFormat = Literal["auto", "dummy"]
+
+MAX_LOOKAHEAD = 16
+MAX_NUM_SEQS = 4096
+MAX_STOP_IDS = 16  # per request, the model's end-of-sequence ids included: one row of a device table
+MAX_STOP_STRINGS = 16
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeConfig:
+    """How a runtime is built. Every field is also a flag of `tpworker serve`."""
+
+    model: str | None = None
+    """A folder with config.json, safetensors and tokenizer.json, a hub name, or None for the default model."""
+    tensor_parallel_size: int = 1
+    """Number of TP ranks: one process each, one GPU each on CUDA."""
+    device: DeviceName = "auto"
+    """`auto` takes CUDA where there is a GPU, else the CPU."""
+    dtype: DtypeName = "auto"
+    """Of weights, activations and KV cache. `auto` is what the checkpoint says."""
+    max_model_len: int | None = None
+    """Most tokens of one request, prompt and output together. None: what the model's config says."""
+    max_num_seqs: int = 64
+    """Most requests that run at once: the number of slots."""
+    max_num_batched_tokens: int = 512
+    """Token budget of one step: decoding requests count one each, the rest goes to prefill chunks."""
+    lookahead: int = 2
+    """Steps launched beyond the oldest unanswered one. 0 is the plain schedule, without overlap."""
+    block_size: int = 16
+    """Tokens in one KV block."""
+    num_kv_blocks: int | None = None
+    """KV blocks of a rank. None: from the device's free memory."""
+    gpu_memory_utilization: float = 0.9
+    """Share of a GPU's memory that a rank may use, for weights, KV blocks and graphs together. On the
+    CPU: of a rank's share of half of the memory that is free at the start."""
+    prefix_caching: bool = True
+    """Share the KV blocks of equal prefixes between requests."""
+    max_queue: int = 1024
+    """Most requests that wait for a slot; one more is refused with `QueueFull`."""
+    step_timeout: float = 60.0
+    """Seconds after which a step that is not answered, or a rank that has not come, ends the runtime."""
+    start_timeout: float = 600.0
+    """Seconds within which all ranks must have loaded the model."""
+    load_format: LoadFormat = "auto"
+    """`dummy`: random weights of the right shapes, for benchmarks."""
+    seed: int = 0
+    """Of dummy weights, and of the seeds drawn for requests that give none."""
+    check_ranks_agree: bool = False
+    """Debug mode: compare, at every step, what all ranks must compute alike, bit by bit."""
+
+    def __post_init__(self) -> None:
+        def check(ok: bool, name: str, limit: str) -> None:
+            if not ok:
+                raise ConfigError(f"{name}={getattr(self, name)!r}: must be {limit}")
+
+        check(1 <= self.tensor_parallel_size <= 64, "tensor_parallel_size", "from 1 to 64")
+        check(self.device in ("auto", "cpu", "cuda"), "device", "auto, cpu or cuda")
+        check(self.dtype in ("auto", "float32", "bfloat16", "float16"), "dtype",
+              "auto, float32, bfloat16 or float16")  # fmt: skip
+        check(self.max_model_len is None or self.max_model_len >= 2, "max_model_len", "at least 2")
+        check(1 <= self.max_num_seqs <= MAX_NUM_SEQS, "max_num_seqs", f"from 1 to {MAX_NUM_SEQS}")
+        check(
+            self.max_num_seqs <= self.max_num_batched_tokens <= 2**20,
+            "max_num_batched_tokens",
+            f"from max_num_seqs ({self.max_num_seqs}; each decoding request needs one token a step) to {2**20}",
+        )
+        check(0 <= self.lookahead <= MAX_LOOKAHEAD, "lookahead", f"from 0 to {MAX_LOOKAHEAD}")
+        check(
+            1 <= self.block_size <= 256 and self.block_size & (self.block_size - 1) == 0,
+            "block_size",
+            "a power of two from 1 to 256",
+        )
+        check(self.num_kv_blocks is None or 2 <= self.num_kv_blocks <= 2**30, "num_kv_blocks", "at least 2")
+        check(0.05 <= self.gpu_memory_utilization <= 1.0, "gpu_memory_utilization", "from 0.05 to 1")
+        check(1 <= self.max_queue <= 2**20, "max_queue", f"from 1 to {2**20}")
+        check(0 < self.step_timeout <= 86400, "step_timeout", "above 0 and at most 86400 seconds")
+        check(0 < self.start_timeout <= 86400, "start_timeout", "above 0 and at most 86400 seconds")
+        check(self.load_format in ("auto", "dummy"), "load_format", "auto or dummy")
+        check(0 <= self.seed <= MAX_SEED, "seed", "from 0 to 2**63 - 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How one request's tokens are chosen and when it ends.
+
+    A field left at None takes the default of the model's generation_config.json, or else the value
+    named here. The same (prompt, seed, parameters) gives the same tokens in fp32, whatever else the
+    runtime does at the time.
+    """
+
+    max_tokens: int | None = None
+    """Most tokens generated. None: as many as fit into max_model_len."""
+    temperature: float | None = None
+    """0 is greedy. Default 1.0."""
+    top_p: float | None = None
+    """Smallest set of tokens whose probabilities sum to at least top_p. Default 1.0: all."""
+    top_k: int | None = None
+    """The k most likely tokens. Default 0: all."""
+    seed: int | None = None
+    """None: one is drawn for the request."""
+    min_tokens: int = 0
+    """No end-of-sequence or stop token before this many tokens."""
+    ignore_eos: bool = False
+    """Go on after the model's end-of-sequence tokens."""
+    stop: Sequence[str] = field(default=())
+    """Strings that end the output; they are not part of it."""
+    stop_token_ids: Sequence[int] = field(default=())
+    """Further token ids that end the output; like the model's own, they are not part of the text."""
+    detokenize: bool = True
+    """False: outputs carry token ids only, and `stop` must be empty."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+
+        def check(name: str, ok: bool, limit: str) -> None:
+            if not ok:
+                raise InvalidRequest(f"{name}={getattr(self, name)!r}: must be {limit}", parameter=name)
+
+        def integer(name: str, low: int, high: int, limit: str, optional: bool = True) -> None:
+            value = getattr(self, name)
+            check(
+                name,
+                (optional and value is None)
+                or (isinstance(value, int) and not isinstance(value, bool) and low <= value <= high),
+                limit,
+            )
+
+        def number(name: str, low: float, high: float, limit: str) -> None:
+            value = getattr(self, name)
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            check(name, value is None or (is_number and math.isfinite(value) and low <= value <= high), limit)
+
+        integer("max_tokens", 1, 2**31 - 1, "an integer of at least 1")
+        number("temperature", 0.0, 100.0, "a number from 0 to 100")
+        number("top_p", 0.0, 1.0, "a number above 0 and at most 1")
+        check("top_p", self.top_p is None or self.top_p > 0, "a number above 0 and at most 1")
+        integer("top_k", -1, 2**31 - 1, "an integer of at least 0 (0 or -1: no limit)")
+        integer("seed", -(2**63), MAX_SEED, "an integer of 64 bits")
+        integer("min_tokens", 0, 2**31 - 1, "an integer of at least 0", optional=False)
+        check(
+            "min_tokens",
+            self.max_tokens is None or self.min_tokens <= self.max_tokens,
+            f"at most max_tokens ({self.max_tokens})",
+        )
+        check("ignore_eos", isinstance(self.ignore_eos, bool), "true or false")
+        check("detokenize", isinstance(self.detokenize, bool), "true or false")
+        check(
+            "stop",
+            len(self.stop) <= MAX_STOP_STRINGS and all(isinstance(s, str) and s for s in self.stop),
+            f"at most {MAX_STOP_STRINGS} strings, none of them empty",
+        )
+        check("stop", self.detokenize or not self.stop, "empty when detokenize is false")
+        check(
+            "stop_token_ids",
+            len(self.stop_token_ids) <= MAX_STOP_IDS
+            and all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in self.stop_token_ids),
+            f"at most {MAX_STOP_IDS} token ids",
+        )

@@ -1,0 +1,73 @@
+"""Every exception that tpworker raises on purpose.
+
+    TpworkerError
+    ├── ConfigError        an option, or a combination of options, that cannot work   (also a ValueError)
+    ├── ModelError         a model folder that is missing, broken or not supported    (also a ValueError)
+    ├── RequestError       one request that is refused; nothing else is affected
+    │   ├── InvalidRequest     a parameter out of range, or not supported             (also a ValueError)
+    │   ├── PromptTooLong      the prompt, or prompt + max_tokens, does not fit
+    │   └── QueueFull          backpressure: try again later
+    ├── RuntimeStopped     the runtime is not started, drains, or has stopped
+    └── RuntimeFailed      a process died, hung, diverged or raised; names it, with its traceback
+
+Messages say what was wrong, the limit, and the remedy.
+"""
+
+from __future__ import annotations
+
+
+class TpworkerError(Exception):
+    """Base class of all errors raised by tpworker."""
+
+
+class ConfigError(TpworkerError, ValueError):
+    """An option, or a combination of options, cannot work on this machine or with this model."""
+
+
+class ModelError(TpworkerError, ValueError):
+    """A model cannot be found, read, or is of a kind that is not supported."""
+
+
+class RequestError(TpworkerError):
+    """One request is refused or ended; the runtime and all other requests go on."""
+
+
+class InvalidRequest(RequestError, ValueError):
+    """A parameter of a request is out of range or names something that is not supported.
+
+    Args:
+        message: what was wrong, the limit and the remedy.
+        parameter: the name of the offending parameter, as the user wrote it, if there is one.
+    """
+
+    def __init__(self, message: str, parameter: str | None = None) -> None:
+        super().__init__(message)
+        self.parameter = parameter
+
+
+class PromptTooLong(InvalidRequest):
+    """The prompt, or the prompt with the tokens asked for, is longer than the runtime can hold."""
+
+
+class QueueFull(RequestError):
+    """As many requests wait as `max_queue` allows. Try again later, or raise --max-queue."""
+
+
+class RuntimeStopped(TpworkerError):
+    """The runtime was not started, is draining, or has stopped."""
+
+
+class RuntimeFailed(TpworkerError):
+    """The runtime ended because one of its processes died, hung, diverged or raised.
+
+    Args:
+        message: what happened, in one line.
+        process: the name of the process at fault, e.g. `tpworker-rank1`.
+        traceback: its traceback, if it could still write one.
+    """
+
+    def __init__(self, message: str, process: str | None = None, traceback: str | None = None) -> None:
+        super().__init__(message if traceback is None else f"{message}\n{traceback}")
+        self.summary = message
+        self.process = process
+        self.traceback = traceback
