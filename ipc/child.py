@@ -1,0 +1,275 @@
+"""What a child process is told, how it lives and dies with its parent, and how it says why it ended.
+
+    parent                                   child
+      ├── stdin: boot message, then silence ───►│  EOF: the parent is gone (the lifeline)
+      │◄── report pipe: at most one report ─────┤  EOF: the child is gone, the fastest sign there is
+      ├── memfds, inherited ───────────────────►│  barrier, board, store
+      └── the thread that starts it stays         PDEATHSIG: the kernel kills the child with that thread
+
+The lifeline and PDEATHSIG cover each other: the lifeline works when the parent died before the child had
+asked for PDEATHSIG; PDEATHSIG when the child hangs in native code and no Python thread gets to run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import faulthandler
+import logging
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, NoReturn, TypeVar
+
+import setproctitle
+
+from tpworker.ipc.messages import (
+    MAX_BLOCKS,
+    MAX_RANKS,
+    MAX_SEQUENCE,
+    MAX_SLOTS,
+    Generation,
+    MessageError,
+    Name,
+    Rank,
+    Within,
+    pack_dataclass,
+    unpack_dataclass,
+)
+
+RANK_NAME = "tpworker-rank{}"
+SCHEDULER_NAME = "tpworker-scheduler"
+
+STACKS_SIGNAL = signal.SIGUSR1
+"""Asks a child for the Python stacks of all its threads, on its report pipe; it works in a hung child too."""
+
+Descriptor = Annotated[int, Within(0, 1 << 20)]
+Address = Annotated[str, Within(1, 256)]
+Word = Annotated[str, Within(1, 32)]
+Path = Annotated[str, Within(1, 4096)]
+Seconds = Annotated[float, Within(0, 1e9)]
+
+_MAX_BOOT_BYTES = 1 << 16  # what fits into a pipe: the parent never waits when it writes one
+_MAX_SUMMARY = 2_000  # characters; up to 4 bytes each, and a whole report fits into a pipe
+_MAX_TRACEBACK = 12_000
+
+logger = logging.getLogger(__name__)
+
+
+# ---------------------------------------------------------------------------------- what it is told
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerSettings:
+    """The part of the configuration that the scheduler needs, every default filled in."""
+
+    lookahead: Annotated[int, Within(0, 64)]
+    max_num_seqs: Annotated[int, Within(1, MAX_SLOTS)]
+    max_num_batched_tokens: Annotated[int, Within(1, MAX_SEQUENCE)]
+    max_model_len: Annotated[int, Within(2, MAX_SEQUENCE)]
+    block_size: Annotated[int, Within(1, MAX_SEQUENCE)]
+    prefix_caching: bool
+    step_timeout: Seconds
+    start_timeout: Seconds
+
+
+@dataclass(frozen=True, slots=True)
+class RankSettings:
+    """The part of the configuration that a rank needs."""
+
+    lookahead: Annotated[int, Within(0, 64)]
+    max_num_seqs: Annotated[int, Within(1, MAX_SLOTS)]
+    max_num_batched_tokens: Annotated[int, Within(1, MAX_SEQUENCE)]
+    max_model_len: Annotated[int, Within(2, MAX_SEQUENCE)]
+    block_size: Annotated[int, Within(1, MAX_SEQUENCE)]
+    num_kv_blocks: Annotated[int, Within(0, MAX_BLOCKS)]  # 0: from the device's free memory
+    gpu_memory_utilization: Annotated[float, Within(0, 1)]
+    device: Word  # 'cpu' or 'cuda'
+    dtype: Word  # 'float32', …, or 'auto': what the checkpoint says
+    load_format: Word
+    seed: Annotated[int, Within(-(2**63), 2**63 - 1)]
+    check_ranks_agree: bool
+    step_timeout: Seconds
+    start_timeout: Seconds
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerBoot:
+    """All that the scheduler process is told by its parent."""
+
+    generation: Generation
+    name: Name
+    log_level: Annotated[int, Within(0, 1000)]
+    report_fd: Descriptor
+    num_ranks: Annotated[int, Within(1, MAX_RANKS)]
+    runtime_address: Address  # connects
+    plan_addresses: tuple[Address, ...]  # binds; one a rank, in rank order
+    result_address: Address  # binds; rank 0 connects
+    board_fd: Descriptor
+    settings: SchedulerSettings
+
+
+@dataclass(frozen=True, slots=True)
+class RankBoot:
+    """All that a rank is told by its parent."""
+
+    generation: Generation
+    name: Name
+    log_level: Annotated[int, Within(0, 1000)]
+    report_fd: Descriptor
+    rank: Rank
+    num_ranks: Annotated[int, Within(1, MAX_RANKS)]
+    plan_address: Address  # connects
+    result_address: Address  # rank 0 connects
+    barrier_fd: Descriptor
+    board_fd: Descriptor
+    store_fd: Descriptor  # an empty file, the same for all ranks: /proc/self/fd/N serves torch's FileStore
+    model: Path
+    settings: RankSettings
+
+
+Boot = TypeVar("Boot", SchedulerBoot, RankBoot)
+
+
+def board_names(num_ranks: int) -> list[str]:
+    """The rows of the status board, which all processes attach alike: the scheduler, then the ranks."""
+    return [SCHEDULER_NAME, *(RANK_NAME.format(rank) for rank in range(num_ranks))]
+
+
+def pack_boot(boot: SchedulerBoot | RankBoot) -> bytes:
+    """A boot message as the child reads it from its stdin."""
+    packed = pack_dataclass(boot)
+    if len(packed) > _MAX_BOOT_BYTES - 4:
+        raise MessageError(f"a boot message of {len(packed)} bytes; the limit is {_MAX_BOOT_BYTES - 4}")
+    return len(packed).to_bytes(4, "little") + packed
+
+
+# ------------------------------------------------------------------------------------ how it reports
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Why a child ended, in its own words: the exception that left its main function.
+
+    `missing` are the ranks that the exception blames (an attribute `missing` of it: ranks that did not
+    come to the barrier, for instance).
+    """
+
+    error: Annotated[str, Within(1, 256)]  # the exception's class
+    summary: Annotated[str, Within(0, _MAX_SUMMARY)]
+    traceback: Annotated[str, Within(0, _MAX_TRACEBACK)]
+    missing: tuple[Rank, ...]
+
+    @classmethod
+    def of(cls, error: BaseException) -> Report:
+        """The report of an exception, cut to what fits into a pipe; of the traceback the end is kept."""
+        text = "".join(traceback.format_exception(error))
+        return cls(
+            error=type(error).__name__[:256],
+            summary=_clean(str(error) or repr(error))[:_MAX_SUMMARY],
+            traceback=_clean(text)[-_MAX_TRACEBACK:],
+            missing=tuple(rank for rank in getattr(error, "missing", ()) if 0 <= rank < MAX_RANKS),
+        )
+
+
+def _clean(text: str) -> str:
+    return text.encode(errors="replace").decode()  # lone surrogates, from undecodable file names
+
+
+def write_report(fd: int, report: Report) -> None:
+    """Writes a child's report. A zero byte comes first: stacks (`STACKS_SIGNAL`) are text before it."""
+    os.write(fd, b"\0" + pack_dataclass(report))
+
+
+def read_report(data: bytes) -> tuple[Report | None, str]:
+    """The report and the stacks in all that came out of a report pipe. A report cut short is none."""
+    stacks, _, packed = data.partition(b"\0")
+    try:
+        report = unpack_dataclass(Report, packed) if packed else None
+    except MessageError:
+        report = None
+    return report, stacks.decode(errors="replace")
+
+
+# ---------------------------------------------------------------------------------- how it lives
+
+
+def run_child(boot_class: type[Boot], main: Callable[[Boot], None]) -> NoReturn:
+    """The life of a child process: reads its boot message from stdin, runs `main`, reports, ends.
+
+    The process ends with status 0 when `main` returns and 1, with a report, when it raises. It ends
+    without running exit handlers: threads and native libraries that hang there would keep it alive.
+    """
+    boot = _read_boot(boot_class)
+    os.set_inheritable(boot.report_fd, False)  # EOF must mean that this process is gone, not its children
+    setproctitle.setproctitle(boot.name)
+    threading.current_thread().name = boot.name
+    _die_with_parent()
+    # A service manager or a terminal may signal all processes at once; when to stop is for the parent to say.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    faulthandler.enable()  # a crash in native code leaves its stacks on stderr
+    faulthandler.register(STACKS_SIGNAL, file=boot.report_fd, all_threads=True)
+    _log_as(boot.name, boot.log_level)
+    try:
+        main(boot)
+    except BaseException as error:
+        write_report(boot.report_fd, Report.of(error))
+        _leave(1)
+    _leave(0)
+
+
+def _read_boot(boot_class: type[Boot]) -> Boot:
+    size = int.from_bytes(_read_exactly(0, 4), "little")
+    if size > _MAX_BOOT_BYTES:
+        raise MessageError(f"a boot message of {size} bytes; the limit is {_MAX_BOOT_BYTES}")
+    return unpack_dataclass(boot_class, _read_exactly(0, size))
+
+
+def _read_exactly(fd: int, size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        part = os.read(fd, size - len(data))
+        if not part:
+            raise MessageError("no boot message on stdin: only tpworker itself starts this program")
+        data += part
+    return data
+
+
+def _die_with_parent() -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    pr_set_pdeathsig = 1
+    if libc.prctl(pr_set_pdeathsig, signal.SIGKILL, 0, 0, 0) != 0:
+        logger.warning("no PDEATHSIG: %s; the lifeline has to do", os.strerror(ctypes.get_errno()))
+    lifeline = os.dup(0)
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)  # nothing else shall read from the lifeline
+    os.close(null)
+    threading.Thread(target=_watch_lifeline, args=(lifeline,), name="lifeline", daemon=True).start()
+
+
+def _watch_lifeline(lifeline: int) -> None:
+    while os.read(lifeline, 1):
+        pass
+    os._exit(1)
+
+
+def _log_as(name: str, level: int) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter(f"%(asctime)s {name} %(levelname)s %(message)s"))
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.WARNING)
+    logging.getLogger("tpworker").setLevel(level)
+
+
+def _leave(status: int) -> NoReturn:
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # nobody listens at the other end any more
+            stream.flush()
+    os._exit(status)
