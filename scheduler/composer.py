@@ -1,0 +1,267 @@
+"""Which requests make the next plan: continuous batching with chunked prefill under a token budget.
+
+    1. every decoding request gets one token (oldest first; when blocks run out the newest is preempted)
+    2. what is left of the budget goes to prompts that are under way, then to new admissions
+
+Composing never looks at a token value of a step in flight: a decode entry is a slot number. What it
+must not overrun, a request's greatest length, it knows beforehand. A stop token it learns of late: the
+steps composed meanwhile compute tokens for that slot that nobody reads.
+
+Slots and blocks that a plan releases may be given out by the very same plan: what it writes, it writes
+after every earlier plan has read. The one thing that waits for results is the re-admission of a
+preempted request, whose tokens in flight must be known by then.
+"""
+
+from __future__ import annotations
+
+import heapq
+import time
+from collections import deque
+from dataclasses import dataclass, field
+
+from tpworker.ipc.messages import Admission, BatchPlan, Chunk, Grant, Started, pack_int32
+from tpworker.scheduler.inflight import InFlight
+from tpworker.scheduler.kv_blocks import BlockPool
+from tpworker.scheduler.requests import Request, State
+
+BLOCKS_AHEAD = 4
+"""Blocks granted at a time while there are plenty, so that steady decode needs none for many steps."""
+
+
+@dataclass(slots=True)
+class _Draft:
+    """A plan in the making."""
+
+    budget: int
+    decoding: list[Request] = field(default_factory=list)
+    prefilling: list[Request] = field(default_factory=list)
+    admitted: list[Admission] = field(default_factory=list)
+    grants: list[Grant] = field(default_factory=list)
+    chunks: list[Chunk] = field(default_factory=list)
+
+
+class Composer:
+    """Owns the queue, the slots and the blocks; `compose` turns them into plans.
+
+    Args:
+        max_num_seqs: number of slots.
+        max_num_batched_tokens: token budget of a step, at least max_num_seqs.
+        pool: the KV blocks.
+    """
+
+    def __init__(self, max_num_seqs: int, max_num_batched_tokens: int, pool: BlockPool) -> None:
+        self.pool = pool
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []  # in the order of their admission
+        self.num_preemptions = 0
+        self.num_prompt_tokens = 0
+        self.num_cached_tokens = 0
+        self._num_slots = max_num_seqs
+        self._budget = max_num_batched_tokens
+        self._free_slots = list(range(max_num_seqs))
+        self._released: list[int] = []  # for the next plan
+        self._started: list[Started] = []
+        self._last_decode: list[int] = []
+        self._blocked: tuple[int, int, int] | None = None  # what an admission failed for want of blocks at
+
+    # ------------------------------------------------------------------------------ requests
+
+    def add(self, request: Request) -> None:
+        """Puts a new request at the end of the queue. It must fit into the pool on its own."""
+        assert self.blocks_for(request.max_length - 1) <= self.pool.num_usable, "refused by the runtime"
+        self.waiting.append(request)
+
+    def finish(self, request: Request) -> None:
+        """Ends a request in any state; its slot and blocks are free for the next plan."""
+        if request.state is State.WAITING:
+            self.waiting.remove(request)
+        elif request.state is not State.FINISHED:
+            self._take_slot_away(request)
+        request.state = State.FINISHED
+
+    def is_idle(self) -> bool:
+        """Whether there is no request at all."""
+        return not self.running and not self.waiting
+
+    def take_started(self) -> tuple[Started, ...]:
+        """Who got a first slot since the last call."""
+        started, self._started = tuple(self._started), []
+        return started
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """Blocks that hold this many tokens."""
+        return -(-num_tokens // self.pool.block_size)
+
+    # ------------------------------------------------------------------------------- compose
+
+    def compose(self, generation: int, step: int) -> tuple[BatchPlan, InFlight] | None:
+        """The next plan, with the snapshot that its results will be resolved through.
+
+        None when nothing can be computed before a result or a request comes in.
+        """
+        draft = _Draft(self._budget)
+        self._decode(draft)
+        self._prefill(draft)
+        self._admit(draft)
+        if not draft.decoding and not draft.chunks:
+            return None
+        for request in draft.prefilling:  # from the next plan on, others may share what this one computes
+            self._register(request, request.computed)
+        return self._plan(draft, generation, step), self._snapshot(draft, step)
+
+    def _decode(self, draft: _Draft) -> None:
+        index = 0
+        while index < len(self.running):  # preemption takes requests off its end
+            request = self.running[index]
+            index += 1
+            if request.state is not State.DECODING or request.planned_length >= request.max_length:
+                continue
+            if request.computed == request.capacity and not self._grow(request, draft):
+                continue
+            request.computed += 1
+            request.in_flight += 1
+            draft.decoding.append(request)
+        draft.budget -= len(draft.decoding)
+
+    def _prefill(self, draft: _Draft) -> None:
+        for request in self.running:
+            if request.state is State.PREFILLING:
+                self._chunk(request, draft)
+
+    def _admit(self, draft: _Draft) -> None:
+        while self.waiting and self._free_slots and draft.budget > 0:
+            request = self.waiting[0]
+            if request.in_flight or not self._give_slot(request, draft):
+                return
+            self._chunk(request, draft)
+
+    def _chunk(self, request: Request, draft: _Draft) -> None:
+        length = min(request.target - request.computed, draft.budget)
+        if length == 0:
+            return
+        sample = request.computed + length == request.target
+        draft.chunks.append(Chunk(request.slot, request.computed, length, sample))
+        draft.prefilling.append(request)
+        draft.budget -= length
+        request.computed += length
+        if sample:
+            request.state = State.DECODING
+            request.in_flight += 1
+
+    def _plan(self, draft: _Draft, generation: int, step: int) -> BatchPlan:
+        decode = [request.slot for request in draft.decoding]
+        unchanged = decode == self._last_decode
+        self._last_decode = decode
+        released, self._released = tuple(self._released), []
+        return BatchPlan(
+            generation,
+            step,
+            released,
+            tuple(draft.admitted),
+            tuple(draft.grants),
+            tuple(draft.chunks),
+            None if unchanged else pack_int32(decode),
+        )
+
+    def _snapshot(self, draft: _Draft, step: int) -> InFlight:
+        sampled = draft.decoding + [
+            request for request, chunk in zip(draft.prefilling, draft.chunks, strict=True) if chunk.sample
+        ]
+        prefill_tokens = sum(chunk.length for chunk in draft.chunks)
+        return InFlight(step, sampled, prefill_tokens, len(draft.decoding), time.monotonic())
+
+    # ----------------------------------------------------------------------- slots and blocks
+
+    def _give_slot(self, request: Request, draft: _Draft) -> bool:
+        """Admits a waiting request if there are blocks for all of its known tokens."""
+        situation = (request.id, self.pool.num_free, len(self.running))
+        if situation == self._blocked:
+            return False  # nothing has changed: looking a long prompt up again would be for nothing
+        shared, node = self.pool.match(request.tokens)
+        fresh = self.blocks_for(len(request.tokens)) - len(shared)
+        reserve = len(self.running)  # each will want to grow: an admission must not lead to a preemption
+        if self.pool.num_free - self.pool.num_idle(shared) < fresh + reserve:
+            self._blocked = situation
+            return False
+        self.waiting.popleft()
+        self.pool.share(shared)
+        request.slot = heapq.heappop(self._free_slots)
+        request.state = State.PREFILLING
+        request.blocks = shared + self.pool.allocate(fresh)
+        request.capacity = len(request.blocks) * self.pool.block_size
+        request.computed = num_cached = len(shared) * self.pool.block_size
+        request.target = len(request.tokens)
+        request.num_registered, request.last_node = len(shared), node
+        self.running.append(request)
+        if not request.started:
+            request.started = True
+            self._started.append(Started(request.id, num_cached))
+            self.num_prompt_tokens += request.target
+            self.num_cached_tokens += num_cached
+        draft.admitted.append(
+            Admission(
+                request.slot,
+                pack_int32(request.tokens),
+                request.num_prompt,
+                num_cached,
+                pack_int32(request.blocks),
+                request.sampling,
+            )
+        )
+        return True
+
+    def _grow(self, request: Request, draft: _Draft) -> bool:
+        """Grants blocks to a decoding request. False: it was preempted, as the newest of all."""
+        while self.pool.num_free == 0:
+            newest = self.running[-1]
+            self._preempt(newest)
+            if newest is request:
+                return False
+        plenty = self.pool.num_free > BLOCKS_AHEAD * len(self.running)
+        missing = self.blocks_for(request.max_length - 1) - len(request.blocks)
+        blocks = self.pool.allocate(min(BLOCKS_AHEAD if plenty else 1, missing))
+        draft.grants.append(Grant(request.slot, len(request.blocks), pack_int32(blocks)))
+        request.blocks += blocks
+        request.capacity = len(request.blocks) * self.pool.block_size
+        return True
+
+    def _preempt(self, request: Request) -> None:
+        """By recompute: back to the head of the queue, to be prefilled with all it has by then."""
+        self._take_slot_away(request)
+        request.state = State.WAITING
+        self.waiting.appendleft(request)
+        self.num_preemptions += 1
+
+    def _take_slot_away(self, request: Request) -> None:
+        self._register(request, min(request.computed, len(request.tokens)))
+        self.running.remove(request)
+        self.pool.release(request.blocks)
+        heapq.heappush(self._free_slots, request.slot)
+        self._released.append(request.slot)
+        request.slot = -1
+        request.reset()
+
+    def _register(self, request: Request, length: int) -> None:
+        """Offers the blocks that are full within `length` tokens, known and computed, to the cache."""
+        size = self.pool.block_size
+        while (request.num_registered + 1) * size <= length:
+            index = request.num_registered
+            tokens = request.tokens[index * size : (index + 1) * size]
+            request.last_node = self.pool.register(request.last_node, tokens, request.blocks[index])
+            request.num_registered += 1
+
+    def check_integrity(self) -> None:
+        """Asserts what must hold between plans: slots, blocks and lengths fit together."""
+        self.pool.check_integrity([request.blocks for request in self.running])
+        slots = [request.slot for request in self.running]
+        assert sorted(slots + self._free_slots) == list(range(self._num_slots)), "a slot is lost or doubled"
+        for request in self.running:
+            assert request.computed <= request.capacity, f"{request} has outgrown its blocks"
+            assert request.planned_length <= request.max_length, f"{request} is too long"
+            if request.state is State.DECODING:
+                assert request.computed == request.planned_length - 1, f"{request}: KV and tokens differ"
+        for request in self.waiting:
+            assert not request.blocks and request.slot == -1, f"{request} waits, but holds something"
+        if self.is_idle():
+            assert self.pool.num_free == self.pool.num_usable, "idle, but not every block is free"
+

@@ -1,0 +1,144 @@
+"""The block pool and the prefix cache.
+
+A KV block holds `block_size` tokens. Block 0 is the null block: padding writes there, nobody owns it.
+Every other block is in exactly one of three places:
+
+                     allocate                          release
+        ┌──────────┐ ────────► ┌───────────────────┐ ──────────► no content known: `_plain`
+        │   free   │           │ used, n references│             content known:   `_idle` (oldest first)
+        └──────────┘ ◄──────── └───────────────────┘
+              ▲   evict: the content is forgotten  ▲ share: a prefix hit, from use or from `_idle`
+
+The cache is a tree of contents. A node stands for the text from the beginning of a sequence to the end
+of one full block; it is reached from its parent by the tokens of that block, compared in full, so that
+two texts can never be taken for one another. A block is registered only once its content will have been
+computed by an earlier plan than any that can share it: plans run in order on the device, so a plan may
+share what the plans before it computed, although nobody has seen a result yet.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import OrderedDict
+
+ROOT = 0
+"""The node of the empty text."""
+
+
+class BlockPool:
+    """Blocks 1 … num_blocks - 1 of a KV cache, with their references and known contents.
+
+    Args:
+        num_blocks: blocks of the KV cache, the null block included.
+        block_size: tokens in a block.
+        caching: False makes every lookup a miss.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, caching: bool) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.caching = caching
+        self._references = [0] * num_blocks
+        self._plain = list(range(num_blocks - 1, 0, -1))  # popped from the end: block 1 first
+        self._idle: OrderedDict[int, None] = OrderedDict()
+        self._edge_of_block: dict[int, tuple[int, bytes]] = {}
+        self._children: dict[tuple[int, bytes], tuple[int, int]] = {}  # (parent, tokens) -> (node, block)
+        self._next_node = ROOT + 1
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that `allocate` can give, idle contents included."""
+        return len(self._plain) + len(self._idle)
+
+    @property
+    def num_usable(self) -> int:
+        """Blocks in all, without the null block."""
+        return self.num_blocks - 1
+
+    def allocate(self, count: int) -> list[int]:
+        """`count` blocks with one reference each. Contents are evicted, oldest first, where needed."""
+        assert count <= self.num_free, f"{count} blocks of {self.num_free} free"
+        blocks = []
+        for _ in range(count):
+            if self._plain:
+                block = self._plain.pop()
+            else:
+                block, _ = self._idle.popitem(last=False)
+                del self._children[self._edge_of_block.pop(block)]
+            self._references[block] = 1
+            blocks.append(block)
+        return blocks
+
+    def release(self, blocks: list[int]) -> None:
+        """Gives up one reference to each. The last blocks of a text are evicted before the first ones."""
+        for block in reversed(blocks):
+            self._references[block] -= 1
+            assert self._references[block] >= 0, f"block {block} released twice"
+            if self._references[block] == 0:
+                if block in self._edge_of_block:
+                    self._idle[block] = None
+                else:
+                    self._plain.append(block)
+
+    def match(self, tokens: array[int]) -> tuple[list[int], int]:
+        """The longest cached prefix of `tokens` in whole blocks, and its node.
+
+        At least one token is left over: its logits are what the request waits for. References are
+        not taken; call `share` with the blocks, or with fewer, before anything else is allocated.
+        """
+        blocks: list[int] = []
+        node = ROOT
+        if self.caching:
+            size = self.block_size
+            for start in range(0, (len(tokens) - 1) // size * size, size):
+                found = self._children.get((node, tokens[start : start + size].tobytes()))
+                if found is None:
+                    break
+                node, block = found
+                blocks.append(block)
+        return blocks, node
+
+    def num_idle(self, blocks: list[int]) -> int:
+        """How many of these blocks `share` would take from the free ones."""
+        return sum(not self._references[block] for block in blocks)
+
+    def share(self, blocks: list[int]) -> None:
+        """Takes one more reference to each."""
+        for block in blocks:
+            if self._references[block] == 0:
+                del self._idle[block]
+            self._references[block] += 1
+
+    def register(self, parent: int, tokens: array[int], block: int) -> int:
+        """Makes the content of a full block known: `tokens` after the text of `parent`. Returns its node.
+
+        If that content is known from another block already, that one stays, and this stays private.
+        """
+        if not self.caching:
+            return ROOT
+        edge = (parent, tokens.tobytes())
+        found = self._children.get(edge)
+        if found is not None:
+            return found[0]
+        node = self._next_node
+        self._next_node += 1
+        self._children[edge] = (node, block)
+        self._edge_of_block[block] = edge
+        return node
+
+    def check_integrity(self, owned: list[list[int]]) -> None:
+        """Asserts that every block is in exactly one place, given the block lists of all requests."""
+        references = [0] * self.num_blocks
+        for blocks in owned:
+            assert len(set(blocks)) == len(blocks), "a request owns a block twice"
+            for block in blocks:
+                references[block] += 1
+        assert references == self._references, "references do not match what requests own"
+        free = [*self._plain, *self._idle]
+        assert len(set(free)) == len(free), "a block is free twice"
+        assert all(references[block] == 0 for block in free), "a free block is referenced"
+        assert len(free) + sum(count > 0 for count in references) == self.num_usable, "a block is lost"
+        assert 0 not in free and references[0] == 0, "the null block was given away"
+        assert all(block in self._edge_of_block for block in self._idle), "an idle block without content"
+        assert not any(block in self._edge_of_block for block in self._plain), "a plain block with content"
+        assert {block: edge for edge, (_, block) in self._children.items()} == self._edge_of_block

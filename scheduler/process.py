@@ -1,0 +1,283 @@
+"""The scheduler process: the scheduler's half of the six verbs.
+
+    1 compose   composer.py       2 stream   once encoded, to every rank       6 commit   here
+
+The loop sleeps in the kernel whenever it can do nothing: while as many plans are unanswered as the
+lookahead allows, or there is no request at all.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import time
+from typing import TypeVar
+
+from tpworker.ipc.board import Board, Field, Phase
+from tpworker.ipc.channels import Channel, Poller, accept_all
+from tpworker.ipc.child import RANK_NAME, SchedulerBoot, SchedulerSettings, board_names
+from tpworker.ipc.messages import (
+    Abort,
+    Allocate,
+    BatchPlan,
+    Finish,
+    Message,
+    MessageError,
+    RankLoaded,
+    RankReady,
+    SchedulerLoad,
+    SchedulerReady,
+    StepOutput,
+    StepResult,
+    Stop,
+    Submit,
+    encode,
+    expect,
+    pack_int32,
+    pack_int64,
+)
+from tpworker.scheduler.composer import Composer
+from tpworker.scheduler.inflight import InFlight, InFlightPlans
+from tpworker.scheduler.kv_blocks import BlockPool
+from tpworker.scheduler.requests import Request, State
+
+logger = logging.getLogger(__name__)
+
+_M = TypeVar("_M")
+
+BEAT_SECONDS = 1.0
+"""While there is work, the loop turns at least this often, so that a hang can be told from a long step."""
+
+STOP_SECONDS = 10.0
+"""Within which the ranks must have heard that it is over."""
+
+
+class StepTimeout(Exception):
+    """A step was not answered in time. `missing` are the ranks that are behind, for the report."""
+
+    def __init__(self, message: str, missing: list[int]) -> None:
+        super().__init__(message)
+        self.missing = missing
+
+
+class Scheduler:
+    """Composes plans from requests, streams them to the ranks, commits their results.
+
+    Args:
+        generation: of the process group; messages of another one are dropped.
+        settings: see `SchedulerSettings`.
+        num_kv_blocks: blocks of the KV cache, the null block included.
+        runtime, results: channels to the runtime, and from rank 0.
+        plans: a channel to each rank, in rank order.
+        board: the status board, with a row for the scheduler and one for each rank.
+    """
+
+    def __init__(
+        self,
+        generation: int,
+        settings: SchedulerSettings,
+        num_kv_blocks: int,
+        runtime: Channel,
+        results: Channel,
+        plans: list[Channel],
+        board: Board,
+    ) -> None:
+        self.generation = generation
+        self.settings = settings
+        pool = BlockPool(num_kv_blocks, settings.block_size, settings.prefix_caching)
+        self.composer = Composer(settings.max_num_seqs, settings.max_num_batched_tokens, pool)
+        self.in_flight = InFlightPlans(settings.lookahead)
+        self.next_step = 0
+        self._open: dict[int, Request] = {}
+        self._runtime = runtime
+        self._results = results
+        self._plans = plans
+        self._poller = Poller([results, runtime])
+        self._board = board
+        self._row = board.rows()[0]
+        self._beats = 0
+
+    def run(self) -> None:
+        """Until the runtime says Stop."""
+        while self.receive():  # requests and aborts; results: 6 commit
+            while self.in_flight.has_room():
+                composed = self.composer.compose(self.generation, self.next_step)  # 1 compose
+                if composed is None:
+                    break
+                self.stream(*composed)  # 2 stream
+
+    # ------------------------------------------------------------------------------- receive
+
+    def receive(self) -> bool:
+        """Sleeps until there is a message, then takes all that are here. False: it was Stop."""
+        ready = self._poller.wait(self._patience())
+        self._beats += 1
+        self._row[Field.BEAT] = self._beats
+        self._check_deadline()
+        for channel in ready:
+            while (message := channel.receive_now()) is not None:
+                if isinstance(message, Stop):
+                    return False
+                self._take(message)
+        return True
+
+    def _patience(self) -> float | None:
+        if len(self.in_flight):
+            return BEAT_SECONDS
+        assert self.composer.is_idle(), "requests wait, but nothing is in flight and nothing can be composed"
+        gc.collect(0)  # what the last requests left, while nobody waits
+        return None
+
+    def _take(self, message: Message) -> None:
+        if message.generation != self.generation:
+            return  # from before a restart
+        match message:
+            case StepResult():
+                self.commit(message)
+            case Submit():
+                request = Request(message, self.settings.max_model_len)
+                self._open[request.id] = request
+                self.composer.add(request)
+            case Abort():
+                request_or_none = self._open.pop(message.request, None)
+                if request_or_none is not None:
+                    self.composer.finish(request_or_none)
+            case _:
+                raise MessageError(f"not for the scheduler: {message}")
+
+    # -------------------------------------------------------------------------------- stream
+
+    def stream(self, plan: BatchPlan, in_flight: InFlight) -> None:
+        """Encodes a plan once and sends it to every rank."""
+        data = encode(plan)
+        for channel in self._plans:
+            channel.send_encoded(data)
+        self.in_flight.add(in_flight)
+        self.next_step += 1
+        self._row[Field.LAUNCHED] = self.next_step
+
+    # -------------------------------------------------------------------------------- commit
+
+    def commit(self, result: StepResult) -> None:
+        """Applies a step's tokens, finds what has ended, and forwards one message to the runtime."""
+        plan, tokens = self.in_flight.answered(result)
+        requests: list[int] = []
+        positions: list[int] = []
+        committed: list[int] = []
+        finished: list[Finish] = []
+        for request, token in zip(plan.sampled, tokens, strict=True):
+            request.in_flight -= 1
+            if request.state is State.FINISHED:
+                continue  # sampled for nobody: it had ended, which was not known when this was composed
+            requests.append(request.id)
+            positions.append(request.num_output)
+            committed.append(token)
+            request.tokens.append(token)
+            if token in request.stop_ids:
+                finished.append(Finish(len(committed) - 1, "stop"))
+            elif len(request.tokens) >= request.max_length:
+                finished.append(Finish(len(committed) - 1, "length"))
+            else:
+                continue
+            self.composer.finish(request)
+            del self._open[request.id]
+        self._row[Field.COMPLETED] = plan.step + 1
+        self._runtime.send(
+            StepOutput(
+                self.generation,
+                plan.step,
+                pack_int64(requests),
+                pack_int32(positions),
+                pack_int32(committed),
+                tuple(finished),
+                self.composer.take_started(),
+                plan.num_prefill_tokens,
+                plan.num_decodes,
+                result.timing,
+                self.load(),
+            )
+        )
+
+    def load(self) -> SchedulerLoad:
+        """How busy it is."""
+        composer = self.composer
+        return SchedulerLoad(
+            len(composer.running),
+            len(composer.waiting),
+            composer.pool.num_free,
+            composer.num_preemptions,
+            composer.num_prompt_tokens,
+            composer.num_cached_tokens,
+        )
+
+    def _check_deadline(self) -> None:
+        if self.in_flight.oldest_age() <= self.settings.step_timeout:
+            return
+        rows = self._board.rows()[1:]
+        completed = [row[Field.COMPLETED] for row in rows]
+        behind = [rank for rank, steps in enumerate(completed) if steps == min(completed)]
+        places = "; ".join(
+            f"{row.name} received {row[Field.RECEIVED]}, admitted {row[Field.ADMITTED]}, "
+            f"launched {row[Field.LAUNCHED]}, completed {row[Field.COMPLETED]}"
+            for row in rows
+        )
+        raise StepTimeout(
+            f"a step was not answered within {self.settings.step_timeout:g} s (--step-timeout); steps of each "
+            f"rank: {places}",
+            behind if len(behind) < len(rows) else [],
+        )
+
+
+def scheduler_main(boot: SchedulerBoot) -> None:
+    """What the scheduler process does: meets everybody, agrees on sizes, then runs."""
+    timeout = boot.settings.start_timeout
+    board = Board.attach(boot.board_fd, board_names(boot.num_ranks))
+    board.rows()[0][Field.PHASE] = Phase.LOADING
+    plans = [Channel.bind(address) for address in boot.plan_addresses]
+    results = Channel.bind(boot.result_address)
+    runtime = Channel.connect(boot.runtime_address, boot.name, boot.generation)
+    ranks = [RANK_NAME.format(rank) for rank in range(boot.num_ranks)]
+    accept_all([*zip(plans, ranks, strict=True), (results, ranks[0])], boot.generation, timeout)
+    num_kv_blocks = agree_on_blocks(plans, ranks, boot.generation, timeout)
+    logger.info("%d KV blocks of %d tokens", num_kv_blocks, boot.settings.block_size)
+    scheduler = Scheduler(boot.generation, boot.settings, num_kv_blocks, runtime, results, plans, board)
+    runtime.send(SchedulerReady(boot.generation, num_kv_blocks))
+    board.rows()[0][Field.PHASE] = Phase.READY
+    gc.collect()
+    gc.freeze()
+    gc.disable()  # a collection in the middle of a step would be a step gap; see `_patience`
+    scheduler.run()
+    for channel in plans:
+        channel.send(Stop(boot.generation))
+    gather(plans, ranks, Stop, STOP_SECONDS)  # a message is on its way until it is answered
+
+
+def agree_on_blocks(plans: list[Channel], ranks: list[str], generation: int, timeout: float) -> int:
+    """Takes every rank's offer, tells all the smallest, waits until they have allocated it.
+
+    Raises:
+        TimeoutError: names the ranks that did not answer within `timeout` seconds.
+    """
+    offers = gather(plans, ranks, RankLoaded, timeout)
+    num_kv_blocks = min(offer.max_kv_blocks for offer in offers)
+    for channel in plans:
+        channel.send(Allocate(generation, num_kv_blocks))
+    gather(plans, ranks, RankReady, timeout)
+    return num_kv_blocks
+
+
+def gather(channels: list[Channel], ranks: list[str], kind: type[_M], timeout: float) -> list[_M]:
+    """One message of a kind from every rank."""
+    deadline = time.monotonic() + timeout
+    answers: dict[Channel, _M] = {}
+    while len(answers) < len(channels):
+        waiting = [channel for channel in channels if channel not in answers]
+        ready = Poller(waiting).wait(max(0.0, deadline - time.monotonic()))
+        if not ready:
+            late = [name for channel, name in zip(channels, ranks, strict=True) if channel in waiting]
+            raise TimeoutError(f"{', '.join(late)}: no {kind.__name__} within {timeout:g} s (start_timeout)")
+        for channel in ready:
+            message = channel.receive_now()
+            if message is not None:
+                answers[channel] = expect(message, kind)
+    return [answers[channel] for channel in channels]

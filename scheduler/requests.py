@@ -1,0 +1,96 @@
+"""A request as the scheduler sees it, and its states.
+
+                 admit                 last chunk composed            stop id, length, abort
+    WAITING ───────────► PREFILLING ───────────────────────► DECODING ───────────────────► FINISHED
+       ▲                     │                                  │
+       └─────────────────────┴──────────── preempt ─────────────┘
+
+Composing runs ahead of the results, so a request has two lengths: `tokens` are known (committed), and
+`in_flight` more have been sampled by plans that are not answered yet, their values unknown:
+
+    tokens        p p p p p p g g g            known: prompt, then generated
+    in flight                       ? ?        sampled by plans still unanswered
+    computed      k k k k k k k k k k          KV written by the plans composed so far
+
+A decoding request always has computed == len(tokens) + in_flight - 1: the newest token's KV comes with
+the step that it is fed to.
+"""
+
+from __future__ import annotations
+
+from array import array
+from enum import Enum, auto
+
+from tpworker.ipc.messages import Sampling, Submit, unpack_int32
+
+
+class State(Enum):
+    WAITING = auto()
+    PREFILLING = auto()
+    DECODING = auto()
+    FINISHED = auto()
+
+
+class Request:
+    """One request's progress. The composer changes it; the commit adds tokens to it."""
+
+    __slots__ = (
+        "blocks",
+        "capacity",
+        "computed",
+        "id",
+        "in_flight",
+        "last_node",
+        "max_length",
+        "num_delivered",
+        "num_prompt",
+        "num_registered",
+        "sampling",
+        "slot",
+        "started",
+        "state",
+        "stop_ids",
+        "target",
+        "tokens",
+    )
+
+    def __init__(self, submit: Submit, max_model_len: int) -> None:
+        self.id = submit.request
+        self.tokens: array[int] = unpack_int32(submit.tokens)
+        self.num_delivered = submit.num_delivered
+        self.num_prompt = len(self.tokens) - submit.num_delivered
+        self.sampling: Sampling = submit.sampling
+        self.stop_ids = frozenset(unpack_int32(submit.sampling.stop_ids))
+        self.max_length = min(self.num_prompt + submit.sampling.max_tokens, max_model_len)
+        """Length, prompt and output, at which the request ends."""
+        self.state = State.WAITING
+        self.started = False
+        """Whether it has ever had a slot."""
+        self.in_flight = 0
+        self.slot = -1
+        self.reset()
+
+    def reset(self) -> None:
+        """Nothing of it is on the device: as before the first admission, and after a preemption."""
+        self.blocks: list[int] = []
+        self.capacity = 0  # tokens that `blocks` can hold
+        self.computed = 0
+        self.target = 0  # known tokens to prefill, set at admission
+        self.num_registered = 0  # blocks offered to the prefix cache so far, and the cache's name
+        self.last_node = 0  # for the content up to there
+
+    @property
+    def num_output(self) -> int:
+        """Generated tokens that are committed."""
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def planned_length(self) -> int:
+        """Length once every plan composed so far is answered, if nothing ends it earlier."""
+        return len(self.tokens) + self.in_flight
+
+    def __repr__(self) -> str:
+        return (
+            f"Request({self.id}, {self.state.name}, slot={self.slot}, tokens={len(self.tokens)}, "
+            f"in_flight={self.in_flight}, computed={self.computed})"
+        )

@@ -1,0 +1,175 @@
+"""What a rank asks of its device: two in-order streams, events between them, buffers on the host.
+
+The interface is CUDA's, cut down to what the runtime needs, so that one code path serves both kinds of
+device: work is queued on a stream and the call returns at once; an event marks a place in a stream;
+another stream, or a thread of the host, can wait for it.
+
+The CPU device is the same machine in miniature. Each of its streams is a thread that runs what it is
+given in order. Nothing that the launch thread does waits for it, so overlap is real on the CPU too, and a
+buffer that is reused too early goes wrong here as it would on a GPU. `jitter` makes that likely: it
+delays every piece of work, on both streams, at random, and must change no output.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Event(Protocol):
+    """A place in a stream."""
+
+    def synchronize(self) -> None:
+        """Sleeps, without spinning, until the stream has come to this place. Raises what went wrong there."""
+
+    def time_ns(self) -> int:
+        """When it did, CLOCK_MONOTONIC in ns. Only after `synchronize`."""
+
+
+class Stream(Protocol):
+    """A queue of work that runs in order."""
+
+    def run(self, work: Callable[[], None]) -> None:
+        """Queues work: on CUDA, the kernels that it launches; on the CPU, the call itself."""
+
+    def record(self) -> Event:
+        """An event behind everything queued so far."""
+
+    def wait(self, event: Event) -> None:
+        """What is queued from here on runs after the event, which belongs to another stream."""
+
+
+class Device(Protocol):
+    """Where a rank computes."""
+
+    torch_device: torch.device
+    compute: Stream
+    """Deltas, forward, sampling: everything that touches the slot table, in plan order."""
+    copies: Stream
+    """Copies of results to the host."""
+
+    def host_buffer(self, num_bytes: int) -> Tensor:
+        """uint8 [num_bytes] on the host, from which and to which copies are asynchronous (pinned, on CUDA)."""
+
+    def free_bytes(self, num_ranks: int) -> int:
+        """Memory that this rank may plan with, given that `num_ranks` share the machine."""
+
+    def close(self) -> None:
+        """Ends the streams' threads, if there are any. Work that is still queued is dropped."""
+
+
+class StreamBroken(RuntimeError):
+    """An earlier piece of work in this stream raised; everything behind it is dropped, as on CUDA."""
+
+
+class CpuEvent:
+    """An event of a `CpuStream`."""
+
+    def __init__(self) -> None:
+        self._reached = threading.Event()
+        self._time_ns = 0
+        self._error: BaseException | None = None
+
+    def reach(self, error: BaseException | None) -> None:
+        """Called by the stream's thread."""
+        self._time_ns = time.monotonic_ns()
+        self._error = error
+        self._reached.set()
+
+    def synchronize(self) -> None:
+        self._reached.wait()
+        if self._error is not None:
+            raise StreamBroken(f"{type(self._error).__name__}: {self._error}") from self._error
+
+    def time_ns(self) -> int:
+        assert self._reached.is_set()
+        return self._time_ns
+
+
+class CpuStream:
+    """A thread that runs what it is given, in order."""
+
+    def __init__(self, name: str, jitter: Callable[[], float] | None = None) -> None:
+        self._jitter = jitter
+        self._error: BaseException | None = None
+        self._queue: queue.SimpleQueue[Callable[[], None] | CpuEvent | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
+        self._thread.start()
+
+    def run(self, work: Callable[[], None]) -> None:
+        self._queue.put(work)
+
+    def record(self) -> CpuEvent:
+        event = CpuEvent()
+        self._queue.put(event)
+        return event
+
+    def wait(self, event: Event) -> None:
+        self._queue.put(event.synchronize)
+
+    def close(self) -> None:
+        self._error = StreamBroken("the stream was closed")
+        self._queue.put(None)
+        self._thread.join()
+
+    def _work(self) -> None:
+        with torch.inference_mode():
+            while (item := self._queue.get()) is not None:
+                if isinstance(item, CpuEvent):
+                    item.reach(self._error)
+                elif self._error is None:
+                    try:
+                        if self._jitter is not None:
+                            time.sleep(self._jitter())
+                        item()
+                    except BaseException as error:
+                        self._error = error
+
+
+class CpuDevice:
+    """The CPU as a device.
+
+    Args:
+        jitter: seconds to delay each piece of work by, drawn anew for each; for tests.
+    """
+
+    torch_device = torch.device("cpu")
+
+    def __init__(self, jitter: Callable[[], float] | None = None) -> None:
+        self.compute = CpuStream("compute", jitter)
+        self.copies = CpuStream("copies", jitter)
+
+    def host_buffer(self, num_bytes: int) -> Tensor:
+        return torch.empty(num_bytes, dtype=torch.uint8)
+
+    def free_bytes(self, num_ranks: int) -> int:
+        """A rank's share of half of what is available: the other half stays with the rest of the machine."""
+        return _available_bytes() // 2 // num_ranks
+
+    def close(self) -> None:
+        self.compute.close()
+        self.copies.close()
+
+
+def _available_bytes() -> int:
+    """What the kernel says can be had without swapping, within this process's control group."""
+    with open("/proc/meminfo") as meminfo:
+        fields = dict(line.split(":", 1) for line in meminfo)
+    available = int(fields["MemAvailable"].split()[0]) * 1024
+    with contextlib.suppress(OSError, ValueError):  # no limit ("max"), or no control groups
+        with open("/sys/fs/cgroup/memory.max") as limit, open("/sys/fs/cgroup/memory.current") as current:
+            available = min(available, int(limit.read()) - int(current.read()))
+    return max(0, available)
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0))
