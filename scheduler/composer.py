@@ -261,7 +261,7 @@ class Composer:
             if request.state is State.DECODING:
                 assert request.computed == request.planned_length - 1, f"{request}: KV and tokens differ"
         for request in self.waiting:
-            assert not request.blocks and request.slot == -1, f"{request} waits, but holds something"
+            assert not request.blocks, f"{request} waits, but holds blocks"
+            assert request.slot == -1, f"{request} waits, but holds a slot"
         if self.is_idle():
             assert self.pool.num_free == self.pool.num_usable, "idle, but not every block is free"
-

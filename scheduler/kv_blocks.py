@@ -138,7 +138,8 @@ class BlockPool:
         assert len(set(free)) == len(free), "a block is free twice"
         assert all(references[block] == 0 for block in free), "a free block is referenced"
         assert len(free) + sum(count > 0 for count in references) == self.num_usable, "a block is lost"
-        assert 0 not in free and references[0] == 0, "the null block was given away"
+        assert 0 not in free, "the null block is free"
+        assert references[0] == 0, "the null block was given away"
         assert all(block in self._edge_of_block for block in self._idle), "an idle block without content"
         assert not any(block in self._edge_of_block for block in self._plain), "a plain block with content"
         assert {block: edge for edge, (_, block) in self._children.items()} == self._edge_of_block

@@ -92,33 +92,35 @@ class Scheduler:
         self._runtime = runtime
         self._results = results
         self._plans = plans
-        self._poller = Poller([results, runtime])
         self._board = board
         self._row = board.rows()[0]
-        self._beats = 0
 
     def run(self) -> None:
         """Until the runtime says Stop."""
-        while self.receive():  # requests and aborts; results: 6 commit
-            while self.in_flight.has_room():
-                composed = self.composer.compose(self.generation, self.next_step)  # 1 compose
-                if composed is None:
-                    break
-                self.stream(*composed)  # 2 stream
+        poller = Poller([self._results, self._runtime])
+        while self.receive(poller):  # requests, aborts; results: 6 commit
+            self.compose_ahead()  # 1 compose, 2 stream
+
+    def compose_ahead(self) -> None:
+        """Composes and streams plans until the lookahead is used up, or there is nothing to compute."""
+        while self.in_flight.has_room():
+            composed = self.composer.compose(self.generation, self.next_step)
+            if composed is None:
+                break
+            self.stream(*composed)
 
     # ------------------------------------------------------------------------------- receive
 
-    def receive(self) -> bool:
+    def receive(self, poller: Poller) -> bool:
         """Sleeps until there is a message, then takes all that are here. False: it was Stop."""
-        ready = self._poller.wait(self._patience())
-        self._beats += 1
-        self._row[Field.BEAT] = self._beats
+        ready = poller.wait(self._patience())
+        self._row[Field.BEAT] = time.monotonic_ns()
         self._check_deadline()
         for channel in ready:
             while (message := channel.receive_now()) is not None:
                 if isinstance(message, Stop):
                     return False
-                self._take(message)
+                self.take(message)
         return True
 
     def _patience(self) -> float | None:
@@ -128,7 +130,8 @@ class Scheduler:
         gc.collect(0)  # what the last requests left, while nobody waits
         return None
 
-    def _take(self, message: Message) -> None:
+    def take(self, message: Message) -> None:
+        """Acts on one message. Those of another generation are dropped."""
         if message.generation != self.generation:
             return  # from before a restart
         match message:
@@ -222,8 +225,8 @@ class Scheduler:
             for row in rows
         )
         raise StepTimeout(
-            f"a step was not answered within {self.settings.step_timeout:g} s (--step-timeout); steps of each "
-            f"rank: {places}",
+            f"a step was not answered within {self.settings.step_timeout:g} s (--step-timeout); "
+            f"steps of each rank: {places}",
             behind if len(behind) < len(rows) else [],
         )
 

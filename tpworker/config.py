@@ -29,7 +29,7 @@ class RuntimeConfig:
     """How a runtime is built. Every field is also a flag of `tpworker serve`."""
 
     model: str | None = None
-    """A folder with config.json, safetensors and tokenizer.json, a hub name, or None for the default model."""
+    """A folder with config.json, safetensors and tokenizer.json, a hub name, or None: the default model."""
     tensor_parallel_size: int = 1
     """Number of TP ranks: one process each, one GPU each on CUDA."""
     device: DeviceName = "auto"
@@ -80,7 +80,7 @@ class RuntimeConfig:
         check(
             self.max_num_seqs <= self.max_num_batched_tokens <= 2**20,
             "max_num_batched_tokens",
-            f"from max_num_seqs ({self.max_num_seqs}; each decoding request needs one token a step) to {2**20}",
+            f"from max_num_seqs ({self.max_num_seqs}; a decoding request needs one token a step) to {2**20}",
         )
         check(0 <= self.lookahead <= MAX_LOOKAHEAD, "lookahead", f"from 0 to {MAX_LOOKAHEAD}")
         check(

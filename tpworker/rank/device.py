@@ -18,6 +18,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -57,7 +58,7 @@ class Device(Protocol):
     """Copies of results to the host."""
 
     def host_buffer(self, num_bytes: int) -> Tensor:
-        """uint8 [num_bytes] on the host, from which and to which copies are asynchronous (pinned, on CUDA)."""
+        """uint8 [num_bytes] on the host; copies from and to it are asynchronous (pinned, on CUDA)."""
 
     def free_bytes(self, num_ranks: int) -> int:
         """Memory that this rank may plan with, given that `num_ranks` share the machine."""
@@ -164,9 +165,10 @@ def _available_bytes() -> int:
     with open("/proc/meminfo") as meminfo:
         fields = dict(line.split(":", 1) for line in meminfo)
     available = int(fields["MemAvailable"].split()[0]) * 1024
+    groups = Path("/sys/fs/cgroup")
     with contextlib.suppress(OSError, ValueError):  # no limit ("max"), or no control groups
-        with open("/sys/fs/cgroup/memory.max") as limit, open("/sys/fs/cgroup/memory.current") as current:
-            available = min(available, int(limit.read()) - int(current.read()))
+        limit, current = (int((groups / name).read_text()) for name in ("memory.max", "memory.current"))
+        available = min(available, limit - current)
     return max(0, available)
 
 

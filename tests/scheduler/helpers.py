@@ -1,0 +1,132 @@
+"""A scheduler and a fake rank in one thread, with as many answers held back as the lookahead allows."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from typing import Any
+
+from tpworker.ipc.board import Board
+from tpworker.ipc.child import SchedulerSettings, board_names
+from tpworker.ipc.messages import (
+    BatchPlan,
+    Message,
+    Sampling,
+    StepOutput,
+    StepResult,
+    Submit,
+    decode,
+    pack_int32,
+    unpack_int32,
+    unpack_int64,
+)
+from tpworker.scheduler.process import Scheduler
+from tpworker.testing.fake_rank import FakeRank
+
+VOCAB = 50
+
+
+def sampling(**changes: Any) -> Sampling:
+    fields: dict[str, Any] = {
+        "temperature": 1.0, "top_p": 1.0, "top_k": 0, "seed": 7, "max_tokens": 8, "min_tokens": 0,
+        "stop_ids": b"",
+    }  # fmt: skip
+    return Sampling(**{**fields, **changes})
+
+
+def submit(request: int, prompt: list[int], num_delivered: int = 0, **changes: Any) -> Submit:
+    return Submit(0, request, pack_int32(prompt), num_delivered, sampling(**changes))
+
+
+class Wire:
+    """Stands in for a channel: what was sent, and what is to be received."""
+
+    def __init__(self) -> None:
+        self.sent: deque[Message] = deque()
+
+    def send(self, message: Message) -> None:
+        self.sent.append(message)
+
+    def send_encoded(self, data: bytes) -> None:
+        self.sent.append(decode(data))
+
+
+class World:
+    """Runs a scheduler against a fake rank, step by step; answers come `lookahead` steps late."""
+
+    def __init__(
+        self, lookahead: int = 2, num_blocks: int = 64, block_size: int = 4, seed: int = 0, **settings: Any
+    ) -> None:
+        fields: dict[str, Any] = {
+            "lookahead": lookahead, "max_num_seqs": 4, "max_num_batched_tokens": 16, "max_model_len": 64,
+            "block_size": block_size, "prefix_caching": True, "step_timeout": 60.0, "start_timeout": 60.0,
+        }  # fmt: skip
+        self.board = Board.create(board_names(1))
+        self.plans, self.outputs = Wire(), Wire()
+        self.scheduler = Scheduler(
+            0,
+            SchedulerSettings(**{**fields, **settings}),
+            num_blocks,
+            self.outputs,  # type: ignore[arg-type]
+            Wire(),  # type: ignore[arg-type]
+            [self.plans],  # type: ignore[list-item]
+            self.board,
+        )
+        self.rank = FakeRank(num_blocks, block_size, VOCAB)
+        self.answers: deque[StepResult] = deque()
+        self.tokens: dict[int, list[int]] = {}
+        self.finished: dict[int, str] = {}
+        self.cached: dict[int, int] = {}
+        self.executed: list[BatchPlan] = []
+        self._random = random.Random(seed)
+
+    def submit(self, message: Submit) -> None:
+        self.tokens[message.request] = []
+        self.scheduler.take(message)
+
+    def compose(self) -> bool:
+        """Composes as far ahead as it may; the rank executes at once, its answers wait."""
+        before = self.scheduler.next_step
+        self.scheduler.compose_ahead()
+        while self.plans.sent:
+            plan = self.plans.sent.popleft()
+            assert isinstance(plan, BatchPlan)
+            self.executed.append(plan)
+            self.answers.append(self.rank.execute(plan))
+        assert len(self.answers) <= self.scheduler.settings.lookahead + 1
+        self.scheduler.composer.check_integrity()
+        return self.scheduler.next_step > before
+
+    def answer(self) -> bool:
+        """Lets the scheduler see the oldest result. False: there is none."""
+        if not self.answers:
+            return False
+        self.scheduler.take(self.answers.popleft())
+        while self.outputs.sent:
+            output = self.outputs.sent.popleft()
+            assert isinstance(output, StepOutput)
+            self._deliver(output)
+        return True
+
+    def _deliver(self, output: StepOutput) -> None:
+        requests, positions = unpack_int64(output.requests), unpack_int32(output.positions)
+        for request, position, token in zip(requests, positions, unpack_int32(output.tokens), strict=True):
+            assert position == len(self.tokens[request]), "a token twice, or a gap"
+            assert request not in self.finished, "a token after the end"
+            self.tokens[request].append(token)
+        for finish in output.finished:
+            self.finished[requests[finish.index]] = finish.reason
+        for started in output.started:
+            self.cached[started.request] = started.num_cached
+
+    def run(self) -> None:
+        """Until nothing is left to do; answers are seen at random moments."""
+        while True:
+            progress = self.compose()
+            answers = self._random.randint(0 if progress else 1, 2)
+            answered = [self.answer() for _ in range(answers)]
+            if not any(answered) and not progress:
+                break
+        assert self.scheduler.composer.is_idle()
+        self.scheduler.composer.check_integrity()
+        self.board.close()

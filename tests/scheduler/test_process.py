@@ -1,0 +1,279 @@
+"""The scheduler against a fake rank whose tokens depend on every token that its blocks show it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.scheduler.helpers import VOCAB, World, sampling, submit
+from tpworker.ipc.messages import Abort, StepResult, StepTiming, Submit, pack_int32, unpack_int32
+from tpworker.scheduler.inflight import ProtocolError
+from tpworker.testing.fake_rank import expected_output
+
+PROMPT = list(range(1, 11))
+
+
+def expected(message: Submit, max_model_len: int = 64) -> list[int]:
+    prompt = unpack_int32(message.tokens).tolist()
+    return expected_output(prompt, message.sampling, VOCAB, max_model_len)
+
+
+def run_all(messages: list[Submit], **options: Any) -> World:
+    world = World(**options)
+    for message in messages:
+        world.submit(message)
+    world.run()
+    for message in messages:
+        assert world.tokens[message.request] == expected(message), message
+    return world
+
+
+@pytest.mark.parametrize("lookahead", [0, 1, 2, 3, 4])
+def test_a_request_alone(lookahead: int) -> None:
+    world = run_all([submit(1, PROMPT)], lookahead=lookahead)
+    assert world.finished == {1: "length"}
+    # one prefill, seven decodes, and not one step more: the end by length is known beforehand
+    assert len(world.executed) == 8
+
+
+def test_plans_run_ahead_of_results() -> None:
+    world = World(lookahead=2)
+    world.submit(submit(1, PROMPT))
+    world.compose()
+    assert [plan.step for plan in world.executed] == [0, 1, 2]
+    assert not world.tokens[1], "three steps are composed and nobody has seen a token"
+
+
+def test_an_unchanged_decode_batch_is_a_few_bytes() -> None:
+    from tpworker.ipc.messages import encode
+
+    world = run_all([submit(1, PROMPT, max_tokens=40)], lookahead=2)
+    steady = [plan for plan in world.executed[2:] if not plan.grants]
+    assert len(steady) > 25
+    assert all(plan.decode is None and len(encode(plan)) < 16 for plan in steady)
+
+
+@pytest.mark.parametrize("lookahead", [0, 2])
+def test_a_stop_token_ends_a_request_and_its_overrun_is_dropped(lookahead: int) -> None:
+    free_running = expected(submit(1, PROMPT, max_tokens=30))
+    stop = free_running[4]
+    messages = [submit(1, PROMPT, max_tokens=30, stop_ids=pack_int32([stop])), submit(2, PROMPT[:5])]
+    world = run_all(messages, lookahead=lookahead)
+    assert world.tokens[1] == free_running[: free_running.index(stop) + 1]
+    assert world.finished[1] == "stop"
+
+
+def test_a_slot_is_reused_while_old_results_are_on_their_way() -> None:
+    """Invariant 5: one slot, so every request follows another in it, with answers two steps late."""
+    stop = pack_int32(list(range(0, VOCAB, 4)))
+    messages = [submit(i, [i, i + 1, i + 2], max_tokens=12, seed=i, stop_ids=stop) for i in range(1, 8)]
+    world = run_all(messages, lookahead=2, max_num_seqs=1)
+    assert "stop" in world.finished.values()
+    num_tokens = sum(len(tokens) for tokens in world.tokens.values())
+    assert len(world.executed) > num_tokens, "nothing was sampled for a request that had ended"
+
+
+def test_chunks_keep_within_the_budget_and_decodes_come_first() -> None:
+    messages = [submit(1, PROMPT[:4], max_tokens=20), submit(2, list(range(40)), max_tokens=3)]
+    world = run_all(messages, max_num_batched_tokens=8, max_num_seqs=4, num_blocks=64)
+    for plan in world.executed:
+        decodes = 0 if plan.decode is None else len(plan.decode) // 4
+        assert decodes + sum(chunk.length for chunk in plan.chunks) <= 8
+    chunked = [chunk for plan in world.executed for chunk in plan.chunks if chunk.slot == 1]
+    assert len(chunked) > 4, "a prompt of 40 tokens under a budget of 8"
+    assert [chunk.sample for chunk in chunked] == [False] * (len(chunked) - 1) + [True]
+
+
+@pytest.mark.parametrize("lookahead", [0, 1, 2, 4])
+def test_preemption_by_recompute(lookahead: int) -> None:
+    """12 usable blocks of 4 tokens for four requests that want 8 each."""
+    messages = [submit(i, [i] * 6, max_tokens=24, seed=i) for i in range(4)]
+    world = run_all(messages, lookahead=lookahead, num_blocks=13, prefix_caching=False)
+    assert world.scheduler.composer.num_preemptions > 0
+
+
+def test_a_prefix_is_found_in_the_cache() -> None:
+    prompt = list(range(20))
+    world = World(lookahead=2)
+    for request in (1, 2):
+        world.submit(submit(request, prompt, seed=request))
+        world.compose()
+    world.run()
+    assert world.cached == {1: 0, 2: 16}, "all whole blocks, and one token left to compute"
+    assert world.tokens[2] == expected(submit(2, prompt, seed=2))
+
+
+def test_what_a_plan_computes_is_not_shared_within_it() -> None:
+    world = World(lookahead=0, max_num_batched_tokens=64)
+    world.submit(submit(1, list(range(20))))
+    world.submit(submit(2, list(range(20))))
+    world.run()
+    assert world.cached == {1: 0, 2: 0}
+
+
+def test_generated_tokens_are_cached_too() -> None:
+    first = submit(1, PROMPT, max_tokens=10)
+    second = submit(2, PROMPT + expected(first), max_tokens=4)
+    world = World(lookahead=2)
+    world.submit(first)
+    world.compose()
+    while 1 not in world.finished:
+        world.answer()
+        world.compose()
+    world.submit(second)
+    world.run()
+    assert world.cached[2] == 16
+    assert world.tokens[2] == expected(second)
+
+
+def test_no_prefix_caching() -> None:
+    world = World(prefix_caching=False)
+    for request in (1, 2):
+        world.submit(submit(request, list(range(20)), seed=request))
+        world.compose()
+    world.run()
+    assert world.cached == {1: 0, 2: 0}
+
+
+def test_min_tokens_reaches_the_rank_and_survives_preemption() -> None:
+    stop = pack_int32(list(range(16)))
+    messages = [submit(i, [i] * 6, max_tokens=24, min_tokens=20, seed=i, stop_ids=stop) for i in range(4)]
+    world = run_all(messages, num_blocks=13, prefix_caching=False)
+    assert all(len(tokens) >= 20 for tokens in world.tokens.values())
+
+
+def test_delivered_tokens_are_not_sent_again() -> None:
+    """A request that comes back after a restart goes on at its position."""
+    whole = expected(submit(1, PROMPT, max_tokens=12))
+    world = World()
+    world.tokens[1] = whole[:5]
+    world.scheduler.take(submit(1, PROMPT + whole[:5], num_delivered=5, max_tokens=12))
+    world.run()
+    assert world.tokens[1] == whole
+
+
+def test_abort_in_every_state() -> None:
+    world = World(lookahead=2, max_num_seqs=2, max_num_batched_tokens=8)
+    for request in range(5):
+        world.submit(submit(request, list(range(request, request + 12)), max_tokens=20, seed=request))
+    world.compose()
+    for request in (4, 1, 0):  # waiting, prefilling, decoding with tokens in flight
+        world.scheduler.take(Abort(0, request))
+    world.scheduler.take(Abort(0, 99))  # never heard of
+    world.run()
+    assert set(world.finished) == {2, 3}
+    for request in (2, 3):
+        message = submit(request, list(range(request, request + 12)), max_tokens=20, seed=request)
+        assert world.tokens[request] == expected(message)
+
+
+def test_messages_of_another_generation_are_dropped() -> None:
+    world = World()
+    world.scheduler.take(Submit(1, 1, pack_int32([1, 2]), 0, sampling()))
+    world.scheduler.take(StepResult(5, 0, b"", StepTiming(0, 0, 0)))
+    assert not world.compose()
+
+
+def test_an_answer_out_of_order_is_an_error() -> None:
+    world = World()
+    world.submit(submit(1, PROMPT))
+    world.compose()
+    world.answers.popleft()
+    with pytest.raises(ProtocolError, match="answer to step 1, but the oldest unanswered is 0"):
+        world.answer()
+
+
+def test_an_answer_of_the_wrong_size_is_an_error() -> None:
+    world = World()
+    world.submit(submit(1, PROMPT))
+    world.compose()
+    with pytest.raises(ProtocolError, match="2 tokens for 1 rows"):
+        world.scheduler.take(StepResult(0, 0, pack_int32([1, 2]), StepTiming(0, 0, 0)))
+
+
+request_strategy = st.fixed_dictionaries(
+    {
+        "prompt": st.lists(st.integers(0, 2), min_size=1, max_size=30),
+        "max_tokens": st.integers(1, 30),
+        "seed": st.integers(0, 2),
+        "stops": st.lists(st.integers(0, VOCAB - 1), max_size=3),
+        "min_tokens": st.integers(0, 4),
+        "abort_after": st.none() | st.integers(0, 12),
+    }
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    requests=st.lists(request_strategy, min_size=1, max_size=10),
+    lookahead=st.integers(0, 4),
+    slots=st.integers(1, 4),
+    budget=st.integers(4, 20),
+    num_blocks=st.integers(17, 40),
+    block_size=st.sampled_from([4, 8]),
+    caching=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_any_mix_gives_what_each_request_gives_alone(
+    requests: list[dict[str, Any]],
+    lookahead: int,
+    slots: int,
+    budget: int,
+    num_blocks: int,
+    block_size: int,
+    caching: bool,
+    seed: int,
+) -> None:
+    """The oracle: batch mix, lookahead, preemption, prefix hits and aborts change no token."""
+    world = World(
+        lookahead,
+        num_blocks,
+        block_size,
+        seed,
+        max_num_seqs=slots,
+        max_num_batched_tokens=max(budget, slots),
+        prefix_caching=caching,
+    )
+    messages = {}
+    for number, request in enumerate(requests):
+        messages[number] = submit(
+            number,
+            request["prompt"],
+            max_tokens=request["max_tokens"],
+            min_tokens=min(request["min_tokens"], request["max_tokens"]),
+            seed=request["seed"],
+            stop_ids=pack_int32(request["stops"]),
+        )
+        world.submit(messages[number])
+        world.compose()
+        if number % 2:
+            world.answer()
+    aborted = {n: r["abort_after"] for n, r in enumerate(requests) if r["abort_after"] is not None}
+    for turn in range(13):
+        for number, after in aborted.items():
+            if after == turn:
+                world.scheduler.take(Abort(0, number))
+        world.compose()
+        world.answer()
+    world.run()
+    for number, message in messages.items():
+        whole = expected(message)
+        if number in aborted:
+            assert world.tokens[number] == whole[: len(world.tokens[number])]
+        else:
+            assert world.tokens[number] == whole
+            assert number in world.finished
+
+
+def test_the_fake_rank_would_notice_a_wrong_block() -> None:
+    """The oracle itself: with one block's content changed under it, the output is another."""
+    world = World(lookahead=0)
+    message = submit(1, PROMPT)
+    world.submit(message)
+    world.compose()
+    world.rank._blocks[world.scheduler.composer.running[0].blocks[0]][1] = 49
+    world.run()
+    assert world.tokens[1] != expected(message)

@@ -1,0 +1,121 @@
+"""Results leave the device without anybody's waiting for them but this thread.
+
+    launch thread     compute ──done──► copies: ring row ─► pinned buffer ──copied──► publisher thread
+    queues all this                                                                   sleeps on it, sends,
+    and goes on                                                                       frees ring row, buffer
+
+A ring row and its host buffer are rewritten only after they were sent (invariant 4). The scheduler keeps
+at most lookahead + 1 plans unanswered and the ring has one row more, so a row is always free when a step
+wants it; that is checked, not waited for. And each row carries its step's number, checked once more.
+
+Every rank has a publisher, since each must know which of its steps are done (to reuse staging buffers,
+and to say where it stands); only rank 0 copies and sends.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tpworker.ipc.board import Field, Row
+from tpworker.ipc.channels import Channel
+from tpworker.ipc.messages import StepResult, StepTiming
+from tpworker.rank.device import Device, Event
+from tpworker.rank.runner import Launched
+from tpworker.rank.staging import StagingPool
+
+
+@dataclass(frozen=True, slots=True)
+class _Published:
+    launched: Launched
+    copied: Event
+    buffer: Tensor | None  # int64 [1 + num_sampled] on the host; None on the ranks that do not send
+
+
+class Publisher:
+    """Sends each step's tokens once the device has computed and copied them.
+
+    Args:
+        generation: for the messages.
+        device: whose copy stream is used.
+        ring_rows, num_slots: shape of the token ring.
+        staging: gets the buffers back.
+        row: of the status board.
+        connect: makes the channel to the scheduler, on the publisher's own thread; None: do not send.
+        fail: told of the exception when a step went wrong on the device; may not return.
+    """
+
+    def __init__(
+        self,
+        generation: int,
+        device: Device,
+        ring_rows: int,
+        num_slots: int,
+        staging: StagingPool,
+        row: Row,
+        connect: Callable[[], Channel] | None,
+        fail: Callable[[BaseException], None],
+    ) -> None:
+        self._generation = generation
+        self._device = device
+        self._staging = staging
+        self._row = row
+        self._connect = connect
+        self._fail = fail
+        self._rows_in_use = 0
+        self._rows_freed = 0
+        num_bytes = 8 * ring_rows * (1 + num_slots)
+        self._buffers = device.host_buffer(num_bytes).view(torch.int64).view(ring_rows, -1)
+        self._queue: queue.SimpleQueue[_Published | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="publisher", daemon=True)
+        self._thread.start()
+
+    def publish(self, launched: Launched) -> None:
+        """Queues the copy of a step's tokens and their sending (launch thread; returns at once)."""
+        in_use = self._rows_in_use - self._rows_freed
+        assert in_use < len(self._buffers), "a ring row would be rewritten before it was sent"
+        self._rows_in_use += 1
+        buffer = None
+        copied = launched.done
+        if self._connect is not None:
+            buffer = self._buffers[launched.step % len(self._buffers), : 1 + launched.num_sampled]
+            copies = self._device.copies
+            copies.wait(launched.done)
+            copies.run(lambda: _copy(buffer, launched.ring_row))
+            copied = copies.record()
+        self._queue.put(_Published(launched, copied, buffer))
+
+    def close(self) -> None:
+        """Publishes what is queued, then ends the thread."""
+        self._queue.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            channel = None if self._connect is None else self._connect()
+            while (item := self._queue.get()) is not None:
+                item.copied.synchronize()
+                if channel is not None and item.buffer is not None:
+                    channel.send(self._result(item.launched, item.buffer))
+                self._staging.give_back(item.launched.staging)
+                self._rows_freed += 1
+                self._row[Field.COMPLETED] = item.launched.step + 1
+            if channel is not None:
+                channel.close()
+        except BaseException as error:
+            self._fail(error)
+
+    def _result(self, launched: Launched, buffer: Tensor) -> StepResult:
+        timing = StepTiming(launched.launched_ns, launched.started.time_ns(), launched.done.time_ns())
+        row = buffer.numpy()
+        assert row[0] == launched.step, f"the ring row of step {launched.step} holds step {row[0]}"
+        return StepResult(self._generation, launched.step, row[1:].astype("<i4").tobytes(), timing)
+
+
+def _copy(buffer: Tensor, tokens: Tensor) -> None:
+    buffer.copy_(tokens, non_blocking=True)

@@ -1,0 +1,144 @@
+"""The slot table: the state of every running request, on the device, one row a slot.
+
+A steady decode step reads its inputs here and writes its results back, so it needs nothing from the host.
+What the host has to say (a slot admitted, blocks granted) is staged as deltas and applied on the compute
+stream, in plan order: after every earlier step has read the row and before any later one does.
+
+The last row is the null slot: padding rows of a batch point to it, and its blocks are the null block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tpworker.ipc.messages import Admission, Grant, Sampling, unpack_int32
+from tpworker.model.sampling import SamplingMode, SamplingRows
+from tpworker.rank.staging import StagedArray, StagingBuffer
+
+MAX_STOP_IDS = 16
+_POSITION, _TOP_K, _SEED, _MIN_LENGTH, _STOP_IDS = range(5)  # columns of the integers of an admission
+
+
+@dataclass(frozen=True, slots=True)
+class SlotDeltas:
+    """What a plan changes in the slot table, staged. None: nothing of that kind."""
+
+    slots: StagedArray | None = None  # int64 [A]
+    integers: StagedArray | None = None  # int64 [A, 4 + MAX_STOP_IDS]
+    floats: StagedArray | None = None  # float32 [A, 2]: temperature, top_p
+    block_places: StagedArray | None = None  # int64 [B]: slot * width + entry
+    blocks: StagedArray | None = None  # int32 [B]
+
+
+class SlotTable:
+    """Rows of device state.
+
+    Args:
+        num_slots: rows, without the null slot.
+        max_blocks: width of the block table.
+        device: where the tensors live.
+    """
+
+    def __init__(self, num_slots: int, max_blocks: int, device: torch.device) -> None:
+        def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.zeros(num_slots + 1, *shape, dtype=dtype, device=device)
+
+        self.num_slots = num_slots
+        self.last_token = zeros()
+        """int64 [num_slots + 1]: the token that the next decode step is fed."""
+        self.position = zeros()
+        """int64: where that token stands, which is the number of tokens whose KV is computed."""
+        self.block_table = zeros(max_blocks, dtype=torch.int32)
+        """int32 [num_slots + 1, max_blocks]: entries beyond a slot's length are stale or 0."""
+        self.temperature = zeros(dtype=torch.float32)
+        self.top_p = zeros(dtype=torch.float32)
+        self.top_k = zeros()
+        self.seed = zeros()
+        self.min_length = zeros()
+        """int64: stop ids are suppressed for tokens at positions below it."""
+        self.stop_ids = zeros(MAX_STOP_IDS).fill_(-1)
+        """int64 [num_slots + 1, MAX_STOP_IDS], filled up with -1."""
+        self._needs = np.zeros((num_slots, 3), np.bool_)  # on the host: random, truncate, suppress
+
+    def stage(
+        self, admitted: Sequence[Admission], grants: Sequence[Grant], staging: StagingBuffer
+    ) -> SlotDeltas:
+        """Puts a plan's deltas into its staging buffer (launch thread)."""
+        if not admitted and not grants:
+            return SlotDeltas()
+        blocks = [(admission.slot, 0, admission.blocks) for admission in admitted]
+        blocks += [(grant.slot, grant.first, grant.blocks) for grant in grants]
+        width = self.block_table.shape[1]
+        values = [np.frombuffer(packed, np.dtype("<i4")) for _, _, packed in blocks]
+        places = [
+            np.arange(slot * width + first, slot * width + first + len(entries), dtype=np.int64)
+            for (slot, first, _), entries in zip(blocks, values, strict=True)
+        ]
+        block_places = staging.put(np.concatenate(places))
+        block_values = staging.put(np.concatenate(values).astype(np.int32))
+        if not admitted:
+            return SlotDeltas(block_places=block_places, blocks=block_values)
+        samplings = [admission.sampling for admission in admitted]
+        for admission in admitted:
+            self._needs[admission.slot] = _needs(admission.sampling)
+        return SlotDeltas(
+            staging.put(np.array([admission.slot for admission in admitted], np.int64)),
+            staging.put(np.stack([_integers(admission) for admission in admitted])),
+            staging.put(np.array([(s.temperature, s.top_p) for s in samplings], np.float32)),
+            block_places,
+            block_values,
+        )
+
+    def apply(self, deltas: SlotDeltas) -> None:
+        """Writes staged deltas into the table (compute stream)."""
+        if deltas.block_places is not None and deltas.blocks is not None:
+            self.block_table.view(-1)[deltas.block_places.get()] = deltas.blocks.get()
+        if deltas.slots is not None and deltas.integers is not None and deltas.floats is not None:
+            slots, integers, floats = deltas.slots.get(), deltas.integers.get(), deltas.floats.get()
+            self.position[slots] = integers[:, _POSITION]
+            self.top_k[slots] = integers[:, _TOP_K]
+            self.seed[slots] = integers[:, _SEED]
+            self.min_length[slots] = integers[:, _MIN_LENGTH]
+            self.stop_ids[slots] = integers[:, _STOP_IDS:]
+            self.temperature[slots] = floats[:, 0]
+            self.top_p[slots] = floats[:, 1]
+
+    def sampling_rows(self, slots: Tensor, positions: Tensor) -> SamplingRows:
+        """The sampling parameters of rows whose tokens will stand at `positions` (int64 [R] both)."""
+        return SamplingRows(
+            self.temperature[slots],
+            self.top_p[slots],
+            self.top_k[slots],
+            self.seed[slots],
+            positions,
+            self.min_length[slots],
+            self.stop_ids[slots],
+        )
+
+    def sampling_mode(self, slots: Sequence[int]) -> SamplingMode:
+        """What sampling these slots needs, from the host's own record (launch thread)."""
+        random, truncate, suppress = self._needs[list(slots)].any(axis=0).tolist()
+        return SamplingMode(random, truncate, suppress)
+
+
+def _needs(sampling: Sampling) -> tuple[bool, bool, bool]:
+    random = sampling.temperature > 0
+    truncate = random and (sampling.top_p < 1 or sampling.top_k > 0)
+    return random, truncate, sampling.min_tokens > 0 and bool(sampling.stop_ids)
+
+
+def _integers(admission: Admission) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    sampling = admission.sampling
+    row = np.full(_STOP_IDS + MAX_STOP_IDS, -1, np.int64)
+    row[_POSITION] = admission.num_cached
+    row[_TOP_K] = sampling.top_k
+    row[_SEED] = sampling.seed
+    row[_MIN_LENGTH] = admission.num_prompt + sampling.min_tokens
+    stop_ids = unpack_int32(sampling.stop_ids)
+    row[_STOP_IDS : _STOP_IDS + len(stop_ids)] = stop_ids
+    return row

@@ -1,0 +1,135 @@
+"""A rank without a model, for tests of whatever composes plans.
+
+It executes plans as a rank does, on blocks that hold tokens in the place of keys and values, and its next
+token is a function of everything that it can see through a slot's block table. So a block that was given
+away too early, shared wrongly or not filled changes the output, as it would with a model, and
+`expected_output` tells what the output must be.
+"""
+
+from __future__ import annotations
+
+import zlib
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from tpworker.ipc.messages import (
+    Admission,
+    BatchPlan,
+    Sampling,
+    StepResult,
+    StepTiming,
+    pack_int32,
+    unpack_int32,
+)
+
+
+def next_token(context: Sequence[int], seed: int, vocab_size: int) -> int:
+    """The token that follows `context`, in the world of `FakeRank`."""
+    return zlib.crc32(array("q", [seed, *context]).tobytes()) % vocab_size
+
+
+def expected_output(
+    prompt: Sequence[int], sampling: Sampling, vocab_size: int, max_model_len: int
+) -> list[int]:
+    """The output tokens of a request that runs alone, one step after the other."""
+    tokens = list(prompt)
+    stop_ids = set(unpack_int32(sampling.stop_ids))
+    while len(tokens) < min(len(prompt) + sampling.max_tokens, max_model_len):
+        token = next_token(tokens, sampling.seed, vocab_size)
+        while token in stop_ids and len(tokens) < len(prompt) + sampling.min_tokens:
+            token = (token + 1) % vocab_size
+        tokens.append(token)
+        if token in stop_ids:
+            break
+    return tokens[len(prompt) :]
+
+
+@dataclass(slots=True)
+class _Slot:
+    tokens: array[int]
+    num_prompt: int
+    sampling: Sampling
+    stop_ids: frozenset[int]
+    blocks: dict[int, int] = field(default_factory=dict)
+    position: int = 0
+    last_token: int = 0
+
+
+class FakeRank:
+    """Executes plans in order; asserts that they make sense.
+
+    Args:
+        num_blocks, block_size: of the KV cache it pretends to have.
+        vocab_size: tokens are below it.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, vocab_size: int = 50) -> None:
+        self.block_size = block_size
+        self.vocab_size = vocab_size
+        self.next_step = 0
+        self.slots: dict[int, _Slot] = {}
+        self._blocks = [[-1] * block_size for _ in range(num_blocks)]
+        self._decode: list[int] = []
+
+    def execute(self, plan: BatchPlan) -> StepResult:
+        """One step: the sampled tokens, in the plan's order."""
+        assert plan.step == self.next_step, f"step {plan.step} after {self.next_step - 1}"
+        self.next_step += 1
+        for slot in plan.released:
+            del self.slots[slot]
+        for admission in plan.admitted:
+            self._admit(admission)
+        for grant in plan.grants:
+            for entry, block in enumerate(unpack_int32(grant.blocks), grant.first):
+                assert entry not in self.slots[grant.slot].blocks, "an entry was granted twice"
+                self.slots[grant.slot].blocks[entry] = block
+        if plan.decode is not None:
+            self._decode = unpack_int32(plan.decode).tolist()
+        tokens = [self._decode_slot(slot) for slot in self._decode]
+        for chunk in plan.chunks:
+            state = self.slots[chunk.slot]
+            assert chunk.start == state.position, "a chunk does not begin where the one before ended"
+            for position in range(chunk.start, chunk.start + chunk.length):
+                self._write(state, position, state.tokens[position])
+            state.position = chunk.start + chunk.length
+            assert chunk.sample == (state.position == len(state.tokens))
+            if chunk.sample:
+                tokens.append(self._sample(state))
+        return StepResult(plan.generation, plan.step, pack_int32(tokens), StepTiming(0, 0, 0))
+
+    def _admit(self, admission: Admission) -> None:
+        assert admission.slot not in self.slots, f"slot {admission.slot} is taken"
+        state = _Slot(
+            unpack_int32(admission.tokens),
+            admission.num_prompt,
+            admission.sampling,
+            frozenset(unpack_int32(admission.sampling.stop_ids)),
+            dict(enumerate(unpack_int32(admission.blocks))),
+            admission.num_cached,
+        )
+        self.slots[admission.slot] = state
+        cached = [self._read(state, position) for position in range(admission.num_cached)]
+        assert cached == state.tokens[: admission.num_cached].tolist(), "the prefix cache gave wrong content"
+
+    def _decode_slot(self, slot: int) -> int:
+        state = self.slots[slot]
+        self._write(state, state.position, state.last_token)
+        state.position += 1
+        return self._sample(state)
+
+    def _sample(self, state: _Slot) -> int:
+        context = [self._read(state, position) for position in range(state.position)]
+        token = next_token(context, state.sampling.seed, self.vocab_size)
+        while token in state.stop_ids and state.position < state.num_prompt + state.sampling.min_tokens:
+            token = (token + 1) % self.vocab_size
+        state.last_token = token
+        return token
+
+    def _write(self, state: _Slot, position: int, token: int) -> None:
+        block = state.blocks[position // self.block_size]
+        assert block != 0, "the null block is written to"
+        self._blocks[block][position % self.block_size] = token
+
+    def _read(self, state: _Slot, position: int) -> int:
+        return self._blocks[state.blocks[position // self.block_size]][position % self.block_size]
