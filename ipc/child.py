@@ -21,7 +21,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, NoReturn, TypeVar
 
@@ -155,24 +155,25 @@ def pack_boot(boot: SchedulerBoot | RankBoot) -> bytes:
 class Report:
     """Why a child ended, in its own words: the exception that left its main function.
 
-    `missing` are the ranks that the exception blames (an attribute `missing` of it: ranks that did not
-    come to the barrier, for instance).
+    `blamed` are the ranks that the exception blames, if it has an attribute that says so: `missing` (they
+    did not come in time) or `minority` (they do something else than the others).
     """
 
     error: Annotated[str, Within(1, 256)]  # the exception's class
     summary: Annotated[str, Within(0, _MAX_SUMMARY)]
     traceback: Annotated[str, Within(0, _MAX_TRACEBACK)]
-    missing: tuple[Rank, ...]
+    blamed: tuple[Rank, ...]
 
     @classmethod
     def of(cls, error: BaseException) -> Report:
         """The report of an exception, cut to what fits into a pipe; of the traceback the end is kept."""
         text = "".join(traceback.format_exception(error))
+        blamed: Sequence[int] = getattr(error, "missing", ()) or getattr(error, "minority", ())
         return cls(
             error=type(error).__name__[:256],
             summary=_clean(str(error) or repr(error))[:_MAX_SUMMARY],
             traceback=_clean(text)[-_MAX_TRACEBACK:],
-            missing=tuple(rank for rank in getattr(error, "missing", ()) if 0 <= rank < MAX_RANKS),
+            blamed=tuple(rank for rank in blamed if 0 <= rank < MAX_RANKS),
         )
 
 

@@ -1,0 +1,74 @@
+"""tpworker: a multi-process tensor-parallel worker runtime for LLM decoding.
+
+    from tpworker import Runtime, SamplingParams
+
+    async with Runtime(model, tensor_parallel_size=4) as runtime:
+        async for output in runtime.generate("Once upon a time", SamplingParams(max_tokens=50)):
+            print(output.text, end="")
+
+Everything a user needs is importable from here. It is imported on first use, so that `import tpworker` is
+quick; none of it imports torch, transformers, or what the HTTP server needs.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tpworker.config import RuntimeConfig, SamplingParams
+    from tpworker.errors import (
+        ConfigError,
+        InvalidRequest,
+        ModelError,
+        PromptTooLong,
+        QueueFull,
+        RequestError,
+        RuntimeFailed,
+        RuntimeStopped,
+        TpworkerError,
+    )
+    from tpworker.outputs import Completion, Health, RequestOutput, Stats, StepRecord
+    from tpworker.runtime import Runtime
+    from tpworker.sync import SyncRuntime
+
+__all__ = [
+    "Completion",
+    "ConfigError",
+    "Health",
+    "InvalidRequest",
+    "ModelError",
+    "PromptTooLong",
+    "QueueFull",
+    "RequestError",
+    "RequestOutput",
+    "Runtime",
+    "RuntimeConfig",
+    "RuntimeFailed",
+    "RuntimeStopped",
+    "SamplingParams",
+    "Stats",
+    "StepRecord",
+    "SyncRuntime",
+    "TpworkerError",
+]
+
+_MODULES = {
+    "tpworker.config": ["RuntimeConfig", "SamplingParams"],
+    "tpworker.outputs": ["Completion", "Health", "RequestOutput", "Stats", "StepRecord"],
+    "tpworker.runtime": ["Runtime"],
+    "tpworker.sync": ["SyncRuntime"],
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'tpworker' has no attribute {name!r}")
+    value = getattr(import_module(_MODULE_OF.get(name, "tpworker.errors")), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,123 @@
+"""What a request asks for: checked, and completed, before anything is composed.
+
+What can be wrong with a request is found here, and fails that request alone (invariant 8).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from tpworker.config import MAX_STOP_IDS, SamplingParams
+from tpworker.errors import InvalidRequest, PromptTooLong
+from tpworker.ipc.messages import Sampling, pack_int32, unpack_int32
+
+if TYPE_CHECKING:
+    from tpworker.model.families import ModelSpec
+
+
+def pack_prompt(token_ids: Sequence[int], spec: ModelSpec) -> bytes:
+    """A prompt's token ids as int32, 4 bytes each.
+
+    Raises:
+        InvalidRequest: it is empty, or holds what is no id of the model's vocabulary.
+    """
+    highest = spec.vocab_size - 1
+    try:
+        packed = pack_int32(token_ids)
+    except (TypeError, OverflowError) as error:
+        raise InvalidRequest(
+            f"the prompt must be a string, or token ids from 0 to {highest}: {error}", "prompt"
+        ) from None
+    ids = unpack_int32(packed)
+    if not ids:
+        raise InvalidRequest("the prompt is empty: give at least one token", "prompt")
+    if min(ids) < 0 or max(ids) > highest:
+        wrong = next(i for i in ids if not 0 <= i <= highest)
+        raise InvalidRequest(
+            f"the prompt holds token id {wrong}; the model's vocabulary has 0 to {highest}", "prompt"
+        )
+    return packed
+
+
+def fit(params: SamplingParams, num_prompt: int, max_model_len: int, kv_tokens: int) -> int:
+    """The request's max_tokens: what it asks for, or as many as fit.
+
+    Args:
+        params: what the request asks for.
+        num_prompt: tokens of its prompt.
+        max_model_len: most tokens of one request.
+        kv_tokens: tokens that all KV blocks together can hold.
+
+    Raises:
+        PromptTooLong: the prompt, or the prompt and max_tokens, do not fit.
+        InvalidRequest: min_tokens do not fit.
+    """
+    limit = min(max_model_len, kv_tokens)
+    what = f"max_model_len is {max_model_len}"
+    remedy = "raise --max-model-len"
+    if kv_tokens < max_model_len:
+        what = f"the KV blocks of this machine hold {kv_tokens} (max_model_len is {max_model_len})"
+        remedy = "give the runtime more memory (--gpu-memory-utilization)"
+    if num_prompt >= limit:
+        raise PromptTooLong(
+            f"the prompt has {num_prompt} tokens, but {what}, and at least one must be left for the "
+            f"answer: shorten the prompt, or {remedy}",
+            "prompt",
+        )
+    if params.max_tokens is not None and num_prompt + params.max_tokens > limit:
+        raise PromptTooLong(
+            f"the prompt has {num_prompt} tokens and max_tokens is {params.max_tokens}, together "
+            f"{num_prompt + params.max_tokens}, but {what}: ask for at most {limit - num_prompt} tokens, or "
+            f"{remedy}",
+            "max_tokens",
+        )
+    max_tokens = limit - num_prompt if params.max_tokens is None else params.max_tokens
+    if params.min_tokens > max_tokens:
+        raise InvalidRequest(
+            f"min_tokens={params.min_tokens}: only {max_tokens} tokens fit after this prompt", "min_tokens"
+        )
+    return max_tokens
+
+
+def resolve_sampling(params: SamplingParams, spec: ModelSpec, max_tokens: int, seed: int) -> Sampling:
+    """Sampling parameters with every default filled in: the request's, else the model's, else ours.
+
+    Args:
+        params: what the request asks for.
+        spec: of the model.
+        max_tokens: see `fit`.
+        seed: for a request that gives none.
+
+    Raises:
+        InvalidRequest: a stop token outside the vocabulary, or too many of them.
+    """
+    wrong = [i for i in params.stop_token_ids if i >= spec.vocab_size]
+    if wrong:
+        raise InvalidRequest(
+            f"stop_token_ids holds {wrong[0]}; the model's vocabulary has 0 to {spec.vocab_size - 1}",
+            "stop_token_ids",
+        )
+    model_stop_ids = () if params.ignore_eos else spec.eos_ids
+    stop_ids = list(dict.fromkeys((*model_stop_ids, *params.stop_token_ids)))
+    if len(stop_ids) > MAX_STOP_IDS:
+        raise InvalidRequest(
+            f"stop_token_ids: with the model's {len(model_stop_ids)} end-of-sequence tokens these are "
+            f"{len(stop_ids)} different ids; the limit is {MAX_STOP_IDS} together",
+            "stop_token_ids",
+        )
+
+    defaults = spec.generation_defaults
+
+    def chosen(asked: float | None, name: str, otherwise: float) -> float:
+        return asked if asked is not None else defaults.get(name, otherwise)
+
+    return Sampling(
+        temperature=float(chosen(params.temperature, "temperature", 1.0)),
+        top_p=float(chosen(params.top_p, "top_p", 1.0)),
+        top_k=max(0, int(chosen(params.top_k, "top_k", 0))),
+        seed=seed if params.seed is None else params.seed,
+        max_tokens=max_tokens,
+        min_tokens=params.min_tokens,
+        stop_ids=pack_int32(stop_ids),
+    )

@@ -1,0 +1,130 @@
+"""Which process is at fault, when several of them end at once.
+
+A process that dies takes its peers along: their collectives fail, their barrier waits in vain. So what the
+supervisor sees first is not always the cause. In this order, and among equals the first one seen:
+
+    1. DIED      it ended without a report: killed by a signal, or crashed in native code
+    2. RAISED    it reported an exception of its own
+    3. ABORTED   it died of SIGABRT, which libraries also raise when a peer is gone
+    4. WAITED    it reported that others did not come in time: these others are at fault
+    5. LOST      it reported that the connection to a peer was lost
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+from tpworker.ipc.child import RANK_NAME, Report
+
+#: Errors of these classes say that somebody else did not do something in time.
+_WAITED = frozenset({"BarrierTimeout", "StepTimeout", "TimeoutError", "ChannelError"})
+#: Errors of this class say that somebody else has ended; as do messages like these, of gloo and of NCCL.
+_LOST = frozenset({"BarrierAborted"})
+_LOST_MESSAGE = re.compile(r"connection (closed|reset|refused)|broken pipe|timed out waiting", re.IGNORECASE)
+
+
+class Kind(IntEnum):
+    """How much an ending says about the cause, most first."""
+
+    DIED = 1
+    RAISED = 2
+    ABORTED = 3
+    WAITED = 4
+    LOST = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How one process ended.
+
+    `status` is None while it is not known (it reported, or its pipe closed, but it still exits); negative:
+    the number of the signal that killed it.
+    """
+
+    process: str
+    status: int | None
+    report: Report | None
+
+    @property
+    def kind(self) -> Kind:
+        if self.report is None:
+            return Kind.ABORTED if self.status == -signal.SIGABRT else Kind.DIED
+        if self.report.error in _LOST or _LOST_MESSAGE.search(self.report.summary):
+            return Kind.LOST
+        if self.report.error in _WAITED:
+            return Kind.WAITED
+        return Kind.RAISED
+
+    def describe(self) -> str:
+        """What happened, in one line, beginning with the name of the process."""
+        if self.report is not None:
+            return f"{self.process} raised {self.report.error}: {self.report.summary}"
+        if self.status is None:
+            return f"{self.process} ended without a word"
+        if self.status < 0:
+            cause = ": by hand, or by the kernel for want of memory" if self.status == -signal.SIGKILL else ""
+            return f"{self.process} was killed by {_signal_name(-self.status)}{cause}"
+        return f"{self.process} ended with status {self.status}, without a report; its log may say more"
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Where a process is, while it lives: from the status board and from the kernel."""
+
+    stopped: bool  # by SIGSTOP, or by a debugger
+    progress: tuple[int, ...]  # of a rank: its phase, then the steps it has received, admitted, …
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Why a generation of processes ended."""
+
+    process: str
+    summary: str
+    report: Report | None = None  # of the process at fault, if it could still write one
+    traceback: str | None = None
+    hung: bool = False  # the process lives, but does not go on
+
+
+def find_cause(endings: Sequence[Ending], standings: Mapping[str, Standing]) -> Fault:
+    """The fault behind these endings, given in the order in which they were seen.
+
+    Args:
+        endings: at least one.
+        standings: of each process that still lives, by name.
+    """
+    first = min(endings, key=lambda ending: ending.kind)  # min keeps the first of equals
+    report = first.report
+    named = [RANK_NAME.format(rank) for rank in report.blamed] if report else []
+    if report and first.kind in (Kind.WAITED, Kind.LOST):
+        suspect = _suspect(named, standings)
+        if suspect is not None and suspect != first.process:
+            state = "is stopped (SIGSTOP or a debugger)" if standings[suspect].stopped else "hangs"
+            summary = f"{suspect} {state}; {first.describe()}"
+            return Fault(suspect, summary, traceback=report.traceback, hung=True)
+    culprit = named[0] if named else first.process  # a rank that diverges, say its peers
+    return Fault(culprit, first.describe(), report, report.traceback if report else None)
+
+
+def _suspect(named: Sequence[str], standings: Mapping[str, Standing]) -> str | None:
+    """Who keeps the others waiting: one that is stopped; one that is named; one that is behind the rest."""
+    for name, standing in standings.items():
+        if standing.stopped:
+            return name
+    for name in named:
+        if name in standings:
+            return name
+    ranks = {name: standing.progress for name, standing in standings.items() if standing.progress}
+    behind = [name for name, progress in ranks.items() if progress == min(ranks.values())]
+    return behind[0] if len(behind) < len(ranks) else None
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        return f"signal {number}"

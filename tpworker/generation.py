@@ -1,0 +1,242 @@
+"""One generation of processes, as the runtime's event loop sees it.
+
+The supervisor (a thread) owns the processes; this owns the channel to their scheduler and a watchdog. Both
+tell of a fault in one way: `on_fault`, on the event loop, once. Then everything has been killed already.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import logging
+from collections.abc import Callable
+
+from tpworker.faults import Fault
+from tpworker.ipc.board import Field, Phase
+from tpworker.ipc.channels import Channel, ChannelError, new_address
+from tpworker.ipc.child import SCHEDULER_NAME
+from tpworker.ipc.messages import Message, MessageError, SchedulerReady, StepOutput, Stop
+from tpworker.requests import GapError
+from tpworker.supervisor import Group, Supervisor
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[str, float | None], None]
+
+STOP_SECONDS = 15.0
+"""How long the processes may take to leave in good order."""
+KILL_SECONDS = 5.0
+"""How long a cancelled `stop` blocks the event loop, at most, to see the processes end."""
+START_MARGIN_SECONDS = 5.0
+"""The processes watch the start themselves; when they have failed to for so much longer, we step in."""
+POLL_SECONDS = 0.2
+"""How often the start's progress is looked at."""
+TICKS = 4
+"""How often the watchdog looks within its time limit. Ticks without a sign of life count, not seconds: a
+machine that was suspended, or a runtime stopped by Ctrl-Z, must not end in a fault when it goes on."""
+
+_PHASES = {
+    Phase.STARTING: "starting processes",
+    Phase.IMPORTING: "importing torch",
+    Phase.LOADING: "loading the model",
+    Phase.ALLOCATING: "allocating KV blocks",
+}
+
+
+class StartFailed(Exception):
+    """The processes did not get ready."""
+
+    def __init__(self, fault: Fault) -> None:
+        super().__init__(fault.summary)
+        self.fault = fault
+
+
+class Generation:
+    """The processes of one generation, from start to end. Belongs to the event loop that makes it.
+
+    Args:
+        group: what to start.
+        on_output: given every StepOutput, in order.
+        on_fault: called once if, after `ready`, the processes had to be ended.
+        is_busy: whether the scheduler has work; only then is it watched.
+    """
+
+    def __init__(
+        self,
+        group: Group,
+        on_output: Callable[[StepOutput], None],
+        on_fault: Callable[[Fault], None],
+        is_busy: Callable[[], bool],
+    ) -> None:
+        self.number = group.generation
+        self._step_timeout = group.scheduler.step_timeout
+        self._on_output = on_output
+        self._on_fault = on_fault
+        self._is_busy = is_busy
+        self._loop = asyncio.get_running_loop()
+        self._ready: asyncio.Future[int] = self._loop.create_future()
+        self._is_greeted = False
+        self._is_draining = False
+        self._is_stopping = False
+        self._fault: Fault | None = None
+        self._watchdog: asyncio.TimerHandle | None = None
+        self._beat = 0
+        self._idle_ticks = 0
+        self._channel: Channel | None = Channel.bind(new_address("runtime"))
+        try:
+            self._supervisor = Supervisor(group, self._channel.address, self._fault_from_thread)
+        except BaseException:
+            self._channel.close()
+            raise
+        self._loop.add_reader(self._channel.fileno(), self._drain)
+        self._drain()
+
+    async def ready(self, timeout: float, progress: Progress) -> int:
+        """Waits until requests may come; returns the number of KV blocks, the null block included.
+
+        Raises:
+            StartFailed: they did not all get ready within `timeout` seconds and a few.
+        """
+        deadline = self._loop.time() + timeout + START_MARGIN_SECONDS
+        shown: tuple[str, float | None] | None = None
+        while not self._ready.done():
+            now = self._progress()
+            if now != shown:
+                progress(*now)
+                shown = now
+            if self._loop.time() > deadline:
+                self._blame_late_starter(timeout)
+                deadline = float("inf")
+            await asyncio.wait([self._ready], timeout=POLL_SECONDS)
+        return self._ready.result()
+
+    def send(self, message: Message) -> None:
+        """Sends to the scheduler; nothing happens once the generation has failed or is stopping."""
+        if self._channel is None or self._fault is not None or self._is_stopping:
+            return
+        self._channel.send(message)
+        # ZeroMQ's descriptor is signalled by edge: a message that came while we sent would go unnoticed.
+        self._drain()
+        if self._watchdog is None:
+            self._beat, self._idle_ticks = -1, 0
+            self._tick()
+
+    async def stop(self) -> None:
+        """Ends the processes, in good order if they are in one, and waits until they are gone.
+
+        When it is cancelled it kills them, and they are gone nevertheless.
+        """
+        if self._ready.done() and self._fault is None and not self._is_stopping:
+            self.send(Stop(self.number))
+            self._supervisor.stop(STOP_SECONDS)
+        elif not self._ready.done():
+            self._supervisor.kill()
+        self._is_stopping = True
+        try:
+            await asyncio.wrap_future(self._supervisor.ended)
+        except asyncio.CancelledError:
+            self._supervisor.kill()
+            with contextlib.suppress(concurrent.futures.TimeoutError):
+                self._supervisor.ended.result(KILL_SECONDS)
+            raise
+        finally:
+            if self._supervisor.ended.done():
+                self._close()
+
+    def _close(self) -> None:
+        if self._watchdog is not None:
+            self._watchdog.cancel()
+        if self._channel is not None:
+            self._loop.remove_reader(self._channel.fileno())
+            self._channel.close()
+            self._channel = None
+            self._supervisor.close()
+        if not self._ready.done():
+            self._ready.set_exception(StartFailed(Fault(SCHEDULER_NAME, "stopped while it was starting")))
+            self._ready.exception()  # as in `_failed`
+
+    # ----------------------------------------------------------------------------- messages
+
+    def _drain(self) -> None:
+        """Takes every message that is here."""
+        if self._is_draining or self._channel is None:
+            return  # a message's handler has sent something: the loop below goes on after it
+        self._is_draining = True
+        try:
+            while (message := self._channel.receive_now()) is not None:
+                self._take(message)
+        except (MessageError, ChannelError, GapError, LookupError, ValueError) as error:
+            summary = f"{SCHEDULER_NAME} sent what it must not: {type(error).__name__}: {error}"
+            self._supervisor.blame(Fault(SCHEDULER_NAME, summary))
+        finally:
+            self._is_draining = False
+
+    def _take(self, message: Message) -> None:
+        if not self._is_greeted:
+            Channel.check_hello(message, SCHEDULER_NAME, self.number)
+            self._is_greeted = True
+        elif message.generation != self.number:
+            pass  # from before a restart
+        elif isinstance(message, StepOutput):
+            if self._fault is None:
+                self._on_output(message)
+        elif isinstance(message, SchedulerReady):
+            if not self._ready.done():
+                self._ready.set_result(message.num_kv_blocks)
+        else:
+            raise MessageError(f"not for the runtime: {message}")
+
+    # ------------------------------------------------------------------------------- faults
+
+    def _fault_from_thread(self, fault: Fault) -> None:
+        try:
+            self._loop.call_soon_threadsafe(self._failed, fault)
+        except RuntimeError:  # the event loop has been closed over a runtime that was not stopped
+            logger.error("%s", fault.summary)
+
+    def _failed(self, fault: Fault) -> None:
+        if self._is_stopping:
+            logger.warning("while stopping: %s", fault.summary)
+            return
+        self._fault = fault
+        if not self._ready.done():
+            self._ready.set_exception(StartFailed(fault))
+            self._ready.exception()  # somebody who was cancelled may never ask
+        else:
+            self._on_fault(fault)
+
+    def _tick(self) -> None:
+        """The watchdog: while there is work, the scheduler's loop must turn."""
+        self._watchdog = None
+        if self._fault is not None or self._is_stopping or not self._is_busy():
+            return
+        beat = self._supervisor.board.row(SCHEDULER_NAME)[Field.BEAT]
+        self._idle_ticks = self._idle_ticks + 1 if beat == self._beat else 0
+        self._beat = beat
+        limit = self._step_timeout + 1.0  # it beats at least once a second, and sees to its own deadline
+        if self._idle_ticks >= TICKS:
+            summary = (
+                f"{SCHEDULER_NAME} hangs: there are requests, but its loop has not turned for {limit:g} s "
+                "(--step-timeout and 1 s)"
+            )
+            self._supervisor.blame(Fault(SCHEDULER_NAME, summary, hung=True))
+            return
+        self._watchdog = self._loop.call_later(limit / TICKS, self._tick)
+
+    def _blame_late_starter(self, timeout: float) -> None:
+        rows = self._supervisor.board.rows()
+        late = min(reversed(rows), key=lambda row: row[Field.PHASE])  # of equals a rank, not the scheduler
+        phase = Phase(late[Field.PHASE]).name.lower()
+        summary = f"{late.name} is not ready after {timeout:g} s (start_timeout); it is {phase}"
+        self._supervisor.blame(Fault(late.name, summary, hung=True))
+
+    def _progress(self) -> tuple[str, float | None]:
+        """What the slowest rank does, and how far all are with it."""
+        ranks = self._supervisor.board.rows()[1:]
+        phase = min(row[Field.PHASE] for row in ranks)
+        here = [row for row in ranks if row[Field.PHASE] == phase]
+        total = sum(row[Field.PROGRESS_TOTAL] for row in here)
+        done = sum(row[Field.PROGRESS_DONE] for row in here)
+        text = _PHASES.get(Phase(phase), "waiting for the scheduler")
+        return text, done / total if total else None

@@ -1,0 +1,90 @@
+"""What the runtime process itself needs of a model: its folder, its facts, its tokenizer. No weights."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from tpworker.config import RuntimeConfig
+
+if TYPE_CHECKING:
+    from tpworker.model.families import ModelSpec
+    from tpworker.text import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[str, float | None], None]
+T = TypeVar("T")
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+
+
+@dataclass(frozen=True, slots=True)
+class FoundModel:
+    """A model on this machine."""
+
+    folder: Path  # absolute
+    spec: ModelSpec
+    name: str  # what to call it towards clients
+
+
+def find_model(config: RuntimeConfig, progress: Progress) -> FoundModel:
+    """Finds the model of a configuration, downloading it if need be, and reads its config.json.
+
+    Raises:
+        ModelError: there is no such model, or it cannot be served.
+    """
+    from tpworker.model.families import read_spec
+    from tpworker.model.resolve import resolve_model
+
+    folder = resolve_model(config.model, progress, weights=config.load_format != "dummy").absolute()
+    spec = read_spec(folder)
+    if spec.generation_ignored:
+        ignored = ", ".join(f"{name}={value!r}" for name, value in spec.generation_ignored.items())
+        logger.warning("generation_config.json asks for what is not supported, ignored: %s", ignored)
+    return FoundModel(folder, spec, config.model or folder.name)
+
+
+def load_tokenizer(folder: Path) -> Tokenizer | None:
+    """The model's tokenizer; None if its folder has none: then prompts must be token ids.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
+    if not any((folder / name).exists() for name in _TOKENIZER_FILES):
+        return None
+    from tpworker.text import Tokenizer
+
+    return Tokenizer.load(folder)
+
+
+def in_daemon_thread(function: Callable[[], T]) -> asyncio.Future[T]:
+    """Runs a function in a thread of its own, which does not keep the process alive: a download that was
+    cancelled with Ctrl-C must not have to be waited for. For work that is done once."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+
+    def deliver(result: T | None, error: BaseException | None) -> None:
+        if future.done():
+            return  # cancelled
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(result)  # type: ignore[arg-type]  # None only where T allows it
+
+    def run() -> None:
+        result, error = None, None
+        try:
+            result = function()
+        except BaseException as caught:
+            error = caught
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(deliver, result, error)
+
+    threading.Thread(target=run, name="tpworker-start", daemon=True).start()
+    return future

@@ -1,0 +1,101 @@
+"""What a runtime gives its caller: a request's outputs, and how the runtime itself is doing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+FinishReason = Literal["stop", "length", "abort"]
+RuntimeState = Literal["stopped", "starting", "ready", "draining", "failed"]
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """What has come of one request since the output before.
+
+    A consumer that is slower than the model gets several tokens in one output; none is lost or repeated.
+    """
+
+    request_id: str
+    text: str
+    """New text. It may lag behind the tokens: a cut UTF-8 character, or the possible beginning of a stop
+    string, is held back until more is known."""
+    token_ids: tuple[int, ...]
+    """New tokens. Stop tokens and the tokens of a stop string are among them, though not in the text."""
+    finish_reason: FinishReason | None
+    """None: more will come. 'stop': an end-of-sequence token, a stop token or a stop string; 'length':
+    max_tokens, or max_model_len; 'abort': by `Runtime.abort`."""
+    stop_reason: int | str | None
+    """With 'stop': the stop string, or the id out of `stop_token_ids`. None: the model's own end."""
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    """Prompt tokens whose KV was found in the prefix cache."""
+    num_output_tokens: int
+    """Tokens so far, these included."""
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A whole request, from `SyncRuntime.complete`. The fields are those of `RequestOutput`."""
+
+    request_id: str
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    stop_reason: int | str | None
+    num_prompt_tokens: int
+    num_cached_tokens: int
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """Whether a runtime can serve."""
+
+    state: RuntimeState
+    error: str | None = None
+    """With 'failed': what happened, naming the process at fault, and its traceback."""
+
+
+class StepRecord(NamedTuple):
+    """One step, as rank 0's device saw it. Times are CLOCK_MONOTONIC in nanoseconds (`time.monotonic_ns`).
+
+    The step gap, in which the device had nothing to do, is `started_ns` less the step before's `ended_ns`.
+    """
+
+    step: int
+    num_prefill_tokens: int
+    num_decodes: int
+    launched_ns: int
+    started_ns: int
+    ended_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """How busy a runtime is. Counters count from its start; the rest is as of the last step."""
+
+    open: int
+    """Requests that are not ended, those still being tokenised included."""
+    running: int
+    """Requests that have a slot."""
+    waiting: int
+    """Requests that wait for one."""
+    free_blocks: int
+    """KV blocks that can be given out, those that only the prefix cache holds included."""
+    total_blocks: int
+    """KV blocks that requests can have."""
+    steps: int
+    prompt_tokens: int
+    cached_tokens: int
+    """Of the prompt tokens: found in the prefix cache."""
+    output_tokens: int
+    preemptions: int
+    finished: int
+    """Requests that ended by 'stop' or 'length'."""
+    aborted: int
+    recent_steps: tuple[StepRecord, ...]
+    """The last steps, at most 4096, oldest first."""

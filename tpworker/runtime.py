@@ -1,0 +1,411 @@
+"""The embedding API: a model, served by processes that this one starts, watches and stops.
+
+    async with Runtime("HuggingFaceTB/SmolLM2-135M-Instruct", tensor_parallel_size=2) as runtime:
+        async for output in runtime.generate("The capital of France is", SamplingParams(max_tokens=20)):
+            print(output.text, end="")
+
+`tpworker.SyncRuntime` is the same without asyncio.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import os
+import random
+import secrets
+from collections import deque
+from collections.abc import AsyncGenerator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tpworker.admission import fit, pack_prompt, resolve_sampling
+from tpworker.config import RuntimeConfig, SamplingParams
+from tpworker.errors import ConfigError, InvalidRequest, ModelError, QueueFull, RuntimeFailed, RuntimeStopped
+from tpworker.faults import Fault
+from tpworker.generation import Generation, StartFailed
+from tpworker.ipc.messages import Abort, SchedulerLoad, StepOutput, Submit, unpack_int32
+from tpworker.loading import FoundModel, Progress, find_model, in_daemon_thread, load_tokenizer
+from tpworker.outputs import Health, RequestOutput, RuntimeState, Stats, StepRecord
+from tpworker.requests import Request, Requests
+from tpworker.settings import rank_settings, resolve_device, resolve_max_model_len, scheduler_settings
+from tpworker.supervisor import Group
+
+if TYPE_CHECKING:
+    from tpworker.model.families import ModelSpec
+    from tpworker.text import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+NUM_RECENT_STEPS = 4096
+NUM_TOKENISERS = 4
+"""Threads that turn prompts into tokens; they do not block the event loop."""
+
+
+class Runtime:
+    """A model served by a scheduler process and TP ranks, for one event loop. Start it once, stop it once.
+
+    It installs no signal handlers and changes nothing that is global to the process; several may live in
+    one. Every process that it starts ends with it, whatever happens to either.
+
+    Args:
+        model: a folder, a hub name, or None for the default model.
+        config: all options at once; `model` and `options` change single ones of it.
+        progress: called on the event loop while starting, with what is going on and how much of that is
+            done, from 0 to 1, or None where nobody can tell.
+        rank_module, scheduler_module: what the processes run, for tests and benchmarks.
+        options: fields of `RuntimeConfig`.
+
+    Raises:
+        ConfigError: an option is out of range.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | None = None,
+        *,
+        config: RuntimeConfig | None = None,
+        progress: Progress | None = None,
+        rank_module: str = "tpworker.rank",
+        scheduler_module: str = "tpworker.scheduler",
+        **options: Any,
+    ) -> None:
+        if model is not None:
+            options["model"] = os.fspath(model)
+        self.config = dataclasses.replace(config or RuntimeConfig(), **options)
+        """As it was given; `max_model_len` is what came of it."""
+        self._progress = progress or _no_progress
+        self._modules = {"rank_module": rank_module, "scheduler_module": scheduler_module}
+        self._state: RuntimeState = "stopped"
+        self._fault: Fault | None = None
+        self._found: FoundModel | None = None
+        self._tokenizer: Tokenizer | None = None
+        self._max_model_len = 0
+        self._kv_tokens = 0
+        self._total_blocks = 0
+        self._generation: Generation | None = None
+        self._tokenisers = ThreadPoolExecutor(NUM_TOKENISERS, thread_name_prefix="tpworker-tokenise")
+        self._seeds = random.Random(self.config.seed)
+        self._requests = Requests()  # those that the scheduler may still say something about
+        self._open: dict[str, Request] = {}  # those whose consumers still wait for something
+        self._closed: asyncio.Future[None] | None = None  # set when one of them is closed, for `drain`
+        self._num_finished = 0
+        self._num_aborted = 0
+        self._num_steps = 0
+        self._load = SchedulerLoad(0, 0, 0, 0, 0, 0)
+        self._records: deque[StepRecord] = deque(maxlen=NUM_RECENT_STEPS)
+
+    # ------------------------------------------------------------------------ start and stop
+
+    async def start(self) -> None:
+        """Starts the processes, and returns when requests may come.
+
+        Raises:
+            ConfigError: the configuration cannot work on this machine, or with this model.
+            ModelError: the model cannot be found, read, or served.
+            RuntimeFailed: a process did not get ready; names it, with its traceback.
+            RuntimeStopped: it was started before.
+        """
+        if self._state != "stopped" or self._found is not None:
+            raise RuntimeStopped("a runtime starts once: make a new one")
+        self._state = "starting"
+        try:
+            await self._start()
+            if self.health().state != "starting":
+                raise RuntimeStopped("the runtime was stopped while it started")
+        except BaseException as error:
+            was_stopped = self.health().state != "starting"
+            await self.stop()
+            if not isinstance(error, StartFailed):
+                raise
+            if was_stopped:
+                raise RuntimeStopped("the runtime was stopped while it started") from None
+            raise self._start_error(error.fault) from None
+        self._state = "ready"
+
+    async def _start(self) -> None:
+        device = resolve_device(self.config)
+        loop = asyncio.get_running_loop()
+
+        def progress(text: str, fraction: float | None) -> None:
+            loop.call_soon_threadsafe(self._progress, text, fraction)
+
+        self._found = found = await in_daemon_thread(lambda: find_model(self.config, progress))
+        self._max_model_len = resolve_max_model_len(self.config, found.spec)
+        group = Group(
+            generation=0,
+            num_ranks=self.config.tensor_parallel_size,
+            model=str(found.folder),
+            scheduler=scheduler_settings(self.config, self._max_model_len),
+            rank=rank_settings(self.config, found.spec, device, self._max_model_len),
+            **self._modules,
+        )
+        self._generation = Generation(group, self._on_output, self._on_fault, lambda: len(self._requests) > 0)
+        ready = asyncio.ensure_future(self._generation.ready(self.config.start_timeout, self._progress))
+        tokenizer = in_daemon_thread(lambda: load_tokenizer(found.folder))
+        try:
+            both: list[asyncio.Future[Any]] = [ready, tokenizer]
+            await asyncio.wait(both, return_when=asyncio.FIRST_EXCEPTION)
+            # Of two errors the tokenizer's is the plainer one.
+            self._tokenizer = await tokenizer if tokenizer.done() else None
+            num_kv_blocks = await ready
+        finally:
+            ready.cancel()
+            tokenizer.cancel()
+        self._total_blocks = num_kv_blocks - 1  # the null block is nobody's
+        self._kv_tokens = self._total_blocks * self.config.block_size
+        self._load = dataclasses.replace(self._load, free_blocks=self._total_blocks)
+
+    def _start_error(self, fault: Fault) -> Exception:
+        """What a process said of the model or the configuration is for the user; the rest is a failure."""
+        failure = _failure(fault)
+        for kind in (ModelError, ConfigError):
+            if fault.report is not None and fault.report.error == kind.__name__:
+                error = kind(fault.report.summary)
+                error.__cause__ = failure
+                return error
+        return failure
+
+    async def stop(self) -> None:
+        """Ends open requests with `RuntimeStopped`, stops all processes and waits until they are gone.
+
+        May be called at any time, also more than once. When it is cancelled, the processes are killed.
+        """
+        if self._state != "failed":
+            self._state = "stopped"
+        self._requests.fail_all(lambda: RuntimeStopped("the runtime was stopped"))
+        self._tokenisers.shutdown(wait=False)
+        if self._generation is not None:
+            await self._generation.stop()
+
+    async def __aenter__(self) -> Runtime:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self.stop()
+
+    async def drain(self, timeout: float | None = None) -> None:
+        """Refuses new requests from now on, and waits until the open ones have ended.
+
+        Args:
+            timeout: in seconds; None waits for ever.
+
+        Raises:
+            TimeoutError: some are still open after `timeout` seconds.
+            RuntimeFailed: the runtime failed meanwhile.
+        """
+        if self._state == "ready":
+            self._state = "draining"
+        try:
+            async with asyncio.timeout(timeout):
+                while self._open:
+                    if self._closed is None or self._closed.done():
+                        self._closed = asyncio.get_running_loop().create_future()
+                    await asyncio.wait([self._closed])
+        except TimeoutError:
+            raise TimeoutError(f"{len(self._open)} requests are still open after {timeout:g} s") from None
+        if self._fault is not None:
+            raise _failure(self._fault)
+
+    # ------------------------------------------------------------------------------ requests
+
+    async def generate(
+        self,
+        prompt: str | Sequence[int],
+        sampling: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Generates from a prompt; outputs come as tokens do, the last one with a `finish_reason`.
+
+        It is an asynchronous generator: nothing happens before it is iterated, and closing it (`aclose`,
+        or cancelling the task that waits for it) aborts the request. A generator that is merely left, as
+        by `break`, is closed when it is collected; `contextlib.aclosing` closes it at once.
+
+        Args:
+            prompt: a text, to which the tokenizer adds what the model expects at its beginning; or token ids.
+            sampling: what None leaves open is as the model's generation_config.json says.
+            request_id: for `abort`; must not be that of another open request.
+
+        Raises:
+            InvalidRequest: a parameter is out of range, or not supported.
+            PromptTooLong: the prompt, or the prompt and max_tokens together, do not fit.
+            QueueFull: as many requests wait as `max_queue` allows.
+            RuntimeStopped: the runtime is not started, drains, or was stopped.
+            RuntimeFailed: a process has died, hung, diverged or raised; names it, with its traceback.
+        """
+        request = self._reserve(request_id)
+        try:
+            await self._submit(request, prompt, sampling or SamplingParams())
+            while True:
+                await request.arrival()
+                output = request.take()
+                if output.finish_reason is not None:
+                    break
+                yield output
+        finally:
+            self._close(request)
+        yield output
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request, whose last output then has the finish reason 'abort'. Unknown ids are ignored."""
+        request = self._open.get(request_id)
+        if request is not None:
+            self._withdraw(request)
+            request.end("abort")
+
+    def _reserve(self, request_id: str | None) -> Request:
+        """A place in the queue, before anything is done that takes time."""
+        if self._fault is not None:
+            raise _failure(self._fault)
+        if self._state != "ready":
+            raise RuntimeStopped(f"the runtime takes no requests: it is {self._state}")
+        if request_id in self._open:
+            raise InvalidRequest(f"request_id {request_id!r} is that of another open request", "request_id")
+        free_slots = self.config.max_num_seqs - self._requests.num_running
+        if self._requests.num_waiting - free_slots >= self.config.max_queue:
+            raise QueueFull(
+                f"{self._requests.num_waiting} requests wait already; max_queue is {self.config.max_queue}. "
+                "Try again later, or raise --max-queue"
+            )
+        request = self._requests.open(request_id or f"request-{secrets.token_hex(8)}")
+        self._open[request.request_id] = request
+        return request
+
+    async def _submit(self, request: Request, prompt: str | Sequence[int], params: SamplingParams) -> None:
+        """Checks what is asked for, and tells the scheduler."""
+        spec = self.spec
+        if isinstance(prompt, str):
+            encode = self.tokenizer.encode
+            prompt = await asyncio.get_running_loop().run_in_executor(self._tokenisers, encode, prompt)
+        elif isinstance(prompt, (bytes, bytearray)):
+            raise InvalidRequest(f"the prompt is {type(prompt).__name__}: give text or token ids", "prompt")
+        tokens = pack_prompt(prompt, spec)
+        request.num_prompt = len(tokens) // 4
+        max_tokens = fit(params, request.num_prompt, self._max_model_len, self._kv_tokens)
+        sampling = resolve_sampling(params, spec, max_tokens, self._seeds.getrandbits(63))
+        stop_ids = unpack_int32(sampling.stop_ids)
+        request.own_stop_ids = frozenset(params.stop_token_ids).difference(spec.eos_ids)
+        if params.detokenize:
+            from tpworker.text import TextStream
+
+            request.text = TextStream(self.tokenizer, params.stop, hidden_ids=stop_ids)
+        if request in self._requests and self._generation is not None:  # else it was aborted meanwhile
+            request.is_submitted = True
+            self._generation.send(Submit(self._generation.number, request.number, tokens, 0, sampling))
+
+    def _withdraw(self, request: Request) -> None:
+        """Nobody wants its tokens any more."""
+        if self._requests.close(request) and request.is_submitted and self._generation is not None:
+            self._generation.send(Abort(self._generation.number, request.number))
+
+    def _close(self, request: Request) -> None:
+        """Its consumer has all it will get."""
+        del self._open[request.request_id]
+        self._withdraw(request)
+        if request.finish in ("stop", "length"):
+            self._num_finished += 1
+        elif request.is_submitted:
+            self._num_aborted += 1
+        if self._closed is not None and not self._closed.done():
+            self._closed.set_result(None)
+
+    # ------------------------------------------------------------------ from the generation
+
+    def _on_output(self, output: StepOutput) -> None:
+        self._requests.deliver(output)
+        self._num_steps += 1
+        self._load = output.load
+        timing = output.timing
+        self._records.append(
+            StepRecord(
+                output.step,
+                output.num_prefill_tokens,
+                output.num_decodes,
+                timing.launched,
+                timing.started,
+                timing.ended,
+            )
+        )
+
+    def _on_fault(self, fault: Fault) -> None:
+        self._fault = fault
+        self._state = "failed"
+        logger.error("%s", _failure(fault))
+        self._requests.fail_all(lambda: _failure(fault))
+
+    # ---------------------------------------------------------------------------- what it is
+
+    def health(self) -> Health:
+        """Whether it can serve. Costs nothing; for readiness and liveness probes."""
+        return Health(self._state, str(_failure(self._fault)) if self._fault is not None else None)
+
+    def stats(self) -> Stats:
+        """How busy it is, and what it has done so far."""
+        return Stats(
+            open=len(self._open),
+            running=self._requests.num_running,
+            waiting=self._requests.num_waiting,
+            free_blocks=self._load.free_blocks,
+            total_blocks=self._total_blocks,
+            steps=self._num_steps,
+            prompt_tokens=self._load.prompt_tokens,
+            cached_tokens=self._load.cached_tokens,
+            output_tokens=self._requests.num_output_tokens,
+            preemptions=self._load.preemptions,
+            finished=self._num_finished,
+            aborted=self._num_aborted,
+            recent_steps=tuple(self._records),
+        )
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer and chat template.
+
+        Raises:
+            InvalidRequest: the model's folder has none.
+        """
+        if self._tokenizer is None:
+            raise InvalidRequest(
+                f"there is no tokenizer in {self.model_folder}: give token ids, and detokenize=False",
+                "prompt",
+            )
+        return self._tokenizer
+
+    @property
+    def spec(self) -> ModelSpec:
+        """What config.json says of the model."""
+        return self._model.spec
+
+    @property
+    def model_folder(self) -> Path:
+        """Where the model lies on this machine."""
+        return self._model.folder
+
+    @property
+    def served_name(self) -> str:
+        """What to call the model towards clients: as it was given, or the default model's name."""
+        return self._model.name
+
+    @property
+    def max_model_len(self) -> int:
+        """Most tokens of one request, prompt and output together."""
+        self._model  # noqa: B018  # raises before the start
+        return self._max_model_len
+
+    @property
+    def _model(self) -> FoundModel:
+        if self._found is None:
+            raise RuntimeStopped("the runtime has not been started: use `async with Runtime(...) as runtime`")
+        return self._found
+
+
+def _failure(fault: Fault) -> RuntimeFailed:
+    return RuntimeFailed(fault.summary, fault.process, fault.traceback)
+
+
+def _no_progress(text: str, fraction: float | None) -> None:
+    pass

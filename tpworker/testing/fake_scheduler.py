@@ -1,0 +1,141 @@
+"""A scheduler without ranks' work: it echoes. `python -m tpworker.testing.fake_scheduler`, as the real one.
+
+A request's output is its prompt, over and over: token i is prompt[i % len(prompt)], whatever the sampling,
+until a stop token, max_tokens or max_model_len. It meets the ranks and agrees on sizes with them, sends
+them Stop at the end, and nothing in between. For tests of everything on the runtime's side of it.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from tpworker.ipc.board import Board, Field, Phase
+from tpworker.ipc.channels import Channel, accept_all, close_all
+from tpworker.ipc.child import RANK_NAME, SchedulerBoot, board_names, run_child
+from tpworker.ipc.messages import (
+    Abort,
+    Finish,
+    SchedulerLoad,
+    SchedulerReady,
+    Started,
+    StepOutput,
+    StepTiming,
+    Stop,
+    Submit,
+    pack_int32,
+    pack_int64,
+    unpack_int32,
+)
+from tpworker.scheduler.process import agree_on_blocks
+
+STEP_SECONDS = 0.001
+STOP_SECONDS = 5.0
+
+
+@dataclass
+class Echo:
+    """A request: its number, prompt, and how many tokens it has got."""
+
+    submit: Submit
+    prompt: list[int]
+    stop_ids: frozenset[int]
+    limit: int
+    position: int = 0
+
+
+class FakeScheduler:
+    """Meets runtime and ranks when it is made; `run` echoes until Stop. Tests override what they need."""
+
+    def __init__(self, boot: SchedulerBoot) -> None:
+        self.boot = boot
+        self.row = Board.attach(boot.board_fd, board_names(boot.num_ranks)).rows()[0]
+        self.row[Field.PHASE] = Phase.LOADING
+        plans = [Channel.bind(address) for address in boot.plan_addresses]
+        ranks = [RANK_NAME.format(rank) for rank in range(boot.num_ranks)]
+        self.runtime = Channel.connect(boot.runtime_address, boot.name, boot.generation)
+        timeout = boot.settings.start_timeout
+        accept_all(list(zip(plans, ranks, strict=True)), boot.generation, timeout)
+        self.num_blocks = agree_on_blocks(plans, ranks, boot.generation, timeout)
+        self.plans = plans
+        self.step = 0
+        self.waiting: list[Echo] = []
+        self.running: list[Echo] = []
+
+    def run(self) -> None:
+        """Steps until Stop."""
+        self.runtime.send(SchedulerReady(self.boot.generation, self.num_blocks))
+        self.row[Field.PHASE] = Phase.READY
+        while self.receive():
+            if self.waiting or self.running:
+                time.sleep(STEP_SECONDS)
+                self.send(self.output())
+        for channel in self.plans:
+            channel.send(Stop(self.boot.generation))
+        close_all(STOP_SECONDS)
+
+    def receive(self) -> bool:
+        """Takes all messages that are here; waits for one if there is nothing to do. False: it was Stop."""
+        self.row[Field.BEAT] += 1
+        message = self.runtime.receive(0.0 if self.waiting or self.running else None)
+        while message is not None:
+            match message:
+                case Stop():
+                    return False
+                case Submit():
+                    prompt = unpack_int32(message.tokens).tolist()
+                    room = self.boot.settings.max_model_len - len(prompt)
+                    limit = min(room, message.sampling.max_tokens)
+                    stop_ids = frozenset(unpack_int32(message.sampling.stop_ids))
+                    self.waiting.append(Echo(message, prompt, stop_ids, limit))
+                case Abort():
+                    self.waiting = [echo for echo in self.waiting if echo.submit.request != message.request]
+                    self.running = [echo for echo in self.running if echo.submit.request != message.request]
+                case _:
+                    raise AssertionError(f"not for the scheduler: {message}")
+            message = self.runtime.receive_now()
+        return True
+
+    def output(self) -> StepOutput:
+        """One step: slots are given out, and every running request gets a token."""
+        free = self.boot.settings.max_num_seqs - len(self.running)
+        started, self.waiting = self.waiting[:free], self.waiting[free:]
+        self.running += started
+        requests, positions, tokens, finished = [], [], [], []
+        for echo in self.running[:]:
+            token = echo.prompt[echo.position % len(echo.prompt)]
+            requests.append(echo.submit.request)
+            positions.append(echo.position)
+            tokens.append(token)
+            echo.position += 1
+            if token in echo.stop_ids or echo.position == echo.limit:
+                finished.append(Finish(len(tokens) - 1, "stop" if token in echo.stop_ids else "length"))
+                self.running.remove(echo)
+        now = time.monotonic_ns()
+        self.step += 1
+        return StepOutput(
+            self.boot.generation,
+            self.step - 1,
+            pack_int64(requests),
+            pack_int32(positions),
+            pack_int32(tokens),
+            tuple(finished),
+            tuple(Started(echo.submit.request, 0) for echo in started),
+            sum(len(echo.prompt) for echo in started),
+            len(tokens) - len(started),
+            StepTiming(now, now, now),
+            SchedulerLoad(len(self.running), len(self.waiting), self.num_blocks - 1, 0, 0, 0),
+        )
+
+    def send(self, output: StepOutput) -> None:
+        """Sends one step's output."""
+        self.runtime.send(output)
+
+
+def main(boot: SchedulerBoot) -> None:
+    """What the process does."""
+    FakeScheduler(boot).run()
+
+
+if __name__ == "__main__":
+    run_child(SchedulerBoot, main)
