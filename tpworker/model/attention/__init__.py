@@ -1,0 +1,33 @@
+"""Attention over the paged KV cache: what a backend must do, and which one is taken."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from tpworker.model.attention.paged import PagedAttention
+from tpworker.model.batch import Batch
+
+__all__ = ["Attention", "PagedAttention"]
+
+
+class Attention(Protocol):
+    """A way to compute attention. Chosen once, when the decoder is built."""
+
+    def prepare(self, batch: Batch, block_size: int) -> Any:
+        """What all layers of a step share. Called once a step, before the first layer."""
+        ...
+
+    def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, plan: Any) -> Tensor:
+        """Causal attention of this step's tokens to all of their sequences, which the cache holds already.
+
+        Args:
+            queries: [T, heads_local, head_dim], rotated.
+            keys, values: the layer's cache, [num_blocks, block_size, kv_heads_local, head_dim].
+            plan: what `prepare` returned.
+
+        Returns:
+            [T, heads_local * head_dim], in the dtype of the queries.
+        """
+        ...

@@ -1,0 +1,210 @@
+"""What the model tests share: ranks as threads, tiny models of transformers, and hand-made batches."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from tpworker.model.decoder import Batch, Decoder, KVCache
+from tpworker.model.families import ModelSpec, RopeSpec, read_spec
+from tpworker.model.tp import Collectives, Shard
+from tpworker.model.weights import load_weights
+
+R = TypeVar("R")
+CPU = torch.device("cpu")
+
+SPEC = ModelSpec(
+    family="llama",
+    architecture="LlamaForCausalLM",
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    max_model_len=128,
+    rms_norm_eps=1e-5,
+    rope=RopeSpec(theta=10000.0),
+    dtype="float32",
+)
+
+
+class ThreadGroup:
+    """The meeting point of `size` ranks that are threads of this process."""
+
+    def __init__(self, size: int) -> None:
+        self.barrier = threading.Barrier(size, timeout=60)
+        self.items: list[Tensor] = [torch.empty(0)] * size
+
+
+class ThreadCollectives:
+    """`Collectives` for a thread. Sums in the order of the ranks, so that all get the same bits."""
+
+    def __init__(self, group: ThreadGroup, rank: int) -> None:
+        self.group = group
+        self.rank = rank
+        self.size = len(group.items)
+        self.gathered_bytes = 0
+
+    def _exchange(self, x: Tensor) -> list[Tensor]:
+        self.group.items[self.rank] = x
+        self.group.barrier.wait()
+        items = [item.clone() for item in self.group.items]
+        self.group.barrier.wait()
+        assert all(item.shape == x.shape and item.dtype == x.dtype for item in items)
+        return items
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        items = self._exchange(x)
+        x.copy_(items[0])
+        for item in items[1:]:
+            x += item
+        return x
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        gathered = torch.stack(self._exchange(x))
+        self.gathered_bytes += gathered.nbytes
+        return gathered
+
+
+def run_ranks(size: int, main: Callable[[Collectives], R]) -> list[R]:
+    """Run `main` on `size` ranks at once; returns their results in order, or raises the first error."""
+    group = ThreadGroup(size)
+    results: list[Any] = [None] * size
+    errors: list[BaseException] = []
+
+    def rank_main(rank: int) -> None:
+        try:
+            with torch.inference_mode():
+                results[rank] = main(ThreadCollectives(group, rank))
+        except BaseException as error:
+            errors.append(error)
+            group.barrier.abort()
+
+    threads = [threading.Thread(target=rank_main, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for error in errors:
+        if not isinstance(error, threading.BrokenBarrierError):
+            raise error
+    assert not errors, errors
+    return results
+
+
+def tiny_model(folder: Path, config: Any, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
+    """Make a random model of transformers from its config, save it to `folder`, and return it.
+
+    Weights, norms and biases are all random, and large enough that a mistake anywhere changes the logits.
+    """
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    config._attn_implementation = "eager"
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.uniform_(0.5, 1.5)
+            elif name.endswith("bias"):
+                parameter.normal_(0, 0.3)
+            else:
+                parameter.normal_(0, 0.6 / parameter.shape[-1] ** 0.5 if "embed" not in name else 1.0)
+    model.to(dtype).save_pretrained(folder)
+    return model
+
+
+@dataclasses.dataclass
+class Rank:
+    """One rank with a cache; `steps` computes plans of the form the tests use."""
+
+    decoder: Decoder
+    cache: KVCache
+    collectives: Collectives
+
+    @classmethod
+    def load(
+        cls,
+        folder: Path,
+        collectives: Collectives,
+        *,
+        dtype: torch.dtype = torch.float32,
+        num_blocks: int = 64,
+        block_size: int = 4,
+        max_model_len: int = 256,
+    ) -> Rank:
+        spec = read_spec(folder)
+        shard = Shard.of(spec, collectives.rank, collectives.size)
+        weights = load_weights(folder, spec, shard, dtype, CPU)
+        decoder = Decoder(spec, weights, shard, collectives, max_model_len)
+        cache = KVCache(spec, shard, num_blocks, block_size, dtype, CPU)
+        return cls(decoder, cache, collectives)
+
+    def step(self, plan: StepPlan, tables: Sequence[Sequence[int]]) -> Tensor:
+        """Full logits [R, vocab_size] of one step."""
+        batch = make_batch(plan, tables, self.cache.block_size)
+        hidden = self.decoder.forward(batch, self.cache)
+        local = self.decoder.logits(hidden)
+        gathered = self.collectives.all_gather(local).transpose(0, 1).flatten(1)
+        vocab_size = self.decoder.spec.vocab_size
+        assert torch.equal(gathered[:, vocab_size:], torch.full_like(gathered[:, vocab_size:], -torch.inf))
+        return gathered[:, :vocab_size]
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Some tokens of one sequence: `tokens`, the first at `start`. `decode`: it is a decode row."""
+
+    sequence: int
+    start: int
+    tokens: Sequence[int]
+    decode: bool = False
+
+
+StepPlan = Sequence[Work]
+
+
+def make_batch(
+    plan: StepPlan,
+    tables: Sequence[Sequence[int]],
+    block_size: int,
+    sample_rows: Sequence[int] | None = None,
+) -> Batch:
+    """A batch of the plan's work, in its order (decode rows must come first)."""
+    decodes = [work.decode for work in plan]
+    assert decodes == sorted(decodes, reverse=True)
+    width = max(len(tables[work.sequence]) for work in plan)
+    starts = [0]
+    for work in plan:
+        starts.append(starts[-1] + len(work.tokens))
+    return Batch(
+        token_ids=torch.tensor([token for work in plan for token in work.tokens]),
+        positions=torch.tensor([work.start + i for work in plan for i in range(len(work.tokens))]),
+        sequence_of=torch.tensor([row for row, work in enumerate(plan) for _ in work.tokens]),
+        block_tables=torch.tensor(
+            [list(tables[work.sequence]) + [0] * (width - len(tables[work.sequence])) for work in plan],
+            dtype=torch.int32,
+        ),
+        lengths=torch.tensor([work.start + len(work.tokens) for work in plan], dtype=torch.int32),
+        query_starts=torch.tensor(starts, dtype=torch.int32),
+        num_decodes=sum(decodes),
+        max_query=max(len(work.tokens) for work in plan),
+        sample_rows=None if sample_rows is None else torch.tensor(sample_rows),
+    )
+
+
+def shuffled_tables(num_sequences: int, length: int, block_size: int, num_blocks: int) -> list[list[int]]:
+    """Block tables of physically shuffled blocks, none of them the null block."""
+    per_sequence = -(-length // block_size)
+    generator = torch.Generator().manual_seed(7)
+    blocks = (torch.randperm(num_blocks - 1, generator=generator) + 1).tolist()
+    assert num_sequences * per_sequence <= len(blocks)
+    return [blocks[i * per_sequence : (i + 1) * per_sequence] for i in range(num_sequences)]

@@ -1,0 +1,176 @@
+"""Paged attention in plain torch: what the CPU uses, and the reference for the kernels of other devices.
+
+It reads lengths on the host, so it cannot be captured in a CUDA graph.
+
+Decoding sequences are taken in groups of similar length, so that little is padded and a group's gathered
+keys stay in a core's cache. Per group and layer: gather the keys, scores, softmax, and the weighted sum of
+values as an `embedding_bag`, which reads the values where they are. A prompt's chunk goes through torch's
+fused attention, one sequence at a time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tpworker.model.batch import Batch
+
+_GROUP_BYTES = 512 * 1024  # of a group's gathered keys: half of a core's second-level cache
+_ALIGNMENT = 16  # gathered lengths are multiples of it: no odd tail for vector units
+
+
+@dataclass(frozen=True, slots=True)
+class _DecodeGroup:
+    """Decoding sequences s of similar length, with L gathered positions each."""
+
+    rows: slice  # of the ordered queries
+    keys: Tensor  # int64 [s * K * L], rows of the cache seen as [blocks * block_size * K, head_dim]
+    values: Tensor  # int64 [s * H, L], the same for each query head
+    mask: Tensor  # float32 [s * K, 1, L], 0 or -inf
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """Consecutive tokens q of one sequence of length L."""
+
+    rows: slice  # of the queries
+    slots: Tensor  # int64 [L], rows of the cache seen as [blocks * block_size, K, head_dim]
+    mask: Tensor | None  # [q, L], 0 or -inf; None: the whole sequence is in the chunk, plainly causal
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    num_decodes: int
+    order: Tensor | None  # int64 [num_decodes], decoding sequences by length; None: as they are
+    groups: list[_DecodeGroup]
+    chunks: list[_Chunk]
+
+
+class PagedAttention:
+    """See the module. Scores and softmax are float32 for decoding sequences.
+
+    Args:
+        num_heads, num_kv_heads: query heads H and key-value heads K of this rank; H is a multiple of K.
+        head_dim: size of a head; scores are scaled by its square root.
+        dtype: of queries, keys and values.
+    """
+
+    def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = head_dim
+        self.dtype = dtype
+        self.scale = head_dim**-0.5
+
+    def prepare(self, batch: Batch, block_size: int) -> _Plan:
+        """Group the decoding sequences and find where everything lies. Reads lengths on the host."""
+        lengths: list[int] = batch.lengths.tolist()
+        starts: list[int] = batch.query_starts.tolist()
+        num_decodes = batch.num_decodes
+        order = sorted(range(num_decodes), key=lambda sequence: lengths[sequence])
+        in_order = order == list(range(num_decodes))
+        order_tensor = None if in_order else torch.tensor(order, device=batch.lengths.device)
+        tables = batch.block_tables[:num_decodes].to(torch.int64)
+        if order_tensor is not None:
+            tables = tables.index_select(0, order_tensor)
+        groups = [
+            self._decode_group(rows, tables[rows], [lengths[s] for s in order[rows]], block_size)
+            for rows in self._partition([lengths[sequence] for sequence in order])
+        ]
+        chunks = [
+            self._chunk(batch.block_tables[s], slice(starts[s], starts[s + 1]), lengths[s], block_size)
+            for s in range(num_decodes, len(lengths))
+            if starts[s + 1] > starts[s]
+        ]
+        return _Plan(num_decodes, order_tensor, groups, chunks)
+
+    def _partition(self, lengths: list[int]) -> list[slice]:
+        """Cut ascending lengths into runs that pad to at most twice their length and fit in the cache."""
+        token_bytes = self.num_kv_heads * self.head_dim * self.dtype.itemsize
+        runs: list[slice] = []
+        start = 0
+        for end in range(1, len(lengths) + 1):
+            if end == len(lengths) or (
+                lengths[end] > 2 * lengths[start] + _ALIGNMENT
+                or (end + 1 - start) * lengths[end] * token_bytes > _GROUP_BYTES
+            ):
+                runs.append(slice(start, end))
+                start = end
+        return runs
+
+    def _decode_group(self, rows: slice, tables: Tensor, lengths: list[int], block_size: int) -> _DecodeGroup:
+        device = tables.device
+        longest = -(-max(lengths) // _ALIGNMENT) * _ALIGNMENT
+        position = torch.arange(longest, device=device)
+        columns = (position // block_size).clamp_(max=tables.shape[1] - 1)
+        slots = tables[:, columns] * block_size + position % block_size  # [s, L]
+        is_padding = position >= torch.tensor(lengths, device=device)[:, None]
+        # Padding reads the sequence's own first token: another's value could be NaN, and 0 * NaN is NaN.
+        slots = torch.where(is_padding, slots[:, :1], slots)
+        heads = torch.arange(self.num_kv_heads, device=device)[None, :, None]
+        keys = slots[:, None, :] * self.num_kv_heads + heads  # [s, K, L]
+        values = keys.repeat_interleave(self.num_heads // self.num_kv_heads, dim=1)
+        mask = torch.zeros(is_padding.shape, device=device).masked_fill_(is_padding, float("-inf"))
+        return _DecodeGroup(
+            rows=rows,
+            keys=keys.flatten(),
+            values=values.flatten(0, 1),
+            mask=mask.repeat_interleave(self.num_kv_heads, dim=0)[:, None, :],
+        )
+
+    def _chunk(self, table: Tensor, rows: slice, length: int, block_size: int) -> _Chunk:
+        position = torch.arange(length, device=table.device)
+        slots = table.to(torch.int64)[position // block_size] * block_size + position % block_size
+        num_queries = rows.stop - rows.start
+        if num_queries == length:
+            return _Chunk(rows, slots, None)
+        mask = torch.full((num_queries, length), float("-inf"), dtype=self.dtype, device=table.device)
+        return _Chunk(rows, slots, mask.triu_(diagonal=length - num_queries + 1))
+
+    def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, plan: _Plan) -> Tensor:
+        """See `Attention`."""
+        out = torch.empty_like(queries)
+        if plan.groups:
+            decodes = queries[: plan.num_decodes]
+            if plan.order is None:
+                self._decode(decodes, keys, values, plan.groups, out)
+            else:
+                ordered = torch.empty_like(decodes)
+                self._decode(decodes.index_select(0, plan.order), keys, values, plan.groups, ordered)
+                out.index_copy_(0, plan.order, ordered)
+        for chunk in plan.chunks:
+            out[chunk.rows] = self._attend_chunk(queries[chunk.rows], keys, values, chunk)
+        return out.flatten(1)
+
+    def _decode(
+        self, queries: Tensor, keys: Tensor, values: Tensor, groups: list[_DecodeGroup], out: Tensor
+    ) -> None:
+        key_rows = keys.view(-1, self.head_dim)
+        value_rows = values.view(-1, self.head_dim)
+        group_size = self.num_heads // self.num_kv_heads
+        queries = queries.float()
+        for group in groups:
+            batch, _, length = group.mask.shape  # s * K, 1, L
+            q = queries[group.rows].reshape(batch, group_size, self.head_dim)
+            k = key_rows.index_select(0, group.keys).view(batch, length, self.head_dim).float()
+            scores = torch.baddbmm(group.mask, q, k.transpose(1, 2), alpha=self.scale)
+            weights = torch.softmax(scores, dim=-1).to(value_rows.dtype).view(-1, length)
+            sums = F.embedding_bag(group.values, value_rows, per_sample_weights=weights, mode="sum")
+            out[group.rows] = sums.view(-1, self.num_heads, self.head_dim)
+
+    def _attend_chunk(self, queries: Tensor, keys: Tensor, values: Tensor, chunk: _Chunk) -> Tensor:
+        k = keys.flatten(0, 1).index_select(0, chunk.slots).transpose(0, 1)[None]  # [1, K, L, head_dim]
+        v = values.flatten(0, 1).index_select(0, chunk.slots).transpose(0, 1)[None]
+        attended = F.scaled_dot_product_attention(
+            queries.transpose(0, 1)[None],
+            k,
+            v,
+            attn_mask=chunk.mask,
+            is_causal=chunk.mask is None,
+            scale=self.scale,
+            enable_gqa=self.num_heads != self.num_kv_heads,
+        )
+        return attended[0].transpose(0, 1)

@@ -1,0 +1,125 @@
+"""The safetensors files of a model folder, read by slice."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from tpworker.errors import ModelError
+from tpworker.model.tp import Split
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_OTHER_FORMATS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+class Checkpoint:
+    """The safetensors files of a folder, opened as they are needed; knows what was read and what was not."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._open: dict[str, Any] = {}
+        self._read: set[str] = set()
+        self._file_of = self._locate()
+
+    def _locate(self) -> dict[str, str]:
+        """Which file holds which tensor. Raises ModelError."""
+        index = self.folder / _INDEX
+        if index.is_file():
+            try:
+                weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+                return {str(name): str(file) for name, file in weight_map.items()}
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ModelError(f"{index} is not a safetensors index: {error!r}") from error
+        if (self.folder / _SINGLE).is_file():
+            return dict.fromkeys(self._file(_SINGLE).keys(), _SINGLE)
+        others = sorted(path.name for path in self.folder.iterdir() if path.suffix in _OTHER_FORMATS)
+        found = f"; found {', '.join(others)}, which is not read" if others else ""
+        raise ModelError(
+            f"{self.folder} has neither {_SINGLE} nor {_INDEX}{found}. Fetch or convert the weights, or ask "
+            "for random ones with --load-format dummy"
+        )
+
+    def _file(self, name: str) -> Any:
+        """The open file. Raises ModelError if it is missing, truncated or no safetensors."""
+        if name not in self._open:
+            path = self.folder / name
+            try:
+                self._open[name] = safe_open(path, framework="pt", device="cpu")
+            except FileNotFoundError:
+                raise ModelError(f"{path} is missing, although {_INDEX} names it; fetch it again") from None
+            except (SafetensorError, OSError) as error:
+                raise ModelError(_what_is_wrong(path, str(error))) from error
+        return self._open[name]
+
+    def read_into(self, out: Tensor, name: str, dim: int, split: Split) -> None:
+        """Read the runs of `split` along `dim` into `out` [.., split.local at dim, ..], casting to its dtype.
+
+        Raises:
+            ModelError: the tensor is missing, of another shape or not of a float type.
+        """
+        if name not in self._file_of:
+            raise ModelError(
+                f"{self.folder}: the checkpoint has no tensor {name}, which config.json asks for; the files "
+                "do not belong to this config.json, or some are missing"
+            )
+        file_name = self._file_of[name]
+        path = self.folder / file_name
+        try:
+            tensor = self._file(file_name).get_slice(name)
+        except SafetensorError as error:
+            raise ModelError(f"{path} has no tensor {name}, although {_INDEX} says so: {error}") from error
+        expected = [split.full if axis == dim else size for axis, size in enumerate(out.shape)]
+        if list(tensor.get_shape()) != expected:
+            raise ModelError(
+                f"{path}: tensor {name} has shape {list(tensor.get_shape())}; config.json asks for {expected}"
+            )
+        if tensor.get_dtype() not in _FLOATS:
+            raise ModelError(
+                f"{path}: tensor {name} is of type {tensor.get_dtype()}, expected one of "
+                f"{', '.join(_FLOATS)}; quantised checkpoints are not supported"
+            )
+        self._read.add(name)
+        for run in split.runs:
+            cut = slice(run.source, run.source + run.length)
+            out.narrow(dim, run.target, run.length).copy_(tensor[cut] if dim == 0 else tensor[:, cut])
+
+    def refuse_unread(self, ignored: tuple[str, ...], architecture: str) -> None:
+        """Raise ModelError if there are tensors that nobody read: this is not the model they are for."""
+        unread = sorted(self._file_of.keys() - self._read)
+        unknown = [name for name in unread if not any(re.fullmatch(pattern, name) for pattern in ignored)]
+        if unknown:
+            more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+            raise ModelError(
+                f"{self.folder}: a {architecture} with this config.json has no use for the checkpoint's "
+                f"tensors {', '.join(unknown[:5])}{more}; without them the output would be wrong"
+            )
+
+
+def _what_is_wrong(path: Path, error: str) -> str:
+    """Why a file cannot be opened; of a truncated one the first tensor that is not there in full."""
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            header_size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(header_size))
+        ends = {
+            name: 8 + header_size + entry["data_offsets"][1]
+            for name, entry in header.items()
+            if name != "__metadata__"
+        }
+    except (OSError, ValueError, KeyError, TypeError, MemoryError, OverflowError):
+        return f"{path} ({size} bytes) is not a safetensors file, or is cut off in its header: {error}"
+    beyond = sorted((end, name) for name, end in ends.items() if end > size)
+    if beyond:
+        return (
+            f"{path} is truncated: expected {beyond[-1][0]} bytes, found {size}; {len(beyond)} tensors "
+            f"are not there in full, the first is {beyond[0][1]}. Fetch the file again"
+        )
+    return f"{path} cannot be read as safetensors: {error}"

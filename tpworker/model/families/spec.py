@@ -1,0 +1,195 @@
+"""What the decoder must know of a model, and how a family of models says it. Imports no torch.
+
+The runtime process reads this before any rank is started, so that a model that cannot be served is
+refused in an instant.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from tpworker.errors import ModelError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Llama3Scaling:
+    """Frequency scaling of Llama 3.1 and later: long wavelengths are stretched, short ones kept."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeSpec:
+    """Rotary position embedding over the whole head, halves rotated against each other (GPT-NeoX style)."""
+
+    theta: float
+    scaling: Llama3Scaling | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSpec:
+    """One model: dimensions, what its layers have and have not, and its defaults for generation."""
+
+    family: str
+    """Key of `FAMILIES`: whose weight names the checkpoint uses."""
+    architecture: str
+    """As config.json names it, e.g. `LlamaForCausalLM`."""
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    """Width of the MLP."""
+    num_layers: int
+    num_heads: int
+    """Query heads; a multiple of `num_kv_heads`."""
+    num_kv_heads: int
+    head_dim: int
+    max_model_len: int
+    """Most positions the model was made for (max_position_embeddings)."""
+    rms_norm_eps: float
+    rope: RopeSpec
+    dtype: str
+    """What the checkpoint says: `float32`, `bfloat16` or `float16`."""
+    tie_embeddings: bool = False
+    """The output projection is the token embedding."""
+    qkv_bias: bool = False
+    output_bias: bool = False
+    """Bias of the attention's output projection."""
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    """RMSNorm over each query and key head, before the rotation."""
+    bos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
+    """End-of-sequence ids of generation_config.json and config.json, each once, in that order."""
+    generation_defaults: Mapping[str, float] = field(default_factory=dict)
+    """temperature, top_p and top_k, as far as generation_config.json sets them."""
+    generation_ignored: Mapping[str, float] = field(default_factory=dict)
+    """Defaults of generation_config.json that would change the output and cannot be had: to be warned of."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightNames:
+    """Published names of a family's tensors, without `.weight` and `.bias`; `{layer}`: the layer's number."""
+
+    embed: str
+    final_norm: str
+    lm_head: str
+    attention_norm: str
+    query: str
+    key: str
+    value: str
+    query_norm: str
+    key_norm: str
+    output: str
+    mlp_norm: str
+    gate: str
+    up: str
+    down: str
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Models that share weight names and a way to read their config."""
+
+    name: str
+    architectures: tuple[str, ...]
+    read: Callable[[Config], dict[str, Any]]
+    """From config.json to the fields of `ModelSpec` that are the family's business. Raises ModelError."""
+    names: WeightNames
+    ignored_tensors: tuple[str, ...] = ()
+    """Regular expressions of published tensors that no computation needs."""
+
+
+class Config:
+    """A JSON file of a model folder; every getter checks the type and names file and key when it is wrong."""
+
+    def __init__(self, path: Path, *, optional: bool = False) -> None:
+        """Read `path`; a missing file is empty if `optional`, else a ModelError."""
+        self.path = path
+        self.values: dict[str, Any] = {}
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            if optional:
+                return
+            raise ModelError(f"{path} is missing: a model folder needs it") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise ModelError(f"{path} cannot be read: {error}") from error
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ModelError(f"{path} is not valid JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise ModelError(f"{path} holds {type(values).__name__}, not an object")
+        self.values = values
+
+    def get(self, key: str) -> Any:
+        """The value, None if it is absent or null."""
+        return self.values.get(key)
+
+    def fail(self, key: str, problem: str) -> NoReturn:
+        """Raise a ModelError that names file, key and value."""
+        raise ModelError(f"{self.path}: {key}={self.values.get(key)!r}: {problem}")
+
+    def integer(self, key: str, default: int | None = None, minimum: int = 1) -> int:
+        """An integer of at least `minimum`. Raises ModelError, also if it is absent without a default."""
+        value = self.get(key)
+        if value is None:
+            if default is None:
+                self.fail(key, "is required")
+            return default
+        if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+            self.fail(key, f"must be an integer of at least {minimum}")
+        return value
+
+    def number(self, key: str, default: float | None = None, above: float = 0.0) -> float:
+        """A finite number greater than `above`. Raises ModelError, also if it is absent without a default."""
+        value = self.get(key)
+        if value is None:
+            if default is None:
+                self.fail(key, "is required")
+            return default
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            self.fail(key, "must be a number")
+        if not (math.isfinite(value) and value > above):
+            self.fail(key, f"must be a finite number above {above:g}")
+        return float(value)
+
+    def boolean(self, key: str, default: bool) -> bool:
+        """True or false. Raises ModelError."""
+        value = self.get(key)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            self.fail(key, "must be true or false")
+        return value
+
+    def section(self, key: str) -> Config | None:
+        """The object at `key` as a Config of its own, None if it is absent or null. Raises ModelError."""
+        value = self.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, dict):
+            self.fail(key, "must be an object")
+        section = object.__new__(Config)
+        section.path = self.path
+        section.values = value
+        return section
+
+    def ids(self, key: str, vocab_size: int) -> tuple[int, ...]:
+        """One token id or a list of them, none if it is absent. Raises ModelError."""
+        value = self.get(key)
+        if value is None:
+            return ()
+        ids = value if isinstance(value, list) else [value]
+        for id_ in ids:
+            if not isinstance(id_, int) or isinstance(id_, bool) or not 0 <= id_ < vocab_size:
+                self.fail(key, f"must be token ids from 0 to {vocab_size - 1}")
+        return tuple(ids)

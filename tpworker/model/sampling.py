@@ -1,0 +1,200 @@
+"""From logits to tokens: greedy, temperature, top-k, top-p, minimum length; the same on every rank.
+
+A token is the argmax of logits / T + g, with g independent Gumbel noise: this samples from
+softmax(logits / T) (the Gumbel-max trick). The noise of a token id is a function of (seed, position, id)
+alone: SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) seeded by a mix of seed and position, its id-th output.
+So a row's token depends neither on the rest of the batch nor on the number of ranks, and each rank computes
+the noise of its own part of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from tpworker.model.tp import Collectives, argmax_vocab, gather_vocab
+
+GREEDY_BELOW = 1e-5  # a lower temperature is greedy: its quotients would overflow before they meant anything
+
+
+@dataclass(slots=True)
+class SamplingRows:
+    """Sampling parameters on the device, one row a sampled token."""
+
+    temperature: Tensor  # float32 [R]; below GREEDY_BELOW: greedy
+    top_p: Tensor  # float32 [R], above 0; 1 or more: all
+    top_k: Tensor  # int64 [R]; 0: all
+    seed: Tensor  # int64 [R]
+    position: Tensor  # int64 [R], of the token being sampled, in its sequence
+    min_length: Tensor  # int64 [R], stop ids are suppressed while position < min_length
+    stop_ids: Tensor  # int64 [R, K], -1: none
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingMode:
+    """What any row of the batch needs; the host knows. A row that does not need it is not affected."""
+
+    random: bool
+    """Some temperature is not 0."""
+    truncate: bool
+    """Some random row has top_k or top_p."""
+    suppress: bool
+    """Some row may be below its min_length."""
+
+
+def sample(
+    logits: Tensor, rows: SamplingRows, mode: SamplingMode, vocab_start: int, collectives: Collectives
+) -> Tensor:
+    """Choose one token a row.
+
+    Args:
+        logits: float32 [R, vocab_local], -inf where it is padding; may be overwritten.
+        vocab_start: token id of this rank's first logit.
+
+    Returns:
+        int64 [R], the same on all ranks, bit by bit. Of equal scores the lowest id wins.
+    """
+    if mode.suppress:
+        _suppress(logits, rows, vocab_start)
+    if not mode.random:
+        return argmax_vocab(logits, vocab_start, collectives)
+    is_greedy = rows.temperature < GREEDY_BELOW
+    scaled = logits / torch.where(is_greedy, 1.0, rows.temperature)[:, None]
+    plain = argmax_vocab(_add_noise(scaled, rows, is_greedy, vocab_start), vocab_start, collectives)
+    if not mode.truncate:
+        return plain
+    full = gather_vocab(scaled, collectives)  # [R, V]
+    is_truncated = ~is_greedy & ((rows.top_p < 1) | (rows.top_k > 0))
+    return torch.where(is_truncated, _sample_truncated(full, rows, is_truncated), plain)
+
+
+def _suppress(logits: Tensor, rows: SamplingRows, vocab_start: int) -> None:
+    """Set the stop ids of rows below their minimum length to -inf, in place."""
+    local_ids = rows.stop_ids - vocab_start
+    is_here = (rows.stop_ids >= 0) & (local_ids >= 0) & (local_ids < logits.shape[1])
+    is_suppressed = is_here & (rows.position < rows.min_length)[:, None]
+    # Ids that are not suppressed aim at some column, too: shapes are fixed. The minimum with +inf leaves it.
+    ceiling = torch.where(is_suppressed, float("-inf"), float("inf"))
+    logits.scatter_reduce_(1, torch.where(is_here, local_ids, 0), ceiling, reduce="amin")
+
+
+def _add_noise(scaled: Tensor, rows: SamplingRows, is_greedy: Tensor, vocab_start: int) -> Tensor:
+    """scaled [R, n] + Gumbel noise of the ids from `vocab_start` on; greedy rows as they are."""
+    ids = torch.arange(vocab_start, vocab_start + scaled.shape[1], device=scaled.device)
+    return gumbel_noise(rows.seed, rows.position, ids).masked_fill_(is_greedy[:, None], 0).add_(scaled)
+
+
+# ---------------------------------------------------------------------------------- top-k and top-p
+
+
+def _sample_truncated(full: Tensor, rows: SamplingRows, is_truncated: Tensor) -> Tensor:
+    """Sample each row from its top-k and top-p set; rows that have neither get some token.
+
+    Args:
+        full: float32 [R, V], logits / temperature.
+
+    Returns:
+        int64 [R].
+    """
+    if full.device.type != "cpu" or full.shape[1] <= _NUM_CANDIDATES:
+        return _sample_ranked(full, rows, full.shape[1])[0]
+    # The CPU may look at the result: most sets are small, and finding the first few hundred tokens is many
+    # times faster than sorting them all.
+    token, fits = _sample_ranked(full, rows, _NUM_CANDIDATES)
+    large = (is_truncated & ~fits).nonzero()[:, 0]
+    if large.numel():
+        selected = SamplingRows(*(getattr(rows, field.name)[large] for field in fields(rows)))
+        token[large] = _sample_ranked(full[large], selected, full.shape[1])[0]
+    return token
+
+
+def _sample_ranked(full: Tensor, rows: SamplingRows, count: int) -> tuple[Tensor, Tensor]:
+    """Sample each row from those of its top-k and top-p set that are among its `count` most likely tokens.
+
+    Returns:
+        int64 [R], tokens; bool [R], whether the set lies within them, so that the token is right.
+    """
+    values, ids = _ranked(full, count)  # [R, count]
+    keep = _keep(values, full.logsumexp(dim=-1), rows)
+    scores = gumbel_noise(rows.seed, rows.position, ids).add_(values).masked_fill_(~keep, float("-inf"))
+    token = ids.gather(1, scores.argmax(dim=-1, keepdim=True))[:, 0]
+    # Equal values at the end of the set: only if all of them are here, those with the lowest ids were taken.
+    least_kept = values.gather(1, keep.sum(dim=-1, keepdim=True) - 1)[:, 0]
+    return token, values[:, -1] < least_kept
+
+
+def _ranked(full: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` largest values [R, count] of full [R, V] in descending order, and their columns.
+
+    Equal values are in ascending order of columns; which of those that equal the last one are included is
+    left open, unless count is V.
+    """
+    if count == full.shape[1]:
+        return full.sort(dim=-1, descending=True, stable=True)
+    values, ids = full.topk(count, dim=-1, sorted=False)
+    ids, by_id = ids.sort(dim=-1)
+    values, by_value = values.gather(1, by_id).sort(dim=-1, descending=True, stable=True)
+    return values, ids.gather(1, by_value)
+
+
+def _keep(values: Tensor, log_total: Tensor, rows: SamplingRows) -> Tensor:
+    """Which of the ranked values [R, C] are in the row's set: a prefix of at least one. bool [R, C].
+
+    First the top_k, then the fewest of them whose share of their probability is at least top_p. This order
+    is that of transformers and vLLM.
+
+    Args:
+        log_total: float32 [R], log of the sum of exp over the whole vocabulary.
+    """
+    rank = torch.arange(values.shape[1], device=values.device)
+    in_top_k = (rank < rows.top_k[:, None]) | (rows.top_k <= 0)[:, None]
+    weights = (values - values[:, :1]).exp().to(torch.float64)
+    total = torch.where(
+        rows.top_k > 0, (weights * in_top_k).sum(dim=-1), (log_total - values[:, 0]).exp().to(torch.float64)
+    )
+    before = weights.cumsum(dim=-1) - weights
+    in_top_p = (before < (rows.top_p * total)[:, None]) | (rows.top_p >= 1)[:, None]
+    return (in_top_k & in_top_p) | (rank == 0)
+
+
+# ------------------------------------------------------------------------------------------- noise
+
+
+def _signed(value: int) -> int:
+    """The int64 of the same bits as an unsigned 64-bit integer: torch computes with int64, modulo 2**64."""
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+_GAMMA = _signed(0x9E3779B97F4A7C15)
+_MULTIPLIER_1 = _signed(0xBF58476D1CE4E5B9)
+_MULTIPLIER_2 = _signed(0x94D049BB133111EB)
+_NUM_CANDIDATES = 256
+
+
+def _mix(z: Tensor) -> Tensor:
+    """SplitMix64's output function, in place, on int64; torch's shifts copy the sign: it is masked."""
+    z ^= (z >> 30).bitwise_and_((1 << 34) - 1)
+    z *= _MULTIPLIER_1
+    z ^= (z >> 27).bitwise_and_((1 << 37) - 1)
+    z *= _MULTIPLIER_2
+    z ^= (z >> 31).bitwise_and_((1 << 33) - 1)
+    return z
+
+
+def gumbel_noise(seed: Tensor, position: Tensor, ids: Tensor) -> Tensor:
+    """Standard Gumbel noise, a function of each (seed, position, id) alone.
+
+    Args:
+        seed, position: int64 [R].
+        ids: int64 [n], the same for each row, or [R, n].
+
+    Returns:
+        float32 [R, n], finite: from -2.9 to 43.7. What is cut off has a probability of 6e-8 a value.
+    """
+    key = _mix(_mix(seed + _GAMMA) + position * _GAMMA)
+    bits = _mix(key[:, None] + (ids + 1) * _GAMMA).bitwise_and_((1 << 63) - 1)
+    # Large noise comes from small uniform numbers, and float32(63 bits) is as precise there as elsewhere.
+    uniform = bits.to(torch.float32).mul_(2.0**-63).clamp_(2.0**-63, 1 - 2.0**-24)
+    return uniform.neg_().log1p_().neg_().log_().neg_()
