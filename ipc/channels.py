@@ -106,7 +106,7 @@ class Channel:
             return self._socket.recv(zmq.DONTWAIT)
         except zmq.Again:
             pass
-        if timeout <= 0 or not self._socket.poll(timeout * 1000):
+        if timeout <= 0 or not self._socket.poll(round(timeout * 1000)):
             return None
         return self._socket.recv(zmq.DONTWAIT)
 
@@ -122,6 +122,14 @@ class Channel:
     def close(self) -> None:
         """Closes the socket; what was not sent yet is dropped."""
         self._socket.close()
+
+
+def close_all(linger: float) -> None:
+    """Closes every channel of this process, once what was sent has left it, or after `linger` seconds.
+
+    For the end of a process: closing a single channel drops what was not sent yet.
+    """
+    zmq.Context.instance().destroy(linger=round(linger * 1000))
 
 
 class Poller:
@@ -157,4 +165,4 @@ def accept_all(expected: Sequence[tuple[Channel, str]], generation: int, timeout
                 Channel.check_hello(hello, waiting.pop(channel), generation)
 
 
-__all__ = ["Channel", "ChannelError", "MessageError", "Poller", "accept_all", "new_address"]
+__all__ = ["Channel", "ChannelError", "MessageError", "Poller", "accept_all", "close_all", "new_address"]

@@ -435,7 +435,7 @@ def _check_tuple(inner: _Check) -> _Check:
     return check
 
 
-def _check_number(base: type, bounds: Within) -> _Check:
+def _check_number(base: Any, bounds: Within) -> _Check:
     low, high = bounds.low, bounds.high
 
     def check(value: Any) -> Any:
@@ -448,7 +448,7 @@ def _check_number(base: type, bounds: Within) -> _Check:
     return check
 
 
-def _check_sized(base: type, bounds: Within) -> _Check:
+def _check_sized(base: Any, bounds: Within) -> _Check:
     low, high = bounds.low, bounds.high
 
     def check(value: Any) -> Any:

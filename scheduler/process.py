@@ -14,7 +14,7 @@ import time
 from typing import TypeVar
 
 from tpworker.ipc.board import Board, Field, Phase
-from tpworker.ipc.channels import Channel, Poller, accept_all
+from tpworker.ipc.channels import Channel, Poller, accept_all, close_all
 from tpworker.ipc.child import RANK_NAME, SchedulerBoot, SchedulerSettings, board_names
 from tpworker.ipc.messages import (
     Abort,
@@ -48,8 +48,8 @@ _M = TypeVar("_M")
 BEAT_SECONDS = 1.0
 """While there is work, the loop turns at least this often, so that a hang can be told from a long step."""
 
-STOP_SECONDS = 10.0
-"""Within which the ranks must have heard that it is over."""
+STOP_SECONDS = 5.0
+"""For the last message to leave."""
 
 
 class StepTimeout(Exception):
@@ -240,8 +240,9 @@ def scheduler_main(boot: SchedulerBoot) -> None:
     results = Channel.bind(boot.result_address)
     runtime = Channel.connect(boot.runtime_address, boot.name, boot.generation)
     ranks = [RANK_NAME.format(rank) for rank in range(boot.num_ranks)]
-    accept_all([*zip(plans, ranks, strict=True), (results, ranks[0])], boot.generation, timeout)
+    accept_all(list(zip(plans, ranks, strict=True)), boot.generation, timeout)
     num_kv_blocks = agree_on_blocks(plans, ranks, boot.generation, timeout)
+    results.accept(ranks[0], boot.generation, timeout)
     logger.info("%d KV blocks of %d tokens", num_kv_blocks, boot.settings.block_size)
     scheduler = Scheduler(boot.generation, boot.settings, num_kv_blocks, runtime, results, plans, board)
     runtime.send(SchedulerReady(boot.generation, num_kv_blocks))
@@ -252,7 +253,7 @@ def scheduler_main(boot: SchedulerBoot) -> None:
     scheduler.run()
     for channel in plans:
         channel.send(Stop(boot.generation))
-    gather(plans, ranks, Stop, STOP_SECONDS)  # a message is on its way until it is answered
+    close_all(STOP_SECONDS)
 
 
 def agree_on_blocks(plans: list[Channel], ranks: list[str], generation: int, timeout: float) -> int:

@@ -8,10 +8,12 @@ peer's report pipe, much sooner.
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, distributed
+
+_gloo: Any = distributed  # typed without its process groups and stores
 
 
 class SoleRank:
@@ -36,14 +38,14 @@ class GlooCollectives:
         timeout: seconds after which a collective that a peer does not join raises RuntimeError.
     """
 
-    def __init__(self, store: dist.Store, rank: int, size: int, timeout: float) -> None:
+    def __init__(self, store: Any, rank: int, size: int, timeout: float) -> None:
         self.rank = rank
         self.size = size
-        options = dist.ProcessGroupGloo._Options()
-        options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
+        options = _gloo.ProcessGroupGloo._Options()
+        options._devices = [_gloo.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
         options._threads = 1
         options._timeout = timedelta(seconds=timeout)
-        self._group = dist.ProcessGroupGloo(store, rank, size, options)
+        self._group = _gloo.ProcessGroupGloo(store, rank, size, options)
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """Sums over the ranks, in place; bitwise the same on all of them. Any shape; returns x."""
@@ -61,4 +63,4 @@ def connect(store_fd: int, rank: int, size: int, timeout: float) -> SoleRank | G
     """Meets the other CPU ranks through a store in an inherited file, which leaves nothing behind."""
     if size == 1:
         return SoleRank()
-    return GlooCollectives(dist.FileStore(f"/proc/self/fd/{store_fd}", size), rank, size, timeout)
+    return GlooCollectives(_gloo.FileStore(f"/proc/self/fd/{store_fd}", size), rank, size, timeout)

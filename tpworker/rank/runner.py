@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tpworker.ipc.messages import BatchPlan
-from tpworker.model.decoder import Batch, Decoder
+from tpworker.model.batch import Batch
+from tpworker.model.decoder import Decoder
 from tpworker.model.kv_cache import KVCache
 from tpworker.model.sampling import SamplingMode, sample
 from tpworker.model.tp import Collectives

@@ -122,8 +122,8 @@ class SlotTable:
 
     def sampling_mode(self, slots: Sequence[int]) -> SamplingMode:
         """What sampling these slots needs, from the host's own record (launch thread)."""
-        random, truncate, suppress = self._needs[list(slots)].any(axis=0).tolist()
-        return SamplingMode(random, truncate, suppress)
+        needs = self._needs[list(slots)].any(axis=0)
+        return SamplingMode(bool(needs[0]), bool(needs[1]), bool(needs[2]))
 
 
 def _needs(sampling: Sampling) -> tuple[bool, bool, bool]:

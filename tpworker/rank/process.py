@@ -1,0 +1,175 @@
+"""A rank's process, from its boot message to the loop.
+
+Sizes are agreed on before anything is allocated: each rank loads its shard, says how many KV blocks its
+device could hold beside it, and is told the smallest number of all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+from tpworker.ipc.barrier import Barrier
+from tpworker.ipc.board import Board, Field, Phase, Row
+from tpworker.ipc.channels import Channel, ChannelError, close_all
+from tpworker.ipc.child import RankBoot, RankSettings, Report, board_names, write_report
+from tpworker.ipc.messages import Allocate, RankLoaded, RankReady, expect
+from tpworker.model.decoder import Decoder
+from tpworker.model.families import ModelSpec, read_spec
+from tpworker.model.kv_cache import KVCache
+from tpworker.model.tp import Collectives, Shard
+from tpworker.model.weights import dummy_weights, load_weights
+from tpworker.rank.collectives import connect
+from tpworker.rank.device import CpuDevice, Device, StreamBroken, usable_cores
+from tpworker.rank.loop import RankLoop, StepRunner
+from tpworker.rank.publisher import Publisher
+from tpworker.rank.runner import Runner
+from tpworker.rank.slots import SlotTable
+from tpworker.rank.staging import StagingPool
+
+logger = logging.getLogger(__name__)
+
+SWITCH_INTERVAL = 50e-6
+"""Seconds after which a thread must let another have the GIL: the launch thread and the publisher take turns."""
+
+LINGER_SECONDS = 1.0
+
+
+def rank_main(boot: RankBoot) -> None:
+    """What a rank's process does: meets the others, loads its shard, agrees on sizes, then runs."""
+    row = Board.attach(boot.board_fd, board_names(boot.num_ranks)).row(boot.name)
+    row[Field.PID] = os.getpid()
+    row[Field.PHASE] = Phase.LOADING
+    plans = Channel.connect(boot.plan_address, boot.name, boot.generation)
+    torch.set_num_threads(max(1, usable_cores() // boot.num_ranks))
+    settings = boot.settings
+    device = CpuDevice()
+    collectives = connect(boot.store_fd, boot.rank, boot.num_ranks, settings.step_timeout)
+    with torch.inference_mode():
+        started = time.monotonic()
+        decoder, dtype = load_decoder(boot, device, collectives, row)
+        logger.info("loaded in %.1f s", time.monotonic() - started)
+        cache = agree_on_cache(boot, plans, decoder, dtype, device, row)
+        slots = SlotTable(
+            settings.max_num_seqs, -(-settings.max_model_len // settings.block_size), device.torch_device
+        )
+        runner = Runner(
+            decoder, cache, slots, device, collectives, ring_rows(settings), settings.check_ranks_agree
+        )
+    serve(boot, plans, row, device, runner, runner.staging)
+    device.close()
+    close_all(LINGER_SECONDS)
+
+
+def ring_rows(settings: RankSettings) -> int:
+    """Rows of the token ring: a step more than can be unanswered, so that a free one is always there."""
+    return settings.lookahead + 2
+
+
+def load_decoder(
+    boot: RankBoot, device: Device, collectives: Collectives, row: Row
+) -> tuple[Decoder, torch.dtype]:
+    """This rank's shard of the model, and its dtype.
+
+    Raises:
+        ModelError: the folder is not a model that is supported, or is broken.
+    """
+    folder, settings = Path(boot.model), boot.settings
+    spec: ModelSpec = read_spec(folder)
+    shard = Shard.of(spec, boot.rank, boot.num_ranks)
+    dtype: torch.dtype = getattr(torch, spec.dtype if settings.dtype == "auto" else settings.dtype)
+
+    def progress(done: int, total: int) -> None:
+        row[Field.PROGRESS_TOTAL] = total
+        row[Field.PROGRESS_DONE] = done
+
+    if settings.load_format == "dummy":
+        weights = dummy_weights(spec, shard, dtype, device.torch_device, settings.seed)
+    else:
+        weights = load_weights(folder, spec, shard, dtype, device.torch_device, progress)
+    return Decoder(spec, weights, shard, collectives, settings.max_model_len), dtype
+
+
+def agree_on_cache(
+    boot: RankBoot, plans: Channel, decoder: Decoder, dtype: torch.dtype, device: Device, row: Row
+) -> KVCache:
+    """Offers what fits, allocates what all can hold.
+
+    Raises:
+        ChannelError: the scheduler did not answer within start_timeout.
+    """
+    settings, spec, shard = boot.settings, decoder.spec, decoder.shard
+    offer = settings.num_kv_blocks
+    if not offer:
+        share = int(device.free_bytes(boot.num_ranks) * settings.gpu_memory_utilization)
+        most = settings.max_num_seqs * -(-settings.max_model_len // settings.block_size) + 1
+        offer = min(most, share // KVCache.bytes_per_block(spec, shard, settings.block_size, dtype))
+    plans.send(RankLoaded(boot.generation, boot.rank, offer))
+    answer = plans.receive(settings.start_timeout)
+    if answer is None:
+        raise ChannelError(
+            f"no answer from the scheduler within {settings.start_timeout:g} s (start_timeout)"
+        )
+    row[Field.PHASE] = Phase.ALLOCATING
+    num_blocks = expect(answer, Allocate).num_kv_blocks
+    return KVCache(spec, shard, num_blocks, settings.block_size, dtype, device.torch_device)
+
+
+def serve(
+    boot: RankBoot, plans: Channel, row: Row, device: Device, runner: StepRunner, staging: StagingPool
+) -> None:
+    """Says that this rank is ready, and executes plans until told to stop."""
+
+    def result_channel() -> Channel:
+        return Channel.connect(boot.result_address, boot.name, boot.generation)
+
+    def fail(error: BaseException) -> NoReturn:
+        cause = error.__cause__ if isinstance(error, StreamBroken) else error
+        write_report(boot.report_fd, Report.of(cause or error))
+        os._exit(1)
+
+    publisher = Publisher(
+        boot.generation,
+        device,
+        ring_rows(boot.settings),
+        boot.settings.max_num_seqs,
+        staging,
+        row,
+        result_channel if boot.rank == 0 else None,
+        fail,
+    )
+    barrier = Barrier.attach(boot.barrier_fd, boot.num_ranks)
+    loop = RankLoop(
+        boot.rank, boot.generation, plans, barrier, row, runner, publisher, boot.settings.step_timeout
+    )
+    plans.send(RankReady(boot.generation, boot.rank))
+    row[Field.PHASE] = Phase.READY
+    with uninterrupted():
+        loop.run()
+    row[Field.PHASE] = Phase.STOPPING
+    publisher.close()
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """No garbage collection (80 ms with torch loaded), and no thread keeps the GIL for long."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(SWITCH_INTERVAL)
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
+        sys.setswitchinterval(interval)

@@ -1,0 +1,225 @@
+"""A scheduler and its TP ranks as threads of one process: the real loops, runner, publisher, barrier and
+messages, without the cost of starting processes. For tests that compare many configurations."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed
+
+from tpworker.ipc.barrier import Barrier
+from tpworker.ipc.board import Board
+from tpworker.ipc.channels import Channel, accept_all
+from tpworker.ipc.child import SchedulerSettings, board_names
+from tpworker.ipc.messages import Message, StepOutput, Stop, Submit, unpack_int32, unpack_int64
+from tpworker.model.decoder import Decoder
+from tpworker.model.families import read_spec
+from tpworker.model.kv_cache import KVCache
+from tpworker.model.tp import Collectives, Shard
+from tpworker.model.weights import load_weights
+from tpworker.rank.collectives import GlooCollectives, SoleRank
+from tpworker.rank.device import CpuDevice
+from tpworker.rank.loop import RankLoop
+from tpworker.rank.publisher import Publisher
+from tpworker.rank.runner import Runner
+from tpworker.rank.slots import SlotTable
+from tpworker.scheduler.process import Scheduler
+
+_names = itertools.count()
+_hash_store: Any = distributed
+
+
+@dataclass(slots=True)
+class Output:
+    """What came back for one request."""
+
+    tokens: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    num_cached: int = 0
+
+
+class InProcessGroup:
+    """`with InProcessGroup(folder, num_ranks=2, lookahead=2) as group: group.run(submits)`.
+
+    Args:
+        folder: of the model.
+        num_ranks: TP size.
+        num_kv_blocks: blocks of the KV cache.
+        dtype: of weights and KV.
+        jitter: delays for each rank's device, see `CpuDevice`.
+        check_agreement: debug mode of `Runner`.
+        settings: fields of `SchedulerSettings`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        num_ranks: int = 1,
+        num_kv_blocks: int = 128,
+        dtype: torch.dtype = torch.float32,
+        jitter: Callable[[], float] | None = None,
+        check_agreement: bool = False,
+        **settings: Any,
+    ) -> None:
+        defaults: dict[str, Any] = {
+            "lookahead": 2,
+            "max_num_seqs": 8,
+            "max_num_batched_tokens": 32,
+            "max_model_len": 128,
+            "block_size": 8,
+            "prefix_caching": True,
+            "step_timeout": 30.0,
+            "start_timeout": 30.0,
+        }
+        self.settings = SchedulerSettings(**{**defaults, **settings})
+        self.errors: list[BaseException] = []
+        self.outputs: dict[int, Output] = {}
+        self.steps: list[StepOutput] = []
+        self._folder, self._num_ranks, self._num_kv_blocks = folder, num_ranks, num_kv_blocks
+        self._dtype, self._jitter, self._check_agreement = dtype, jitter, check_agreement
+        self._address = f"inproc://tpworker-{next(_names)}"
+        self._ready = threading.Barrier(num_ranks + 2)
+        self._barrier = Barrier.create(num_ranks)
+        self._board = Board.create(board_names(num_ranks))
+        self._store = _hash_store.HashStore()
+        self._runtime = Channel.bind(f"{self._address}-runtime")
+        self._plans = [Channel.bind(f"{self._address}-plan{rank}") for rank in range(num_ranks)]
+        self._results = Channel.bind(f"{self._address}-results")
+        scheduler = Channel.connect(f"{self._address}-runtime", "scheduler", 0)
+        self.scheduler = Scheduler(
+            0, self.settings, num_kv_blocks, scheduler, self._results, self._plans, self._board
+        )
+        work = [(self._schedule,), *((self._rank, rank) for rank in range(num_ranks))]
+        self._threads = [threading.Thread(target=self._guard, args=args, daemon=True) for args in work]
+
+    def __enter__(self) -> InProcessGroup:
+        for thread in self._threads:
+            thread.start()
+        self._runtime.accept("scheduler", 0, 30.0)
+        self._ready.wait(60)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._runtime.send(Stop(0))
+        for thread in self._threads:
+            thread.join(30)
+            assert not thread.is_alive(), "a thread does not end"
+        for channel in (self._runtime, self._results, *self._plans):
+            channel.close()
+        self._barrier.close()
+        self._board.close()
+        if exception[0] is None and self.errors:
+            raise self.errors[0]
+
+    def send(self, message: Message) -> None:
+        """To the scheduler."""
+        if isinstance(message, Submit):
+            self.outputs[message.request] = Output()
+        self._runtime.send(message)
+
+    def run(self, submits: Sequence[Submit], timeout: float = 60.0) -> dict[int, Output]:
+        """Submits all at once and waits until every open request has ended."""
+        for message in submits:
+            self.send(message)
+        self.wait(timeout)
+        return self.outputs
+
+    def wait(self, timeout: float = 60.0) -> None:
+        """Until every open request has ended."""
+        deadline = time.monotonic() + timeout
+        while any(output.finish_reason is None for output in self.outputs.values()):
+            self.step(deadline - time.monotonic())
+
+    def step(self, timeout: float) -> None:
+        """Takes one message of the scheduler. Raises what went wrong in a thread."""
+        end = time.monotonic() + timeout
+        while (message := self._runtime.receive(0.05)) is None:
+            if self.errors:
+                raise self.errors[0]
+            if time.monotonic() > end:
+                raise TimeoutError(f"no step within the deadline; {self.outputs}")
+        if isinstance(message, StepOutput):
+            self._take(message)
+
+    def _take(self, output: StepOutput) -> None:
+        self.steps.append(output)
+        requests, positions = unpack_int64(output.requests), unpack_int32(output.positions)
+        for request, position, token in zip(requests, positions, unpack_int32(output.tokens), strict=True):
+            assert position == len(self.outputs[request].tokens), "a token twice, or a gap"
+            self.outputs[request].tokens.append(token)
+        for finish in output.finished:
+            self.outputs[requests[finish.index]].finish_reason = finish.reason
+        for started in output.started:
+            self.outputs[started.request].num_cached = started.num_cached
+
+    def _guard(self, work: Callable[..., None], *arguments: object) -> None:
+        try:
+            work(*arguments)
+        except BaseException as error:
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        self.errors.append(error)
+        self._barrier.abort()
+        self._ready.abort()
+
+    def _schedule(self) -> None:
+        ranks = [f"rank{rank}" for rank in range(self._num_ranks)]
+        try:
+            accept_all([*zip(self._plans, ranks, strict=True), (self._results, "rank0")], 0, 30.0)
+            self._ready.wait(60)
+            self.scheduler.run()
+        finally:
+            for channel in self._plans:
+                channel.send(Stop(0))
+
+    def _rank(self, rank: int) -> None:
+        torch.set_num_threads(1)
+        collectives: Collectives = SoleRank()
+        if self._num_ranks > 1:
+            collectives = GlooCollectives(self._store, rank, self._num_ranks, 30.0)
+        settings, spec = self.settings, read_spec(self._folder)
+        shard = Shard.of(spec, rank, self._num_ranks)
+        device = CpuDevice(self._jitter)
+        with torch.inference_mode():
+            weights = load_weights(
+                self._folder, spec, shard, self._dtype, device.torch_device, lambda done, total: None
+            )
+            decoder = Decoder(spec, weights, shard, collectives, settings.max_model_len)
+            cache = KVCache(
+                spec, shard, self._num_kv_blocks, settings.block_size, self._dtype, device.torch_device
+            )
+            slots = SlotTable(
+                settings.max_num_seqs, -(-settings.max_model_len // settings.block_size), device.torch_device
+            )
+            rows = settings.lookahead + 2
+            runner = Runner(decoder, cache, slots, device, collectives, rows, self._check_agreement)
+        row = self._board.rows()[1 + rank]
+        publisher = Publisher(
+            0,
+            device,
+            rows,
+            settings.max_num_seqs,
+            runner.staging,
+            row,
+            (lambda: Channel.connect(f"{self._address}-results", "rank0", 0)) if rank == 0 else None,
+            self._fail,
+        )
+        plans = Channel.connect(f"{self._address}-plan{rank}", f"rank{rank}", 0)
+        barrier = Barrier.attach(self._barrier.fd, self._num_ranks)
+        loop = RankLoop(rank, 0, plans, barrier, row, runner, publisher, settings.step_timeout)
+        try:
+            self._ready.wait(60)
+            loop.run()
+        finally:
+            publisher.close()
+            device.close()
+            plans.close()
+            barrier.close()
