@@ -10,6 +10,7 @@ repeats half a character costs it time quadratic in the output, and byte fallbac
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from codecs import utf_8_decode
@@ -47,6 +48,8 @@ class Tokenizer:
         self._bytes_of_char = _bytes_of_char() if "ByteLevel" in self._decoder_kinds else {}
         self._anchor: list[int] = self._backend.encode("a", add_special_tokens=False).ids
         self._anchor_text: str = self._backend.decode(self._anchor)
+        # What is not for the template but for transformers: among it a template of the client's own.
+        self._template_options = frozenset(inspect.signature(fast.apply_chat_template).parameters)
         self._pieces: dict[int, str | bytes] = {}
 
     @classmethod
@@ -94,7 +97,9 @@ class Tokenizer:
             # Of the encode functions the only one that lets other threads run all the while.
             encoding = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
         except TypeError as error:
-            raise InvalidRequest(f"not a text that can be tokenised: {_why_not_unicode(text)}") from error
+            raise InvalidRequest(
+                f"the text cannot be tokenised: {_why_not_unicode(text)}", "prompt"
+            ) from error
         ids: list[int] = encoding.ids
         return ids
 
@@ -125,6 +130,11 @@ class Tokenizer:
             raise InvalidRequest(
                 "the model has no chat template (chat_template in tokenizer_config.json, or "
                 "chat_template.jinja), so it cannot chat. Write the prompt yourself: /v1/completions."
+            )
+        reserved = self._template_options.intersection(variables)
+        if reserved:
+            raise InvalidRequest(
+                f"{min(reserved)!r} cannot be given to the chat template", "chat_template_kwargs"
             )
         try:
             text: str = self._fast.apply_chat_template(

@@ -1,0 +1,317 @@
+"""Whatever is wrong with a request: the right status, the OpenAI API's form, and words that help."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import openai
+import pytest
+
+from tests.server.conftest import MODEL, LiveServer
+from tests.server.fake_runtime import FakeRuntime, byte_tokenizer
+from tpworker.errors import InvalidRequest
+
+Start = Callable[..., LiveServer]
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+USER = {"role": "user", "content": "Hi"}
+
+
+def error_of(response: Any) -> dict[str, Any]:
+    assert response.headers["content-type"] == "application/json"
+    body: dict[str, Any] = response.json()
+    assert set(body) == {"error"}
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    error: dict[str, Any] = body["error"]
+    return error
+
+
+UNSUPPORTED: list[tuple[str, object]] = [
+    ("n", 2),
+    ("presence_penalty", 0.5),
+    ("frequency_penalty", -1),
+    ("repetition_penalty", 1.1),
+    ("logit_bias", {"1": 5}),
+    ("best_of", 2),
+    ("min_p", 0.1),
+    ("response_format", {"type": "json_object"}),
+    ("guided_json", {}),
+    ("use_beam_search", True),
+    ("allowed_token_ids", [1]),
+    ("prompt_logprobs", 0),
+]
+ONLY_COMPLETIONS: list[tuple[str, object]] = [("logprobs", 0), ("echo", True), ("suffix", "x")]
+ONLY_CHAT: list[tuple[str, object]] = [
+    ("logprobs", True),
+    ("top_logprobs", 2),
+    ("tools", [{"type": "function", "function": {"name": "f"}}]),
+    ("tool_choice", "required"),
+    ("functions", [{}]),
+    ("modalities", ["audio"]),
+    ("reasoning_effort", "low"),
+    ("chat_template", "{{ 1 }}"),
+    ("n", True),
+]
+
+
+@pytest.mark.parametrize(
+    ("path", "name", "value"),
+    [(path, *case) for path in (COMPLETIONS, CHAT) for case in UNSUPPORTED]
+    + [(COMPLETIONS, *case) for case in ONLY_COMPLETIONS]
+    + [(CHAT, *case) for case in ONLY_CHAT]
+    + [(path, "temprature", 0) for path in (COMPLETIONS, CHAT)],
+)
+def test_what_is_not_supported_is_refused_by_name(
+    server: LiveServer, path: str, name: str, value: object
+) -> None:
+    body = {"prompt": "a"} if path == COMPLETIONS else {"messages": [USER]}
+    response = server.post(path, json=body | {name: value})
+    error = error_of(response)
+    assert (response.status_code, error["param"]) == (400, name)
+    assert name in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("change", "param", "words"),
+    [
+        ({"prompt": None}, "prompt", "string"),
+        ({"prompt": []}, "prompt", "list of token ids"),
+        ({"prompt": [1, "a"]}, "prompt", "list of token ids"),
+        ({"prompt": [1, True]}, "prompt", "list of token ids"),
+        ({"prompt": [[1], "a"]}, "prompt", "list of token ids"),
+        ({"prompt": ["a"] * 3000}, "prompt", "2048"),
+        ({"prompt": ""}, "prompt", "empty"),
+        ({"prompt": [[1], []]}, "prompt", "empty"),
+        ({"max_tokens": "5"}, "max_tokens", "'5'"),
+        ({"max_tokens": 5.5}, "max_tokens", "5.5"),
+        ({"max_tokens": 0}, "max_tokens", "at least 1"),
+        ({"max_tokens": -3}, "max_tokens", "-3"),
+        ({"max_tokens": 10**30}, "max_tokens", "max_tokens="),
+        ({"temperature": -1}, "temperature", "from 0 to 100"),
+        ({"temperature": "hot"}, "temperature", "'hot'"),
+        ({"temperature": True}, "temperature", "True"),
+        ({"top_p": 0}, "top_p", "above 0"),
+        ({"top_p": 1.5}, "top_p", "1.5"),
+        ({"top_k": -7}, "top_k", "-7"),
+        ({"min_tokens": 99, "max_tokens": 5}, "min_tokens", "at most max_tokens"),
+        ({"seed": 2**63}, "seed", "64 bits"),
+        ({"stop": 5}, "stop", "list"),
+        ({"stop": [""]}, "stop", "empty"),
+        ({"stop": ["x"] * 99}, "stop", "at most 16"),
+        ({"stop": ["x", 1]}, "stop[1]", "string"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids", "token ids"),
+        ({"ignore_eos": "yes"}, "ignore_eos", "'yes'"),
+        ({"stream": "yes"}, "stream", "'yes'"),
+        ({"stream_options": {"include_usage": True}}, "stream_options", "stream=true"),
+        ({"stream": True, "stream_options": {"usage": True}}, "stream_options.usage", "not permitted"),
+        ({"model": 5}, "model", "string"),
+        ({"prompt": "x" * 600}, None, "do not fit"),
+    ],
+)
+def test_values_that_cannot_be(
+    server: LiveServer, change: dict[str, Any], param: str | None, words: str
+) -> None:
+    response = server.post(COMPLETIONS, json={"prompt": "a", "max_tokens": 4} | change)
+    error = error_of(response)
+    assert (response.status_code, error["param"], error["type"]) == (400, param, "invalid_request_error")
+    assert words in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "words"),
+    [
+        ({}, "messages", "missing"),
+        ({"messages": []}, "messages", "at least 1"),
+        ({"messages": "Hi"}, "messages", "list"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content", "missing"),
+        ({"messages": [USER, {"role": "king", "content": "x"}]}, "messages[1].role", "'king'"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", "'tool'"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages[0].content", "list"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+            "messages[0].content[0].type",
+            "'image_url'",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": "a", "tool_calls": [1]}]},
+            "messages[0].tool_calls",
+            "",
+        ),
+        ({"messages": [{"role": "assistant", "content": "a"}]}, "messages", "the first turn is the user's"),
+        (
+            {"messages": [USER], "max_tokens": 4, "max_completion_tokens": 5},
+            "max_completion_tokens",
+            "give one",
+        ),
+        ({"messages": [USER], "max_completion_tokens": 0}, "max_completion_tokens", "=0"),
+        ({"messages": [USER], "chat_template_kwargs": {"chat_template": "x"}}, "chat_template_kwargs", ""),
+        (
+            {"messages": [USER], "chat_template_kwargs": {"tokenize": True}},
+            "chat_template_kwargs",
+            "tokenize",
+        ),
+    ],
+)
+def test_conversations_that_cannot_be(
+    server: LiveServer, body: dict[str, Any], param: str, words: str
+) -> None:
+    response = server.post(CHAT, json=body)
+    error = error_of(response)
+    assert (response.status_code, error["param"]) == (400, param)
+    assert words in error["message"]
+
+
+JSON = {"Content-Type": "application/json"}
+
+
+@pytest.mark.parametrize(
+    ("content", "headers", "words"),
+    [
+        (b'{"prompt": "a"', JSON, "not valid JSON: Expecting ',' delimiter at character 14"),
+        (b"", JSON, "JSON object"),
+        (b"[1]", JSON, "JSON object"),
+        (b'"a"', JSON, "JSON object"),
+        (b"null", JSON, "JSON object"),
+        (b'{"prompt": "a"}', {"Content-Type": "text/plain"}, "Content-Type: application/json"),
+        (b'{"prompt": "\xff"}', JSON, "UTF-8"),
+        (b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", JSON, "nested"),
+        (b'{"prompt": "a", "temperature": NaN}', JSON, "temperature"),
+        (b'{"prompt": "a", "temperature": 1' + b"0" * 400 + b"}", JSON, "temperature"),
+        (b'{"prompt": "a\\ud83d"}', JSON, "surrogate"),
+        (b'{"prompt": "a", "\\ud83d": 1}', JSON, "not a parameter"),
+        (b'{"prompt": "a", "model": "\\ud83d"}', JSON, "not served here"),
+    ],
+)
+def test_bodies_that_are_no_requests(
+    server: LiveServer, content: bytes, headers: dict[str, str], words: str
+) -> None:
+    response = server.post(COMPLETIONS, content=content, headers=headers)
+    assert response.status_code in (400, 404)
+    assert words in error_of(response)["message"]
+    assert server.post(COMPLETIONS, json={"prompt": "a"}).status_code == 200
+
+
+def test_half_a_character_in_a_conversation(server: LiveServer) -> None:
+    content = b'{"messages": [{"role": "user", "content": "\\ud83d"}]}'
+    response = server.post(CHAT, content=content, headers=JSON)
+    assert (response.status_code, error_of(response)["param"]) == (400, "messages")
+
+
+@pytest.mark.parametrize("size", [200, 5000], ids=["told at once", "a stream of chunks"])
+def test_a_body_that_is_too_large(start: Start, size: int) -> None:
+    server = start(max_body_bytes=100)
+    content: Any = b"x" * size if size < 1000 else iter([b"x" * 50] * 12)
+    response = server.post(COMPLETIONS, content=content, headers=JSON)
+    error = error_of(response)
+    assert (response.status_code, error["code"]) == (413, "body_too_large")
+    assert "100 bytes" in error["message"]
+    body = b'{"prompt": "a", "max_tokens": 3}'
+    assert server.post(COMPLETIONS, content=body.ljust(100), headers=JSON).status_code == 200
+
+
+def test_a_body_without_end_is_not_read_for_ever(start: Start) -> None:
+    server = start(max_body_bytes=1000)
+    with socket.create_connection(server.address) as client:
+        client.settimeout(10)
+        client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100000000\r\n\r\n")
+        client.sendall(b"x" * 9000)
+        assert client.recv(100).startswith(b"HTTP/1.1 413 ")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"), [("GET", "/v1/nothing", 404), ("GET", COMPLETIONS, 405), ("GET", "/", 404)]
+)
+def test_addresses_that_are_not_there(server: LiveServer, method: str, path: str, status: int) -> None:
+    response = server.get(path)
+    assert response.status_code == status
+    assert path in error_of(response)["message"]
+
+
+def test_an_unknown_model_is_not_found(server: LiveServer) -> None:
+    with pytest.raises(openai.NotFoundError, match="'gpt-4' is not served here; 'fake-model' is"):
+        server.openai.completions.create(model="gpt-4", prompt="a")
+    assert server.get("/v1/models/gpt-4").status_code == 404
+    assert server.openai.models.retrieve(MODEL).id == MODEL
+
+
+def test_the_served_name_may_hold_a_slash(start: Start) -> None:
+    server = start(name="org/model")
+    assert [model.id for model in server.openai.models.list()] == ["org/model"]
+    assert server.get("/v1/models/org/model").json()["max_model_len"] == 512
+    assert server.post(COMPLETIONS, json={"prompt": "a", "model": "org/model"}).status_code == 200
+
+
+def test_a_prompt_that_is_too_long_has_its_code(server: LiveServer) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        server.openai.completions.create(model=MODEL, prompt="x" * 600)
+    assert caught.value.code == "context_length_exceeded"
+
+
+def test_one_bad_prompt_of_several_refuses_the_request(start: Start) -> None:
+    server = start()
+    for stream in (False, True):
+        response = server.post(COMPLETIONS, json={"prompt": ["a", "x" * 600], "stream": stream})
+        assert response.status_code == 400
+    server.wait_until(lambda: server.runtime.num_open == 0)
+
+
+def test_a_model_without_a_chat_template(start: Start) -> None:
+    server = start(FakeRuntime(the_tokenizer=byte_tokenizer(chat_template=None)))
+    with pytest.raises(openai.BadRequestError, match="no chat template"):
+        server.openai.chat.completions.create(model=MODEL, messages=[USER])  # type: ignore[list-item]
+
+
+def test_a_model_without_a_tokenizer(start: Start) -> None:
+    server = start(FakeRuntime(the_tokenizer=None))
+    response = server.post(CHAT, json={"messages": [USER]})
+    assert (response.status_code, error_of(response)["message"]) == (400, "there is no tokenizer")
+
+
+# ------------------------------------------------------------------------------- the key
+
+
+def test_the_api_key(start: Start) -> None:
+    server = start(api_key="secret-ß")
+    for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
+        response = server.post(COMPLETIONS, json={"prompt": "a"}, headers=headers)
+        error = error_of(response)
+        assert (response.status_code, error["code"]) == (401, "invalid_api_key")
+        assert response.headers["www-authenticate"] == "Bearer"
+    assert server.get("/v1/models").status_code == 401
+    assert server.get("/v1/nothing").status_code == 401
+    for open_to_all in ("/health", "/ready", "/metrics"):
+        assert server.get(open_to_all).status_code == 200
+    right = {"Authorization": "Bearer secret-ß".encode()}
+    assert server.post(COMPLETIONS, json={"prompt": "a"}, headers=right).status_code == 200
+    assert server.metric('tpworker_requests_total{outcome="invalid"}') == 3
+
+
+def test_the_key_is_asked_for_before_the_body_is_looked_at(start: Start) -> None:
+    server = start(api_key="secret", max_body_bytes=100)
+    assert server.post(COMPLETIONS, content=b"{", headers=JSON).status_code == 401
+    assert server.post(COMPLETIONS, content=b"x" * 500, headers=JSON).status_code == 401
+
+
+# --------------------------------------------------------------------------------- bugs
+
+
+def test_a_bug_is_500_and_tells_nothing(start: Start) -> None:
+    def broken(prompt: str) -> str:
+        raise ZeroDivisionError("the secret of the implementation")
+
+    server = start(FakeRuntime(reply=broken))
+    response = server.post(COMPLETIONS, json={"prompt": "a"})
+    assert response.status_code == 500
+    assert "secret" not in response.text
+    assert error_of(response)["code"] == "internal_error"
+    assert server.metric('tpworker_requests_total{outcome="failed"}') == 1
+
+
+def test_what_a_process_refuses_of_a_request_is_the_requests_fault(start: Start) -> None:
+    async def refuse(position: int) -> None:
+        raise InvalidRequest("logits_bias: no such token", "logits_bias")
+
+    server = start(FakeRuntime(before=refuse))
+    response = server.post(COMPLETIONS, json={"prompt": "a"})
+    assert (response.status_code, error_of(response)["param"]) == (400, "logits_bias")

@@ -1,0 +1,117 @@
+"""An answer in the making: from outputs of the runtime to HTTP, whole or streamed.
+
+Nothing is sent before the first output has come, so that whatever is refused until then has its status.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing, suppress
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from tpworker.errors import RuntimeStopped
+from tpworker.outputs import RequestOutput
+from tpworker.server.errors import describe, internal_error
+from tpworker.server.formats import DONE, Choice, Format
+from tpworker.server.gate import OUTCOME
+from tpworker.server.merge import Outputs, merge
+from tpworker.server.metrics import Timing
+
+logger = logging.getLogger(__name__)
+
+_EVENT_STREAM = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+
+
+class Answer(Response):
+    """Sends what some streams of outputs give, one choice each. A client that leaves ends them."""
+
+    def __init__(
+        self, streams: Sequence[Outputs], answer_format: Format, timing: Timing, *, stream: bool
+    ) -> None:
+        super().__init__()
+        self._streams = streams
+        self._format = answer_format
+        self._timing = timing
+        self._stream = stream
+        self._choices = [Choice() for _ in streams]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        answering = asyncio.create_task(
+            self._send_events(scope, send) if self._stream else self._send_whole(send)
+        )
+        leaving = asyncio.create_task(_client_left(receive))
+        try:
+            await asyncio.wait([answering, leaving], return_when=asyncio.FIRST_COMPLETED)
+            if not answering.done():
+                scope[OUTCOME] = "disconnected"
+                return
+            await answering
+        finally:
+            answering.cancel()
+            leaving.cancel()
+            with suppress(asyncio.CancelledError, Exception):  # raised above, or of no interest any more
+                await answering
+
+    def _book(self, index: int, output: RequestOutput) -> None:
+        if output.finish_reason == "abort":
+            raise RuntimeStopped("the request was aborted: the server is shutting down")
+        self._choices[index].add(output)
+        self._timing.add(index, output)
+
+    async def _send_whole(self, send: Send) -> None:
+        texts: list[list[str]] = [[] for _ in self._choices]
+        async with aclosing(merge(self._streams)) as batches:
+            async for batch in batches:
+                for index, output in batch.items():
+                    self._book(index, output)
+                    texts[index].append(output.text)
+        body = self._format.body(["".join(parts) for parts in texts], self._choices).encode()
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+    async def _send_events(self, scope: Scope, send: Send) -> None:
+        started = False
+        try:
+            async with aclosing(self._events()) as events:
+                async for event in events:
+                    if not started:
+                        await send({"type": "http.response.start", "status": 200, "headers": _EVENT_STREAM})
+                        started = True
+                    await send({"type": "http.response.body", "body": event.encode(), "more_body": True})
+        except Exception as error:
+            if not started:
+                raise
+            scope[OUTCOME] = "failed"
+            described = describe(error)
+            if described is None:
+                logger.exception("while answering %s", self._format.request_id)
+            event = f"data: {(described or internal_error()).as_json()}\n\n"
+            await send({"type": "http.response.body", "body": event.encode(), "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def _events(self) -> AsyncGenerator[str, None]:
+        """The events of all choices; one string for what is there at once."""
+        opened: set[int] = set()
+        async with aclosing(merge(self._streams)) as batches:
+            async for batch in batches:
+                events = []
+                for index, output in batch.items():
+                    self._book(index, output)
+                    if index not in opened:
+                        opened.add(index)
+                        events.append(self._format.opening(index))
+                    if output.text or output.finish_reason is not None:
+                        events.append(self._format.event(index, output.text, self._choices[index]))
+                if text := "".join(events):
+                    yield text
+        yield (self._format.usage_event(self._choices) if self._format.include_usage else "") + DONE
+
+
+async def _client_left(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

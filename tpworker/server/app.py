@@ -1,0 +1,223 @@
+"""The OpenAI-compatible HTTP app around a runtime."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
+
+from tpworker.errors import InvalidRequest, RuntimeFailed, RuntimeStopped, TpworkerError
+from tpworker.server.answer import Answer
+from tpworker.server.errors import ApiError, ModelNotFound, describe, describe_validation, internal_error
+from tpworker.server.formats import ChatFormat, CompletionFormat, Format
+from tpworker.server.gate import MAX_BODY_BYTES, Gate
+from tpworker.server.metrics import Metrics, Timing
+from tpworker.server.requests import ChatRequest, CompletionRequest, GenerationRequest, Prompt
+
+if TYPE_CHECKING:
+    from tpworker.runtime import Runtime
+
+logger = logging.getLogger(__name__)
+
+
+def create_app(
+    runtime: Runtime,
+    served_model_name: str | None = None,
+    api_key: str | None = None,
+    *,
+    max_body_bytes: int = MAX_BODY_BYTES,
+) -> FastAPI:
+    """The app that serves a runtime. It neither starts nor stops it: whoever made it does.
+
+    Until the runtime is ready, requests are answered with 503; /health and /ready tell the two apart.
+
+    Args:
+        runtime: may be starting still.
+        served_model_name: what clients call the model; None: what the runtime calls it.
+        api_key: what they must send as a Bearer token, for /v1/…; None: nothing.
+        max_body_bytes: the longest body that is taken.
+    """
+    metrics = Metrics(runtime)
+    app = FastAPI(title="tpworker", description="OpenAI-compatible API of a tensor-parallel runtime.")
+    app.add_middleware(
+        Gate,
+        count=lambda outcome: metrics.requests.labels(outcome).inc(),
+        api_key=api_key,
+        max_body_bytes=max_body_bytes,
+    )
+    _add_error_handlers(app)
+    front = _Front(runtime, served_model_name, metrics)
+    _add_generation(app, front)
+    _add_models(app, front)
+    _add_probes(app, runtime, metrics)
+    return app
+
+
+class _Front:
+    """From a request's body to the streams that answer it."""
+
+    def __init__(self, runtime: Runtime, name: str | None, metrics: Metrics) -> None:
+        self.runtime = runtime
+        self._name = name
+        self._metrics = metrics
+
+    @property
+    def model_name(self) -> str:
+        """Raises RuntimeStopped while it is not known yet."""
+        return self._name or self.runtime.served_name
+
+    def check_model(self, name: str) -> None:
+        """Raises ModelNotFound unless this is the model that is served."""
+        if name != self.model_name:
+            raise ModelNotFound(f"the model {name!r} is not served here; {self.model_name!r} is", "model")
+
+    def admit(self, body: GenerationRequest) -> Timing:
+        """Raises ModelNotFound, or RuntimeStopped or RuntimeFailed when nothing can be generated."""
+        timing = Timing(self._metrics)
+        health = self.runtime.health()
+        if health.state == "failed":
+            raise RuntimeFailed(_first_line(health.error))
+        if health.state != "ready":
+            raise RuntimeStopped(f"the server is not ready, it is {health.state}: try again later")
+        if body.model is not None:
+            self.check_model(body.model)
+        return timing
+
+    def answer(
+        self,
+        body: CompletionRequest | ChatRequest,
+        prompts: Sequence[Prompt],
+        kind: type[Format],
+        timing: Timing,
+    ) -> Answer:
+        sampling = body.sampling()
+        answer_format = kind(self.model_name, body.include_usage)
+        name = answer_format.request_id
+        ids = [name] if len(prompts) == 1 else [f"{name}-{index}" for index in range(len(prompts))]
+        streams = [
+            self.runtime.generate(prompt, sampling, request_id=request_id)
+            for prompt, request_id in zip(prompts, ids, strict=True)
+        ]
+        return Answer(streams, answer_format, timing, stream=bool(body.stream))
+
+
+def _add_generation(app: FastAPI, front: _Front) -> None:
+    @app.post("/v1/completions")
+    async def completions(body: CompletionRequest) -> Response:
+        """Continue one or several prompts."""
+        timing = front.admit(body)
+        prompts = body.prompts
+        if len(prompts) > 1:
+            # All of them before any is begun: one that is too long refuses the request with its status.
+            prompts = await asyncio.to_thread(_encode_all, front.runtime, prompts)
+        return front.answer(body, prompts, CompletionFormat, timing)
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(body: ChatRequest) -> Response:
+        """Answer a conversation, through the model's chat template."""
+        timing = front.admit(body)
+        # In a thread: a template is a program, and its text may be long.
+        prompt = await asyncio.to_thread(_chat_prompt, front.runtime, body)
+        return front.answer(body, [prompt], ChatFormat, timing)
+
+
+def _chat_prompt(runtime: Runtime, body: ChatRequest) -> list[int]:
+    tokenizer = runtime.tokenizer
+    text = tokenizer.apply_chat_template(
+        [message.for_template() for message in body.messages], **(body.chat_template_kwargs or {})
+    )
+    try:
+        return tokenizer.encode(text, add_special_tokens=False)
+    except InvalidRequest as error:
+        raise InvalidRequest(str(error), "messages") from error
+
+
+def _encode_all(runtime: Runtime, prompts: Sequence[Prompt]) -> list[Prompt]:
+    return [runtime.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+
+
+def _add_models(app: FastAPI, front: _Front) -> None:
+    created = int(time.time())
+
+    def entry() -> dict[str, object]:
+        return {
+            "id": front.model_name,
+            "object": "model",
+            "created": created,
+            "owned_by": "tpworker",
+            "max_model_len": front.runtime.max_model_len,
+        }
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, object]:
+        """The one model that is served."""
+        return {"object": "list", "data": [entry()]}
+
+    @app.get("/v1/models/{model:path}")
+    async def model(model: str) -> dict[str, object]:
+        """The model, if this is its name."""
+        front.check_model(model)
+        return entry()
+
+
+def _add_probes(app: FastAPI, runtime: Runtime, metrics: Metrics) -> None:
+    @app.get("/health")
+    async def health() -> Response:
+        """200 while the server lives, also while it loads or drains; 503 when it cannot recover."""
+        return probe({"starting", "ready", "draining"})
+
+    @app.get("/ready")
+    async def ready() -> Response:
+        """200 while requests are taken, else 503."""
+        return probe({"ready"})
+
+    @app.get("/metrics")
+    async def metrics_page() -> Response:
+        """For Prometheus."""
+        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    def probe(good: set[str]) -> Response:
+        health = runtime.health()
+        body = {"status": health.state} | ({"error": _first_line(health.error)} if health.error else {})
+        return JSONResponse(body, 200 if health.state in good else 503)
+
+
+def _first_line(text: str | None) -> str:
+    return (text or "").partition("\n")[0]
+
+
+def _add_error_handlers(app: FastAPI) -> None:
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        return describe_validation(error.errors()).as_response()
+
+    @app.exception_handler(TpworkerError)
+    async def refused(request: Request, error: TpworkerError) -> Response:
+        described = describe(error)
+        if described is None:
+            raise error
+        return described.as_response()
+
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, error: HTTPException) -> Response:
+        if error.status_code == 404:
+            message = f"there is no {request.url.path} here: see /docs for what there is"
+        elif error.status_code == 405:
+            message = f"{request.method} is not for {request.url.path}: see /docs"
+        elif error.status_code == 400:
+            message = "the body is not valid JSON: not UTF-8, or nested too deeply"
+        else:
+            message = str(error.detail)
+        return ApiError(error.status_code, message, headers=error.headers or {}).as_response()
+
+    @app.exception_handler(Exception)
+    async def bug(request: Request, error: Exception) -> Response:
+        return internal_error().as_response()  # starlette raises it again, so that it is logged

@@ -1,0 +1,100 @@
+"""Every refusal and failure as the OpenAI API writes them: a status and {"error": {...}}."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.responses import Response
+
+from tpworker.errors import InvalidRequest, PromptTooLong, QueueFull, RuntimeFailed, RuntimeStopped
+
+_RETRY = {"Retry-After": "1"}
+
+
+@dataclass(frozen=True)
+class ApiError:
+    """An error as a client gets it."""
+
+    status: int
+    message: str
+    type: str = "invalid_request_error"
+    param: str | None = None
+    code: str | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    def as_json(self) -> str:
+        """In ASCII: what it quotes of a request may be no Unicode."""
+        error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
+        return json.dumps({"error": error})
+
+    def as_response(self) -> Response:
+        return Response(self.as_json(), self.status, self.headers, "application/json")
+
+
+class ModelNotFound(InvalidRequest):
+    """The request names another model than the one that is served."""
+
+
+def describe(error: Exception) -> ApiError | None:
+    """What a client is told of an error, or None of one that is a bug. No traceback leaves the server."""
+    match error:
+        case ModelNotFound():
+            return ApiError(404, str(error), param="model", code="model_not_found")
+        case PromptTooLong():
+            return ApiError(400, str(error), param=error.parameter, code="context_length_exceeded")
+        case InvalidRequest():
+            return ApiError(400, str(error), param=error.parameter)
+        case QueueFull():
+            return ApiError(429, str(error), "rate_limit_error", code="queue_full", headers=_RETRY)
+        case RuntimeStopped():
+            return ApiError(503, str(error), "service_unavailable", code="not_ready", headers=_RETRY)
+        case RuntimeFailed():
+            return ApiError(503, error.summary, "server_error", code="runtime_failed")
+    return None
+
+
+def internal_error() -> ApiError:
+    """For a bug: the log says more."""
+    return ApiError(500, "internal error; the server's log says more", "server_error", code="internal_error")
+
+
+def describe_validation(errors: Sequence[Any]) -> ApiError:
+    """The first of the errors that pydantic found in a body, with the field's name and its value."""
+    error = errors[0]
+    cause = error.get("ctx", {}).get("error")
+    place = _place(error["loc"])
+    if isinstance(cause, InvalidRequest):
+        inner = cause.parameter
+        return ApiError(400, str(cause), param=f"{place}.{inner}" if place and inner else inner)
+    if error["type"] == "json_invalid":
+        return ApiError(
+            400, f"the body is not valid JSON: {cause} at character {error['loc'][-1]}", code="bad_json"
+        )
+    if not place:
+        return ApiError(
+            400,
+            "the body must be a JSON object, with the header Content-Type: application/json",
+            code="bad_json",
+        )
+    if error["type"] == "missing":
+        return ApiError(400, f"{place} is missing", param=place)
+    reason = (
+        str(cause) if isinstance(cause, ValueError) else error["msg"].replace("Input should", "it should")
+    )
+    return ApiError(400, f"{place}={_shortened(error['input'])}: {reason}", param=place)
+
+
+def _place(loc: Sequence[int | str]) -> str:
+    """('body', 'messages', 0, 'content') → 'messages[0].content'."""
+    place = ""
+    for part in loc[1:]:
+        place += f"[{part}]" if isinstance(part, int) else f".{part}" if place else part
+    return place
+
+
+def _shortened(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,131 @@
+"""What Prometheus can scrape: requests and their times, and how the runtime is doing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from tpworker.outputs import RequestOutput, StepRecord
+
+if TYPE_CHECKING:
+    from tpworker.runtime import Runtime
+
+_FIRST_TOKEN = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+_EACH_TOKEN = (0.0005, 0.001, 0.002, 0.004, 0.006, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
+_WHOLE = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800)
+
+
+class Metrics:
+    """The metrics of one app, in a registry of its own: two apps in a process do not meet."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "tpworker_requests",
+            "Requests to the API by outcome: ok, invalid, busy, unavailable, failed, disconnected.",
+            ["outcome"],
+            registry=self.registry,
+        )
+        self.first_token = Histogram(
+            "tpworker_time_to_first_token_seconds",
+            "From the request's arrival to each choice's first token.",
+            buckets=_FIRST_TOKEN,
+            registry=self.registry,
+        )
+        self.each_token = Histogram(
+            "tpworker_time_per_output_token_seconds",
+            "Mean time between a choice's tokens after the first.",
+            buckets=_EACH_TOKEN,
+            registry=self.registry,
+        )
+        self.whole = Histogram(
+            "tpworker_request_duration_seconds",
+            "From the request's arrival to each choice's end.",
+            buckets=_WHOLE,
+            registry=self.registry,
+        )
+        self.registry.register(_RuntimeCollector(runtime))
+
+
+class Timing:
+    """When the tokens of one request came."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        """Create it when the request arrives."""
+        self._metrics = metrics
+        self._arrived = time.monotonic()
+        self._first: dict[int, float] = {}
+
+    def add(self, index: int, output: RequestOutput) -> None:
+        """Some tokens of a choice, or its end, have come just now."""
+        first = self._first.get(index)
+        if first is not None and output.finish_reason is None:
+            return
+        now = time.monotonic()
+        if first is None:
+            first = self._first[index] = now
+            self._metrics.first_token.observe(now - self._arrived)
+        if output.finish_reason is not None:
+            self._metrics.whole.observe(now - self._arrived)
+            if output.num_output_tokens > 1:
+                self._metrics.each_token.observe((now - first) / (output.num_output_tokens - 1))
+
+
+class _RuntimeCollector(Collector):
+    """Reads `Runtime.stats()` when it is scraped."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+
+    def describe(self) -> Iterable[Metric]:
+        return ()  # registering must not ask a runtime that has not started
+
+    def collect(self) -> Iterable[Metric]:
+        stats = self._runtime.stats()
+        gauges = {
+            "open_requests": ("Requests that are not ended.", stats.open),
+            "running_requests": ("Requests that have a slot.", stats.running),
+            "waiting_requests": ("Requests that wait for a slot.", stats.waiting),
+            "free_kv_blocks": ("KV blocks that can be given out.", stats.free_blocks),
+            "kv_blocks": ("KV blocks in all.", stats.total_blocks),
+        }
+        counters = {
+            "steps": ("Steps of the model.", stats.steps),
+            "prompt_tokens": ("Tokens of prompts.", stats.prompt_tokens),
+            "cached_prompt_tokens": ("Tokens of prompts found in the prefix cache.", stats.cached_tokens),
+            "output_tokens": ("Tokens generated.", stats.output_tokens),
+            "preemptions": ("Requests put back into the queue for want of KV blocks.", stats.preemptions),
+            "finished_requests": ("Requests that came to their end.", stats.finished),
+            "aborted_requests": ("Requests aborted before it.", stats.aborted),
+        }
+        for name, (text, value) in gauges.items():
+            yield GaugeMetricFamily(f"tpworker_{name}", text, value)
+        for name, (text, value) in counters.items():
+            yield CounterMetricFamily(f"tpworker_{name}", text, value)
+        gap = GaugeMetricFamily(
+            "tpworker_step_gap_seconds",
+            "Time the device had nothing to do before a step, of the last steps.",
+            labels=["quantile"],
+        )
+        gaps = step_gaps(stats.recent_steps)
+        for quantile in (0.5, 0.99) if gaps else ():
+            gap.add_metric([str(quantile)], gaps[int(quantile * (len(gaps) - 1))])
+        yield gap
+
+
+def step_gaps(steps: Sequence[StepRecord]) -> list[float]:
+    """Seconds between the end of a step and the start of the next, sorted.
+
+    Only before steps that decode: before others there may have been no request at all.
+    """
+    return sorted(
+        (after.started_ns - before.ended_ns) / 1e9
+        for before, after in pairwise(steps)
+        if after.step == before.step + 1 and after.num_decodes
+    )

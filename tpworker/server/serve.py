@@ -1,0 +1,166 @@
+"""From a bound port to a clean end: the HTTP server's life around a runtime's."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import signal
+import socket
+from collections.abc import Callable, Coroutine, Generator
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any
+
+import uvicorn
+
+from tpworker.errors import ConfigError, RuntimeFailed
+from tpworker.server.app import create_app
+
+if TYPE_CHECKING:
+    from tpworker.runtime import Runtime
+
+logger = logging.getLogger(__name__)
+
+DRAIN_S = 20.0
+"""How long open requests may take to end after the first signal."""
+_FLUSH_S = 5  # how long clients may take to read the end of their streams
+_POLL_S = 0.2
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket, so that a port in use is found before a model is loaded.
+
+    Raises:
+        ConfigError: the port is in use or not allowed, or the host is not this machine's.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            listener.listen(2048)
+        except OSError:
+            listener.close()
+            raise
+    except OSError as error:
+        raise ConfigError(_why_not_bound(host, port, error)) from error
+    return listener
+
+
+def _why_not_bound(host: str, port: int, error: OSError) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return (
+            f"--port {port} is in use on {host}: choose another one (0 takes any that is free), or end the "
+            f"program that has it (`ss -ltnp 'sport = :{port}'` shows which)"
+        )
+    if error.errno == errno.EACCES:
+        return f"--port {port} may not be used by this user: choose one from 1024 on"
+    if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+        return (
+            f"--host {host} is no address of this machine: use 127.0.0.1 for this machine alone, or 0.0.0.0"
+        )
+    return f"cannot listen on --host {host} --port {port}: {error}"
+
+
+async def run_server(
+    runtime: Runtime,
+    listener: socket.socket,
+    served_model_name: str | None = None,
+    api_key: str | None = None,
+    *,
+    on_ready: Callable[[], None] = lambda: None,
+    drain_timeout: float = DRAIN_S,
+) -> None:
+    """Start the runtime and serve it until SIGINT or SIGTERM, or until it fails. Stops both in the end.
+
+    The server answers while the runtime starts (/ready says when). At the first signal it takes no more
+    requests and waits for the open ones; at the second it ends them.
+
+    Args:
+        runtime: not started yet.
+        listener: from `bind`.
+        served_model_name: what clients call the model; None: what the runtime calls it.
+        api_key: what clients must send; None: nothing.
+        on_ready: called when requests are taken.
+        drain_timeout: seconds that open requests may take after the first signal.
+
+    Raises:
+        RuntimeFailed: the runtime failed; open requests were told.
+        ConfigError, ModelError: it could not start.
+    """
+    server = _Server(
+        uvicorn.Config(
+            create_app(runtime, served_model_name, api_key),
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            timeout_graceful_shutdown=_FLUSH_S,
+        )
+    )
+    with _signals() as signals:
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        try:
+            if not await _first_of(runtime.start(), signals.acquire()):
+                return
+            on_ready()
+            if await _first_of(_ended(runtime, serving), signals.acquire()):
+                # Its traceback is in the log already: the runtime wrote it when it failed.
+                raise RuntimeFailed((runtime.health().error or "the HTTP server ended").partition("\n")[0])
+            logger.info("no more requests are taken; those that are open have %.0f s", drain_timeout)
+            server.stop_listening()
+            with suppress(TimeoutError):
+                await _first_of(runtime.drain(drain_timeout), signals.acquire())
+        finally:
+            # In this order: a stopped runtime ends all streams, and the server waits for those.
+            await runtime.stop()
+            server.should_exit = True
+            await serving
+
+
+async def _ended(runtime: Runtime, serving: asyncio.Task[None]) -> None:
+    """Until there is nothing more to serve."""
+    while runtime.health().state != "failed" and not serving.done():
+        await asyncio.sleep(_POLL_S)
+
+
+async def _first_of(work: Coroutine[Any, Any, object], other: Coroutine[Any, Any, object]) -> bool:
+    """Whether `work` ended, or raised, before `other` did. The later one is cancelled."""
+    tasks = [asyncio.create_task(work), asyncio.create_task(other)]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        first = tasks[0].done()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    if first:
+        tasks[0].result()
+    return first
+
+
+class _Server(uvicorn.Server):
+    @contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield  # they are run_server's
+
+    def stop_listening(self) -> None:
+        """Take no more connections; the open ones stay."""
+        for listener in self.servers:
+            listener.close()
+
+
+@contextmanager
+def _signals() -> Generator[asyncio.Semaphore, None, None]:
+    """A semaphore that each SIGINT and SIGTERM releases."""
+    loop = asyncio.get_running_loop()
+    arrived = asyncio.Semaphore(0)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, arrived.release)
+    try:
+        yield arrived
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
