@@ -46,6 +46,7 @@ def main(boot: RankBoot) -> None:
     expect(plans.receive(30.0) or fail(TimeoutError()), Allocate)
     row[Field.PHASE] = Phase.READY
     plans.send(RankReady(boot.generation, boot.rank))
+    names["plans"] = plans
     obey(script)
     expect(plans.receive(None) or fail(TimeoutError()), Stop)
 

@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import signal
+
+import pytest
+
+from tpworker.faults import Ending, Kind, Standing, find_cause
+from tpworker.ipc.child import Report
+
+RANK0, RANK1, RANK2, SCHEDULER = "tpworker-rank0", "tpworker-rank1", "tpworker-rank2", "tpworker-scheduler"
+
+
+def reported(process: str, error: str, summary: str = "", blamed: tuple[int, ...] = ()) -> Ending:
+    return Ending(process, 1, Report(error, summary, f"Traceback of {process}", blamed))
+
+
+killed = Ending(RANK1, -signal.SIGKILL, None)
+raised = reported(RANK1, "ValueError", "bad weights")
+aborted = Ending(RANK0, -signal.SIGABRT, None)
+waited = reported(RANK0, "BarrierTimeout", "rank 1 did not come", (1,))
+lost = reported(
+    RANK0, "RuntimeError", "[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]"
+)
+
+
+@pytest.mark.parametrize(
+    ("ending", "kind"),
+    [
+        (killed, Kind.DIED),
+        (Ending(RANK1, None, None), Kind.DIED),
+        (Ending(RANK1, 3, None), Kind.DIED),
+        (raised, Kind.RAISED),
+        (reported(RANK1, "BarrierDiverged", "", (1,)), Kind.RAISED),
+        (aborted, Kind.ABORTED),
+        (waited, Kind.WAITED),
+        (reported(SCHEDULER, "StepTimeout", "not answered"), Kind.WAITED),
+        (reported(SCHEDULER, "ChannelError", "tpworker-rank1 did not connect within 5 s"), Kind.WAITED),
+        (lost, Kind.LOST),
+        (reported(RANK0, "RuntimeError", "Read error [127.0.0.1]:1: Connection reset by peer"), Kind.LOST),
+        (reported(RANK0, "RuntimeError", "Timed out waiting 60000ms for recv operation"), Kind.LOST),
+        (reported(RANK0, "BarrierAborted", "abort"), Kind.LOST),
+    ],
+)
+def test_what_an_ending_says(ending: Ending, kind: Kind) -> None:
+    assert ending.kind is kind
+
+
+@pytest.mark.parametrize("consequence", [aborted, waited, lost])
+@pytest.mark.parametrize("cause", [killed, raised])
+def test_a_cause_beats_its_consequences_whichever_is_seen_first(cause: Ending, consequence: Ending) -> None:
+    for endings in ([cause, consequence], [consequence, cause]):
+        assert find_cause(endings, {}).process == RANK1
+
+
+def test_a_death_beats_an_exception_that_may_be_its_consequence() -> None:
+    other = reported(RANK0, "RuntimeError", "something that no pattern knows")
+    fault = find_cause([other, killed], {})
+    assert fault.process == RANK1
+    assert fault.summary == f"{RANK1} was killed by SIGKILL: by hand, or by the kernel for want of memory"
+    assert fault.traceback is None
+
+
+def test_of_equals_the_first_that_was_seen() -> None:
+    other = reported(RANK0, "KeyError", "x")
+    assert find_cause([raised, other], {}).process == RANK1
+    assert find_cause([other, raised], {}).process == RANK0
+
+
+def test_an_exception_comes_with_its_words_and_its_traceback() -> None:
+    fault = find_cause([raised], {})
+    assert fault.summary == f"{RANK1} raised ValueError: bad weights"
+    assert fault.traceback == f"Traceback of {RANK1}"
+    assert not fault.hung
+
+
+def test_who_is_waited_for_is_at_fault() -> None:
+    fault = find_cause([waited], {RANK1: Standing(False, (4, 1))})
+    assert fault.process == RANK1
+    assert fault.hung
+    assert fault.summary == f"{RANK1} hangs; {RANK0} raised BarrierTimeout: rank 1 did not come"
+
+
+def test_who_is_stopped_is_at_fault() -> None:
+    standings = {
+        RANK0: Standing(False, (4, 1)),
+        RANK1: Standing(False, (4, 1)),
+        RANK2: Standing(True, (4, 1)),
+    }
+    fault = find_cause([reported(SCHEDULER, "StepTimeout", "not answered", (1,))], standings)
+    assert fault.process == RANK2
+    assert "is stopped" in fault.summary
+
+
+def test_who_is_behind_is_at_fault_where_nobody_is_named() -> None:
+    standings = {
+        SCHEDULER: Standing(False, ()),
+        RANK0: Standing(False, (4, 7)),
+        RANK1: Standing(False, (4, 6)),
+    }
+    timeout = reported(SCHEDULER, "StepTimeout", "not answered")
+    assert find_cause([timeout], standings).process == RANK1
+    level = {**standings, RANK1: standings[RANK0]}
+    assert find_cause([timeout], level).process == SCHEDULER
+
+
+def test_a_rank_that_diverges_is_at_fault_though_others_say_so() -> None:
+    diverged = reported(RANK0, "BarrierDiverged", "rank 1 has another plan", (1,))
+    assert find_cause([diverged], {}).process == RANK1
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [
+        (3, "ended with status 3"),
+        (-signal.SIGSEGV, "killed by SIGSEGV"),
+        (-40, "killed by signal 40"),
+        (None, "ended without a word"),
+    ],
+)
+def test_an_end_without_a_report_is_described(status: int | None, words: str) -> None:
+    assert words in find_cause([Ending(RANK1, status, None)], {}).summary

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tpworker import settings
+from tpworker.config import RuntimeConfig
+from tpworker.errors import ConfigError
+from tpworker.ipc.messages import MAX_SEQUENCE, pack_dataclass, unpack_dataclass
+
+SPEC: Any = SimpleNamespace(max_model_len=2048, dtype="bfloat16")
+
+
+def test_max_model_len_is_the_models_unless_less_is_asked_for() -> None:
+    assert settings.resolve_max_model_len(RuntimeConfig(), SPEC) == 2048
+    assert settings.resolve_max_model_len(RuntimeConfig(max_model_len=100), SPEC) == 100
+    assert (
+        settings.resolve_max_model_len(RuntimeConfig(), SimpleNamespace(max_model_len=10**8)) == MAX_SEQUENCE
+    )  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="max_model_len=2049: the model was made for at most 2048"):
+        settings.resolve_max_model_len(RuntimeConfig(max_model_len=2049), SPEC)
+
+
+def test_the_cpu_needs_no_look_at_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settings, "count_gpus", lambda: pytest.fail("looked"))
+    assert settings.resolve_device(RuntimeConfig(device="cpu")) == "cpu"
+
+
+def test_auto_is_the_cpu_for_now(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(settings, "count_gpus", lambda: 2)
+    assert settings.resolve_device(RuntimeConfig()) == "cpu"
+    assert "2 GPUs found" in caplog.text
+
+
+def test_more_ranks_than_gpus_are_refused_and_cuda_for_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settings, "count_gpus", lambda: 2)
+    with pytest.raises(ConfigError, match="tensor_parallel_size=4 .* has 2: use a smaller"):
+        settings.resolve_device(RuntimeConfig(device="cuda", tensor_parallel_size=4))
+    with pytest.raises(ConfigError, match="CUDA ranks are not built yet; use --device cpu"):
+        settings.resolve_device(RuntimeConfig(device="cuda", tensor_parallel_size=2))
+
+
+class FakeNvml:
+    class NVMLError(Exception):
+        pass
+
+    def __init__(self, count: int | None) -> None:
+        self.count = count
+
+    def nvmlInit(self) -> None:
+        if self.count is None:
+            raise self.NVMLError("Driver Not Loaded")
+
+    def nvmlDeviceGetCount(self) -> int | None:
+        return self.count
+
+    def nvmlShutdown(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("driver", "visible", "count"),
+    [(None, None, 0), (4, None, 4), (4, "0,2", 2), (4, "", 0), (4, "-1", 0), (1, "0,1,2", 1)],
+)
+def test_gpus_are_counted_without_cuda(
+    driver: int | None, visible: str | None, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "pynvml", FakeNvml(driver))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert settings.count_gpus() == count
+
+
+def test_settings_cross_the_pipe_also_when_seconds_are_whole_numbers() -> None:
+    config = RuntimeConfig(step_timeout=5, start_timeout=7, gpu_memory_utilization=1)
+    for made in (
+        settings.scheduler_settings(config, 2048),
+        settings.rank_settings(config, SPEC, "cpu", 2048),
+    ):
+        assert unpack_dataclass(type(made), pack_dataclass(made)) == made
+
+
+def test_what_ranks_are_told() -> None:
+    told = settings.rank_settings(RuntimeConfig(), SPEC, "cpu", 2048)
+    assert (told.dtype, told.num_kv_blocks, told.max_model_len) == ("bfloat16", 0, 2048)
+    assert settings.rank_settings(RuntimeConfig(dtype="float32"), SPEC, "cpu", 9).dtype == "float32"
