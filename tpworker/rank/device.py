@@ -51,11 +51,17 @@ class Stream(Protocol):
 class Device(Protocol):
     """Where a rank computes."""
 
-    torch_device: torch.device
-    compute: Stream
-    """Deltas, forward, sampling: everything that touches the slot table, in plan order."""
-    copies: Stream
-    """Copies of results to the host."""
+    @property
+    def torch_device(self) -> torch.device:
+        """For tensors that live on it."""
+
+    @property
+    def compute(self) -> Stream:
+        """Deltas, forward, sampling: everything that touches the slot table, in plan order."""
+
+    @property
+    def copies(self) -> Stream:
+        """Copies of results to the host."""
 
     def host_buffer(self, num_bytes: int) -> Tensor:
         """uint8 [num_bytes] on the host; copies from and to it are asynchronous (pinned, on CUDA)."""

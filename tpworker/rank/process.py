@@ -39,7 +39,7 @@ from tpworker.rank.staging import StagingPool
 logger = logging.getLogger(__name__)
 
 SWITCH_INTERVAL = 50e-6
-"""Seconds after which a thread must let another have the GIL: the launch thread and the publisher take turns."""
+"""Seconds after which a thread must let another have the GIL: launch thread and publisher take turns."""
 
 LINGER_SECONDS = 1.0
 

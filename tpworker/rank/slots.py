@@ -122,8 +122,9 @@ class SlotTable:
 
     def sampling_mode(self, slots: Sequence[int]) -> SamplingMode:
         """What sampling these slots needs, from the host's own record (launch thread)."""
-        needs = self._needs[list(slots)].any(axis=0)
-        return SamplingMode(bool(needs[0]), bool(needs[1]), bool(needs[2]))
+        rows = list(slots)
+        random, truncate, suppress = (bool(self._needs[rows, column].any()) for column in range(3))
+        return SamplingMode(random, truncate, suppress)
 
 
 def _needs(sampling: Sampling) -> tuple[bool, bool, bool]:
