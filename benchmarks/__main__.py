@@ -1,0 +1,38 @@
+"""`python -m benchmarks NAME [options]`, or scripts/bench NAME [options]: runs one benchmark.
+
+A benchmark is a module of this package with `add_options(parser)` and `run(options) -> int`; it is imported
+when it is asked for. Each prints a table, and with --json writes what it measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+BENCHMARKS = {
+    "barrier": "the admission barrier, beside gloo's",
+}
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the benchmark that `arguments` begin with; the rest are its options."""
+    parser = argparse.ArgumentParser(
+        prog="benchmarks",
+        description="Measures tpworker on this machine.",
+        epilog="Options of one benchmark: benchmarks NAME --help. "
+        + " ".join(f"{name}: {what}." for name, what in BENCHMARKS.items()),
+    )
+    parser.add_argument("name", choices=list(BENCHMARKS), metavar="NAME", help=", ".join(BENCHMARKS))
+    name = parser.parse_args(arguments[:1]).name
+    benchmark = importlib.import_module(f"benchmarks.{name}")
+    options = argparse.ArgumentParser(prog=f"benchmarks {name}", description=benchmark.__doc__,
+                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    options.add_argument("--json", metavar="FILE", help="write what was measured to FILE")
+    benchmark.add_options(options)
+    status: int = benchmark.run(options.parse_args(arguments[1:]))
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

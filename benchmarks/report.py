@@ -1,0 +1,64 @@
+"""What the benchmarks share: numbers made from samples, where they were taken, and the JSON file."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+
+def quantile(samples: Sequence[float], share: float) -> float:
+    """The smallest sample that at least `share` of all samples do not exceed."""
+    ordered = sorted(samples)
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """Samples of several rounds. `low` and `high` are the lowest and highest median of a round."""
+
+    median: float
+    p99: float
+    low: float
+    high: float
+    count: int
+
+    @classmethod
+    def of(cls, rounds: Sequence[Sequence[float]]) -> Summary:
+        """Of samples, round by round."""
+        medians = [quantile(samples, 0.5) for samples in rounds]
+        everything = [sample for samples in rounds for sample in samples]
+        return cls(
+            quantile(everything, 0.5), quantile(everything, 0.99), min(medians), max(medians), len(everything)
+        )
+
+
+def machine() -> dict[str, Any]:
+    """Where and with what the numbers were taken."""
+    cpu = platform.machine()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            cpu = line.partition(":")[2].strip()
+            break
+    return {
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "torch": importlib.metadata.version("torch"),
+        "load": os.getloadavg()[0],
+        "command": " ".join(["python -m benchmarks", *sys.argv[1:]]),
+    }
+
+
+def save(path: str | None, data: dict[str, Any]) -> None:
+    """Writes `data` as JSON, unless `path` is None. Summaries may be part of it."""
+    if path is not None:
+        Path(path).write_text(json.dumps(data, indent=1, default=asdict) + "\n")

@@ -1,0 +1,134 @@
+"""The status board: what every process is doing, in shared memory, for anybody to look at.
+
+One row a process, written by that process alone, two cache lines long; a field is one aligned 64-bit word,
+so that what is read is a value that was written (see SharedWords). Fields of one row are not read at one
+instant. It costs a writer some tens of nanoseconds a field, and nobody is told: a board is for progress
+displays, statistics and post-mortems, not for control.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from enum import IntEnum
+
+from tpworker.ipc.memory import LINE, SharedWords
+
+_SIGNATURE = int.from_bytes(b"tpwb", "little")
+_ROW = 2 * LINE  # words; two lines, as CPUs prefetch lines in pairs
+
+
+class Field(IntEnum):
+    """A field of a row. Fields that hold a step hold step + 1: 0 is 'none yet'."""
+
+    PID = 0
+    PHASE = 1
+    """A `Phase`."""
+    PROGRESS_DONE = 2
+    """How much of the phase is done, of PROGRESS_TOTAL (0: not known), in units of the phase's own."""
+    PROGRESS_TOTAL = 3
+    RECEIVED = 4
+    """Last step whose plan has come, + 1."""
+    ADMITTED = 5
+    """Last step that passed the barrier, + 1."""
+    LAUNCHED = 6
+    """Last step handed to the device, + 1."""
+    COMPLETED = 7
+    """Last step that the device has finished, + 1."""
+    PUBLISHED = 8
+    """Last step whose result was sent, + 1."""
+    BEAT = 9
+    """When the process last said that it is alive: time.monotonic_ns(), one clock for all processes."""
+
+
+class Phase(IntEnum):
+    """What a process is at."""
+
+    STARTING = 0
+    IMPORTING = 1
+    LOADING = 2
+    ALLOCATING = 3
+    READY = 4
+    STOPPING = 5
+
+
+class Row:
+    """One process' row: `row[Field.LAUNCHED] = step + 1`. Only that process writes to it.
+
+    Values are integers from 0 to 2^64 - 1; another is a ValueError.
+    """
+
+    __slots__ = ("_words", "name")
+
+    def __init__(self, name: str, words: memoryview[int]) -> None:
+        self.name = name
+        self._words = words
+
+    def __getitem__(self, field: Field) -> int:
+        return self._words[field]
+
+    def __setitem__(self, field: Field, value: int) -> None:
+        self._words[field] = value
+
+    @property
+    def phase(self) -> Phase:
+        """Field.PHASE as a `Phase`."""
+        return Phase(self._words[Field.PHASE])
+
+
+class Board:
+    """A row for each of a group of processes, by name. Make it with `create` or `attach`."""
+
+    def __init__(self, memory: SharedWords, names: Sequence[str]) -> None:
+        self.fd = memory.fd
+        self._memory = memory
+        self._rows = {
+            name: Row(name, memory.words[_ROW * (1 + i) : _ROW * (2 + i)]) for i, name in enumerate(names)
+        }
+
+    @classmethod
+    def create(cls, names: Sequence[str]) -> Board:
+        """A new board, all fields 0; pass its `fd` on to the processes.
+
+        Raises:
+            ValueError: a name occurs twice.
+        """
+        if len(set(names)) != len(names):
+            raise ValueError(f"a name occurs twice: {', '.join(names)}")
+        return cls(SharedWords.create("tpworker-board", _size(names), _signature(names)), names)
+
+    @classmethod
+    def attach(cls, fd: int, names: Sequence[str]) -> Board:
+        """The board that another process has created. The descriptor stays the caller's.
+
+        Raises:
+            ValueError: `fd` is not a board with these names in this order.
+        """
+        what = f"a board of {', '.join(names)}"
+        return cls(SharedWords.attach(fd, _size(names), _signature(names), what), names)
+
+    def row(self, name: str) -> Row:
+        """The row of the process called `name`.
+
+        Raises:
+            KeyError: there is none.
+        """
+        return self._rows[name]
+
+    def rows(self) -> list[Row]:
+        """All rows, in the order of the names."""
+        return list(self._rows.values())
+
+    def close(self) -> None:
+        """Unmaps the memory, and closes `fd` on the side that created it. Rows are of no use then."""
+        for row in self._rows.values():
+            row._words.release()
+        self._memory.close()
+
+
+def _size(names: Sequence[str]) -> int:
+    return _ROW * (1 + len(names))
+
+
+def _signature(names: Sequence[str]) -> int:
+    return _SIGNATURE << 32 | zlib.crc32("\0".join(names).encode())
