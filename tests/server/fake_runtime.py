@@ -8,9 +8,9 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import jinja2
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
-from transformers import PreTrainedTokenizerFast
 
 from tpworker.config import RuntimeConfig, SamplingParams
 from tpworker.errors import InvalidRequest, PromptTooLong, QueueFull, RuntimeFailed, RuntimeStopped
@@ -25,6 +25,35 @@ CHAT_TEMPLATE = (
 )
 
 
+class _Fast:
+    """As much of a transformers tokenizer as is used, without importing transformers, which takes a second."""
+
+    def __init__(self, backend: Backend, chat_template: str | None) -> None:
+        self.backend_tokenizer = backend
+        self.chat_template = chat_template
+
+    def apply_chat_template(
+        self,
+        conversation: list[dict[str, Any]],
+        *,
+        chat_template: str | None = None,
+        tokenize: bool = True,
+        add_generation_prompt: bool = False,
+        **variables: Any,
+    ) -> str:
+        def raise_exception(message: str) -> None:
+            raise jinja2.TemplateError(message)
+
+        assert self.chat_template is not None
+        template = jinja2.Template(chat_template or self.chat_template)
+        return template.render(
+            messages=conversation,
+            add_generation_prompt=add_generation_prompt,
+            raise_exception=raise_exception,
+            **variables,
+        )
+
+
 def byte_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> Tokenizer:
     """Byte-level BPE without merges: a token is a byte."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -32,9 +61,7 @@ def byte_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> Tokenizer:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken("<end>", special=True, normalized=False)])
-    fast = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>")
-    fast.chat_template = chat_template
-    return Tokenizer(fast)
+    return Tokenizer(_Fast(backend, chat_template))
 
 
 @dataclass
@@ -82,6 +109,13 @@ class FakeRuntime:
         if self.state != "failed":
             self.state = "stopped"
         self._fault.set()
+
+    async def __aenter__(self) -> FakeRuntime:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self.stop()
 
     async def drain(self, timeout: float | None = None) -> None:
         self.state, self.drained = "draining", timeout

@@ -1,0 +1,62 @@
+"""`tpworker`, with a runtime that is told what to say: what --model names is how it behaves.
+
+python -m tests.server.fake_cli serve --model MANNER …
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from typing import Any
+
+import tpworker.runtime
+from tests.server.fake_runtime import FakeRuntime, byte_tokenizer
+from tpworker.cli import main
+from tpworker.config import RuntimeConfig
+from tpworker.errors import ConfigError, ModelError, RuntimeFailed
+
+START_ERRORS: dict[str | None, Exception] = {
+    "bad-config": ConfigError("tensor_parallel_size=64 is more than there are"),
+    "bad-model": ModelError("config.json names an architecture that nobody knows"),
+    "bad-start": RuntimeFailed("tpworker-rank1 raised OSError", "tpworker-rank1", "Traceback: its lines"),
+}
+
+
+class TalkingRuntime(FakeRuntime):
+    """Reports progress, and behaves as its model's name says."""
+
+    def __init__(self, *, config: RuntimeConfig, progress: Any) -> None:
+        super().__init__(state="stopped", start_error=START_ERRORS.get(config.model), before=self._before)
+        self.config = config
+        self.served_name = config.model or "default-model"
+        self._progress = progress
+        if config.model == "plain":
+            self.the_tokenizer = byte_tokenizer(chat_template=None)
+        if config.model == "slow-start":
+            self.start_gate = asyncio.Event()
+
+    async def start(self) -> None:
+        self._progress("loading the fake", None)
+        self._progress("loading the fake", 0.5)
+        await super().start()
+
+    async def stop(self) -> None:
+        await super().stop()
+        print("the runtime was stopped", file=sys.stderr, flush=True)
+
+    async def _before(self, position: int) -> None:
+        if position == 3:
+            if self.config.model == "endless":
+                await asyncio.Event().wait()
+            if self.config.model == "lazy":
+                await asyncio.sleep(1)
+            if self.config.model == "mortal":
+                self.fail()
+
+
+if __name__ == "__main__":
+    tpworker.runtime.Runtime = TalkingRuntime  # type: ignore[assignment, misc]
+    status = main()
+    server_packages = {"fastapi", "uvicorn", "starlette", "prometheus_client"} & set(sys.modules)
+    print(f"server packages: {sorted(server_packages)}", file=sys.stderr)
+    sys.exit(status)

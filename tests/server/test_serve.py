@@ -1,0 +1,277 @@
+"""`tpworker serve` from its start to its end, as a process, around a runtime that is told what to say."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tpworker.errors import ConfigError
+from tpworker.server import bind
+
+ROOT = Path(__file__).parents[2]
+WAIT_S = 60
+
+
+class Process:
+    """A `tpworker` process; what it writes to stderr is kept."""
+
+    def __init__(self, *arguments: str) -> None:
+        self.popen = subprocess.Popen(
+            [sys.executable, "-m", "tests.server.fake_cli", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+        )
+        self.errors = ""
+        self._changed = threading.Condition()
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.popen.stderr is not None
+        for line in self.popen.stderr:
+            with self._changed:
+                self.errors += line
+                self._changed.notify_all()
+
+    def wait_for(self, words: str) -> None:
+        with self._changed:
+            assert self._changed.wait_for(lambda: words in self.errors, WAIT_S), self.errors
+
+    def url(self) -> str:
+        self.wait_for("Ctrl-C")
+        found = re.search(r"http://127\.0\.0\.1:\d+", self.errors)
+        assert found is not None
+        return found[0]
+
+    def end(self) -> tuple[int, str]:
+        """Its status and what it wrote to stdout."""
+        out, _ = self._communicate()
+        return self.popen.returncode, out
+
+    def _communicate(self) -> tuple[str, None]:
+        assert self.popen.stdout is not None
+        out = self.popen.stdout.read()
+        self.popen.wait(WAIT_S)
+        self._reader.join(WAIT_S)
+        return out, None
+
+
+Run = Callable[..., Process]
+
+
+@pytest.fixture
+def run() -> Iterator[Run]:
+    processes: list[Process] = []
+
+    def runner(*arguments: str) -> Process:
+        processes.append(Process("serve", *arguments))
+        return processes[-1]
+
+    yield runner
+    for process in processes:
+        process.popen.kill()
+        process.end()
+
+
+def stream_of(url: str) -> Any:
+    return httpx.stream("POST", f"{url}/v1/completions", json={"prompt": "a", "stream": True}, timeout=WAIT_S)
+
+
+# ------------------------------------------------------------------------------- the start
+
+
+def test_it_says_how_to_try_it_and_that_works(run: Run) -> None:
+    process = run("--port", "0", "--api-key", "the key")
+    process.wait_for("Ctrl-C")
+    assert "tpworker: loading the fake" in process.errors
+    assert "tpworker is ready: default-model on 2 TP ranks" in process.errors
+    assert "the key" not in process.errors
+    command = re.search(r"  (curl .*\\\n.*)\n", process.errors)
+    assert command is not None
+    if shutil.which("curl") is None:
+        pytest.skip("there is no curl here to try it with")
+    done = subprocess.run(
+        ["bash", "-c", f"{command[1]} -s"],
+        env={"API_KEY": "the key", "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+    )
+    assert "capital of France" in json.loads(done.stdout)["choices"][0]["message"]["content"]
+
+
+def test_a_model_that_cannot_chat_is_tried_with_a_completion(run: Run) -> None:
+    process = run("--port", "0", "--model", "plain")
+    process.url()
+    assert "/v1/completions" in process.errors
+
+
+def test_a_port_in_use_is_found_before_anything_is_loaded(run: Run) -> None:
+    with bind("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        process = run("--port", str(port))
+        assert process.end()[0] == 2
+    assert f"--port {port} is in use" in process.errors
+    assert "choose another" in process.errors
+    assert "loading" not in process.errors
+
+
+@pytest.mark.parametrize(
+    ("host", "words"), [("203.0.113.1", "no address of this"), ("no.such.host.invalid", "no addr")]
+)
+def test_hosts_that_are_not_here(host: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        bind(host, 0)
+
+
+def test_two_servers_cannot_have_one_port() -> None:
+    with bind("127.0.0.1", 0) as first, pytest.raises(ConfigError, match="in use"):
+        bind("127.0.0.1", first.getsockname()[1])
+
+
+def test_ipv6() -> None:
+    if not socket.has_ipv6:
+        pytest.skip("no IPv6 here")
+    with bind("::1", 0) as listener:
+        assert listener.family == socket.AF_INET6
+
+
+@pytest.mark.parametrize(
+    ("model", "status", "words"),
+    [
+        ("bad-config", 2, "tpworker: error: tensor_parallel_size=64"),
+        ("bad-model", 2, "tpworker: error: config.json names"),
+        ("bad-start", 1, "tpworker: tpworker-rank1 raised OSError\nTraceback: its lines"),
+    ],
+)
+def test_a_start_that_fails(run: Run, model: str, status: int, words: str) -> None:
+    process = run("--port", "0", "--model", model)
+    assert process.end()[0] == status
+    assert words in process.errors
+    assert "most recent call last" not in process.errors
+    assert "the runtime was stopped" in process.errors
+
+
+def test_it_answers_while_it_starts_and_can_be_ended_then(run: Run) -> None:
+    with bind("127.0.0.1", 0) as free:
+        port = free.getsockname()[1]
+    process = run("--port", str(port), "--model", "slow-start")
+    process.wait_for("loading the fake")
+    url = f"http://127.0.0.1:{port}"
+    assert httpx.get(f"{url}/health", timeout=WAIT_S).json() == {"status": "starting"}
+    assert httpx.get(f"{url}/ready", timeout=WAIT_S).status_code == 503
+    assert httpx.post(f"{url}/v1/completions", json={"prompt": "a"}, timeout=WAIT_S).status_code == 503
+    process.popen.send_signal(signal.SIGINT)
+    assert process.end()[0] == 0
+    assert "the runtime was stopped" in process.errors
+
+
+def test_without_the_extra_it_says_what_to_install() -> None:
+    program = (
+        "import sys; sys.modules['fastapi'] = None\nfrom tpworker.cli import main; sys.exit(main(['serve']))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2
+    assert "pip install 'tpworker[server]'" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+# --------------------------------------------------------------------------------- the end
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_with_status_0(run: Run, number: signal.Signals) -> None:
+    process = run("--port", "0")
+    process.url()
+    process.popen.send_signal(number)
+    assert process.end()[0] == 0
+    assert "the runtime was stopped" in process.errors
+    assert "Traceback" not in process.errors
+
+
+def test_open_requests_are_ended_and_no_new_ones_taken(run: Run) -> None:
+    process = run("--port", "0", "--model", "lazy")
+    url = process.url()
+    with stream_of(url) as response:
+        parts = response.iter_text()
+        text = next(parts)
+        process.popen.send_signal(signal.SIGTERM)
+        text += "".join(parts)
+    assert text.endswith("data: [DONE]\n\n")
+    assert '"finish_reason": "stop"' in text
+    assert process.end()[0] == 0
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{url}/health")
+
+
+def test_the_second_signal_ends_them_at_once(run: Run) -> None:
+    process = run("--port", "0", "--model", "endless")
+    url = process.url()
+    with stream_of(url) as response:
+        parts = response.iter_text()
+        text = next(parts)
+        process.popen.send_signal(signal.SIGTERM)
+        with httpx.Client() as client:  # not before the first one was seen
+            while True:
+                try:
+                    client.get(f"{url}/health")
+                except httpx.ConnectError:
+                    break
+        process.popen.send_signal(signal.SIGTERM)
+        text += "".join(parts)
+    assert json.loads(text.split("\n\n")[-2].removeprefix("data: "))["error"]["code"] == "not_ready"
+    assert process.end()[0] == 0
+
+
+def test_a_failure_is_told_to_clients_and_to_the_shell(run: Run) -> None:
+    process = run("--port", "0", "--model", "mortal")
+    with stream_of(process.url()) as response:
+        text = response.read().decode()
+    error = json.loads(text.split("\n\n")[-2].removeprefix("data: "))["error"]
+    assert error["message"] == "tpworker-rank1 was killed by SIGKILL"
+    assert process.end()[0] == 1
+    assert "tpworker: tpworker-rank1 was killed by SIGKILL\n" in process.errors
+    assert "the runtime was stopped" in process.errors
+
+
+# ----------------------------------------------------------------------------------- --ask
+
+
+def test_ask_answers_on_stdout_without_a_server(run: Run) -> None:
+    process = run("--ask", "Who?")
+    status, out = process.end()
+    assert (status, out) == (0, "You said '[user]Who?[assistant]'.\n")
+    assert "server packages: []" in process.errors
+    assert "the runtime was stopped" in process.errors
+
+
+def test_ask_continues_where_there_is_no_chat_template(run: Run) -> None:
+    assert run("--ask", "Who?", "--model", "plain").end() == (0, "You said 'Who?'.\n")
+
+
+def test_ask_fails_as_serving_does(run: Run) -> None:
+    process = run("--ask", "Who?", "--model", "mortal")
+    assert process.end()[0] == 1
+    assert "tpworker-rank1 was killed" in process.errors
+
+
+def test_ask_can_be_interrupted(run: Run) -> None:
+    process = run("--ask", "Who?", "--model", "endless")
+    assert process.popen.stdout is not None
+    assert process.popen.stdout.read(3) == "You"
+    process.popen.send_signal(signal.SIGINT)
+    assert process.end()[0] == 130
+    assert "Traceback" not in process.errors
+    assert "the runtime was stopped" in process.errors

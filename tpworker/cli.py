@@ -1,0 +1,307 @@
+"""The command line: `tpworker serve …`.
+
+Importing this, and being told of a mistake in an option, takes an instant: what serving needs is imported
+when it is needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import dataclasses
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tpworker.config import RuntimeConfig
+from tpworker.errors import ConfigError, InvalidRequest, ModelError, TpworkerError
+
+DEFAULT_HOST = "127.0.0.1"
+DEFAULT_PORT = 8000
+
+_SERVER_PACKAGES = ("fastapi", "starlette", "pydantic", "uvicorn", "prometheus_client")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says, checked."""
+
+    config: RuntimeConfig
+    host: str
+    port: int
+    served_model_name: str | None
+    api_key: str | None
+    ask: str | None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit status: 0, or 2 for a mistake of the user's, or 1 for a failure."""
+    try:
+        options = parse(arguments)
+        logging.basicConfig(format="%(asctime)s tpworker %(levelname)s %(message)s", level=logging.WARNING)
+        return _serve(options) if options.ask is None else _ask(options, options.ask)
+    except (ConfigError, ModelError, InvalidRequest) as error:
+        print(f"tpworker: error: {error}", file=sys.stderr)
+        return 2
+    except TpworkerError as error:
+        print(f"tpworker: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # whoever read the answer has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+# ----------------------------------------------------------------------------------- options
+
+
+def parse(arguments: Sequence[str] | None = None) -> Options:
+    """Read the command line.
+
+    Raises:
+        ConfigError: a value out of range, or an option that has no effect beside the others.
+        SystemExit: what argparse itself finds, or --help.
+    """
+    given = vars(_parser().parse_args(arguments))
+    given.pop("command")
+    lookahead = _lookahead(given.pop("enable_overlap_schedule", None), given.get("lookahead"))
+    if lookahead is not None:
+        given["lookahead"] = lookahead
+    serving = {
+        name: given.pop(name) for name in ("host", "port", "served_model_name", "api_key") if name in given
+    }
+    ask = given.pop("ask", None)
+    if ask is not None:
+        for name in [*serving, *({"max_queue"} & given.keys())]:
+            raise ConfigError(
+                f"--{name.replace('_', '-')} has no effect with --ask, which serves nobody: leave it out"
+            )
+    if not 0 <= serving.get("port", DEFAULT_PORT) <= 65535:
+        raise ConfigError(f"--port {serving['port']}: must be from 0 (any that is free) to 65535")
+    if "" in (serving.get("api_key"), serving.get("served_model_name")):
+        raise ConfigError("--api-key and --served-model-name must not be empty: leave them out")
+    given.setdefault("tensor_parallel_size", _default_tensor_parallel_size(given.get("device", "auto")))
+    return Options(
+        RuntimeConfig(**given),
+        serving.get("host", DEFAULT_HOST),
+        serving.get("port", DEFAULT_PORT),
+        serving.get("served_model_name"),
+        serving.get("api_key"),
+        ask,
+    )
+
+
+def _lookahead(overlap: bool | None, lookahead: int | None) -> int | None:
+    if overlap is False and lookahead:
+        raise ConfigError(
+            f"--lookahead {lookahead} has no effect with --no-enable-overlap-schedule: leave out one"
+        )
+    if overlap is True and lookahead == 0:
+        raise ConfigError(
+            "--lookahead 0 switches off what --enable-overlap-schedule switches on: leave out one"
+        )
+    return 0 if overlap is False else lookahead
+
+
+def _default_tensor_parallel_size(device: str) -> int:
+    """2 on the CPU, where a rank costs little; on GPUs 1, for each rank takes a whole one."""
+    from tpworker.settings import count_gpus
+
+    return 2 if device == "cpu" or (device == "auto" and not count_gpus()) else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tpworker", description="A tensor-parallel runtime for LLM serving.", allow_abbrev=False
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    serve = commands.add_parser(
+        "serve",
+        help="serve a model through an OpenAI-compatible HTTP API",
+        description="Serve a model through an OpenAI-compatible HTTP API; without options the default model.",
+        argument_default=argparse.SUPPRESS,  # so that what was given can be told from what was not
+        allow_abbrev=False,
+    )
+    _add_model_options(serve.add_argument_group("model"))
+    _add_schedule_options(serve.add_argument_group("schedule and memory"))
+    _add_server_options(serve.add_argument_group("server"))
+    return parser
+
+
+_Group = Any  # argparse's groups have no public type
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(RuntimeConfig)}
+
+
+def _add(group: _Group, flag: str, text: str, *aliases: str, **options: Any) -> None:
+    """An option of RuntimeConfig; its help ends with the default there, unless the text tells of it."""
+    default = _DEFAULTS[options.get("dest") or flag.removeprefix("--").replace("-", "_")]
+    told = (
+        "" if default is None or isinstance(default, bool) or "default" in text else f" (default: {default})"
+    )
+    group.add_argument(flag, *aliases, help=text + told, **options)
+
+
+def _add_model_options(group: _Group) -> None:
+    _add(
+        group,
+        "--model",
+        "a folder with config.json, *.safetensors and tokenizer.json, or a hub name (org/name); "
+        "default: SmolLM2-135M-Instruct",
+    )
+    _add(
+        group,
+        "--tensor-parallel-size",
+        "number of TP ranks, a process each, and on GPUs a GPU each (default: 1 if there is a GPU, else 2)",
+        "-tp",
+        type=int,
+        metavar="N",
+    )
+    _add(
+        group,
+        "--device",
+        "what the ranks run on; auto: GPUs if there are any",
+        choices=["auto", "cpu", "cuda"],
+    )
+    _add(
+        group,
+        "--dtype",
+        "of weights, activations and KV cache; auto: the checkpoint's",
+        choices=["auto", "float32", "bfloat16", "float16"],
+    )
+    _add(
+        group,
+        "--max-model-len",
+        "most tokens of one request, prompt and output together (default: what the model's config says)",
+        type=int,
+        metavar="N",
+    )
+    _add(
+        group,
+        "--load-format",
+        "dummy: random weights of the right shapes, for benchmarks",
+        choices=["auto", "dummy"],
+    )
+    _add(group, "--seed", "of dummy weights, and of requests that give none", type=int, metavar="N")
+
+
+def _add_schedule_options(group: _Group) -> None:
+    _add(group, "--max-num-seqs", "most requests that run at once", type=int, metavar="N")
+    _add(
+        group,
+        "--max-num-batched-tokens",
+        "most tokens of one step: one for each request that decodes, the rest for prompts",
+        type=int,
+        metavar="N",
+    )
+    group.add_argument(
+        "--enable-overlap-schedule",
+        action=argparse.BooleanOptionalAction,
+        help="launch the next steps while one computes (default: on); --no-… is --lookahead 0",
+    )
+    _add(
+        group,
+        "--lookahead",
+        "steps launched beyond the oldest one that is not answered",
+        type=int,
+        metavar="N",
+    )
+    _add(group, "--block-size", "tokens in one KV block, a power of two", type=int, metavar="N")
+    _add(
+        group,
+        "--gpu-memory-utilization",
+        "share of a GPU's memory that a rank may use; on the CPU, of a rank's share of half the free memory",
+        type=float,
+        metavar="SHARE",
+    )
+    _add(
+        group,
+        "--no-prefix-caching",
+        "do not share the KV blocks of equal prefixes between requests",
+        dest="prefix_caching",
+        action="store_false",
+    )
+    _add(
+        group,
+        "--max-queue",
+        "most requests that wait; one more is refused with status 429",
+        type=int,
+        metavar="N",
+    )
+    _add(
+        group,
+        "--step-timeout",
+        "seconds after which a step that is not answered ends the server",
+        type=float,
+        metavar="SECONDS",
+    )
+
+
+def _add_server_options(group: _Group) -> None:
+    group.add_argument(
+        "--host",
+        help=f"address to listen on; 0.0.0.0: on all of this machine's (default: {DEFAULT_HOST})",
+    )
+    group.add_argument(
+        "--port",
+        type=int,
+        metavar="N",
+        help=f"port to listen on; 0: any that is free (default: {DEFAULT_PORT})",
+    )
+    group.add_argument(
+        "--served-model-name", metavar="NAME", help="what clients call the model (default: as --model has it)"
+    )
+    group.add_argument(
+        "--api-key",
+        metavar="KEY",
+        help="what clients must send as 'Authorization: Bearer KEY' (default: nothing)",
+    )
+    group.add_argument(
+        "--ask", metavar="TEXT", help="answer this one question, greedily, on stdout, and exit: no server"
+    )
+
+
+# ---------------------------------------------------------------------------------- commands
+
+
+def _serve(options: Options) -> int:
+    try:
+        from tpworker.server import bind, run_server
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] not in _SERVER_PACKAGES:
+            raise
+        raise ConfigError(
+            f"the HTTP server needs the package {error.name}, which is not installed: "
+            "pip install 'tpworker[server]' (--ask works without it)"
+        ) from error
+    from tpworker.runtime import Runtime
+    from tpworker.terminal import StartProgress, ready_text
+
+    listener = bind(options.host, options.port)
+    with StartProgress() as progress:
+        runtime = Runtime(config=options.config, progress=progress)
+
+        def on_ready() -> None:
+            progress.close()
+            port = listener.getsockname()[1]
+            text = ready_text(
+                runtime, options.host, port, options.served_model_name, options.api_key is not None
+            )
+            print(text, file=sys.stderr, flush=True)
+
+        asyncio.run(
+            run_server(runtime, listener, options.served_model_name, options.api_key, on_ready=on_ready)
+        )
+    return 0
+
+
+def _ask(options: Options, question: str) -> int:
+    from tpworker.ask import answer
+    from tpworker.terminal import StartProgress
+
+    with StartProgress() as progress:
+        asyncio.run(answer(options.config, question, progress))
+    return 0
