@@ -107,5 +107,5 @@ def test_stop_ids_are_the_models_and_the_requests() -> None:
 def test_stop_ids_that_cannot_be_are_refused() -> None:
     with pytest.raises(InvalidRequest, match=f"holds {VOCAB_SIZE}"):
         stop_ids(stop_token_ids=[5, VOCAB_SIZE])
-    with pytest.raises(InvalidRequest, match="model's 2 end-of-sequence.*17 different ids; the limit is 16"):
+    with pytest.raises(InvalidRequest, match=r"model's 2 end-of-sequence.*17 different ids; the limit is 16"):
         stop_ids(stop_token_ids=range(10, 25))

@@ -85,7 +85,7 @@ def test_what_is_repeated_is_dropped(requests: Requests) -> None:
 def test_a_gap_is_an_error_that_says_what_is_missing(requests: Requests) -> None:
     a = requests.open("a")
     requests.deliver(step((a, 0, 10)))
-    with pytest.raises(GapError, match="'a'.*position 2 came, but that at 1"):
+    with pytest.raises(GapError, match=r"'a'.*position 2 came, but that at 1"):
         requests.deliver(step((a, 2, 12)))
 
 

@@ -36,7 +36,7 @@ def test_auto_is_the_cpu_for_now(monkeypatch: pytest.MonkeyPatch, caplog: pytest
 
 def test_more_ranks_than_gpus_are_refused_and_cuda_for_now(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(settings, "count_gpus", lambda: 2)
-    with pytest.raises(ConfigError, match="tensor_parallel_size=4 .* has 2: use a smaller"):
+    with pytest.raises(ConfigError, match=r"tensor_parallel_size=4 .* has 2: use a smaller"):
         settings.resolve_device(RuntimeConfig(device="cuda", tensor_parallel_size=4))
     with pytest.raises(ConfigError, match="CUDA ranks are not built yet; use --device cpu"):
         settings.resolve_device(RuntimeConfig(device="cuda", tensor_parallel_size=2))

@@ -122,7 +122,8 @@ class Runtime:
                 raise
             if was_stopped:
                 raise RuntimeStopped("the runtime was stopped while it started") from None
-            raise self._start_error(error.fault) from None
+            failure = self._start_error(error.fault)
+            raise failure from failure.__cause__
         self._state = "ready"
 
     async def _start(self) -> None:

@@ -1,0 +1,20 @@
+"""An echoing scheduler that sends every step twice, and in between something of another generation."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from tpworker.ipc.child import SchedulerBoot, run_child
+from tpworker.ipc.messages import StepOutput, pack_int32
+from tpworker.testing.fake_scheduler import FakeScheduler
+
+
+class RepeatingScheduler(FakeScheduler):
+    def send(self, output: StepOutput) -> None:
+        super().send(output)
+        late = pack_int32([1] * (len(output.tokens) // 4))
+        super().send(replace(output, generation=output.generation + 1, tokens=late))
+        super().send(output)
+
+
+run_child(SchedulerBoot, lambda boot: RepeatingScheduler(boot).run())

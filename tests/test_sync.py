@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.server.fake_runtime import byte_tokenizer
+from tpworker import InvalidRequest, ModelError, RuntimeFailed, RuntimeStopped, SamplingParams, SyncRuntime
+
+pytestmark = pytest.mark.usefixtures("nothing_left")
+
+IDS_ONLY = SamplingParams(max_tokens=6, detokenize=False)
+
+
+def sync_runtime(model: Path, **options: Any) -> SyncRuntime:
+    modules = {
+        "rank_module": "tests.children.idle_rank",
+        "scheduler_module": "tpworker.testing.fake_scheduler",
+    }
+    return SyncRuntime(model, **modules, **options)
+
+
+@pytest.fixture
+def runtime(model_folder: Path) -> Iterator[SyncRuntime]:
+    with sync_runtime(model_folder) as runtime:
+        yield runtime
+
+
+def test_outputs_come_one_after_the_other(runtime: SyncRuntime) -> None:
+    outputs = list(runtime.generate([5, 6], IDS_ONLY, request_id="a"))
+    assert [token for output in outputs for token in output.token_ids] == [5, 6] * 3
+    assert outputs[-1].finish_reason == "length"
+    assert runtime.stats().finished == 1
+    assert runtime.health().state == "ready"
+
+
+def test_many_prompts_at_once(model_folder: Path) -> None:
+    byte_tokenizer()._backend.save(str(model_folder / "tokenizer.json"))
+    with sync_runtime(model_folder, max_num_seqs=2, max_num_batched_tokens=4, max_queue=1) as runtime:
+        texts = [f"text {i} " for i in range(9)]
+        completions = runtime.complete(texts, SamplingParams(max_tokens=14))
+        assert [completion.text for completion in completions] == [text * 2 for text in texts]
+        assert all(completion.num_output_tokens == 14 for completion in completions)
+        assert len(runtime.spec.eos_ids) == 1
+        assert runtime.tokenizer.decode([]) == ""
+
+
+def test_one_prompt_is_no_list(runtime: SyncRuntime) -> None:
+    with pytest.raises(TypeError, match="list of prompts"):
+        runtime.complete("prompt")
+
+
+def test_an_error_of_one_ends_all(runtime: SyncRuntime) -> None:
+    with pytest.raises(InvalidRequest):
+        runtime.complete([[5], [], [6]], SamplingParams(detokenize=False))
+    assert runtime.stats().open == 0
+
+
+def test_leaving_the_loop_aborts(runtime: SyncRuntime) -> None:
+    outputs = runtime.generate([5], SamplingParams(detokenize=False))
+    next(outputs)
+    outputs.close()
+    assert (runtime.stats().open, runtime.stats().aborted) == (0, 1)
+
+
+def test_abort_from_another_thread(runtime: SyncRuntime) -> None:
+    outputs = runtime.generate([5], SamplingParams(detokenize=False), request_id="a")
+    next(outputs)
+    thread = threading.Thread(target=runtime.abort, args=("a",))
+    thread.start()
+    assert list(outputs)[-1].finish_reason == "abort"
+    thread.join()
+
+
+def test_an_interrupt_leaves_the_runtime_usable(runtime: SyncRuntime, model_folder: Path) -> None:
+    def interrupt() -> None:
+        time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    outputs = runtime.generate([5], SamplingParams(detokenize=False))
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        list(outputs)
+    outputs.close()
+    assert runtime.stats().aborted == 1
+    assert list(runtime.generate([5], IDS_ONLY))[-1].finish_reason == "length"
+
+
+def test_a_start_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ModelError), sync_runtime(tmp_path / "nowhere"):
+        pass
+
+
+def test_a_failure_is_raised_where_it_is_waited_for(runtime: SyncRuntime) -> None:
+    outputs = runtime.generate([5], SamplingParams(detokenize=False))
+    next(outputs)
+    next(child for child in psutil.Process().children() if "rank0" in child.name()).kill()
+    with pytest.raises(RuntimeFailed, match="tpworker-rank0"):
+        list(outputs)
+    assert runtime.health().state == "failed"
+
+
+def test_drain_and_stop(runtime: SyncRuntime) -> None:
+    runtime.drain(5)
+    with pytest.raises(RuntimeStopped):
+        list(runtime.generate([5], IDS_ONLY))
+    runtime.stop()
+    runtime.stop()
+    with pytest.raises(RuntimeStopped, match="not running"):
+        list(runtime.generate([5], IDS_ONLY))
+
+
+def test_it_is_not_running_before_it_is_started(model_folder: Path) -> None:
+    runtime = sync_runtime(model_folder)
+    with pytest.raises(RuntimeStopped, match="not running"):
+        list(runtime.generate([5], IDS_ONLY))
+    runtime.stop()
