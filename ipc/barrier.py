@@ -66,7 +66,7 @@ SLICE = 0.004
 """Longest sleep in the kernel, in seconds: an abort is noticed within 5 ms."""
 SPIN = 50e-6
 """How long to look again and again before sleeping, in seconds, where there are cores enough."""
-GRACE = 0.5
+GRACE = 1.0
 """Once two digests differ, how long to wait for the other ranks' digests, to tell who is alone with its."""
 _LOOKS = 16  # at a slot between two looks at clock and abort word, about a microsecond
 _LONGEST_BACKOFF = 255  # waits
