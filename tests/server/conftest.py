@@ -12,6 +12,8 @@ import httpx
 import openai
 import pytest
 import uvicorn
+from starlette.applications import Starlette
+from starlette.routing import Mount
 
 from tests.server.fake_runtime import FakeRuntime
 from tpworker.server import bind, create_app
@@ -28,7 +30,10 @@ class LiveServer:
         self._listener = bind("127.0.0.1", 0)
         self.address = self._listener.getsockname()
         self.url = f"http://127.0.0.1:{self.address[1]}"
+        mount = options.pop("mount", None)
         app: Any = create_app(runtime, options.pop("name", None), **options)  # type: ignore[arg-type]
+        if mount is not None:
+            app = Starlette(routes=[Mount(mount, app)])
         self.server = uvicorn.Server(
             uvicorn.Config(app, log_config=None, lifespan="off", timeout_graceful_shutdown=2)
         )

@@ -26,7 +26,7 @@ CHAT_TEMPLATE = (
 
 
 class _Fast:
-    """As much of a transformers tokenizer as is used, without importing transformers, which takes a second."""
+    """As much of a transformers tokenizer as is used, without the second that importing that takes."""
 
     def __init__(self, backend: Backend, chat_template: str | None) -> None:
         self.backend_tokenizer = backend

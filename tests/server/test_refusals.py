@@ -293,6 +293,14 @@ def test_the_key_is_asked_for_before_the_body_is_looked_at(start: Start) -> None
     assert server.post(COMPLETIONS, content=b"x" * 500, headers=JSON).status_code == 401
 
 
+def test_the_key_is_asked_for_wherever_the_app_is_mounted(start: Start) -> None:
+    server = start(api_key="secret", mount="/llm")
+    assert server.post("/llm/v1/completions", json={"prompt": "a"}).status_code == 401
+    headers = {"Authorization": "Bearer secret"}
+    assert server.post("/llm/v1/completions", json={"prompt": "a"}, headers=headers).status_code == 200
+    assert server.get("/llm/health").status_code == 200
+
+
 # --------------------------------------------------------------------------------- bugs
 
 

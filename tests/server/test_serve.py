@@ -231,7 +231,7 @@ def test_the_second_signal_ends_them_at_once(run: Run) -> None:
                     break
         process.popen.send_signal(signal.SIGTERM)
         text += "".join(parts)
-    assert json.loads(text.split("\n\n")[-2].removeprefix("data: "))["error"]["code"] == "not_ready"
+    assert json.loads(text.split("\n\n")[-2].removeprefix("data: "))["error"]["code"] == "unavailable"
     assert process.end()[0] == 0
 
 

@@ -50,7 +50,7 @@ def describe(error: Exception) -> ApiError | None:
         case QueueFull():
             return ApiError(429, str(error), "rate_limit_error", code="queue_full", headers=_RETRY)
         case RuntimeStopped():
-            return ApiError(503, str(error), "service_unavailable", code="not_ready", headers=_RETRY)
+            return ApiError(503, str(error), "service_unavailable", code="unavailable", headers=_RETRY)
         case RuntimeFailed():
             return ApiError(503, error.summary, "server_error", code="runtime_failed")
     return None

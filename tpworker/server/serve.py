@@ -24,6 +24,9 @@ logger = logging.getLogger(__name__)
 DRAIN_S = 20.0
 """How long open requests may take to end after the first signal."""
 _FLUSH_S = 5  # how long clients may take to read the end of their streams
+_KEEP_ALIVE_S = (
+    75  # longer than the minute after which clients and load balancers drop a connection themselves
+)
 _POLL_S = 0.2
 
 
@@ -97,6 +100,7 @@ async def run_server(
             log_config=None,
             access_log=False,
             lifespan="off",
+            timeout_keep_alive=_KEEP_ALIVE_S,
             timeout_graceful_shutdown=_FLUSH_S,
         )
     )
