@@ -97,6 +97,6 @@ def eventually(
 def is_gone(pid: int) -> bool:
     """Whether a process has ended, reaped or not."""
     try:
-        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+        return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return True

@@ -24,7 +24,8 @@ spec: Any = Spec()
 
 def test_a_prompt_is_packed() -> None:
     assert unpack_int32(pack_prompt([0, 5, VOCAB_SIZE - 1], spec)).tolist() == [0, 5, VOCAB_SIZE - 1]
-    assert unpack_int32(pack_prompt(np.array([1, 2]), spec)).tolist() == [1, 2]
+    others: Any = np.array([1, 2])
+    assert unpack_int32(pack_prompt(others, spec)).tolist() == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -72,7 +73,7 @@ def test_max_tokens_are_as_asked_for_or_as_many_as_fit() -> None:
     ],
 )
 def test_what_does_not_fit_is_refused_with_value_limit_and_remedy(
-    params: dict[str, int], num_prompt: int, max_model_len: int, kv_tokens: int, parameter: str, words: str
+    params: dict[str, Any], num_prompt: int, max_model_len: int, kv_tokens: int, parameter: str, words: str
 ) -> None:
     with pytest.raises(PromptTooLong, match=words) as caught:
         fit(SamplingParams(**params), num_prompt, max_model_len, kv_tokens)

@@ -131,7 +131,7 @@ def test_a_slow_consumer_gets_all_that_came_together(requests: Requests) -> None
 def test_a_consumer_is_woken_once_a_step_and_only_if_it_waits(requests: Requests) -> None:
     async def main() -> list[tuple[int, ...]]:
         a = requests.open("a")
-        taken = []
+        taken: list[tuple[int, ...]] = []
 
         async def consume() -> None:
             while not taken or taken[-1][-1] != 99:

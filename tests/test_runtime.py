@@ -102,6 +102,18 @@ def test_many_requests_at_once_each_get_their_own(fake_runtime: MakeRuntime) -> 
     run(main)
 
 
+def test_no_message_is_overlooked_while_we_send(fake_runtime: MakeRuntime) -> None:
+    """ZeroMQ's descriptor is signalled by edge: what comes while we send must be looked for."""
+
+    async def main() -> None:
+        async with fake_runtime(max_num_seqs=64) as runtime:
+            for _ in range(300):
+                async for _ in runtime.generate([5], ids_only(1)):
+                    runtime.abort("unknown")
+
+    run(main)
+
+
 def test_a_token_that_is_sent_twice_is_delivered_once(fake_runtime: MakeRuntime) -> None:
     async def main() -> None:
         async with fake_runtime(scheduler_module="tests.children.repeating_scheduler") as runtime:

@@ -16,9 +16,8 @@ SPEC: Any = SimpleNamespace(max_model_len=2048, dtype="bfloat16")
 def test_max_model_len_is_the_models_unless_less_is_asked_for() -> None:
     assert settings.resolve_max_model_len(RuntimeConfig(), SPEC) == 2048
     assert settings.resolve_max_model_len(RuntimeConfig(max_model_len=100), SPEC) == 100
-    assert (
-        settings.resolve_max_model_len(RuntimeConfig(), SimpleNamespace(max_model_len=10**8)) == MAX_SEQUENCE
-    )  # type: ignore[arg-type]
+    endless: Any = SimpleNamespace(max_model_len=10**8)
+    assert settings.resolve_max_model_len(RuntimeConfig(), endless) == MAX_SEQUENCE
     with pytest.raises(ConfigError, match="max_model_len=2049: the model was made for at most 2048"):
         settings.resolve_max_model_len(RuntimeConfig(max_model_len=2049), SPEC)
 

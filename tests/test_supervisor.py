@@ -251,6 +251,15 @@ def test_a_child_inherits_only_what_it_is_given(model_folder: Path) -> None:
         os.close(other)
 
 
+def test_what_a_child_prints_does_not_mix_with_our_output(
+    model_folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    fault_of(model_folder, rank0="print('noise', flush=True) or fail(ValueError())")
+    printed = capfd.readouterr()
+    assert printed.out == ""
+    assert "noise" in printed.err
+
+
 def test_keys_typed_in_the_terminal_are_not_for_children(model_folder: Path) -> None:
     fault = fault_of(model_folder, rank0="fail(ValueError(os.getsid(0) == os.getpid()))")
     assert fault.summary.endswith("ValueError: True")

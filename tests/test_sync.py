@@ -20,7 +20,7 @@ IDS_ONLY = SamplingParams(max_tokens=6, detokenize=False)
 
 
 def sync_runtime(model: Path, **options: Any) -> SyncRuntime:
-    modules = {
+    modules: dict[str, Any] = {
         "rank_module": "tests.children.idle_rank",
         "scheduler_module": "tpworker.testing.fake_scheduler",
     }

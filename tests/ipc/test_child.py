@@ -33,7 +33,7 @@ SCHEDULER_BOOT = SchedulerBoot(
 )  # fmt: skip
 RANK_BOOT = RankBoot(
     generation=3, name="tpworker-rank1", log_level=20, report_fd=9, rank=1, num_ranks=2, plan_address="ipc://@p1",
-    result_address="ipc://@s", barrier_fd=5, board_fd=7, store_fd=8, model="/models/ä",
+    result_address="ipc://@s", barrier_fd=5, board_fd=7, meeting_fd=9, store_fd=8, model="/models/ä",
     settings=RankSettings(2, 64, 512, 2048, 16, 0, 0.9, "cpu", "float32", "auto", 0, False, 60.0, 600.0),
 )  # fmt: skip
 
