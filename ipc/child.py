@@ -3,7 +3,7 @@
     parent                                   child
       ├── stdin: boot message, then silence ───►│  EOF: the parent is gone (the lifeline)
       │◄── report pipe: at most one report ─────┤  EOF: the child is gone, the fastest sign there is
-      ├── memfds, inherited ───────────────────►│  barrier, board, store
+      ├── memfds, inherited ───────────────────►│  barriers, board, store
       └── the thread that starts it stays         PDEATHSIG: the kernel kills the child with that thread
 
 The lifeline and PDEATHSIG cover each other: the lifeline works when the parent died before the child had
@@ -127,7 +127,8 @@ class RankBoot:
     result_address: Address  # rank 0 connects
     barrier_fd: Descriptor
     board_fd: Descriptor
-    store_fd: Descriptor  # an empty file, the same for all ranks: /proc/self/fd/N serves torch's FileStore
+    meeting_fd: Descriptor  # a second barrier, for the collectives of CPU ranks
+    store_fd: Descriptor  # an empty file, the same for all ranks, for whatever their collectives need
     model: Path
     settings: RankSettings
 

@@ -85,6 +85,7 @@ class Supervisor:
         self.ended.set_running_or_notify_cancel()  # whoever waits for it cannot cancel it
         self.board = Board.create(board_names(group.num_ranks))
         self._barrier = Barrier.create(group.num_ranks)
+        self._meeting = Barrier.create(group.num_ranks)
         self._on_fault = on_fault
         self._children: list[Child] = []
         self._over: list[Child] = []  # in the order in which they were seen to end
@@ -168,10 +169,11 @@ class Supervisor:
                     group.rank_module,
                     RankBoot(
                         group.generation, RANK_NAME.format(rank), log_level, 0, rank, group.num_ranks,
-                        plan_address, result_address, self._barrier.fd, self.board.fd, store_fd,
+                        plan_address, result_address, self._barrier.fd, self.board.fd, self._meeting.fd,
+                        store_fd,
                         group.model, group.rank,
                     ),
-                    [self.board.fd, self._barrier.fd, store_fd],
+                    [self.board.fd, self._barrier.fd, self._meeting.fd, store_fd],
                 )  # fmt: skip
         except OSError as error:
             return Fault("tpworker-supervisor", f"a process could not be started: {error}")
@@ -281,6 +283,7 @@ class Supervisor:
     def _end(self, fault: Fault | None) -> None:
         """Kills and reaps whoever is left, and frees all but the board."""
         self._barrier.abort()
+        self._meeting.abort()
         for child in self._children:
             child.kill()
         if fault is not None:
@@ -295,4 +298,5 @@ class Supervisor:
             child.close()
         self._selector.close()
         self._barrier.close()
+        self._meeting.close()
         self.ended.set_result(None)

@@ -53,7 +53,7 @@ def rank_main(boot: RankBoot) -> None:
     torch.set_num_threads(max(1, usable_cores() // boot.num_ranks))
     settings = boot.settings
     device = CpuDevice()
-    collectives = connect(boot.store_fd, boot.rank, boot.num_ranks, settings.step_timeout)
+    collectives = connect(boot.meeting_fd, boot.store_fd, boot.rank, boot.num_ranks, settings.step_timeout)
     with torch.inference_mode():
         started = time.monotonic()
         decoder, dtype = load_decoder(boot, device, collectives, row)

@@ -4,6 +4,7 @@ messages, without the cost of starting processes. For tests that compare many co
 from __future__ import annotations
 
 import itertools
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -12,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import distributed
 
 from tpworker.ipc.barrier import Barrier
 from tpworker.ipc.board import Board
@@ -22,9 +22,9 @@ from tpworker.ipc.messages import Message, StepOutput, Stop, Submit, unpack_int3
 from tpworker.model.decoder import Decoder
 from tpworker.model.families import read_spec
 from tpworker.model.kv_cache import KVCache
-from tpworker.model.tp import Collectives, Shard
+from tpworker.model.tp import Shard
 from tpworker.model.weights import load_weights
-from tpworker.rank.collectives import GlooCollectives, SoleRank
+from tpworker.rank.collectives import connect
 from tpworker.rank.device import CpuDevice
 from tpworker.rank.loop import RankLoop
 from tpworker.rank.publisher import Publisher
@@ -33,7 +33,6 @@ from tpworker.rank.slots import SlotTable
 from tpworker.scheduler.process import Scheduler
 
 _names = itertools.count()
-_hash_store: Any = distributed
 
 
 @dataclass(slots=True)
@@ -88,7 +87,8 @@ class InProcessGroup:
         self._ready = threading.Barrier(num_ranks + 2)
         self._barrier = Barrier.create(num_ranks)
         self._board = Board.create(board_names(num_ranks))
-        self._store = _hash_store.HashStore()
+        self._meeting = Barrier.create(num_ranks)
+        self._store = os.memfd_create("tpworker-store")
         self._runtime = Channel.bind(f"{self._address}-runtime")
         self._plans = [Channel.bind(f"{self._address}-plan{rank}") for rank in range(num_ranks)]
         self._results = Channel.bind(f"{self._address}-results")
@@ -114,6 +114,8 @@ class InProcessGroup:
         for channel in (self._runtime, self._results, *self._plans):
             channel.close()
         self._barrier.close()
+        self._meeting.close()
+        os.close(self._store)
         self._board.close()
         if exception[0] is None and self.errors:
             raise self.errors[0]
@@ -168,6 +170,7 @@ class InProcessGroup:
     def _fail(self, error: BaseException) -> None:
         self.errors.append(error)
         self._barrier.abort()
+        self._meeting.abort()
         self._ready.abort()
 
     def _schedule(self) -> None:
@@ -182,9 +185,7 @@ class InProcessGroup:
 
     def _rank(self, rank: int) -> None:
         torch.set_num_threads(1)
-        collectives: Collectives = SoleRank()
-        if self._num_ranks > 1:
-            collectives = GlooCollectives(self._store, rank, self._num_ranks, 30.0)
+        collectives = connect(self._meeting.fd, self._store, rank, self._num_ranks, 30.0)
         settings, spec = self.settings, read_spec(self._folder)
         shard = Shard.of(spec, rank, self._num_ranks)
         device = CpuDevice(self._jitter)
