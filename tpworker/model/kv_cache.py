@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,7 +37,7 @@ class KVCache:
         device: torch.device,
     ) -> None:
         shape = (2, spec.num_layers, num_blocks, block_size, shard.num_kv_heads, spec.head_dim)
-        memory = torch.zeros(shape, dtype=dtype, device=device)
+        memory = _zeros(shape, dtype, device)
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.keys: list[Tensor] = list(memory[0].unbind(0))
@@ -58,3 +61,10 @@ class KVCache:
         """Store keys and values [T, kv_heads_local, head_dim] at `rows` int64 [T]."""
         self._key_rows[layer].index_copy_(0, rows, keys)
         self._value_rows[layer].index_copy_(0, rows, values)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeroed memory. On the CPU the kernel's own zero pages: what no request has used yet costs nothing."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)

@@ -101,7 +101,7 @@ class SharedMemoryCollectives:
 
 def _parts(x: Tensor) -> tuple[Tensor, ...]:
     """Slices of the last dimension that fit into a rank's place."""
-    return x.split(EXCHANGE_BYTES // x.element_size(), dim=-1)
+    return torch.split(x, EXCHANGE_BYTES // x.element_size(), dim=-1)
 
 
 class GlooCollectives:
