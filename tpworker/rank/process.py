@@ -45,14 +45,18 @@ LINGER_SECONDS = 1.0
 
 
 def rank_main(boot: RankBoot) -> None:
-    """What a rank's process does: meets the others, loads its shard, agrees on sizes, then runs."""
+    """What a rank's process does."""
+    run_rank(boot, CpuDevice(), Runner)
+
+
+def run_rank(boot: RankBoot, device: Device, runner_class: type[Runner]) -> None:
+    """Meets the others, loads this rank's shard, agrees on sizes, then executes plans until told to stop."""
     row = Board.attach(boot.board_fd, board_names(boot.num_ranks)).row(boot.name)
     row[Field.PID] = os.getpid()
     row[Field.PHASE] = Phase.LOADING
     plans = Channel.connect(boot.plan_address, boot.name, boot.generation)
     torch.set_num_threads(max(1, usable_cores() // boot.num_ranks))
     settings = boot.settings
-    device = CpuDevice()
     collectives = connect(boot.meeting_fd, boot.store_fd, boot.rank, boot.num_ranks, settings.step_timeout)
     with torch.inference_mode():
         started = time.monotonic()
@@ -62,7 +66,7 @@ def rank_main(boot: RankBoot) -> None:
         slots = SlotTable(
             settings.max_num_seqs, -(-settings.max_model_len // settings.block_size), device.torch_device
         )
-        runner = Runner(
+        runner = runner_class(
             decoder, cache, slots, device, collectives, ring_rows(settings), settings.check_ranks_agree
         )
     serve(boot, plans, row, device, runner, runner.staging)
