@@ -39,6 +39,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--spin", type=float, metavar="MICROSECONDS", help="of ours; default: what a rank would take"
     )
+    parser.add_argument("--pin", action="store_true", help="each rank's main thread to one core, in turn")
     parser.add_argument("--no-gloo", action="store_true", help="ours alone (torch is not imported)")
 
 
@@ -70,6 +71,7 @@ def _measure(num_ranks: int, kinds: tuple[str, ...], options: argparse.Namespace
                     rounds=options.rounds,
                     steps=options.steps,
                     late_steps=options.late_steps,
+                    pin=options.pin,
                     spin=None if options.spin is None else options.spin * 1e-6,
                     store=f"{folder}/gloo",
                 )
@@ -145,6 +147,6 @@ def _print(
         f"Python {where['python']}, torch {where['torch']}\n"
         f"ours spins for up to {', '.join(f'{spin:g} µs ({n} ranks)' for n, spin in spins.items())}; "
         f"{options.rounds} rounds in turns, {options.steps} barriers each ({options.late_steps} with a late "
-        f"rank)\n{where['command']}",
+        f"rank), {'pinned' if options.pin else 'not pinned'}\n{where['command']}",
         highlight=False,
     )

@@ -28,6 +28,7 @@ class Job:
     rounds: int
     steps: int
     late_steps: int
+    pin: bool
     spin: float | None
     store: str  # a file for gloo's ranks to find each other
 
@@ -82,6 +83,9 @@ def main() -> None:
     """Measures as told, prints one JSON object."""
     job = Job(**json.loads(sys.argv[1]))
     meets = {kind: {"ours": ours, "gloo": gloo}[kind](job) for kind in job.kinds}
+    if job.pin:  # this thread only, and not before the barrier has seen how many cores there are
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[job.rank % len(cores)]})
     notes: dict[str, dict[str, list[Any]]] = {kind: {"back": [], "late": []} for kind in job.kinds}
     gc.freeze()
     gc.disable()
