@@ -12,6 +12,7 @@ import sys
 
 BENCHMARKS = {
     "barrier": "the admission barrier, beside gloo's",
+    "host": "what a step costs the host, with a fake device",
 }
 
 
