@@ -30,6 +30,8 @@ KILL_SECONDS = 5.0
 """How long a cancelled `stop` blocks the event loop, at most, to see the processes end."""
 START_MARGIN_SECONDS = 5.0
 """The processes watch the start themselves; when they have failed to for so much longer, we step in."""
+BEAT_SECONDS = 1.0
+"""A scheduler that has work beats at least as often."""
 POLL_SECONDS = 0.2
 """How often the start's progress is looked at."""
 TICKS = 4
@@ -214,11 +216,11 @@ class Generation:
         beat = self._supervisor.board.row(SCHEDULER_NAME)[Field.BEAT]
         self._idle_ticks = self._idle_ticks + 1 if beat == self._beat else 0
         self._beat = beat
-        limit = self._step_timeout + 1.0  # it beats at least once a second, and sees to its own deadline
+        limit = self._step_timeout + BEAT_SECONDS  # to its own deadline it sees itself
         if self._idle_ticks >= TICKS:
             summary = (
                 f"{SCHEDULER_NAME} hangs: there are requests, but its loop has not turned for {limit:g} s "
-                "(--step-timeout and 1 s)"
+                "(a little more than --step-timeout)"
             )
             self._supervisor.blame(Fault(SCHEDULER_NAME, summary, hung=True))
             return

@@ -1,4 +1,4 @@
-"""An echoing scheduler that sends every step twice, and in between something of another generation."""
+"""An echoing scheduler that sends every step twice, and before it something of another generation."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from tpworker.testing.fake_scheduler import FakeScheduler
 
 class RepeatingScheduler(FakeScheduler):
     def send(self, output: StepOutput) -> None:
+        other = pack_int32([1] * (len(output.tokens) // 4))
+        super().send(replace(output, generation=output.generation + 1, tokens=other))
         super().send(output)
-        late = pack_int32([1] * (len(output.tokens) // 4))
-        super().send(replace(output, generation=output.generation + 1, tokens=late))
         super().send(output)
 
 
