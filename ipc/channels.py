@@ -32,7 +32,7 @@ from tpworker.ipc.messages import (
 
 
 class ChannelError(Exception):
-    """A peer that did not come in time, or is not the one expected."""
+    """A peer that did not come in time, is gone, or is not the one expected."""
 
 
 def new_address(name: str) -> str:
@@ -86,12 +86,19 @@ class Channel:
             raise ChannelError(f"expected {expected}, got {hello}")
 
     def send(self, message: Message) -> None:
-        """Queues a message; never waits for the peer."""
-        self._socket.send(encode(message), zmq.DONTWAIT)
+        """Queues a message; never waits for the peer.
+
+        Raises:
+            ChannelError: the peer is gone.
+        """
+        self.send_encoded(encode(message))
 
     def send_encoded(self, data: bytes) -> None:
         """Queues a message that is encoded already: a plan goes to every rank, and is encoded once."""
-        self._socket.send(data, zmq.DONTWAIT)
+        try:
+            self._socket.send(data, zmq.DONTWAIT)
+        except zmq.Again:
+            raise ChannelError(f"nobody at the other end of {self.address}") from None
 
     def receive(self, timeout: float | None) -> Message | None:
         """The next message; None if there is none within `timeout` seconds (None: waits for ever)."""

@@ -9,7 +9,8 @@ at most lookahead + 1 plans unanswered and the ring has one row more, so a row i
 wants it; that is checked, not waited for. And each row carries its step's number, checked once more.
 
 Every rank has a publisher, since each must know which of its steps are done (to reuse staging buffers,
-and to say where it stands); only rank 0 copies and sends.
+and to say where it stands); only rank 0 copies and sends. The other ranks' rows are never read, and their
+publishers may fall behind: no plan waits for them.
 """
 
 from __future__ import annotations
@@ -77,12 +78,12 @@ class Publisher:
 
     def publish(self, launched: Launched) -> None:
         """Queues the copy of a step's tokens and their sending (launch thread; returns at once)."""
-        in_use = self._rows_in_use - self._rows_freed
-        assert in_use < len(self._buffers), "a ring row would be rewritten before it was sent"
-        self._rows_in_use += 1
         buffer = None
         copied = launched.done
         if self._connect is not None:
+            in_use = self._rows_in_use - self._rows_freed
+            assert in_use < len(self._buffers), "a ring row would be rewritten before it was sent"
+            self._rows_in_use += 1
             buffer = self._buffers[launched.step % len(self._buffers), : 1 + launched.num_sampled]
             copies = self._device.copies
             copies.wait(launched.done)
@@ -102,8 +103,8 @@ class Publisher:
                 item.copied.synchronize()
                 if channel is not None and item.buffer is not None:
                     channel.send(self._result(item.launched, item.buffer))
+                    self._rows_freed += 1
                 self._staging.give_back(item.launched.staging)
-                self._rows_freed += 1
                 self._row[Field.COMPLETED] = item.launched.step + 1
             if channel is not None:
                 channel.close()

@@ -214,7 +214,7 @@ class InProcessGroup:
             self._fail,
         )
         plans = Channel.connect(f"{self._address}-plan{rank}", f"rank{rank}", 0)
-        barrier = Barrier.attach(self._barrier.fd, self._num_ranks)
+        barrier = Barrier.attach(self._barrier.fd, self._num_ranks, spin=0.0)  # it would keep the GIL
         loop = RankLoop(rank, 0, plans, barrier, row, runner, publisher, settings.step_timeout)
         try:
             self._ready.wait(60)

@@ -1,0 +1,135 @@
+"""Invariant 4: a ring row and a host buffer are rewritten only after they were copied and sent."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+import torch
+
+from tpworker.ipc.board import Board, Field
+from tpworker.ipc.channels import Channel, new_address
+from tpworker.ipc.messages import StepResult, unpack_int32
+from tpworker.rank.device import CpuDevice
+from tpworker.rank.publisher import Publisher
+from tpworker.rank.runner import Launched
+from tpworker.rank.staging import StagingPool
+
+ROWS = 3
+
+
+class Rig:
+    """A publisher with its device, a ring, and the scheduler's end of the channel."""
+
+    def __init__(self, sends: bool = True) -> None:
+        self.device = CpuDevice()
+        self.ring = torch.zeros(ROWS, 5, dtype=torch.int64)
+        self.pool = StagingPool(self.device)
+        self.board = Board.create(["rank"])
+        self.errors: list[BaseException] = []
+        address = new_address("test")
+        self.results = Channel.bind(address)
+        self.publisher = Publisher(
+            0, self.device, ROWS, 4, self.pool, self.board.row("rank"),
+            (lambda: Channel.connect(address, "rank", 0)) if sends else None, self.errors.append,
+        )  # fmt: skip
+        if sends:
+            self.results.accept("rank", 0, 10)
+
+    def launch(self, step: int, tokens: list[int], written_step: int | None = None) -> Launched:
+        """As a runner does: the device writes the step's row of the ring."""
+        row = self.ring[step % ROWS, : 1 + len(tokens)]
+        values = torch.tensor([step if written_step is None else written_step, *tokens])
+        started = self.device.compute.record()
+        self.device.compute.run(lambda: (row.copy_(values), None)[1])
+        done = self.device.compute.record()
+        return Launched(step, len(tokens), row, started, done, time.monotonic_ns(), self.pool.take())
+
+    def close(self) -> None:
+        self.publisher.close()
+        self.device.close()
+        self.results.close()
+        self.board.close()
+
+
+@pytest.fixture
+def rig():  # type: ignore[no-untyped-def]
+    rig = Rig()
+    yield rig
+    rig.close()
+
+
+def test_tokens_arrive_with_their_times(rig: Rig) -> None:
+    for step in range(20):
+        rig.publisher.publish(rig.launch(step, [step, 7]))
+        result = rig.results.receive(10)
+        assert isinstance(result, StepResult)
+        assert (result.step, unpack_int32(result.tokens).tolist()) == (step, [step, 7])
+        assert 0 < result.timing.launched <= result.timing.ended
+        assert result.timing.started <= result.timing.ended
+    assert not rig.errors
+
+
+def test_publishing_waits_for_nothing(rig: Rig) -> None:
+    gate = threading.Event()
+    rig.device.compute.run(lambda: gate.wait(10) and None)
+    for step in range(ROWS):
+        rig.publisher.publish(rig.launch(step, [step]))
+    assert rig.results.receive(0.05) is None
+    gate.set()
+    for step in range(ROWS):
+        result = rig.results.receive(10)
+        assert isinstance(result, StepResult)
+        assert unpack_int32(result.tokens).tolist() == [step]
+
+
+def test_a_row_more_than_there_are_is_caught(rig: Rig) -> None:
+    gate = threading.Event()
+    rig.device.compute.run(lambda: gate.wait(10) and None)
+    for step in range(ROWS):
+        rig.publisher.publish(rig.launch(step, [step]))
+    with pytest.raises(AssertionError, match="a ring row would be rewritten before it was sent"):
+        rig.publisher.publish(rig.launch(ROWS, [9]))
+    gate.set()
+
+
+def test_a_row_that_was_rewritten_is_caught(rig: Rig) -> None:
+    rig.publisher.publish(rig.launch(0, [1], written_step=3))
+    assert rig.results.receive(0.2) is None
+    assert "the ring row of step 0 holds step 3" in str(rig.errors[0])
+
+
+def test_a_staging_buffer_comes_back_when_its_step_is_done(rig: Rig) -> None:
+    gate = threading.Event()
+    rig.device.compute.run(lambda: gate.wait(10) and None)
+    launched = rig.launch(0, [1])
+    rig.publisher.publish(launched)
+    assert rig.pool.take() is not launched.staging
+    gate.set()
+    rig.results.receive(10)
+    deadline = time.monotonic() + 10
+    while rig.board.row("rank")[Field.COMPLETED] < 1 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert rig.pool.take() is launched.staging
+
+
+def test_an_error_on_the_device_is_told(rig: Rig) -> None:
+    rig.device.compute.run(lambda: [][0])
+    rig.publisher.publish(rig.launch(0, [1]))
+    deadline = time.monotonic() + 10
+    while not rig.errors and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert "IndexError" in str(rig.errors[0])
+
+
+def test_the_other_ranks_keep_count_without_sending() -> None:
+    rig = Rig(sends=False)
+    for step in range(10):  # as many as it likes: a late publisher of theirs must not stop anybody
+        rig.publisher.publish(rig.launch(step, [step]))
+    deadline = time.monotonic() + 10
+    while rig.board.row("rank")[Field.COMPLETED] < 10 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert rig.board.row("rank")[Field.COMPLETED] == 10
+    assert not rig.errors
+    rig.close()
