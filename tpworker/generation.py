@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from tpworker.faults import Fault
 from tpworker.ipc.board import Field, Phase
-from tpworker.ipc.channels import Channel, ChannelError, new_address
+from tpworker.ipc.channels import Channel, ChannelError, ChannelError, new_address
 from tpworker.ipc.child import SCHEDULER_NAME
 from tpworker.ipc.messages import Message, MessageError, SchedulerReady, StepOutput, Stop
 from tpworker.requests import GapError
@@ -117,7 +117,10 @@ class Generation:
         """Sends to the scheduler; nothing happens once the generation has failed or is stopping."""
         if self._channel is None or self._fault is not None or self._is_stopping:
             return
-        self._channel.send(message)
+        try:
+            self._channel.send(message)
+        except ChannelError:
+            return  # the scheduler is gone, as the supervisor is about to find out
         # ZeroMQ's descriptor is signalled by edge: a message that came while we sent would go unnoticed.
         self._drain()
         if self._watchdog is None:
