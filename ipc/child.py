@@ -21,7 +21,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, NoReturn, TypeVar
 
@@ -156,44 +156,57 @@ def pack_boot(boot: SchedulerBoot | RankBoot) -> bytes:
 class Report:
     """Why a child ended, in its own words: the exception that left its main function.
 
-    `blamed` are the ranks that the exception blames, if it has an attribute that says so: `missing` (they
-    did not come in time) or `minority` (they do something else than the others).
+    `missing` are the ranks that did not come in time, `diverging` those that do something else than the
+    others, as attributes `missing` or `minority` of the exception, or of one that it was raised from, say.
     """
 
     error: Annotated[str, Within(1, 256)]  # the exception's class
     summary: Annotated[str, Within(0, _MAX_SUMMARY)]
     traceback: Annotated[str, Within(0, _MAX_TRACEBACK)]
-    blamed: tuple[Rank, ...]
+    missing: tuple[Rank, ...]
+    diverging: tuple[Rank, ...]
 
     @classmethod
     def of(cls, error: BaseException) -> Report:
         """The report of an exception, cut to what fits into a pipe; of the traceback the end is kept."""
         text = "".join(traceback.format_exception(error))
-        blamed: Sequence[int] = getattr(error, "missing", ()) or getattr(error, "minority", ())
         return cls(
             error=type(error).__name__[:256],
             summary=_clean(str(error) or repr(error))[:_MAX_SUMMARY],
             traceback=_clean(text)[-_MAX_TRACEBACK:],
-            blamed=tuple(rank for rank in blamed if 0 <= rank < MAX_RANKS),
+            missing=_ranks_in(error, "missing"),
+            diverging=_ranks_in(error, "minority"),
         )
+
+
+def _ranks_in(error: BaseException, attribute: str) -> tuple[int, ...]:
+    while error.__cause__ is not None and not hasattr(error, attribute):
+        error = error.__cause__
+    return tuple(rank for rank in getattr(error, attribute, ()) if 0 <= rank < MAX_RANKS)
 
 
 def _clean(text: str) -> str:
     return text.encode(errors="replace").decode()  # lone surrogates, from undecodable file names
 
 
+_report_lock = threading.Lock()
+
+
 def write_report(fd: int, report: Report) -> None:
-    """Writes a child's report. A zero byte comes first: stacks (`STACKS_SIGNAL`) are text before it."""
-    os.write(fd, b"\0" + pack_dataclass(report))
+    """Writes a child's report. The first one counts, if several threads find something to report.
+
+    A zero byte and its length come first: stacks (`STACKS_SIGNAL`) are text before it.
+    """
+    packed = pack_dataclass(report)
+    with _report_lock:  # who comes second shall not end the process before the first has been written
+        os.write(fd, b"\0" + len(packed).to_bytes(4, "little") + packed)
 
 
 def read_report(data: bytes) -> tuple[Report | None, str]:
     """The report and the stacks in all that came out of a report pipe. A report cut short is none."""
-    stacks, _, packed = data.partition(b"\0")
-    try:
-        report = unpack_dataclass(Report, packed) if packed else None
-    except MessageError:
-        report = None
+    stacks, _, rest = data.partition(b"\0")
+    size = int.from_bytes(rest[:4], "little")
+    report = unpack_dataclass(Report, rest[4 : 4 + size]) if size and len(rest) >= 4 + size else None
     return report, stacks.decode(errors="replace")
 
 

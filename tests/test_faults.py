@@ -10,8 +10,12 @@ from tpworker.ipc.child import Report
 RANK0, RANK1, RANK2, SCHEDULER = "tpworker-rank0", "tpworker-rank1", "tpworker-rank2", "tpworker-scheduler"
 
 
-def reported(process: str, error: str, summary: str = "", blamed: tuple[int, ...] = ()) -> Ending:
-    return Ending(process, 1, Report(error, summary, f"Traceback of {process}", blamed))
+def reported(process: str, error: str, summary: str = "", missing: tuple[int, ...] = ()) -> Ending:
+    return Ending(process, 1, Report(error, summary, f"Traceback of {process}", missing, ()))
+
+
+def diverging(process: str, ranks: tuple[int, ...]) -> Ending:
+    return Ending(process, 1, Report("BarrierDiverged", "step 5: plans differ", "Traceback", (), ranks))
 
 
 killed = Ending(RANK1, -signal.SIGKILL, None)
@@ -30,15 +34,17 @@ lost = reported(
         (Ending(RANK1, None, None), Kind.DIED),
         (Ending(RANK1, 3, None), Kind.DIED),
         (raised, Kind.RAISED),
-        (reported(RANK1, "BarrierDiverged", "", (1,)), Kind.RAISED),
+        (diverging(RANK1, (1,)), Kind.RAISED),
         (aborted, Kind.ABORTED),
         (waited, Kind.WAITED),
+        (reported(RANK0, "StreamBroken", "BarrierTimeout: rank 1 did not come", (1,)), Kind.WAITED),
         (reported(SCHEDULER, "StepTimeout", "not answered"), Kind.WAITED),
         (reported(SCHEDULER, "ChannelError", "tpworker-rank1 did not connect within 5 s"), Kind.WAITED),
         (lost, Kind.LOST),
         (reported(RANK0, "RuntimeError", "Read error [127.0.0.1]:1: Connection reset by peer"), Kind.LOST),
         (reported(RANK0, "RuntimeError", "Timed out waiting 60000ms for recv operation"), Kind.LOST),
         (reported(RANK0, "BarrierAborted", "abort"), Kind.LOST),
+        (reported(RANK0, "StreamBroken", "BarrierAborted: step 3"), Kind.LOST),
     ],
 )
 def test_what_an_ending_says(ending: Ending, kind: Kind) -> None:
@@ -104,8 +110,8 @@ def test_who_is_behind_is_at_fault_where_nobody_is_named() -> None:
 
 
 def test_a_rank_that_diverges_is_at_fault_though_others_say_so() -> None:
-    diverged = reported(RANK0, "BarrierDiverged", "rank 1 has another plan", (1,))
-    assert find_cause([diverged], {}).process == RANK1
+    assert find_cause([diverging(RANK0, (1,))], {}).process == RANK1
+    assert find_cause([diverging(RANK0, ())], {}).process == RANK0  # of two nobody knows which
 
 
 @pytest.mark.parametrize(

@@ -22,9 +22,10 @@ from tpworker.ipc.child import RANK_NAME, Report
 
 #: Errors of these classes say that somebody else did not do something in time.
 _WAITED = frozenset({"BarrierTimeout", "StepTimeout", "TimeoutError", "ChannelError"})
-#: Errors of this class say that somebody else has ended; as do messages like these, of gloo and of NCCL.
-_LOST = frozenset({"BarrierAborted"})
-_LOST_MESSAGE = re.compile(r"connection (closed|reset|refused)|broken pipe|timed out waiting", re.IGNORECASE)
+#: Words that say that somebody else has ended: of gloo, of NCCL, and our own, which may be wrapped.
+_LOST = re.compile(
+    r"connection (closed|reset|refused)|broken pipe|timed out waiting|BarrierAborted", re.IGNORECASE
+)
 
 
 class Kind(IntEnum):
@@ -53,9 +54,9 @@ class Ending:
     def kind(self) -> Kind:
         if self.report is None:
             return Kind.ABORTED if self.status == -signal.SIGABRT else Kind.DIED
-        if self.report.error in _LOST or _LOST_MESSAGE.search(self.report.summary):
+        if _LOST.search(f"{self.report.error}: {self.report.summary}"):
             return Kind.LOST
-        if self.report.error in _WAITED:
+        if self.report.missing or self.report.error in _WAITED:
             return Kind.WAITED
         return Kind.RAISED
 
@@ -99,14 +100,15 @@ def find_cause(endings: Sequence[Ending], standings: Mapping[str, Standing]) -> 
     """
     first = min(endings, key=lambda ending: ending.kind)  # min keeps the first of equals
     report = first.report
-    named = [RANK_NAME.format(rank) for rank in report.blamed] if report else []
     if report and first.kind in (Kind.WAITED, Kind.LOST):
-        suspect = _suspect(named, standings)
+        suspect = _suspect([RANK_NAME.format(rank) for rank in report.missing], standings)
         if suspect is not None and suspect != first.process:
             state = "is stopped (SIGSTOP or a debugger)" if standings[suspect].stopped else "hangs"
             summary = f"{suspect} {state}; {first.describe()}"
             return Fault(suspect, summary, traceback=report.traceback, hung=True)
-    culprit = named[0] if named else first.process  # a rank that diverges, say its peers
+    culprit = first.process
+    if report and report.diverging:
+        culprit = RANK_NAME.format(report.diverging[0])  # it may be its peers that say so
     return Fault(culprit, first.describe(), report, report.traceback if report else None)
 
 

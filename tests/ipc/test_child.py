@@ -66,7 +66,8 @@ def test_a_report_fits_into_a_pipe_whatever_the_exception_says() -> None:
     assert report is not None
     assert report.error == "ValueError"
     assert report.summary.startswith("\N{PILE OF POO}")
-    assert report.blamed == (1,)
+    assert report.missing == (1,)
+    assert report.diverging == ()
     assert stacks == ""
 
 
@@ -79,6 +80,17 @@ def test_a_report_cut_short_is_none() -> None:
     assert read_report(data)[0] is not None
     assert read_report(data[:-1])[0] is None
     assert read_report(b"") == (None, "")
+
+
+def test_the_first_report_counts() -> None:
+    receiver, sender = os.pipe()
+    for error in (ValueError("first"), KeyError("second")):
+        write_report(sender, Report.of(error))
+    report, _ = read_report(os.read(receiver, 1 << 16))
+    assert report is not None
+    assert report.summary == "first"
+    os.close(receiver)
+    os.close(sender)
 
 
 class Started:
@@ -149,10 +161,13 @@ def test_a_child_that_returns_ends_with_status_0_and_no_report(start: type[Start
 
 
 def test_a_child_that_raises_reports_it_with_its_traceback(start: type[Started]) -> None:
-    status, report, _ = start("error = KeyError('nonsense'); error.minority = [1]; raise error").end()
+    code = "error = KeyError('nonsense'); error.minority = [1]; raise ValueError('as told') from error"
+    status, report, _ = start(code).end()
     assert status == 1
     assert report is not None
-    assert (report.error, report.summary, report.blamed) == ("KeyError", "'nonsense'", (1,))
+    assert (report.error, report.summary) == ("ValueError", "as told")
+    assert (report.missing, report.diverging) == ((), (1,))
+    assert "KeyError: 'nonsense'" in report.traceback
     assert "in main" in report.traceback
 
 
