@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from tpworker.faults import Fault
 from tpworker.ipc.board import Field, Phase
-from tpworker.ipc.channels import Channel, ChannelError, ChannelError, new_address
+from tpworker.ipc.channels import Channel, ChannelError, new_address
 from tpworker.ipc.child import SCHEDULER_NAME
 from tpworker.ipc.messages import Message, MessageError, SchedulerReady, StepOutput, Stop
 from tpworker.requests import GapError
