@@ -44,6 +44,9 @@ class TalkingRuntime(FakeRuntime):
         await super().stop()
         print("the runtime was stopped", file=sys.stderr, flush=True)
 
+    async def drain(self, timeout: float | None = None) -> None:
+        await super().drain(None)  # for ever, so that a test that should not wait for it cannot pass
+
     async def _before(self, position: int) -> None:
         if position == 3:
             if self.config.model == "endless":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -250,6 +251,14 @@ def test_a_prompt_that_is_too_long_has_its_code(server: LiveServer) -> None:
 
 def test_one_bad_prompt_of_several_refuses_the_request(start: Start) -> None:
     server = start()
+    tokenizer = server.runtime.tokenizer
+    encode = tokenizer.encode
+
+    def slow_if_long(text: str, add_special_tokens: bool = True) -> list[int]:
+        time.sleep(0.2 if len(text) > 100 else 0)
+        return encode(text, add_special_tokens)
+
+    tokenizer.encode = slow_if_long  # type: ignore[method-assign]
     for stream in (False, True):
         response = server.post(COMPLETIONS, json={"prompt": ["a", "x" * 600], "stream": stream})
         assert response.status_code == 400

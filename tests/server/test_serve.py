@@ -219,16 +219,17 @@ def test_open_requests_are_ended_and_no_new_ones_taken(run: Run) -> None:
 def test_the_second_signal_ends_them_at_once(run: Run) -> None:
     process = run("--port", "0", "--model", "endless")
     url = process.url()
-    with stream_of(url) as response:
+    with stream_of(url) as response, httpx.Client(timeout=WAIT_S) as connected:
         parts = response.iter_text()
         text = next(parts)
+        assert connected.get(f"{url}/health").json() == {"status": "ready"}
         process.popen.send_signal(signal.SIGTERM)
-        with httpx.Client() as client:  # not before the first one was seen
-            while True:
-                try:
-                    client.get(f"{url}/health")
-                except httpx.ConnectError:
-                    break
+        # Who has a connection can still ask; nobody gets a new one.
+        while connected.get(f"{url}/health").json() != {"status": "draining"}:
+            pass
+        assert connected.post(f"{url}/v1/completions", json={"prompt": "a"}).status_code == 503
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{url}/health")
         process.popen.send_signal(signal.SIGTERM)
         text += "".join(parts)
     assert json.loads(text.split("\n\n")[-2].removeprefix("data: "))["error"]["code"] == "unavailable"

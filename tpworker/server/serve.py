@@ -24,9 +24,7 @@ logger = logging.getLogger(__name__)
 DRAIN_S = 20.0
 """How long open requests may take to end after the first signal."""
 _FLUSH_S = 5  # how long clients may take to read the end of their streams
-_KEEP_ALIVE_S = (
-    75  # longer than the minute after which clients and load balancers drop a connection themselves
-)
+_KEEP_ALIVE_S = 75  # clients and load balancers drop idle connections after a minute: not before them
 _POLL_S = 0.2
 
 
