@@ -16,6 +16,8 @@ from torch import Tensor
 
 from tpworker.model.tp import Collectives, argmax_vocab, gather_vocab
 
+_NUM_CANDIDATES = 256  # most likely tokens that the CPU looks at before it sorts them all
+
 GREEDY_BELOW = 1e-5  # a lower temperature is greedy: its quotients would overflow before they meant anything
 
 
@@ -116,13 +118,16 @@ def _sample_ranked(full: Tensor, rows: SamplingRows, count: int) -> tuple[Tensor
     Returns:
         int64 [R], tokens; bool [R], whether the set lies within them, so that the token is right.
     """
-    values, ids = _ranked(full, count)  # [R, count]
-    keep = _keep(values, full.logsumexp(dim=-1), rows)
+    vocab_size = full.shape[1]
+    top_k = torch.where(rows.top_k > 0, rows.top_k, vocab_size).clamp_(max=vocab_size)
+    values, ids = _ranked(full, count)
+    keep = _keep(values, full.logsumexp(dim=-1), top_k, rows.top_p, vocab_size)
     scores = gumbel_noise(rows.seed, rows.position, ids).add_(values).masked_fill_(~keep, float("-inf"))
     token = ids.gather(1, scores.argmax(dim=-1, keepdim=True))[:, 0]
-    # Equal values at the end of the set: only if all of them are here, those with the lowest ids were taken.
+    # Of values equal to the least one kept, the lowest ids were taken only if all such values are here.
     least_kept = values.gather(1, keep.sum(dim=-1, keepdim=True) - 1)[:, 0]
-    return token, values[:, -1] < least_kept
+    is_total_known = (top_k <= count) | (top_k == vocab_size)
+    return token, (values[:, -1] < least_kept) & is_total_known
 
 
 def _ranked(full: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -139,23 +144,25 @@ def _ranked(full: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return values, ids.gather(1, by_value)
 
 
-def _keep(values: Tensor, log_total: Tensor, rows: SamplingRows) -> Tensor:
-    """Which of the ranked values [R, C] are in the row's set: a prefix of at least one. bool [R, C].
+def _keep(values: Tensor, log_total: Tensor, top_k: Tensor, top_p: Tensor, vocab_size: int) -> Tensor:
+    """Which of the ranked values are in the row's set: a prefix of at least one. bool [R, C].
 
     First the top_k, then the fewest of them whose share of their probability is at least top_p. This order
     is that of transformers and vLLM.
 
     Args:
+        values: float32 [R, C], descending.
         log_total: float32 [R], log of the sum of exp over the whole vocabulary.
+        top_k: int64 [R], from 1 to `vocab_size`.
+        top_p: float32 [R].
     """
     rank = torch.arange(values.shape[1], device=values.device)
-    in_top_k = (rank < rows.top_k[:, None]) | (rows.top_k <= 0)[:, None]
-    weights = (values - values[:, :1]).exp().to(torch.float64)
-    total = torch.where(
-        rows.top_k > 0, (weights * in_top_k).sum(dim=-1), (log_total - values[:, 0]).exp().to(torch.float64)
-    )
+    in_top_k = rank < top_k[:, None]
+    weights = (values - values[:, :1]).exp().to(torch.float64)  # of the most likely token: 1
+    of_top_k = (weights * in_top_k).sum(dim=-1)
+    total = torch.where(top_k < vocab_size, of_top_k, (log_total - values[:, 0]).exp().to(torch.float64))
     before = weights.cumsum(dim=-1) - weights
-    in_top_p = (before < (rows.top_p * total)[:, None]) | (rows.top_p >= 1)[:, None]
+    in_top_p = (before < (top_p * total)[:, None]) | (top_p >= 1)[:, None]
     return (in_top_k & in_top_p) | (rank == 0)
 
 
@@ -170,7 +177,6 @@ def _signed(value: int) -> int:
 _GAMMA = _signed(0x9E3779B97F4A7C15)
 _MULTIPLIER_1 = _signed(0xBF58476D1CE4E5B9)
 _MULTIPLIER_2 = _signed(0x94D049BB133111EB)
-_NUM_CANDIDATES = 256
 
 
 def _mix(z: Tensor) -> Tensor:

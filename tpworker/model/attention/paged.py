@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tpworker.model.batch import Batch
 
-_GROUP_BYTES = 512 * 1024  # of a group's gathered keys: half of a core's second-level cache
+_GROUP_BYTES = 1024 * 1024  # of a group's gathered keys: about what a core's second-level cache holds
 _ALIGNMENT = 16  # gathered lengths are multiples of it: no odd tail for vector units
 
 
@@ -67,7 +67,8 @@ class PagedAttention:
 
     def prepare(self, batch: Batch, block_size: int) -> _Plan:
         """Group the decoding sequences and find where everything lies. Reads lengths on the host."""
-        lengths: list[int] = batch.lengths.tolist()
+        # A row of length 0 only pads the batch; it attends to the null block and harms nobody.
+        lengths = [max(1, length) for length in batch.lengths.tolist()]
         starts: list[int] = batch.query_starts.tolist()
         num_decodes = batch.num_decodes
         order = sorted(range(num_decodes), key=lambda sequence: lengths[sequence])

@@ -1,0 +1,103 @@
+"""The paged reference against attention written down plainly, for ragged batches and odd shapes."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests.model.helpers import Work, make_batch, shuffled_tables
+from tpworker.model.attention import paged
+from tpworker.model.attention.paged import PagedAttention
+from tpworker.model.batch import Batch
+
+HEAD_DIM = 8
+
+
+def naive(queries: Tensor, keys: Tensor, values: Tensor, batch: Batch, block_size: int) -> Tensor:
+    """Token by token, head by head, in float64: [T, H * head_dim]."""
+    num_heads, num_kv_heads = queries.shape[1], keys.shape[2]
+    out = torch.empty(queries.shape, dtype=torch.float64)
+    for token, head in itertools.product(range(len(queries)), range(num_heads)):
+        table = batch.block_tables[batch.sequence_of[token]]
+        position = torch.arange(int(batch.positions[token]) + 1)
+        place = (
+            table[position // block_size].long(),
+            position % block_size,
+            head * num_kv_heads // num_heads,
+        )
+        scores = keys[place].double() @ queries[token, head].double() * HEAD_DIM**-0.5
+        out[token, head] = scores.softmax(0) @ values[place].double()
+    return out.flatten(1)
+
+
+def run(
+    decodes: list[int],
+    chunks: list[tuple[int, int]],
+    block_size: int = 4,
+    num_heads: int = 6,
+    num_kv_heads: int = 3,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """(result, reference) of decoding sequences of these lengths and chunks (start, length)."""
+    spans = [(length - 1, 1) for length in decodes] + chunks
+    plan = [Work(s, start, [0] * length, decode=s < len(decodes)) for s, (start, length) in enumerate(spans)]
+    longest = max(start + length for start, length in spans)
+    num_blocks = 1 + len(spans) * -(-longest // block_size)
+    tables = shuffled_tables(len(spans), longest, block_size, num_blocks)
+    batch = make_batch(plan, tables, block_size)
+    generator = torch.Generator().manual_seed(len(spans))
+    shape = (num_blocks, block_size, num_kv_heads, HEAD_DIM)
+    keys, values = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
+    num_tokens = len(batch.token_ids)
+    queries = (3 * torch.randn(num_tokens, num_heads, HEAD_DIM, generator=generator)).to(dtype)
+    attention = PagedAttention(num_heads, num_kv_heads, HEAD_DIM, dtype)
+    result = attention(queries, keys, values, attention.prepare(batch, block_size))
+    assert result.dtype == dtype
+    return result, naive(queries, keys, values, batch, block_size)
+
+
+def check(result: Tensor, reference: Tensor) -> None:
+    torch.testing.assert_close(result.double(), reference, rtol=1e-4, atol=1e-5)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    decodes=st.lists(st.integers(1, 90), max_size=6),
+    chunks=st.lists(st.tuples(st.integers(0, 40), st.integers(1, 20)), max_size=2),
+    block_size=st.sampled_from([1, 2, 4, 16, 64]),
+    heads=st.sampled_from([(4, 4), (6, 3), (6, 2), (5, 1)]),
+)
+def test_any_batch(
+    decodes: list[int], chunks: list[tuple[int, int]], block_size: int, heads: tuple[int, int]
+) -> None:
+    if decodes or chunks:
+        check(*run(decodes, chunks, block_size, *heads))
+
+
+@pytest.mark.parametrize("group_bytes", [1, 4000, 10**9])
+def test_groups_of_any_size(group_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paged, "_GROUP_BYTES", group_bytes)
+    check(*run([70, 3, 90, 1, 33, 34, 35, 64], [(5, 7)]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype: torch.dtype) -> None:
+    result, reference = run([70, 3, 90, 17], [(5, 7), (0, 9)], dtype=dtype)
+    assert (result - reference).abs().max() < 0.02
+
+
+def test_groups_hold_similar_lengths_within_the_cache() -> None:
+    attention = PagedAttention(6, 3, HEAD_DIM, torch.float32)
+    token_bytes = 3 * HEAD_DIM * 4
+    lengths = sorted([1] * 40 + [30, 31, 300, 310, 600, 5000] + [400] * 200)
+    groups = [lengths[rows] for rows in attention._partition(lengths)]
+    assert [length for group in groups for length in group] == lengths
+    for group in groups:
+        assert group[-1] <= 2 * group[0] + paged._ALIGNMENT
+        assert len(group) == 1 or len(group) * group[-1] * token_bytes <= paged._GROUP_BYTES
+    assert len(groups) <= 12

@@ -1,0 +1,325 @@
+"""The decoder against transformers: every head layout, TP size and kind of batch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+from tests.model.helpers import (
+    CPU,
+    SPEC,
+    Rank,
+    Work,
+    make_batch,
+    run_ranks,
+    shuffled_tables,
+    tiny_model,
+)
+from tpworker.model.decoder import Decoder, KVCache, rope_tables
+from tpworker.model.families import Llama3Scaling, RopeSpec
+from tpworker.model.tp import Collectives, Shard
+from tpworker.model.weights import dummy_weights
+
+BLOCK_SIZE = 4
+NUM_BLOCKS = 64
+REAL_MODEL = Path.home() / ".cache/tpworker/models/SmolLM2-135M-Instruct"
+
+BASE: dict[str, Any] = {
+    "vocab_size": 131,
+    "hidden_size": 72,
+    "intermediate_size": 100,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": 256,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
+
+def heads(num_heads: int, num_kv_heads: int, head_dim: int = 16) -> dict[str, int]:
+    return {
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": num_kv_heads,
+        "head_dim": head_dim,
+    }
+
+
+CONFIGS: dict[str, Callable[[], Any]] = {
+    "smollm2-shape": lambda: LlamaConfig(**BASE, **heads(9, 3), tie_word_embeddings=True),
+    "multi-head": lambda: LlamaConfig(**BASE, **heads(4, 4)),
+    "grouped": lambda: LlamaConfig(**BASE, **heads(8, 2), attention_bias=True),
+    "multi-query": lambda: LlamaConfig(**BASE, **heads(8, 1), mlp_bias=True, tie_word_embeddings=True),
+    "all-biases": lambda: LlamaConfig(**BASE, **heads(9, 3), attention_bias=True, mlp_bias=True),
+    "llama3-rope": lambda: LlamaConfig(**BASE, **heads(4, 2), rope_parameters=LLAMA3),
+    "head-dim-from-hidden": lambda: LlamaConfig(
+        **BASE, num_attention_heads=6, num_key_value_heads=2, rope_parameters={"rope_theta": 77.0}
+    ),
+    "mistral": lambda: MistralConfig(**BASE, **heads(8, 4), sliding_window=None),
+    "qwen2": lambda: Qwen2Config(**BASE, num_attention_heads=6, num_key_value_heads=3),
+    "qwen3": lambda: Qwen3Config(**BASE, **heads(8, 2), tie_word_embeddings=True),
+    "qwen3-biased": lambda: Qwen3Config(**BASE, **heads(6, 3), attention_bias=True),
+}
+FULL_MATRIX = ("smollm2-shape", "multi-head", "grouped", "multi-query", "all-biases")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Tensor, Tensor]]:
+    """A folder, token ids [3, 40] and transformers' logits [3, 40, vocab] of a configuration; made once."""
+    made: dict[str, tuple[Path, Tensor, Tensor]] = {}
+
+    def make(name: str) -> tuple[Path, Tensor, Tensor]:
+        if name not in made:
+            folder = tmp_path_factory.mktemp(name)
+            model = tiny_model(folder, CONFIGS[name]())
+            ids = torch.randint(0, BASE["vocab_size"], (3, 40), generator=torch.Generator().manual_seed(1))
+            with torch.inference_mode():
+                made[name] = (folder, ids, model(ids).logits)
+        return made[name]
+
+    return make
+
+
+Step = list[tuple[int, int, int, bool]]  # (sequence, from, to, decode row) of each work
+
+STEPS: list[Step] = [
+    [(0, 0, 9, False)],  # a whole prompt
+    [(1, 0, 13, False), (2, 0, 1, False)],  # two chunks, one of them a single token
+    [(0, 9, 10, True), (1, 13, 26, False)],  # a decode row beside a chunk in the middle of its prompt
+    [(1, 26, 27, True), (0, 10, 11, True), (2, 1, 30, False)],  # decode rows of different lengths
+    [(2, 30, 31, True), (0, 11, 12, True), (1, 27, 28, True)],  # pure decode
+    [(1, 28, 29, True), (2, 31, 32, True), (0, 12, 13, True)],
+    [(0, 13, 40, False), (1, 29, 40, False), (2, 32, 40, False)],  # chunks with a context
+]
+
+
+def compute(rank: Rank, ids: Tensor) -> list[Tensor]:
+    """The logits of each of STEPS, on one rank."""
+    tables = shuffled_tables(3, 40, BLOCK_SIZE, NUM_BLOCKS)
+    return [
+        rank.step(
+            [Work(s, start, ids[s, start:end].tolist(), decode) for s, start, end, decode in step], tables
+        )
+        for step in STEPS
+    ]
+
+
+def expected(logits: Tensor) -> list[Tensor]:
+    return [torch.cat([logits[s, start:end] for s, start, end, _ in step]) for step in STEPS]
+
+
+def check(models: Any, name: str, size: int) -> None:
+    folder, ids, logits = models(name)
+
+    def main(collectives: Collectives) -> list[Tensor]:
+        return compute(Rank.load(folder, collectives, block_size=BLOCK_SIZE, num_blocks=NUM_BLOCKS), ids)
+
+    results = run_ranks(size, main)
+    for step, reference in enumerate(expected(logits)):
+        for result in results:
+            assert torch.equal(result[step], results[0][step])
+        torch.testing.assert_close(
+            results[0][step], reference, rtol=1e-4, atol=2e-5 * float(logits.abs().max())
+        )
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("name", FULL_MATRIX)
+def test_logits_are_transformers(models: Any, name: str, size: int) -> None:
+    check(models, name, size)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name not in FULL_MATRIX])
+def test_logits_are_transformers_in_other_variants(models: Any, name: str, size: int) -> None:
+    check(models, name, size)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_near(models: Any, dtype: torch.dtype) -> None:
+    folder, ids, logits = models("grouped")
+
+    def main(collectives: Collectives) -> list[Tensor]:
+        rank = Rank.load(folder, collectives, dtype=dtype, block_size=BLOCK_SIZE, num_blocks=NUM_BLOCKS)
+        return compute(rank, ids)
+
+    for result, reference in zip(run_ranks(2, main)[0], expected(logits), strict=True):
+        assert result.dtype == torch.float32
+        assert (result - reference).abs().max() < 0.05 * reference.abs().max()
+
+
+def test_only_the_rows_asked_for_are_returned(models: Any) -> None:
+    folder, ids, logits = models("grouped")
+
+    def main(collectives: Collectives) -> Tensor:
+        rank = Rank.load(folder, collectives)
+        tables = shuffled_tables(2, 20, 4, 64)
+        plan = [Work(0, 0, ids[0, :9].tolist()), Work(1, 0, ids[1, :5].tolist())]
+        batch = make_batch(plan, tables, 4, sample_rows=[8, 13])
+        return rank.decoder.logits(rank.decoder.forward(batch, rank.cache))[:, :131]
+
+    (result,) = run_ranks(1, main)
+    torch.testing.assert_close(result, torch.stack([logits[0, 8], logits[1, 4]]), rtol=1e-4, atol=1e-4)
+
+
+def test_hidden_states_are_the_same_on_all_ranks(models: Any) -> None:
+    folder, ids, _ = models("smollm2-shape")
+
+    def main(collectives: Collectives) -> Tensor:
+        rank = Rank.load(folder, collectives)
+        batch = make_batch([Work(0, 0, ids[0, :9].tolist())], shuffled_tables(1, 20, 4, 64), 4)
+        return rank.decoder.forward(batch, rank.cache)
+
+    results = run_ranks(4, main)
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_what_a_block_held_before_does_not_matter(models: Any) -> None:
+    """Blocks come with another request's keys and values, which may not even be finite."""
+    folder, ids, logits = models("grouped")
+
+    def main(collectives: Collectives) -> list[Tensor]:
+        rank = Rank.load(folder, collectives, block_size=BLOCK_SIZE, num_blocks=NUM_BLOCKS)
+        for layer in (*rank.cache.keys, *rank.cache.values):
+            layer[1:] = torch.nan
+        return compute(rank, ids)
+
+    (results,) = run_ranks(1, main)
+    for result, reference in zip(results, expected(logits), strict=True):
+        torch.testing.assert_close(result, reference, rtol=1e-4, atol=1e-4)
+
+
+def test_rows_that_pad_a_batch_change_nothing(models: Any) -> None:
+    folder, ids, _ = models("grouped")
+
+    def main(collectives: Collectives) -> tuple[Tensor, Tensor, bool]:
+        rank = Rank.load(folder, collectives)
+        tables = [*shuffled_tables(2, 20, 4, 64), [0] * 5]
+        rank.step([Work(0, 0, ids[0, :9].tolist()), Work(1, 0, ids[1, :5].tolist())], tables)
+        plan = [Work(0, 9, ids[0, 9:10].tolist(), True), Work(1, 5, ids[1, 5:6].tolist(), True)]
+        alone = rank.step(plan, tables)
+        batch = make_batch([*plan, Work(2, 0, [0], True), Work(2, 0, [0], True)], tables, 4)
+        batch.lengths[2:] = 0
+        hidden = rank.decoder.forward(batch, rank.cache)
+        return alone, rank.decoder.logits(hidden)[:2, :131], bool(hidden.isfinite().all())
+
+    ((alone, padded, is_finite),) = run_ranks(1, main)
+    torch.testing.assert_close(padded, alone, rtol=1e-5, atol=1e-5)
+    assert is_finite
+
+
+@pytest.mark.parametrize("vocab_size", [64, 61, 9])
+def test_padded_logits_are_minus_infinity(vocab_size: int) -> None:
+    spec = dataclasses.replace(SPEC, vocab_size=vocab_size)
+
+    def main(collectives: Collectives) -> tuple[int, Tensor]:
+        shard = Shard.of(spec, collectives.rank, collectives.size)
+        decoder = Decoder(spec, dummy_weights(spec, shard, torch.float32, CPU), shard, collectives, 32)
+        return decoder.vocab_start, decoder.logits(torch.randn(5, spec.hidden_size))
+
+    for start, logits in run_ranks(4, main):
+        assert logits.dtype == torch.float32
+        ids = torch.arange(start, start + logits.shape[1])
+        assert torch.equal(logits.isfinite(), (ids < vocab_size).expand(5, -1))
+        assert not logits.isnan().any()
+
+
+def test_the_cache_says_how_large_a_block_is() -> None:
+    shard = Shard.of(SPEC, 0, 1)
+    cache = KVCache(SPEC, shard, 10, 16, torch.bfloat16, CPU)
+    assert len(cache.keys) == len(cache.values) == SPEC.num_layers
+    assert cache.keys[0].shape == (10, 16, SPEC.num_kv_heads, SPEC.head_dim)
+    nbytes = sum(layer.nbytes for layer in (*cache.keys, *cache.values))
+    assert 10 * KVCache.bytes_per_block(SPEC, shard, 16, torch.bfloat16) == nbytes
+
+
+def test_llama3_scaling_keeps_short_waves_and_stretches_long_ones() -> None:
+    plain = RopeSpec(theta=10000.0)
+    scaling = Llama3Scaling(
+        factor=8, low_freq_factor=1, high_freq_factor=4, original_max_position_embeddings=64
+    )
+    cos, sin = rope_tables(plain, 64, 100, CPU)
+    scaled_cos, _ = rope_tables(RopeSpec(theta=10000.0, scaling=scaling), 64, 100, CPU)
+    assert torch.equal(cos[:, 0], scaled_cos[:, 0])  # a wave of 6 positions
+    torch.testing.assert_close(scaled_cos[80, 31], cos[10, 31])  # one of 47,000: 8 times as long
+    torch.testing.assert_close(cos**2 + sin**2, torch.ones_like(cos))
+
+
+# ------------------------------------------------------------------------------- the real model
+
+PROMPTS = (
+    "The capital of France is",
+    "def fibonacci(n):",
+    "Once upon a time, in a small village by the sea,",
+    "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n",
+)
+NUM_TOKENS = 24
+
+needs_real_model = pytest.mark.skipif(
+    not (REAL_MODEL / "model.safetensors").is_file(), reason=f"the default model is not at {REAL_MODEL}"
+)
+
+
+@pytest.fixture(scope="module")
+def real_answers() -> list[tuple[list[int], list[int]]]:
+    """Token ids of each prompt and transformers' greedy continuation in float32."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(REAL_MODEL)
+    model = AutoModelForCausalLM.from_pretrained(REAL_MODEL, dtype=torch.float32).eval()
+    answers = []
+    for prompt in PROMPTS:
+        ids = tokenizer(prompt)["input_ids"]
+        with torch.inference_mode():
+            output = model.generate(
+                torch.tensor([ids]),
+                max_new_tokens=NUM_TOKENS,
+                min_new_tokens=NUM_TOKENS,
+                do_sample=False,
+                pad_token_id=0,
+            )
+        answers.append((ids, output[0, len(ids) :].tolist()))
+    return answers
+
+
+@needs_real_model
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 2])
+def test_the_real_model_says_what_it_says_in_transformers(
+    real_answers: list[tuple[list[int], list[int]]], size: int
+) -> None:
+    """All prompts at once: prefill together, then decode together."""
+    prompts = [ids for ids, _ in real_answers]
+
+    def main(collectives: Collectives) -> list[list[int]]:
+        rank = Rank.load(REAL_MODEL, collectives, block_size=16, max_model_len=128)
+        eos = rank.decoder.spec.eos_ids
+        tables = shuffled_tables(len(prompts), 80, 16, 64)
+        outputs: list[list[int]] = [[] for _ in prompts]
+        plan = [Work(s, 0, ids) for s, ids in enumerate(prompts)]
+        rows = [sum(map(len, prompts[: s + 1])) - 1 for s in range(len(prompts))]
+        for _ in range(NUM_TOKENS):
+            logits = rank.step(plan, tables)[rows]
+            logits[:, list(eos)] = -torch.inf
+            for output, token in zip(outputs, logits.argmax(-1).tolist(), strict=True):
+                output.append(token)
+            plan = [
+                Work(s, len(prompts[s]) + len(outputs[s]) - 1, outputs[s][-1:], True)
+                for s in range(len(prompts))
+            ]
+            rows = list(range(len(prompts)))
+        return outputs
+
+    for outputs in run_ranks(size, main):
+        assert outputs == [answer for _, answer in real_answers]

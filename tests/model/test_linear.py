@@ -1,0 +1,32 @@
+"""Packed and plain weights give the same products."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tpworker.model.linear import Linear, can_pack
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("shape", [(64, 32), (37, 72), (8, 5), (200, 576)])
+def test_products(dtype: torch.dtype, has_bias: bool, shape: tuple[int, int]) -> None:
+    weight = torch.randn(shape).to(dtype)
+    bias = torch.randn(shape[0]).to(dtype) if has_bias else None
+    linear = Linear(weight.clone(), bias)
+    assert linear.is_packed == can_pack(weight.device, dtype)
+    for rows in (1, 3, 16, 70):
+        x = torch.randn(rows, shape[1]).to(dtype)
+        expected = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+        tolerance = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
+        torch.testing.assert_close(linear(x).double(), expected, rtol=tolerance, atol=tolerance * 30)
+
+
+def test_weights_of_other_devices_stay_as_they_are() -> None:
+    weight = torch.empty(4, 3, device="meta")
+    linear = Linear(weight)
+    assert not linear.is_packed
+    assert linear.weight is weight
+    assert linear(torch.empty(2, 3, device="meta")).shape == (2, 4)
