@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -230,6 +231,8 @@ def test_the_second_signal_ends_them_at_once(run: Run) -> None:
         assert connected.post(f"{url}/v1/completions", json={"prompt": "a"}).status_code == 503
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"{url}/health")
+        time.sleep(0.5)  # uvicorn, if the signal were its own, would close this connection in 0.1 s
+        assert connected.get(f"{url}/health").json() == {"status": "draining"}
         process.popen.send_signal(signal.SIGTERM)
         text += "".join(parts)
     assert json.loads(text.split("\n\n")[-2].removeprefix("data: "))["error"]["code"] == "unavailable"
