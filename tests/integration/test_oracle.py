@@ -5,6 +5,7 @@ fp32, a tiny random model; scheduler and ranks are real, as threads of this proc
 
 from __future__ import annotations
 
+import itertools
 import random
 import threading
 from pathlib import Path
@@ -163,9 +164,9 @@ def test_overlap_is_real(folder: Path) -> None:
     with InProcessGroup(folder, lookahead=2, jitter=slow_steps) as group:
         group.run([submit])
         steps = [step.timing for step in group.steps]
-    early = [following.launched < step.ended for step, following in zip(steps, steps[1:], strict=False)]
+    early = [following.launched < step.ended for step, following in itertools.pairwise(steps)]
     assert sum(early) > len(early) * 3 // 4
     with InProcessGroup(folder, lookahead=0, jitter=slow_steps) as group:
         group.run([submit])
         steps = [step.timing for step in group.steps]
-    assert not any(following.launched < step.ended for step, following in zip(steps, steps[1:], strict=False))
+    assert not any(following.launched < step.ended for step, following in itertools.pairwise(steps))

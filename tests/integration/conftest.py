@@ -1,0 +1,105 @@
+"""The real default model, and a real server that serves it."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from tpworker.errors import ModelError
+from tpworker.model.default_model import ensure_default_model
+
+
+@pytest.fixture(scope="session")
+def real_model() -> Path:
+    """The default model's folder; fetched if need be. Without a network: skipped, but not in CI."""
+    try:
+        return ensure_default_model(lambda text, fraction: None)
+    except ModelError as error:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(f"no default model: {error}")
+
+
+class Server:
+    """`tpworker serve` as a process of its own.
+
+    Args:
+        options: of `tpworker serve`; a free port is chosen.
+    """
+
+    def __init__(self, *options: str) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        command = [sys.executable, "-m", "tpworker", "serve", "--port", str(self.port), *options]
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        self.lines: list[str] = []
+        assert self.process.stderr is not None
+        stderr = self.process.stderr
+        self._reader = threading.Thread(target=lambda: self.lines.extend(stderr), daemon=True)
+        self._reader.start()
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    def wait_until_ready(self, seconds: float = 120.0) -> None:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and self.process.poll() is None:
+            try:
+                if httpx.get(f"{self.url}/ready").status_code == 200:
+                    return
+            except httpx.TransportError:
+                pass
+            time.sleep(0.05)
+        raise AssertionError(f"not ready, status {self.process.poll()}:\n{self.stderr}")
+
+    @property
+    def stderr(self) -> str:
+        return "".join(self.lines)
+
+    def children(self) -> dict[str, psutil.Process]:
+        """The runtime's processes, by the names that `ps` shows."""
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        return {child.cmdline()[0]: child for child in children}
+
+    def wait(self, seconds: float = 60.0) -> int:
+        status = self.process.wait(seconds)
+        self._reader.join(10)
+        return status
+
+    def stop(self) -> int:
+        self.process.send_signal(signal.SIGTERM)
+        return self.wait()
+
+
+@pytest.fixture
+def start_server() -> Iterator[Callable[..., Server]]:
+    """Starts servers; afterwards they are gone, with every process and socket of theirs."""
+    servers: list[tuple[Server, list[psutil.Process]]] = []
+
+    def start(*options: str) -> Server:
+        server = Server(*options)
+        servers.append((server, []))
+        server.wait_until_ready()
+        servers[-1][1].extend(server.children().values())
+        return server
+
+    yield start
+    for server, children in servers:
+        if server.process.poll() is None:
+            server.process.kill()
+            server.process.wait(30)
+        _, alive = psutil.wait_procs(children, 20)
+        assert not alive, f"left behind: {alive}"
+        sockets = Path("/proc/net/unix").read_text()
+        assert not re.search(rf"@tpworker-{server.process.pid}-", sockets), "a socket is left behind"

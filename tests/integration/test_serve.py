@@ -1,0 +1,157 @@
+"""The main job: the real model, served by TP ranks, driven by the real openai client."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from tests.conftest import eventually
+from tests.integration.conftest import Server
+
+FRANCE = [{"role": "user", "content": "What is the capital of France?"}]
+MODEL = "SmolLM2-135M-Instruct"
+
+pytestmark = pytest.mark.timeout(240)
+Start = Callable[..., Server]
+
+
+def client(server: Server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+
+
+def test_a_day_in_the_life(start_server: Start, real_model: Path) -> None:
+    """One server, many kinds of requests; none hurts the next."""
+    server = start_server("--tensor-parallel-size", "2", "--device", "cpu", "--max-num-seqs", "8")
+    assert set(server.children()) == {"tpworker-scheduler", "tpworker-rank0", "tpworker-rank1"}
+    api = client(server)
+    model = api.models.list().data[0].id
+    assert model == MODEL
+
+    answer = api.chat.completions.create(model=model, messages=FRANCE, temperature=0, max_tokens=30)  # type: ignore[arg-type]
+    assert answer.choices[0].message.content == "The capital of France is Paris."
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == 8
+
+    stream = api.chat.completions.create(
+        model=model, messages=FRANCE, temperature=0, stream=True, stream_options={"include_usage": True}  # type: ignore[arg-type]
+    )  # fmt: skip
+    chunks = list(stream)
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == "The capital of France is Paris."
+    assert chunks[-1].usage.prompt_tokens_details.cached_tokens == 32, "the prompt's whole blocks"  # type: ignore[union-attr]
+
+    cut = api.completions.create(
+        model=model, prompt="The alphabet: A, B, C, D,", temperature=0, max_tokens=40, stop=[" H"]
+    )
+    assert cut.choices[0].text.endswith("G,")
+    assert cut.choices[0].finish_reason == "stop"
+
+    refusals = [
+        ({"prompt": "x", "max_tokens": 10**6}, 400, "max_tokens"),
+        ({"prompt": "x", "temperature": -1}, 400, "temperature"),
+        ({"prompt": "word " * 9000}, 400, "8192"),
+        ({"prompt": "x", "logit_bias": {"5": 1}}, 400, "logit_bias"),
+        ({"prompt": "x", "model": "gpt-4"}, 404, "gpt-4"),
+    ]
+    for body, status, names in refusals:
+        response = httpx.post(f"{server.url}/v1/completions", json={"model": model, **body}, timeout=60)
+        assert response.status_code == status, response.text
+        assert names in response.json()["error"]["message"]
+    broken = httpx.post(f"{server.url}/v1/completions", content=b'{"model": ', timeout=60)
+    assert broken.status_code == 400
+
+    metrics = httpx.get(f"{server.url}/metrics").text
+    assert "tpworker_" in metrics
+    again = api.chat.completions.create(model=model, messages=FRANCE, temperature=0)  # type: ignore[arg-type]
+    assert again.choices[0].message.content == "The capital of France is Paris."
+    assert httpx.get(f"{server.url}/health").status_code == 200
+    assert server.stop() == 0, server.stderr
+
+
+def test_many_at_once_and_some_leave(start_server: Start, real_model: Path) -> None:
+    """More requests than slots; what each gets does not depend on the others; who leaves is aborted."""
+    server = start_server(
+        "-tp", "2", "--device", "cpu", "--dtype", "float32",
+        "--max-num-seqs", "4", "--max-num-batched-tokens", "64",
+    )  # fmt: skip
+    prompts = [f"Count from {n} to twenty: {n}, {n + 1}," for n in range(1, 9)]
+
+    async def main() -> None:
+        api = openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=200)
+
+        async def complete(prompt: str) -> str:
+            answer = await api.completions.create(
+                model=MODEL, prompt=prompt, max_tokens=24, temperature=0.8, seed=4
+            )
+            return answer.choices[0].text
+
+        async def leave(prompt: str) -> None:
+            stream = await api.completions.create(
+                model=MODEL, prompt=prompt, max_tokens=2000, stream=True, extra_body={"ignore_eos": True}
+            )
+            async for _ in stream:
+                break
+            await stream.close()
+
+        alone = [await complete(prompt) for prompt in prompts[:2]]
+        answers = await asyncio.gather(*map(complete, prompts), *map(leave, prompts[:3]))
+        assert list(answers[:2]) == alone
+        assert len({*answers[:8]}) == 8
+
+    asyncio.run(main())
+
+    def idle() -> bool:
+        metrics = httpx.get(f"{server.url}/metrics").text
+        values = dict(line.rsplit(" ", 1) for line in metrics.splitlines() if not line.startswith("#"))
+        running = [value for name, value in values.items() if name.startswith("tpworker_running_requests")]
+        return bool(running) and all(float(value) == 0 for value in running)
+
+    eventually(idle, lambda: httpx.get(f"{server.url}/metrics").text)
+    assert server.stop() == 0, server.stderr
+
+
+@pytest.mark.parametrize("victim", ["tpworker-rank1", "tpworker-scheduler"])
+def test_a_process_that_dies_is_named(start_server: Start, real_model: Path, victim: str) -> None:
+    """Open requests end with an error event, the server exits non-zero, nothing is left."""
+    server = start_server("-tp", "2", "--device", "cpu")
+    body = {"model": MODEL, "prompt": "Once", "max_tokens": 2000, "stream": True, "ignore_eos": True}
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as response:
+        lines = response.iter_lines()
+        assert next(lines).startswith("data: ")
+        server.children()[victim].send_signal(signal.SIGKILL)
+        rest = "\n".join(lines)
+    assert '"error"' in rest
+    assert victim in rest
+    assert server.wait() != 0
+    assert victim in server.stderr
+
+
+def test_a_rank_that_hangs_is_named(start_server: Start, real_model: Path) -> None:
+    server = start_server("-tp", "2", "--device", "cpu", "--step-timeout", "2")
+    server.children()["tpworker-rank1"].send_signal(signal.SIGSTOP)
+    response = httpx.post(
+        f"{server.url}/v1/completions", json={"model": MODEL, "prompt": "Once", "max_tokens": 50}, timeout=60
+    )
+    assert response.status_code == 503
+    assert "tpworker-rank1" in response.json()["error"]["message"]
+    assert server.wait() != 0
+    assert "tpworker-rank1" in server.stderr
+
+
+def test_kill_9_of_the_server_takes_everything_along(start_server: Start, real_model: Path) -> None:
+    server = start_server("-tp", "2", "--device", "cpu")
+    server.process.kill()  # the fixture asserts that its processes and sockets go
+
+
+def test_eight_ranks_on_this_machine(start_server: Start, real_model: Path) -> None:
+    server = start_server("-tp", "8", "--device", "cpu", "--max-num-seqs", "2")
+    answer = client(server).chat.completions.create(model=MODEL, messages=FRANCE, temperature=0)  # type: ignore[arg-type]
+    assert answer.choices[0].message.content == "The capital of France is Paris."
+    assert server.stop() == 0, server.stderr
