@@ -101,6 +101,7 @@ def test_what_is_not_supported_is_refused_by_name(
         ({"stop": [""]}, "stop", "empty"),
         ({"stop": ["x"] * 99}, "stop", "at most 16"),
         ({"stop": ["x", 1]}, "stop[1]", "string"),
+        ({"stop": "x" * 1025}, "stop[0]", "at most 1024 characters"),
         ({"stop_token_ids": [-1]}, "stop_token_ids", "token ids"),
         ({"ignore_eos": "yes"}, "ignore_eos", "'yes'"),
         ({"stream": "yes"}, "stream", "'yes'"),

@@ -17,6 +17,7 @@ from tpworker.errors import InvalidRequest
 Prompt = str | list[int]
 
 MAX_PROMPTS = 2048
+MAX_STOP_CHARS = 1024
 DEFAULT_COMPLETION_TOKENS = 16  # the OpenAI API's own
 
 _ACCEPTED = frozenset(
@@ -133,6 +134,9 @@ class StreamOptions(BaseModel):
     """Random padding against traffic analysis; none is sent, whatever is asked."""
 
 
+StopString = Annotated[str, Field(max_length=MAX_STOP_CHARS)]
+
+
 def _as_list(stop: Any) -> Any:
     return [stop] if isinstance(stop, str) else stop
 
@@ -150,7 +154,7 @@ class GenerationRequest(_Body):
     top_k: int | None = None
     min_tokens: int | None = None
     seed: int | None = None
-    stop: Annotated[list[str] | None, BeforeValidator(_as_list)] = None
+    stop: Annotated[list[StopString] | None, BeforeValidator(_as_list)] = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
 
