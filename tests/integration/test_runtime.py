@@ -1,0 +1,108 @@
+"""The embedding API over real schedulers and ranks, as processes, on a model of random weights."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tpworker import Runtime, RuntimeFailed, SamplingParams, SyncRuntime
+
+pytestmark = [pytest.mark.usefixtures("nothing_left"), pytest.mark.timeout(180)]
+
+GREEDY = SamplingParams(temperature=0, max_tokens=20, detokenize=False, ignore_eos=True)
+PROMPTS = [[1, 5, 9], list(range(3, 60)), [7] * 20]
+
+
+def options(**changes: Any) -> dict[str, Any]:
+    return {"device": "cpu", "load_format": "dummy", "dtype": "float32", "num_kv_blocks": 64, **changes}
+
+
+async def collect(runtime: Runtime, prompt: list[int], params: SamplingParams = GREEDY) -> list[int]:
+    tokens: list[int] = []
+    async for output in runtime.generate(prompt, params):
+        tokens += output.token_ids
+    return tokens
+
+
+@pytest.mark.parametrize("num_ranks", [1, 3])
+def test_the_same_tokens_with_and_without_overlap(model_folder: Path, num_ranks: int) -> None:
+    async def run(lookahead: int) -> list[list[int]]:
+        config = options(tensor_parallel_size=num_ranks, lookahead=lookahead, check_ranks_agree=True)
+        async with Runtime(model_folder, **config) as runtime:
+            return await asyncio.gather(*(collect(runtime, prompt) for prompt in PROMPTS))
+
+    plain, overlapped = asyncio.run(run(0)), asyncio.run(run(2))
+    assert plain == overlapped
+    assert [len(tokens) for tokens in plain] == [20, 20, 20]
+
+
+def test_two_runtimes_in_one_process_and_one_after_the_other(model_folder: Path) -> None:
+    async def main() -> None:
+        async with Runtime(model_folder, **options()) as first, Runtime(model_folder, **options()) as second:
+            tokens = await asyncio.gather(collect(first, PROMPTS[0]), collect(second, PROMPTS[0]))
+            assert tokens[0] == tokens[1]
+        async with Runtime(model_folder, **options()) as third:
+            assert await collect(third, PROMPTS[0]) == tokens[0]
+
+    asyncio.run(main())
+
+
+def test_the_blocking_form(model_folder: Path) -> None:
+    with SyncRuntime(model_folder, **options(tensor_parallel_size=2)) as runtime:
+        completions = runtime.complete(PROMPTS, GREEDY)
+        streamed = [t for output in runtime.generate(PROMPTS[1], GREEDY) for t in output.token_ids]
+    assert list(completions[1].token_ids) == streamed
+
+
+def test_idle_costs_nothing(model_folder: Path) -> None:
+    """Invariant 10, as CPU time: 2 s after the last request, all processes together."""
+
+    def cpu_seconds(processes: list[psutil.Process]) -> float:
+        return sum(sum(process.cpu_times()[:2]) for process in processes)
+
+    async def main() -> float:
+        async with Runtime(model_folder, **options(tensor_parallel_size=2)) as runtime:
+            await collect(runtime, PROMPTS[0])
+            me = psutil.Process()
+            processes = [me, *me.children(recursive=True)]
+            assert len(processes) == 4
+            await asyncio.sleep(2)
+            before, start = cpu_seconds(processes), time.monotonic()
+            await asyncio.sleep(5)
+            return (cpu_seconds(processes) - before) / (time.monotonic() - start)
+
+    assert asyncio.run(main()) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        ("raises", "ValueError: a fault of this rank's own"),
+        ("diverges", "digest"),
+        ("hangs", "step 5"),
+        ("device", "RuntimeError: a bad kernel"),
+        ("stalls", "tpworker-rank1"),
+    ],
+)
+def test_a_faulty_rank_is_named(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch, fault: str, says: str
+) -> None:
+    monkeypatch.setenv("FAULT", fault)
+
+    async def main() -> None:
+        config = options(tensor_parallel_size=3, step_timeout=1.5, rank_module="tests.children.faulty_rank")
+        async with Runtime(model_folder, **config) as runtime:
+            with pytest.raises(RuntimeFailed) as caught:
+                await collect(runtime, PROMPTS[0])
+            assert caught.value.process == "tpworker-rank1", caught.value
+            assert says in str(caught.value)
+            assert runtime.health().state == "failed"
+            with pytest.raises(RuntimeFailed):
+                await collect(runtime, PROMPTS[0])
+
+    asyncio.run(main())
