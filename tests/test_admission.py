@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import VOCAB_SIZE
-from tpworker.admission import fit, pack_prompt, resolve_sampling
+from tpworker.admission import Limits, fit, pack_prompt, resolve_sampling
 from tpworker.config import SamplingParams
 from tpworker.errors import InvalidRequest, PromptTooLong
 from tpworker.ipc.messages import unpack_int32
@@ -49,40 +49,33 @@ def test_a_prompt_that_is_none_is_refused(prompt: Sequence[int], words: str) -> 
 
 
 def test_max_tokens_are_as_asked_for_or_as_many_as_fit() -> None:
-    assert fit(SamplingParams(max_tokens=7), 10, 17, 1000) == 7
-    assert fit(SamplingParams(), 10, 17, 1000) == 7
-    assert fit(SamplingParams(), 10, 1000, 17) == 7
-    assert fit(SamplingParams(max_tokens=7), 10, 1000, 17) == 7
-    assert fit(SamplingParams(), 16, 17, 1000) == 1
+    for limits in (Limits(17, 2048, 1000), Limits(17, 17, 1000), Limits(1000, 2048, 17)):
+        assert fit(SamplingParams(max_tokens=7), 10, limits) == 7
+        assert fit(SamplingParams(), 10, limits) == 7
+        assert fit(SamplingParams(), 16, limits) == 1
 
 
 @pytest.mark.parametrize(
-    ("params", "num_prompt", "max_model_len", "kv_tokens", "parameter", "words"),
+    ("max_tokens", "num_prompt", "limits", "parameter", "words"),
     [
-        ({}, 17, 17, 99, "prompt", "17 tokens, but max_model_len is 17.*--max-model-len"),
-        (
-            {"max_tokens": 8},
-            10,
-            17,
-            99,
-            "max_tokens",
-            "together 18, but max_model_len is 17: ask for at most 7",
-        ),
-        ({"max_tokens": 8}, 10, 99, 17, "max_tokens", "hold 17 .*max_model_len is 99.*--gpu-memory-util"),
-        ({}, 17, 99, 17, "prompt", "KV blocks of this machine hold 17"),
+        (None, 17, Limits(17, 50, 99), "prompt", "17 tokens, but max_model_len is 17.*raise --max-model-len"),
+        (8, 10, Limits(17, 50, 99), "max_tokens", "together 18, but max_model_len is 17: ask for at most 7"),
+        (8, 10, Limits(17, 17, 99), "max_tokens", "made for at most 17.*a model with a longer context"),
+        (8, 10, Limits(99, 99, 17), "max_tokens", "hold 17 .*max_model_len is 99.*--gpu-memory-utilization"),
+        (None, 17, Limits(99, 99, 17), "prompt", "KV blocks here hold 17"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_value_limit_and_remedy(
-    params: dict[str, Any], num_prompt: int, max_model_len: int, kv_tokens: int, parameter: str, words: str
+    max_tokens: int | None, num_prompt: int, limits: Limits, parameter: str, words: str
 ) -> None:
     with pytest.raises(PromptTooLong, match=words) as caught:
-        fit(SamplingParams(**params), num_prompt, max_model_len, kv_tokens)
+        fit(SamplingParams(max_tokens=max_tokens), num_prompt, limits)
     assert caught.value.parameter == parameter
 
 
 def test_min_tokens_must_fit_too() -> None:
     with pytest.raises(InvalidRequest, match="only 7 tokens fit") as caught:
-        fit(SamplingParams(min_tokens=8), 10, 17, 1000)
+        fit(SamplingParams(min_tokens=8), 10, Limits(17, 99, 1000))
     assert caught.value.parameter == "min_tokens"
 
 

@@ -500,6 +500,27 @@ def test_a_start_can_be_called_off(fake_runtime: MakeRuntime, model_folder: Path
     run(main)
 
 
+def test_a_start_can_be_called_off_before_there_are_processes(
+    fake_runtime: MakeRuntime, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hold = threading.Event()
+    monkeypatch.setattr(
+        "tpworker.model.resolve.resolve_model", lambda *_, **__: hold.wait(20) and model_folder
+    )
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("started"))
+
+    async def main() -> None:
+        runtime = fake_runtime()
+        task = asyncio.ensure_future(runtime.start())
+        await asyncio.sleep(0.1)
+        await runtime.stop()
+        hold.set()
+        with pytest.raises(RuntimeStopped, match="while it started"):
+            await task
+
+    run(main)
+
+
 def test_progress_is_told_of(fake_runtime: MakeRuntime, model_folder: Path) -> None:
     (model_folder / "tpworker-rank0.early").write_text(
         "row.__setitem__(Field.PROGRESS_DONE, 3) or row.__setitem__(Field.PROGRESS_TOTAL, 4) or time.sleep(1)"

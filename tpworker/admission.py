@@ -6,6 +6,7 @@ What can be wrong with a request is found here, and fails that request alone (in
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tpworker.config import MAX_STOP_IDS, SamplingParams
@@ -40,25 +41,38 @@ def pack_prompt(token_ids: Sequence[int], spec: ModelSpec) -> bytes:
     return packed
 
 
-def fit(params: SamplingParams, num_prompt: int, max_model_len: int, kv_tokens: int) -> int:
-    """The request's max_tokens: what it asks for, or as many as fit.
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What bounds the length of a request, in tokens."""
 
-    Args:
-        params: what the request asks for.
-        num_prompt: tokens of its prompt.
-        max_model_len: most tokens of one request.
-        kv_tokens: tokens that all KV blocks together can hold.
+    max_model_len: int  # as configured
+    model: int  # as the model was made
+    kv_blocks: int  # what all KV blocks together can hold
+
+    @property
+    def shortest(self) -> int:
+        """Most tokens of one request."""
+        return min(self.max_model_len, self.kv_blocks)
+
+    def explain(self) -> tuple[str, str]:
+        """The limit that counts, and what can be done about it."""
+        if self.kv_blocks < self.max_model_len:
+            limit = f"the KV blocks here hold {self.kv_blocks} (max_model_len is {self.max_model_len})"
+            return limit, "give the runtime more memory (--gpu-memory-utilization)"
+        if self.max_model_len < self.model:
+            return f"max_model_len is {self.max_model_len}", "raise --max-model-len"
+        return f"the model was made for at most {self.model}", "use a model with a longer context"
+
+
+def fit(params: SamplingParams, num_prompt: int, limits: Limits) -> int:
+    """The request's max_tokens: what it asks for, or as many as fit behind its prompt.
 
     Raises:
         PromptTooLong: the prompt, or the prompt and max_tokens, do not fit.
         InvalidRequest: min_tokens do not fit.
     """
-    limit = min(max_model_len, kv_tokens)
-    what = f"max_model_len is {max_model_len}"
-    remedy = "raise --max-model-len"
-    if kv_tokens < max_model_len:
-        what = f"the KV blocks of this machine hold {kv_tokens} (max_model_len is {max_model_len})"
-        remedy = "give the runtime more memory (--gpu-memory-utilization)"
+    limit = limits.shortest
+    what, remedy = limits.explain()
     if num_prompt >= limit:
         raise PromptTooLong(
             f"the prompt has {num_prompt} tokens, but {what}, and at least one must be left for the "

@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tpworker.admission import fit, pack_prompt, resolve_sampling
+from tpworker.admission import Limits, fit, pack_prompt, resolve_sampling
 from tpworker.config import RuntimeConfig, SamplingParams
 from tpworker.errors import ConfigError, InvalidRequest, ModelError, QueueFull, RuntimeFailed, RuntimeStopped
 from tpworker.faults import Fault
@@ -83,7 +83,7 @@ class Runtime:
         self._found: FoundModel | None = None
         self._tokenizer: Tokenizer | None = None
         self._max_model_len = 0
-        self._kv_tokens = 0
+        self._limits: Limits | None = None
         self._total_blocks = 0
         self._generation: Generation | None = None
         self._tokenisers = ThreadPoolExecutor(NUM_TOKENISERS, thread_name_prefix="tpworker-tokenise")
@@ -134,6 +134,8 @@ class Runtime:
             loop.call_soon_threadsafe(self._progress, text, fraction)
 
         self._found = found = await in_daemon_thread(lambda: find_model(self.config, progress))
+        if self._state != "starting":
+            raise RuntimeStopped("the runtime was stopped while it started")
         self._max_model_len = resolve_max_model_len(self.config, found.spec)
         group = Group(
             generation=0,
@@ -156,7 +158,9 @@ class Runtime:
             ready.cancel()
             tokenizer.cancel()
         self._total_blocks = num_kv_blocks - 1  # the null block is nobody's
-        self._kv_tokens = self._total_blocks * self.config.block_size
+        self._limits = Limits(
+            self._max_model_len, found.spec.max_model_len, self._total_blocks * self.config.block_size
+        )
         self._load = dataclasses.replace(self._load, free_blocks=self._total_blocks)
 
     def _start_error(self, fault: Fault) -> Exception:
@@ -286,7 +290,8 @@ class Runtime:
             raise InvalidRequest(f"the prompt is {type(prompt).__name__}: give text or token ids", "prompt")
         tokens = pack_prompt(prompt, spec)
         request.num_prompt = len(tokens) // 4
-        max_tokens = fit(params, request.num_prompt, self._max_model_len, self._kv_tokens)
+        assert self._limits is not None, "ready, but without limits"
+        max_tokens = fit(params, request.num_prompt, self._limits)
         sampling = resolve_sampling(params, spec, max_tokens, self._seeds.getrandbits(63))
         stop_ids = unpack_int32(sampling.stop_ids)
         request.own_stop_ids = frozenset(params.stop_token_ids).difference(spec.eos_ids)

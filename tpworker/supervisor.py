@@ -83,9 +83,6 @@ class Supervisor:
         self._runtime_address = runtime_address
         self.ended: concurrent.futures.Future[None] = concurrent.futures.Future()
         self.ended.set_running_or_notify_cancel()  # whoever waits for it cannot cancel it
-        self.board = Board.create(board_names(group.num_ranks))
-        self._barrier = Barrier.create(group.num_ranks)
-        self._meeting = Barrier.create(group.num_ranks)
         self._on_fault = on_fault
         self._children: list[Child] = []
         self._over: list[Child] = []  # in the order in which they were seen to end
@@ -94,11 +91,22 @@ class Supervisor:
         self._killed = False
         self._lock = threading.Lock()  # of the wake-up pipe: a closed descriptor's number may be another's
         self._closed = False
-        self._wake_receiver, self._wake_sender = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(self._wake_receiver, selectors.EVENT_READ)
-        self._thread = threading.Thread(target=self._run, name="tpworker-supervisor", daemon=True)
-        self._thread.start()
+        with contextlib.ExitStack() as undo:
+            self.board = Board.create(board_names(group.num_ranks))
+            undo.callback(self.board.close)
+            self._barrier = Barrier.create(group.num_ranks)
+            undo.callback(self._barrier.close)
+            self._meeting = Barrier.create(group.num_ranks)
+            undo.callback(self._meeting.close)
+            self._wake_receiver, self._wake_sender = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+            undo.callback(os.close, self._wake_receiver)
+            undo.callback(os.close, self._wake_sender)
+            self._selector = selectors.DefaultSelector()
+            undo.callback(self._selector.close)
+            self._selector.register(self._wake_receiver, selectors.EVENT_READ)
+            self._thread = threading.Thread(target=self._run, name="tpworker-supervisor", daemon=True)
+            self._thread.start()
+            undo.pop_all()
 
     # ---------------------------------------------------------------------- for other threads
 
