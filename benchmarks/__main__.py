@@ -13,6 +13,7 @@ import sys
 BENCHMARKS = {
     "barrier": "the admission barrier, beside gloo's",
     "host": "what a step costs the host, with a fake device",
+    "serve": "a real model over HTTP, overlap off and on",
 }
 
 

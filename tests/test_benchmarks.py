@@ -7,7 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tokenizers import Tokenizer, models, pre_tokenizers
+
 from benchmarks.report import Summary, quantile
+from benchmarks.timeline import steady_steps
+from tests.conftest import TINY_CONFIG
+from tpworker.outputs import StepRecord
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -34,6 +39,65 @@ def test_barrier(tmp_path: Path) -> None:
     assert written["machine"]["cores"] > 0
     assert list(written["microseconds"]) == ["1", "3"]
     assert written["microseconds"]["3"]["ours"]["release"]["count"] == 40
+
+
+def test_host(tmp_path: Path) -> None:
+    small = ["--ranks", "1", "--batch", "1", "3", "--lookahead", "0", "1", "--contexts", "20", "200"]
+    short = ["--rounds", "1", "--seconds", "0.2", "--idle-seconds", "0.2", "--step-ms", "2"]
+    done = bench("host", *small, *short, "--json", str(tmp_path / "host.json"))
+    assert done.returncode == 0, done.stderr
+    assert "Batch" not in done.stdout, "what was not measured must not be told"
+    written = json.loads((tmp_path / "host.json").read_text())
+    kinds = [(cell["ranks"], cell["lookahead"], cell["batch"]) for cell in written["steady"]]
+    assert kinds == [(1, 0, 1), (1, 0, 3), (1, 1, 1), (1, 1, 3)]
+    for cell in (*written["steady"], *written["contexts"]):
+        (measured,) = cell["rounds"]
+        assert measured["steps"] > 0
+        assert set(measured["cpu_us"]) >= {"scheduler", "rank 0", "runtime"}
+        assert all(cost > 0 for cost in measured["cpu_us"].values())
+        assert measured["period_ms"]["median"] >= 2.0, "a device's step cannot take less than it takes"
+        assert measured["gap_us"]["p10"] >= 0
+    assert [cell["context"] for cell in written["contexts"]] == [20, 200]
+    assert written["idle_percent_of_a_core"].keys() == {"scheduler", "rank 0", "other ranks", "runtime"}
+
+
+def test_serve(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(TINY_CONFIG))
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
+    tokenizer.save(str(model / "tokenizer.json"))
+    (model / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    options = [
+        "--model",
+        str(model),
+        "--load-format",
+        "dummy",
+        "--tensor-parallel-size",
+        "1",
+        "--rounds",
+        "2",
+    ]
+    small = ["--concurrency", "2", "--num-requests", "3", "--input-len", "8", "--output-len", "12"]
+    files = ["--json", str(tmp_path / "serve.json"), "--picture", str(tmp_path / "steps.png")]
+    done = bench("serve", *options, *small, "--idle-seconds", "0.2", *files)
+    assert done.returncode == 0, done.stderr
+    assert "overlap off" in done.stdout
+    assert (tmp_path / "steps.png").read_bytes().startswith(b"\x89PNG")
+    written = json.loads((tmp_path / "serve.json").read_text())
+    for overlap in ("off", "on"):
+        rounds = written[overlap]["rounds"]
+        assert all(len(figures) == 2 for figures in rounds.values())
+        assert min(rounds["total time, s"]) > 0
+        assert min(rounds["step gap p50, µs"]) >= 0
+
+
+def test_the_steps_drawn_are_plain_decodes_of_one_batch() -> None:
+    kinds = [(5, 0), (0, 3), (0, 3), (2, 3), (0, 4), (0, 4), (0, 4), (0, 4), (0, 2)]
+    steps = [StepRecord(i, prefill, decodes, 0, 0, 0) for i, (prefill, decodes) in enumerate(kinds)]
+    assert [step.step for step in steady_steps(steps, 2)] == [5, 6]
+    assert [step.step for step in steady_steps(steps, 8)] == [4, 5, 6, 7]
 
 
 def test_an_unknown_benchmark_is_refused_with_those_there_are() -> None:

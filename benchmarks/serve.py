@@ -1,0 +1,245 @@
+"""Serving a real model over HTTP, overlap off and on, in turns.
+
+Two servers (`tpworker serve`) that differ in nothing else stand side by side, and rest while the other one
+has its turn. Prompts are random token ids of one length, new ones in every round and the same for both, and
+every answer has exactly --output-len tokens.
+
+TTFT      from sending a request to its first text, the wait for a free slot among others included
+TPOT      mean time between two tokens of a request after that
+step      from a step's start to its end on rank 0's device; steps with prompts in them are longer
+step gap  time before a decode step in which rank 0's device had nothing to do
+
+A figure is the median of the rounds, with the lowest and the highest; a quantile is taken in each round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.cpu import Others, Usage
+from benchmarks.report import machine, quantile, save
+from benchmarks.serve_load import Round, random_prompts, run_round
+from benchmarks.timeline import draw, steady_steps
+from tpworker.outputs import StepRecord
+from tpworker.server.metrics import step_gaps
+
+ROOT = Path(__file__).resolve().parents[1]
+IDLE_AFTER = 2.0
+GOAL_IDLE = 2.0
+_STOP_SECONDS = 60.0
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """This benchmark's options."""
+
+    def number(name: str, default: int, what: str) -> None:
+        parser.add_argument(name, type=int, default=default, metavar="N", help=f"{what}; default: {default}")
+
+    parser.add_argument("--model", help="a folder or a hub name; default: SmolLM2-135M-Instruct")
+    parser.add_argument("--load-format", choices=["auto", "dummy"], default="auto", help="default: auto")
+    number("--tensor-parallel-size", 2, "TP ranks")
+    number("--lookahead", 2, "with overlap on")
+    number("--concurrency", 8, "requests at a time")
+    number("--num-requests", 16, "in a round")
+    number("--input-len", 128, "tokens of a prompt")
+    number("--output-len", 64, "tokens of an answer")
+    number("--rounds", 3, "of each, in turns")
+    parser.add_argument(
+        "--idle-seconds", type=float, default=5.0, help="to watch the idle servers; default: 5"
+    )
+    parser.add_argument("--picture", metavar="FILE", help="draw some steps of each to FILE (PNG, SVG …)")
+    parser.add_argument("--quick", action="store_true", help="one small round, whatever else is said")
+
+
+@dataclass(slots=True)
+class Server:
+    """A server process, and what was measured of it."""
+
+    name: str
+    process: subprocess.Popen[str]
+    url: str
+    vocab_size: int
+    steps_file: Path
+    rounds: list[Round] = field(default_factory=list)
+    steps: list[list[StepRecord]] = field(default_factory=list)
+    """By round."""
+    idle: float = 0.0
+    """Percent of a core, all its processes together."""
+
+    def take_steps(self) -> None:
+        """Reads what the server has written in its end, and sorts it into the rounds."""
+        records = [StepRecord(*values) for values in json.loads(self.steps_file.read_text())]
+        if records[0].launched_ns > self.rounds[0].began:  # there was a warm-up before
+            raise SystemExit(
+                f"more steps than the {len(records)} that a runtime remembers: fewer rounds, please"
+            )
+        for done in self.rounds:
+            self.steps.append([step for step in records if done.began <= step.launched_ns <= done.ended])
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measures, prints a table, writes the JSON file and the picture."""
+    if options.quick:
+        options.rounds, options.num_requests, options.concurrency = 1, 4, 4
+        options.input_len, options.output_len, options.idle_seconds = 32, 16, 2.0
+    where, others = machine(), Others()
+    with tempfile.TemporaryDirectory() as folder:
+        off = _server("off", Path(folder), options, "--no-enable-overlap-schedule")
+        on = _server("on", Path(folder), options, f"--lookahead={options.lookahead}")
+        with off as server_off, on as server_on:
+            servers = [server_off, server_on]
+            _take_turns(servers, options)
+            _watch_idle(servers, options.idle_seconds)
+        for server in servers:  # they have ended now, and have written down their steps
+            server.take_steps()
+    where["others"] = others.share()
+    _print(servers, options, where)
+    save(options.json, {"machine": where, "options": vars(options), **{s.name: _to_json(s) for s in servers}})
+    if options.picture:
+        what = f"{_model(options)}, {options.tensor_parallel_size} CPU ranks on {where['cores']} cores"
+        title = f"{what}, {options.concurrency} requests decode, {options.input_len} tokens in"
+        draw(Path(options.picture), title, {_headline(s): steady_steps(s.steps[-1]) for s in servers})
+    return 0
+
+
+# ---------------------------------------------------------------------------------------- measuring
+
+
+@contextmanager
+def _server(name: str, folder: Path, options: argparse.Namespace, overlap: str) -> Iterator[Server]:
+    """Starts a server; stops it in the end, in good order."""
+    steps_file = folder / f"steps-{name}.json"
+    arguments = [
+        *("--port=0", "--device=cpu", overlap, f"--load-format={options.load_format}"),
+        f"--tensor-parallel-size={options.tensor_parallel_size}",
+        *([] if options.model is None else [f"--model={options.model}"]),
+    ]
+    command = [sys.executable, "-m", "benchmarks.serve_process", str(steps_file), "serve", *arguments]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        told = process.stdout.readline()
+        if not told:
+            raise SystemExit(f"the server did not start: {' '.join(command)}")
+        ready = json.loads(told)
+        print(f"overlap {name}: ready", file=sys.stderr)
+        yield Server(name, process, f"http://127.0.0.1:{ready['port']}", ready["vocab_size"], steps_file)
+        process.send_signal(signal.SIGTERM)
+        if process.wait(_STOP_SECONDS):
+            raise SystemExit(f"the server ended with status {process.returncode}")
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _take_turns(servers: Sequence[Server], options: argparse.Namespace) -> None:
+    def send(server: Server, seed: int, number: int, output_len: int) -> Round:
+        prompts = random_prompts(seed, number, options.input_len, server.vocab_size)
+        return asyncio.run(run_round(server.url, prompts, output_len, options.concurrency))
+
+    for server in servers:
+        send(server, 0, options.concurrency, 4)  # to warm up
+    for i in range(options.rounds):
+        for server in servers if i % 2 else reversed(servers):
+            server.rounds.append(send(server, 1 + i, options.num_requests, options.output_len))
+        print(f"round {i + 1} of {options.rounds} done", file=sys.stderr)
+
+
+def _watch_idle(servers: Sequence[Server], seconds: float) -> None:
+    time.sleep(IDLE_AFTER)
+
+    def cpu(server: Server) -> float:
+        root = psutil.Process(server.process.pid)
+        return sum(Usage.of(process.pid).cpu for process in [root, *root.children(recursive=True)])
+
+    before = [cpu(server) for server in servers]
+    time.sleep(seconds)
+    for server, then in zip(servers, before, strict=True):
+        server.idle = 100 * (cpu(server) - then) / seconds
+
+
+# ----------------------------------------------------------------------------------------- printing
+
+
+def _measures(server: Server) -> dict[str, list[float]]:
+    """By name, a figure for each round."""
+
+    def of_requests(value: Callable[[Any], float], share: float) -> list[float]:
+        return [
+            1e3 * quantile([value(request) for request in done.requests], share) for done in server.rounds
+        ]
+
+    def of_steps(share: float) -> list[float]:
+        lengths = [
+            [(step.ended_ns - step.started_ns) / 1e6 for step in steps if not step.num_prefill_tokens]
+            for steps in server.steps
+        ]
+        return [quantile(each, share) for each in lengths]
+
+    gaps = [step_gaps(steps) for steps in server.steps]
+    return {
+        "total time, s": [done.seconds for done in server.rounds],
+        "output tokens/s": [done.tokens_per_second for done in server.rounds],
+        "TTFT p50, ms": of_requests(lambda request: request.first, 0.5),
+        "TTFT p99, ms": of_requests(lambda request: request.first, 0.99),
+        "TPOT p50, ms": of_requests(lambda request: request.each, 0.5),
+        "TPOT p99, ms": of_requests(lambda request: request.each, 0.99),
+        "step p50, ms (decode)": of_steps(0.5),
+        "step gap p50, µs": [1e6 * quantile(each, 0.5) for each in gaps],
+        "step gap p99, µs": [1e6 * quantile(each, 0.99) for each in gaps],
+    }
+
+
+def _print(servers: Sequence[Server], options: argparse.Namespace, where: dict[str, Any]) -> None:
+    table = Table("", title="Overlap off and on", caption="median of the rounds (lowest … highest)")
+    for server in servers:
+        table.add_column(f"overlap {server.name}", justify="right")
+    table.add_column("on ÷ off", justify="right")
+    measures = [_measures(server) for server in servers]
+    for name in measures[0]:
+        off, on = (quantile(each[name], 0.5) for each in measures)
+        cells = (f"{quantile(e[name], 0.5):.4g} ({min(e[name]):.4g} … {max(e[name]):.4g})" for e in measures)
+        table.add_row(name, *cells, f"{on / off:.2f}" if off else "–")
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    console.print(table)
+    idle = ", ".join(f"overlap {server.name}: {server.idle:.2f} %" for server in servers)
+    console.print(
+        f"{_model(options)}, {options.tensor_parallel_size} CPU ranks, lookahead 0 and {options.lookahead}; "
+        f"{options.num_requests} requests a round, {options.concurrency} at a time, "
+        f"{options.input_len} tokens in, {options.output_len} out; {options.rounds} rounds in turns\n"
+        f"Idle, {options.idle_seconds:g} s long from {IDLE_AFTER:g} s after the last request, of a core, "
+        f"HTTP included: {idle} (goal: under {GOAL_IDLE:g})\n"
+        f"{where['cpu']}, {where['cores']} cores, load {where['load']:.1f} before, other programs took "
+        f"{where['others']:.2f} cores meanwhile; Linux {where['kernel']}, Python {where['python']}, torch "
+        f"{where['torch']}\n{where['command']}",
+        highlight=False,
+    )
+
+
+def _to_json(server: Server) -> dict[str, Any]:
+    return {"rounds": _measures(server), "idle_percent_of_a_core": server.idle}
+
+
+def _model(options: argparse.Namespace) -> str:
+    return str(options.model or "SmolLM2-135M-Instruct")
+
+
+def _headline(server: Server) -> str:
+    gaps = _measures(server)["step gap p50, µs"]
+    return f"overlap {server.name}: the device waits {quantile(gaps, 0.5):.0f} µs before a step (median, red)"

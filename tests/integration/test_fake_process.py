@@ -1,0 +1,35 @@
+"""The fake ranks of the benchmarks: real processes, real messages, tokens that tell of their steps."""
+
+from __future__ import annotations
+
+import asyncio
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from tpworker import Runtime, SamplingParams
+from tpworker.testing.fake_process import FAKE_RANKS, fake_model
+
+
+@pytest.mark.parametrize("lookahead", [0, 2])
+def test_every_token_is_the_number_of_its_step(tmp_path: Path, lookahead: int) -> None:
+    async def tokens(runtime: Runtime, prompt: list[int], number: int) -> list[int]:
+        sampling = SamplingParams(max_tokens=number, detokenize=False)
+        outputs = [output async for output in runtime.generate(prompt, sampling)]
+        return [token for output in outputs for token in output.token_ids]
+
+    async def main() -> None:
+        model = fake_model(tmp_path / "model", step_seconds=0.002, vocab_size=50)
+        async with Runtime(model, tensor_parallel_size=2, lookahead=lookahead, **FAKE_RANKS) as runtime:
+            first = await tokens(runtime, [1, 2, 3], 100)
+            assert first == [step % 50 for step in range(100)]
+            both = await asyncio.gather(*(tokens(runtime, [7] * 20 + [i], 30 + i) for i in range(2)))
+            assert [len(each) for each in both] == [30, 31]
+            for each in both:
+                assert each == [(each[0] + i) % 50 for i in range(len(each))]
+            records = runtime.stats().recent_steps
+            assert all(record.ended_ns - record.started_ns >= 2_000_000 for record in records)
+            assert all(after.started_ns >= before.ended_ns for before, after in pairwise(records))
+
+    asyncio.run(asyncio.wait_for(main(), 60))
