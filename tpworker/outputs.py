@@ -9,9 +9,8 @@ FinishReason = Literal["stop", "length", "abort"]
 RuntimeState = Literal["stopped", "starting", "ready", "draining", "failed"]
 
 
-@dataclass(frozen=True, slots=True)
-class RequestOutput:
-    """What has come of one request since the output before.
+class RequestOutput(NamedTuple):
+    """What has come of one request since the output before. A tuple: one is made for every token.
 
     A consumer that is slower than the model gets several tokens in one output; none is lost or repeated.
     """

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import replace
 
 from tpworker.outputs import RequestOutput
 
@@ -55,4 +54,4 @@ async def merge(streams: Sequence[Outputs]) -> AsyncGenerator[dict[int, RequestO
 
 
 def _joined(first: RequestOutput, second: RequestOutput) -> RequestOutput:
-    return replace(second, text=first.text + second.text, token_ids=first.token_ids + second.token_ids)
+    return second._replace(text=first.text + second.text, token_ids=first.token_ids + second.token_ids)
