@@ -1,0 +1,155 @@
+"""Launching: invariant 3 (nothing waits for the device), and what a step leaves in slot table and ring."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from tests.model.helpers import SPEC
+from tests.scheduler.helpers import sampling
+from tpworker.ipc.messages import Admission, BatchPlan, Chunk, pack_int32
+from tpworker.model.decoder import Decoder
+from tpworker.model.kv_cache import KVCache
+from tpworker.model.tp import Collectives, Shard
+from tpworker.model.weights import dummy_weights
+from tpworker.rank.collectives import SoleRank
+from tpworker.rank.device import CpuDevice, StreamBroken
+from tpworker.rank.runner import Launched, RanksDisagree, Runner
+from tpworker.rank.slots import SlotTable
+
+CPU = torch.device("cpu")
+
+
+class Rig:
+    """One rank's runner on a model of random weights, with 3 ring rows."""
+
+    def __init__(self, collectives: Collectives | None = None, check_agreement: bool = False) -> None:
+        self.device = CpuDevice()
+        ranks = collectives or SoleRank()
+        shard = Shard.of(SPEC, 0, 1)
+        with torch.inference_mode():
+            weights = dummy_weights(SPEC, shard, torch.float32, CPU, 1)
+            decoder = Decoder(SPEC, weights, shard, SoleRank(), 64)
+            self.slots = SlotTable(4, 16, CPU)
+            cache = KVCache(SPEC, shard, 20, 4, torch.float32, CPU)
+            self.runner = Runner(decoder, cache, self.slots, self.device, ranks, 3, check_agreement)
+
+    def launch(self, plan: BatchPlan) -> Launched:
+        return self.runner.launch(plan)
+
+    def row(self, launched: Launched) -> list[int]:
+        launched.done.synchronize()
+        return launched.ring_row.tolist()  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def rig() -> Iterator[Rig]:
+    rig = Rig()
+    yield rig
+    rig.device.close()
+
+
+def admission(slot: int, prompt: list[int], blocks: list[int], **changes: Any) -> Admission:
+    wanted = sampling(**{"temperature": 0.0, **changes})
+    return Admission(slot, pack_int32(prompt), len(prompt), 0, pack_int32(blocks), wanted)
+
+
+def first_plan(step: int = 0) -> BatchPlan:
+    return BatchPlan(0, step, admitted=(admission(2, [3, 4, 5], [1, 2, 3]),), chunks=(Chunk(2, 0, 3, True),))
+
+
+def test_launching_waits_for_nothing(rig: Rig) -> None:
+    gate = threading.Event()
+    rig.device.compute.run(lambda: gate.wait(20) and None)
+    launched = [
+        rig.launch(first_plan()),
+        rig.launch(BatchPlan(0, 1, decode=pack_int32([2]))),
+        rig.launch(BatchPlan(0, 2)),
+    ]
+    assert (rig.runner._ring == -1).all(), "three steps were launched, and none of them has run"
+    gate.set()
+    rows = [rig.row(step) for step in launched]
+    assert [row[0] for row in rows] == [0, 1, 2]
+    assert rig.slots.position[2] == 5, "a prompt of 3, and two decode steps"
+    assert rig.slots.last_token[2] == rows[2][1]
+
+
+def test_a_decode_step_goes_on_from_device_state_alone(rig: Rig) -> None:
+    """The same tokens as when everything is prefilled again."""
+    rig.launch(first_plan())
+    launched = [rig.launch(BatchPlan(0, 1, decode=pack_int32([2])))]
+    launched[0].done.synchronize()
+    tokens = [int(rig.runner._ring[0, 1]), rig.row(launched[0])[1]]
+    again = BatchPlan(
+        0, 2, released=(2,), admitted=(admission(0, [3, 4, 5, *tokens], [4, 5]),),
+        chunks=(Chunk(0, 0, 5, True),), decode=b"",
+    )  # fmt: skip
+    recomputed = rig.row(rig.launch(again))[1]
+    continued = rig.launch(BatchPlan(0, 3, decode=pack_int32([2])))
+    assert rig.row(continued)[1] == recomputed
+
+
+def test_a_mixed_step_gives_what_the_parts_give(rig: Rig) -> None:
+    rig.launch(first_plan())
+    mixed = BatchPlan(
+        0, 1, admitted=(admission(0, [9, 8, 7, 6], [4, 5], temperature=0.7, seed=5),),
+        chunks=(Chunk(0, 0, 4, True),), decode=pack_int32([2]),
+    )  # fmt: skip
+    together = rig.row(rig.launch(mixed))[1:]
+    other = Rig()
+    other.launch(first_plan())
+    decoded = other.row(other.launch(BatchPlan(0, 1, decode=pack_int32([2]))))[1]
+    alone = BatchPlan(0, 2, admitted=mixed.admitted, chunks=mixed.chunks, decode=b"")
+    assert together == [decoded, other.row(other.launch(alone))[1]]
+    other.device.close()
+
+
+def test_a_chunk_in_the_middle_samples_nothing(rig: Rig) -> None:
+    plan = BatchPlan(
+        0, 0, admitted=(admission(1, [1, 2, 3, 4, 5], [1, 2]),), chunks=(Chunk(1, 0, 3, False),)
+    )  # fmt: skip
+    launched = rig.launch(plan)
+    assert rig.row(launched) == [0]
+    assert rig.slots.position[1] == 3
+    rest = rig.launch(BatchPlan(0, 1, chunks=(Chunk(1, 3, 2, True),)))
+    assert len(rig.row(rest)) == 2
+    assert rig.slots.position[1] == 5
+
+
+def test_the_ring_goes_round(rig: Rig) -> None:
+    rig.launch(first_plan())
+    for step in range(1, 8):
+        decode = pack_int32([2]) if step == 1 else None
+        launched = rig.launch(BatchPlan(0, step, decode=decode))
+        assert rig.row(launched)[0] == step
+        assert launched.ring_row.data_ptr() == rig.runner._ring[step % 3].data_ptr()
+
+
+class Liar(SoleRank):
+    """A peer that has computed something else."""
+
+    size = 2
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([x, x + 1]) if x.dtype == torch.uint8 else torch.stack([x, x])
+
+
+def test_ranks_that_disagree_are_found_in_debug_mode() -> None:
+    rig = Rig(Liar(), check_agreement=True)
+    launched = rig.launch(first_plan())
+    with pytest.raises(StreamBroken, match="hidden states of ranks") as caught:
+        launched.done.synchronize()
+    assert isinstance(caught.value.__cause__, RanksDisagree)
+    rig.device.close()
+
+
+def test_a_plan_is_not_changed_by_launching_it(rig: Rig) -> None:
+    plan = first_plan()
+    copy = dataclasses.replace(plan)
+    rig.row(rig.launch(plan))
+    assert plan == copy
