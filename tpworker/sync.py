@@ -105,16 +105,25 @@ class SyncRuntime:
     ) -> Generator[RequestOutput, None, None]:
         """See `Runtime.generate`. Closing the generator, or leaving it behind, aborts the request."""
         outputs = self.runtime.generate(prompt, sampling, request_id=request_id)
+        waiting: asyncio.Task[Any] | None = None
 
         async def following() -> RequestOutput | None:
+            nonlocal waiting
+            waiting = asyncio.current_task()
             return await anext(outputs, None)
+
+        async def close() -> None:
+            if waiting is not None and not waiting.done():  # an interrupt, here, has left it there
+                waiting.cancel()
+                await asyncio.wait([waiting])
+            await outputs.aclose()
 
         try:
             while (output := self._call(following())) is not None:
                 yield output
         finally:
             if self._thread is not None and self._thread.is_alive():
-                self._call(outputs.aclose())
+                self._call(close())
 
     def complete(
         self, prompts: Sequence[str | Sequence[int]], sampling: SamplingParams | None = None
