@@ -521,6 +521,21 @@ def test_a_start_can_be_called_off_before_there_are_processes(
     run(main)
 
 
+def test_a_download_that_was_called_off_does_not_keep_the_process(model_folder: Path) -> None:
+    program = """
+import asyncio, time
+from tpworker import Runtime
+from tpworker.model import resolve
+resolve.resolve_model = lambda *_, **__: time.sleep(1000)
+async def main():
+    async with asyncio.timeout(0.1):
+        await Runtime().start()
+asyncio.run(main())
+"""
+    done = subprocess.run([sys.executable, "-c", program], stderr=subprocess.PIPE, timeout=60)
+    assert b"TimeoutError" in done.stderr
+
+
 def test_progress_is_told_of(fake_runtime: MakeRuntime, model_folder: Path) -> None:
     (model_folder / "tpworker-rank0.early").write_text(
         "row.__setitem__(Field.PROGRESS_DONE, 3) or row.__setitem__(Field.PROGRESS_TOTAL, 4) or time.sleep(1)"

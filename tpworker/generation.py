@@ -17,12 +17,11 @@ from tpworker.ipc.board import Field, Phase
 from tpworker.ipc.channels import Channel, ChannelError, new_address
 from tpworker.ipc.child import SCHEDULER_NAME
 from tpworker.ipc.messages import Message, MessageError, SchedulerReady, StepOutput, Stop
+from tpworker.loading import Progress
 from tpworker.requests import GapError
 from tpworker.supervisor import Group, Supervisor
 
 logger = logging.getLogger(__name__)
-
-Progress = Callable[[str, float | None], None]
 
 STOP_SECONDS = 15.0
 """How long the processes may take to leave in good order."""
