@@ -137,8 +137,9 @@ def serve(
         return Channel.connect(boot.result_address, boot.name, boot.generation)
 
     def fail(error: BaseException) -> NoReturn:
-        cause = error.__cause__ if isinstance(error, StreamBroken) else error
-        write_report(boot.report_fd, Report.of(cause or error))
+        while isinstance(error, StreamBroken) and error.__cause__ is not None:
+            error = error.__cause__  # what broke the first of the streams
+        write_report(boot.report_fd, Report.of(error))
         os._exit(1)
 
     publisher = Publisher(
