@@ -89,6 +89,7 @@ class Scheduler:
         self.in_flight = InFlightPlans(settings.lookahead)
         self.next_step = 0
         self._open: dict[int, Request] = {}
+        self._committed: list[StepOutput] = []  # not forwarded yet
         self._runtime = runtime
         self._results = results
         self._plans = plans
@@ -100,6 +101,7 @@ class Scheduler:
         poller = Poller([self._results, self._runtime])
         while self.receive(poller):  # requests, aborts; results: 6 commit
             self.compose_ahead()  # 1 compose, 2 stream
+            self.forward()  # what was committed, to the runtime
 
     def compose_ahead(self) -> None:
         """Composes and streams plans until the lookahead is used up, or there is nothing to compute."""
@@ -115,12 +117,12 @@ class Scheduler:
         """Sleeps until there is a message, then takes all that are here. False: it was Stop."""
         ready = poller.wait(self._patience())
         self._row[Field.BEAT] = time.monotonic_ns()
-        self._check_deadline()
         for channel in ready:
             while (message := channel.receive_now()) is not None:
                 if isinstance(message, Stop):
                     return False
                 self.take(message)
+        self._check_deadline()  # after all answers that are here: this process may have been the late one
         return True
 
     def _patience(self) -> float | None:
@@ -162,7 +164,7 @@ class Scheduler:
     # -------------------------------------------------------------------------------- commit
 
     def commit(self, result: StepResult) -> None:
-        """Applies a step's tokens, finds what has ended, and forwards one message to the runtime."""
+        """Applies a step's tokens, finds what has ended, and makes one message of it for the runtime."""
         plan, tokens = self.in_flight.answered(result)
         requests: list[int] = []
         positions: list[int] = []
@@ -185,7 +187,7 @@ class Scheduler:
             self.composer.finish(request)
             del self._open[request.id]
         self._row[Field.COMPLETED] = plan.step + 1
-        self._runtime.send(
+        self._committed.append(
             StepOutput(
                 self.generation,
                 plan.step,
@@ -200,6 +202,12 @@ class Scheduler:
                 self.load(),
             )
         )
+
+    def forward(self) -> None:
+        """Sends the runtime what has been committed. The ranks come first: a device may be waiting."""
+        for output in self._committed:
+            self._runtime.send(output)
+        self._committed.clear()
 
     def load(self) -> SchedulerLoad:
         """How busy it is."""

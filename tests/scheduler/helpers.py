@@ -102,6 +102,7 @@ class World:
         if not self.answers:
             return False
         self.scheduler.take(self.answers.popleft())
+        self.scheduler.forward()
         while self.outputs.sent:
             output = self.outputs.sent.popleft()
             assert isinstance(output, StepOutput)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from tests.scheduler.helpers import VOCAB, World, sampling, submit
 from tpworker.ipc.messages import Abort, StepResult, StepTiming, Submit, pack_int32, unpack_int32
 from tpworker.scheduler.inflight import ProtocolError
+from tpworker.scheduler.process import StepTimeout
 from tpworker.testing.fake_rank import expected_output
 
 PROMPT = list(range(1, 11))
@@ -277,3 +279,41 @@ def test_the_fake_rank_would_notice_a_wrong_block() -> None:
     world.rank._blocks[world.scheduler.composer.running[0].blocks[0]][1] = 49
     world.run()
     assert world.tokens[1] != expected(message)
+
+
+class LateAnswer:
+    """A channel whose next message is the oldest answer of a world."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+
+    def receive_now(self) -> Any:
+        return self.world.answers.popleft() if self.world.answers else None
+
+
+class Ready:
+    """A poller that finds these channels ready."""
+
+    def __init__(self, *channels: Any) -> None:
+        self.channels = list(channels)
+
+    def wait(self, timeout: float | None) -> list[Any]:
+        return self.channels
+
+
+def test_a_step_that_is_not_answered_in_time_is_an_error_that_says_where_each_rank_is() -> None:
+    world = World(lookahead=1, step_timeout=0.01)
+    world.submit(submit(1, PROMPT))
+    world.compose()
+    time.sleep(0.02)
+    with pytest.raises(StepTimeout, match=r"within 0.01 s .*tpworker-rank0 received 0, admitted 0"):
+        world.scheduler.receive(Ready())  # type: ignore[arg-type]
+
+
+def test_answers_that_are_here_count_however_late_they_are_seen() -> None:
+    world = World(lookahead=1, step_timeout=0.01)
+    world.submit(submit(1, PROMPT))
+    world.compose()
+    time.sleep(0.02)
+    assert world.scheduler.receive(Ready(LateAnswer(world)))  # type: ignore[arg-type]
+    assert len(world.scheduler.in_flight) == 0
