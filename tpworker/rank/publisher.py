@@ -71,7 +71,7 @@ class Publisher:
         self._rows_in_use = 0
         self._rows_freed = 0
         num_bytes = 8 * ring_rows * (1 + num_slots)
-        self._buffers = device.host_buffer(num_bytes).view(torch.int64).view(ring_rows, -1)
+        self._buffers = device.host_buffer(num_bytes).view(torch.int64).view(ring_rows, -1).unbind(0)
         self._queue: queue.SimpleQueue[_Published | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="publisher", daemon=True)
         self._thread.start()
@@ -84,7 +84,7 @@ class Publisher:
             in_use = self._rows_in_use - self._rows_freed
             assert in_use < len(self._buffers), "a ring row would be rewritten before it was sent"
             self._rows_in_use += 1
-            buffer = self._buffers[launched.step % len(self._buffers), : 1 + launched.num_sampled]
+            buffer = self._buffers[launched.step % len(self._buffers)][: 1 + launched.num_sampled]
             copies = self._device.copies
             copies.wait(launched.done)
             copies.run(lambda: _copy(buffer, launched.ring_row))
