@@ -185,6 +185,34 @@ def test_hidden_states_are_the_same_on_all_ranks(models: Any) -> None:
     assert all(torch.equal(result, results[0]) for result in results)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_sequence_does_not_depend_on_the_batch(models: Any, dtype: torch.dtype) -> None:
+    """Bit by bit, alone or with others, in any order, beside a chunk, on packed weights."""
+    folder, ids, _ = models("smollm2-shape")
+
+    def main(collectives: Collectives) -> None:
+        rank = Rank.load(folder, collectives, dtype=dtype, block_size=4, num_blocks=NUM_BLOCKS)
+        if not rank.decoder.weights.lm_head.is_packed:
+            pytest.skip(f"this CPU has no packed {dtype} weights")
+        tables = shuffled_tables(3, 40, 4, NUM_BLOCKS)
+        lengths = (33, 7, 17)
+        for s, length in enumerate(lengths):
+            rank.step([Work(s, 0, ids[s, :length].tolist())], tables)
+
+        def decode(s: int) -> Work:
+            return Work(s, lengths[s], [int(ids[s, lengths[s]])], decode=True)
+
+        alone = [rank.step([decode(s)], tables)[0] for s in range(3)]
+        for order in ((0, 1), (1, 0), (2, 1, 0), (0, 2, 1)):
+            together = rank.step([decode(s) for s in order], tables)
+            assert all(torch.equal(row, alone[s]) for row, s in zip(together, order, strict=True))
+        mixed = rank.step([decode(0), Work(1, 0, ids[1, :7].tolist())], tables)
+        assert torch.equal(mixed[0], alone[0])
+
+    run_ranks(1, main)
+    run_ranks(2, main)
+
+
 def test_what_a_block_held_before_does_not_matter(models: Any) -> None:
     """Blocks come with another request's keys and values, which may not even be finite."""
     folder, ids, logits = models("grouped")

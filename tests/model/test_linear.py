@@ -24,6 +24,21 @@ def test_products(dtype: torch.dtype, has_bias: bool, shape: tuple[int, int]) ->
         torch.testing.assert_close(linear(x).double(), expected, rtol=tolerance, atol=tolerance * 30)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_inputs", [64, 576, 768, 1024, 1536, 4096])
+def test_a_row_does_not_depend_on_the_others(dtype: torch.dtype, num_inputs: int) -> None:
+    """Bit by bit, so that a request's tokens do not depend on the batch."""
+    generator = torch.Generator().manual_seed(num_inputs)
+    linear = Linear(torch.randn(640, num_inputs, generator=generator).to(dtype))
+    if not linear.is_packed:
+        pytest.skip(f"this CPU has no packed {dtype} weights")
+    x = torch.randn(130, num_inputs, generator=generator).to(dtype)
+    together = linear(x)
+    for rows in (1, 2, 3, 8, 17, 64, 65):
+        for start in (0, 63):
+            assert torch.equal(linear(x[start : start + rows]), together[start : start + rows])
+
+
 def test_weights_of_other_devices_stay_as_they_are() -> None:
     weight = torch.empty(4, 3, device="meta")
     linear = Linear(weight)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.model.helpers import run_ranks
+from tpworker.model import sampling
 from tpworker.model.sampling import SamplingMode, SamplingRows, gumbel_noise, sample
 from tpworker.model.tp import Collectives
 
@@ -167,7 +168,7 @@ def test_top_k_and_top_p_are_the_definitions(size: int, vocab_size: int) -> None
     choices = [
         (temperature, top_k, top_p)
         for temperature in (0.0, 0.2, 1.0, 20.0)
-        for top_k in (0, 1, 2, 5, 29, 255, 256, 257, 10**6)
+        for top_k in (0, 1, 2, 5, 29, 255, 256, 257, 320, 700, 10**6)
         for top_p in (1e-6, 0.1, 0.5, 0.9, 0.999, 1.0)
     ]
     temperatures, top_ks, top_ps = zip(*choices, strict=True)
@@ -205,6 +206,17 @@ def test_top_p_counts_within_top_k() -> None:
     logits = torch.tensor([0.2, 0.5, 0.3]).log().expand(200, -1)
     assert set(sample_at(1, logits, rows_of(200, top_p=0.6), TRUNCATED).tolist()) == {1, 2}
     assert set(sample_at(1, logits, rows_of(200, top_p=0.6, top_k=2), TRUNCATED).tolist()) == {1}
+
+
+def test_without_a_top_p_even_the_least_likely_token_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums of float32 could lose it; noise that always prefers it would show that."""
+    logits = torch.zeros(1, 300)
+    logits[0, 17] = -25.0  # 1e-11 of the others
+    noise = lambda seed, position, ids: 100.0 * (ids == 17).expand(len(seed), -1)  # noqa: E731
+    monkeypatch.setattr(sampling, "gumbel_noise", noise)
+    for top_k in (300, 1000):
+        assert sample_at(1, logits, rows_of(1, top_k=top_k), TRUNCATED).item() == 17
+        assert sample_at(1, logits, rows_of(1, top_k=top_k, top_p=0.999999), TRUNCATED).item() != 17
 
 
 @pytest.mark.parametrize(
@@ -387,8 +399,6 @@ def test_seeds_that_differ_in_one_bit_share_nothing() -> None:
 
 def test_noise_is_finite_in_both_tails(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bits of 0 and of 2**63 - 1, which a test would have to wait for."""
-    from tpworker.model import sampling
-
     for bits in (0, 2**63 - 1):
         monkeypatch.setattr(sampling, "_mix", lambda z, bits=bits: torch.full_like(z, bits))
         noise = gumbel_noise(torch.tensor([1]), torch.tensor([2]), torch.arange(40))

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _PACK_ROWS = 64  # the number of input rows that a packed layout is chosen for; others run well in it too
+_SHORT_ROW = 768  # inputs; for one row of more (1536, not 768) oneDNN sums in another order than for several
 
 
 class Linear:
@@ -15,7 +16,8 @@ class Linear:
     On the CPU it is packed into oneDNN's blocked layout, once. With plain weights torch takes MKL for
     float32, which was 2 to 3 times slower for 4 to 64 rows (AMD EPYC, torch 2.13), and repacks bfloat16
     weights at every call, half the speed for one row. What is more, a row's result then does not depend on
-    how many rows are computed with it, bit by bit, which MKL's does.
+    how many rows are computed with it, bit by bit, which MKL's does: a request's tokens cannot depend on what
+    else is in the batch.
 
     Args:
         weight: [out, in]; dropped after packing.
@@ -25,6 +27,7 @@ class Linear:
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.bias = bias
         self.is_packed = can_pack(weight.device, weight.dtype)
+        self._doubles_a_row = self.is_packed and weight.shape[1] > _SHORT_ROW
         if self.is_packed:
             weight = torch.ops.mkldnn._reorder_linear_weight(weight, _PACK_ROWS)
         self.weight = weight
@@ -33,6 +36,11 @@ class Linear:
         """[T, in] to [T, out]."""
         if not self.is_packed:
             return F.linear(x, self.weight, self.bias)
+        if self._doubles_a_row and x.shape[0] == 1:
+            return self._multiply_packed(x.repeat(2, 1))[:1]
+        return self._multiply_packed(x)
+
+    def _multiply_packed(self, x: Tensor) -> Tensor:
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return y
 
