@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from tpworker.model.attention import Attention, PagedAttention
+from tpworker.model import kernels
+from tpworker.model.attention import Attention
+from tpworker.model.attention import choose as choose_attention
 from tpworker.model.batch import Batch
 from tpworker.model.families import ModelSpec, RopeSpec
 from tpworker.model.kv_cache import KVCache
@@ -25,8 +26,8 @@ __all__ = ["Batch", "Decoder", "KVCache"]
 class Decoder:
     """A rank's part of a model.
 
-    In a pure decode step, `forward` and `logits` run without host synchronisation if the attention backend
-    does (`PagedAttention` does not: it reads lengths on the host).
+    In a pure decode step, `forward` and `logits` run without host synchronisation and can be captured in a
+    CUDA graph if the attention backend can (`PagedAttention` cannot: it reads lengths on the host).
 
     Args:
         spec: the model.
@@ -34,7 +35,7 @@ class Decoder:
         shard: what this rank holds.
         collectives: the rank's group, of `shard.size` ranks.
         max_model_len: positions are below it; may exceed the model's own.
-        attention: the backend; None: the torch reference.
+        attention: the backend; None: the best that there is for the device.
     """
 
     def __init__(
@@ -52,10 +53,11 @@ class Decoder:
         self.shard = shard
         self.collectives = collectives
         self.vocab_start = shard.vocab_start
-        self.attention: Attention = attention or PagedAttention(
-            shard.num_heads, shard.num_kv_heads, spec.head_dim, weights.embed.dtype
+        table = weights.embed
+        self.attention: Attention = attention or choose_attention(
+            shard.num_heads, shard.num_kv_heads, spec.head_dim, table.dtype, table.device
         )
-        self._cos, self._sin = rope_tables(spec.rope, spec.head_dim, max_model_len, weights.embed.device)
+        self._cos, self._sin = rope_tables(spec.rope, spec.head_dim, max_model_len, table.device)
 
     def forward(self, batch: Batch, cache: KVCache) -> Tensor:
         """Compute one step; its keys and values are in the cache afterwards.
@@ -63,63 +65,43 @@ class Decoder:
         Returns:
             [R, D], after the final norm: the tokens of `sample_rows`, the same on all ranks.
         """
-        weights = self.weights
+        weights, eps = self.weights, self.spec.rms_norm_eps
         x = embed(batch.token_ids, weights.embed, self.shard, self.collectives)  # [T, D]
-        cos = self._cos.index_select(0, batch.positions)[:, None]  # [T, 1, head_dim]
-        sin = self._sin.index_select(0, batch.positions)[:, None]
-        rows = cache.rows_of(batch)
+        summand: Tensor | None = None  # of x, still to be added: the next norm does that in passing
+        places = kernels.places(batch, cache, self._cos, self._sin)
         plan = self.attention.prepare(batch, cache.block_size)
         for number, layer in enumerate(weights.layers):
-            query, key, value = self._project(layer, self._norm(x, layer.attention_norm), cos, sin)
-            cache.write(number, rows, key, value)
+            normed = kernels.add_norm(x, summand, layer.attention_norm, eps)
+            heads = layer.qkv(normed).view(len(x), -1, self.spec.head_dim)  # [T, H + 2 K, head_dim]
+            query = kernels.norm_rotate_store(heads, _norms(layer), eps, places, cache, number)
             attended = self.attention(query, cache.keys[number], cache.values[number], plan)
-            x += self.collectives.all_reduce(layer.output(attended))
-            x += self.collectives.all_reduce(self._mlp(layer, self._norm(x, layer.mlp_norm)))
+            summand = self.collectives.all_reduce(layer.output(attended))
+            normed = kernels.add_norm(x, summand, layer.mlp_norm, eps)
+            summand = self.collectives.all_reduce(layer.down(kernels.silu_mul(layer.gate_up(normed))))
         if batch.sample_rows is not None:
             x = x.index_select(0, batch.sample_rows)
-        return self._norm(x, weights.final_norm)
+            summand = summand if summand is None else summand.index_select(0, batch.sample_rows)
+        return kernels.add_norm(x, summand, weights.final_norm, eps)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """From hidden [R, D] to float32 [R, vocab_local]: tokens from `vocab_start` on, padding is -inf."""
-        logits = self.weights.lm_head(hidden).float()
+        """From hidden [R, D] to [R, vocab_local]: tokens from `vocab_start` on, padding is -inf.
+
+        float32 on the CPU; elsewhere of the weights' dtype, because sampling widens them as it reads them,
+        and a copy would cost more than sampling itself.
+        """
+        logits = self.weights.lm_head(hidden)
+        if not logits.is_cuda:
+            logits = logits.float()
         if self.shard.vocab.num_real < self.shard.vocab.local:
-            logits[:, self.shard.vocab.num_real :] = float("-inf")
+            logits[:, self.shard.vocab.num_real :].fill_(float("-inf"))  # an assignment waits, on CUDA
         return logits
 
-    def _project(
-        self, layer: LayerWeights, x: Tensor, cos: Tensor, sin: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [T, H, head_dim], keys and values [T, K, head_dim]; the first two rotated."""
-        num_heads, num_kv_heads, head_dim = self.shard.num_heads, self.shard.num_kv_heads, self.spec.head_dim
-        heads = layer.qkv(x).view(x.shape[0], -1, head_dim)  # [T, H + 2 K, head_dim]
-        num_rotated = num_heads + num_kv_heads
-        rotated = heads[:, :num_rotated]
-        if layer.query_norm is not None and layer.key_norm is not None:
-            query = self._norm(heads[:, :num_heads], layer.query_norm)
-            key = self._norm(heads[:, num_heads:num_rotated], layer.key_norm)
-            rotated = torch.cat((query, key), dim=1)
-        rotated = rotate(rotated, cos, sin)
-        return rotated[:, :num_heads], rotated[:, num_heads:], heads[:, num_rotated:]
 
-    def _mlp(self, layer: LayerWeights, x: Tensor) -> Tensor:
-        """[T, D] to this rank's summand of [T, D]."""
-        gate, up = layer.gate_up(x).chunk(2, dim=-1)
-        return layer.down(F.silu(gate).mul_(up))
-
-    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        """RMSNorm over the last dimension (Zhang and Sennrich, arXiv 1910.07467)."""
-        return F.rms_norm(x, weight.shape, weight, self.spec.rms_norm_eps)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate each pair (x[i], x[i + head_dim / 2]) by its angle; computed in float32.
-
-    Args:
-        x: [T, heads, head_dim].
-        cos, sin: float32 [T, 1, head_dim] rows of `rope_tables`.
-    """
-    swapped = x.roll(x.shape[-1] // 2, dims=-1)
-    return torch.addcmul(x * cos, swapped, sin).to(x.dtype)
+def _norms(layer: LayerWeights) -> tuple[Tensor, Tensor] | None:
+    """The weights of the norms of query and key heads, where the model has them."""
+    if layer.query_norm is None or layer.key_norm is None:
+        return None
+    return layer.query_norm, layer.key_norm
 
 
 def rope_tables(

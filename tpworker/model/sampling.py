@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from tpworker.model.tp import Collectives, argmax_vocab, gather_vocab
+from tpworker.model.tp import Collectives, argmax_ranks, gather_vocab
 
 _NUM_CANDIDATES = 256  # most likely tokens that the CPU looks at before it sorts them all
 
@@ -52,7 +52,8 @@ def sample(
     """Choose one token a row.
 
     Args:
-        logits: float32 [R, vocab_local], -inf where it is padding; may be overwritten.
+        logits: [R, vocab_local] of a float dtype, computed with in float32; -inf where it is padding; may be
+            overwritten.
         vocab_start: token id of this rank's first logit.
 
     Returns:
@@ -60,14 +61,12 @@ def sample(
     """
     if mode.suppress:
         _suppress(logits, rows, vocab_start)
-    if not mode.random:
-        return argmax_vocab(logits, vocab_start, collectives)
-    is_greedy = rows.temperature < GREEDY_BELOW
-    scaled = logits / torch.where(is_greedy, 1.0, rows.temperature)[:, None]
-    plain = argmax_vocab(_add_noise(scaled, rows, is_greedy, vocab_start), vocab_start, collectives)
-    if not mode.truncate:
+    best, token = _best_tokens(logits, rows, mode.random, vocab_start)
+    plain = argmax_ranks(best, token, collectives)
+    if not (mode.random and mode.truncate):
         return plain
-    full = gather_vocab(scaled, collectives)  # [R, V]
+    is_greedy = rows.temperature < GREEDY_BELOW
+    full = gather_vocab(_scaled(logits, rows), collectives)  # [R, V]
     is_truncated = ~is_greedy & ((rows.top_p < 1) | (rows.top_k > 0))
     return torch.where(is_truncated, _sample_truncated(full, rows, is_truncated), plain)
 
@@ -78,14 +77,33 @@ def _suppress(logits: Tensor, rows: SamplingRows, vocab_start: int) -> None:
     is_here = (rows.stop_ids >= 0) & (local_ids >= 0) & (local_ids < logits.shape[1])
     is_suppressed = is_here & (rows.position < rows.min_length)[:, None]
     # Ids that are not suppressed aim at some column, too: shapes are fixed. The minimum with +inf leaves it.
-    ceiling = torch.where(is_suppressed, float("-inf"), float("inf"))
+    ceiling = torch.where(is_suppressed, float("-inf"), float("inf")).to(logits.dtype)
     logits.scatter_reduce_(1, torch.where(is_here, local_ids, 0), ceiling, reduce="amin")
 
 
-def _add_noise(scaled: Tensor, rows: SamplingRows, is_greedy: Tensor, vocab_start: int) -> Tensor:
-    """scaled [R, n] + Gumbel noise of the ids from `vocab_start` on; greedy rows as they are."""
-    ids = torch.arange(vocab_start, vocab_start + scaled.shape[1], device=scaled.device)
-    return gumbel_noise(rows.seed, rows.position, ids).masked_fill_(is_greedy[:, None], 0).add_(scaled)
+def _best_tokens(logits: Tensor, rows: SamplingRows, random: bool, vocab_start: int) -> tuple[Tensor, Tensor]:
+    """The best token of this rank's part of the vocabulary; greedy unless `random` and the row's temperature.
+
+    Returns:
+        float32 [R], its score, which includes the noise; int64 [R], the token, of equal ones the first.
+    """
+    if logits.is_cuda:
+        from tpworker.model import triton_kernels
+
+        return triton_kernels.best_tokens(logits, rows, random, vocab_start, GREEDY_BELOW)
+    scores = logits
+    if random:
+        ids = torch.arange(vocab_start, vocab_start + logits.shape[1])
+        is_greedy = rows.temperature < GREEDY_BELOW
+        noise = gumbel_noise(rows.seed, rows.position, ids).masked_fill_(is_greedy[:, None], 0)
+        scores = noise.add_(_scaled(logits, rows))
+    best, index = scores.max(dim=-1)  # the first of equal ones
+    return best, index + vocab_start
+
+
+def _scaled(logits: Tensor, rows: SamplingRows) -> Tensor:
+    """float32 [R, n]: logits / temperature; of greedy rows the logits themselves."""
+    return logits / torch.where(rows.temperature < GREEDY_BELOW, 1.0, rows.temperature)[:, None]
 
 
 # ---------------------------------------------------------------------------------- top-k and top-p

@@ -216,7 +216,19 @@ def argmax_vocab(scores: Tensor, vocab_start: int, collectives: Collectives) -> 
         int64 [R], the same on all ranks.
     """
     best, index = scores.max(dim=-1)  # the first of equal ones
-    token = index + vocab_start
+    return argmax_ranks(best, index + vocab_start, collectives)
+
+
+def argmax_ranks(best: Tensor, token: Tensor, collectives: Collectives) -> Tensor:
+    """Of every rank's best tokens the best; of equal ones the lowest id.
+
+    Args:
+        best: float32 [R], the highest score of this rank's part of the vocabulary.
+        token: int64 [R], the token that has it.
+
+    Returns:
+        int64 [R], the same on all ranks.
+    """
     if collectives.size == 1:
         return token
     # One exchange for both: float32 holds every id below 2**24 exactly.

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
+from tpworker.model.attention import flash
 from tpworker.model.attention.paged import PagedAttention
 from tpworker.model.batch import Batch
 
-__all__ = ["Attention", "PagedAttention"]
+__all__ = ["Attention", "PagedAttention", "choose"]
+
+logger = logging.getLogger(__name__)
 
 
 class Attention(Protocol):
@@ -31,3 +36,24 @@ class Attention(Protocol):
             [T, heads_local * head_dim], in the dtype of the queries.
         """
         ...
+
+
+def choose(
+    num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> Attention:
+    """The fastest backend that serves these heads on this device; on CUDA the log says which, and why.
+
+    Args:
+        num_heads, num_kv_heads: query and key-value heads of this rank.
+        dtype: of queries, keys and values.
+    """
+    if device.type == "cpu":
+        return PagedAttention(num_heads, num_kv_heads, head_dim, dtype)
+    reason = flash.why_not(head_dim, dtype, device)
+    if reason is None:
+        logger.info("attention: FlashAttention 3")
+        return flash.FlashAttention(num_heads, num_kv_heads, head_dim, dtype)
+    logger.warning(
+        "attention: the torch reference, slow and not capturable; no FlashAttention 3, because %s", reason
+    )
+    return PagedAttention(num_heads, num_kv_heads, head_dim, dtype)

@@ -1,0 +1,408 @@
+"""CUDA kernels against their torch references, FlashAttention 3 against the paged reference, and a decoder.
+
+With TRITON_INTERPRET=1 and Triton installed, the fused kernels' tests run on the CPU, in its interpreter.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, Qwen3Config
+
+from tests.model.helpers import CPU, SPEC, Work, make_batch, shuffled_tables, tiny_model
+from tests.model.test_sampling import logits_of, rows_of
+from tpworker.model import kernels
+from tpworker.model.attention import choose, flash
+from tpworker.model.attention.paged import PagedAttention
+from tpworker.model.batch import Batch
+from tpworker.model.decoder import Decoder, KVCache, rope_tables
+from tpworker.model.families import RopeSpec, read_spec
+from tpworker.model.sampling import SamplingMode, SamplingRows, gumbel_noise, sample
+from tpworker.model.tp import Shard
+from tpworker.model.weights import load_weights
+from tpworker.rank.collectives import SoleRank
+
+HAS_GPU = torch.cuda.is_available()
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and not HAS_GPU
+DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not HAS_GPU and not IS_INTERPRETED, reason="there is no CUDA device"),
+]
+on_gpu = pytest.mark.skipif(not HAS_GPU, reason="there is no CUDA device")
+on_hopper = pytest.mark.skipif(
+    not HAS_GPU or flash.why_not(128, torch.bfloat16, DEVICE) is not None,
+    reason=f"no FlashAttention 3: {flash.why_not(128, torch.bfloat16, DEVICE)}",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What one rank has: hidden size, query and key-value heads, size of a head, MLP width, vocabulary."""
+
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    width: int
+    vocab: int
+    has_norm: bool = True
+
+
+SHAPES = {
+    "qwen3-0.6b": Shape(1024, 16, 8, 128, 3072, 151936),
+    "qwen3-8b": Shape(4096, 32, 8, 128, 12288, 151936),
+    "qwen3-8b-tp2": Shape(4096, 16, 4, 128, 6144, 75968),
+    "qwen3-8b-tp4": Shape(4096, 8, 2, 128, 3072, 37984),
+    "smollm2": Shape(576, 9, 3, 64, 1536, 49152, has_norm=False),
+    "smollm2-tp2": Shape(576, 6, 2, 64, 768, 24576, has_norm=False),
+    "odd": Shape(72, 5, 1, 20, 100, 131),
+}
+ROWS = (1, 3) if IS_INTERPRETED else (1, 16, 64, 256)
+# The interpreter cuts off what bfloat16 should round.
+DTYPES = (torch.float32,) if IS_INTERPRETED else (torch.bfloat16, torch.float32)
+every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+every_count = pytest.mark.parametrize("count", ROWS)
+
+
+@pytest.fixture
+def fused() -> Any:
+    """The module of kernels."""
+    pytest.importorskip("triton")
+    from tpworker.model import triton_kernels
+
+    return triton_kernels
+
+
+@pytest.fixture(autouse=True)
+def _inference() -> Any:
+    with torch.inference_mode():
+        yield
+
+
+def near(result: Tensor, reference: Tensor, tolerance: float | None = None) -> None:
+    """The error's norm is small against the reference's; nothing is missing or not finite."""
+    reference = reference.to(result.device)
+    tolerance = tolerance or (5e-3 if result.dtype == torch.bfloat16 else 1e-5)
+    assert result.shape == reference.shape
+    assert result.dtype == reference.dtype
+    assert result.isfinite().all()
+    error = (result.double() - reference.double()).norm() / reference.double().norm()
+    assert float(error) < tolerance
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.bfloat16, scale: float = 1.0) -> Tensor:
+    """Made on the CPU, fresh in every call."""
+    return (torch.randn(shape) * scale).to(dtype)
+
+
+# --------------------------------------------------------------------------------------- fused kernels
+
+
+@every_shape
+@every_count
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_add_norm(fused: Any, shape: Shape, count: int, dtype: torch.dtype) -> None:
+    x, summand = randn(count, shape.hidden, dtype=dtype), randn(count, shape.hidden, dtype=dtype)
+    weight = randn(shape.hidden, dtype=dtype)
+    x_there = x.to(DEVICE, copy=True)
+    near(fused.add_norm(x_there, None, weight.to(DEVICE), 1e-6), kernels.add_norm(x, None, weight, 1e-6))
+    assert torch.equal(x_there.cpu(), x)
+    normed = fused.add_norm(x_there, summand.to(DEVICE), weight.to(DEVICE), 1e-6)
+    near(normed, kernels.add_norm(x, summand, weight, 1e-6))
+    assert torch.equal(x_there.cpu(), x), "the residual stream is the same, bit by bit"
+
+
+@every_shape
+@every_count
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_silu_mul(fused: Any, shape: Shape, count: int, dtype: torch.dtype) -> None:
+    gate_up = randn(count, 2 * shape.width, dtype=dtype)
+    near(fused.silu_mul(gate_up.to(DEVICE)), kernels.silu_mul(gate_up))
+
+
+@every_shape
+@every_count
+@pytest.mark.parametrize("block_size", [16, 64])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norm_rotate_store(fused: Any, shape: Shape, count: int, block_size: int, dtype: torch.dtype) -> None:
+    spec = dataclasses.replace(
+        SPEC, num_layers=1, num_heads=shape.heads, num_kv_heads=shape.kv_heads, head_dim=shape.head_dim
+    )
+    num_blocks = 2 * count + 2
+    caches = [
+        KVCache(spec, Shard.of(spec, 0, 1), num_blocks, block_size, dtype, device) for device in (CPU, DEVICE)
+    ]
+    heads = randn(count, shape.heads + 2 * shape.kv_heads, shape.head_dim, dtype=dtype)
+    weights = (randn(shape.head_dim, dtype=dtype), randn(shape.head_dim, dtype=dtype))
+    tables = (torch.randperm(2 * count) + 1).view(count, 2).to(torch.int32)
+    positions = torch.randint(0, 2 * block_size, (count,))
+    batch = Batch(positions, positions, torch.arange(count), tables, positions, positions, count, 1)
+    cos, sin = rope_tables(RopeSpec(theta=1e4), shape.head_dim, 2 * block_size, CPU)
+    places = kernels.places(batch, caches[0], cos, sin)
+    there = kernels.Places(
+        *fused.places(*(x.to(DEVICE) for x in (positions, batch.sequence_of, tables, cos, sin)), block_size)
+    )
+    for field in dataclasses.fields(places):
+        assert torch.equal(getattr(there, field.name).cpu(), getattr(places, field.name))
+    norms = weights if shape.has_norm else None
+    query = kernels.norm_rotate_store(heads, norms, 1e-6, places, caches[0], 0)
+    result = fused.norm_rotate_store(
+        heads.to(DEVICE),
+        (weights[0].to(DEVICE), weights[1].to(DEVICE)) if shape.has_norm else None,
+        1e-6,
+        there.cos,
+        there.sin,
+        there.rows,
+        caches[1].keys[0],
+        caches[1].values[0],
+    )
+    near(result, query)
+    near(caches[1].keys[0], caches[0].keys[0])
+    assert torch.equal(caches[1].values[0].cpu(), caches[0].values[0])
+
+
+def on_device(rows: SamplingRows) -> SamplingRows:
+    return SamplingRows(*(getattr(rows, field.name).to(DEVICE) for field in dataclasses.fields(rows)))
+
+
+@every_shape
+@every_count
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_greedy_tokens(fused: Any, shape: Shape, count: int, dtype: torch.dtype) -> None:
+    """In bfloat16 many logits are equal: the first must win. Some rows are -inf as a whole."""
+    logits = logits_of(count, shape.vocab).to(dtype)
+    logits[:, -3:] = -torch.inf
+    if count > 1:
+        logits[1] = -torch.inf
+    best, token = fused.best_tokens(logits.to(DEVICE), rows_of(count), False, 1000, 1e-5)
+    values, index = logits.float().max(dim=-1)
+    assert torch.equal(best.cpu(), values)
+    assert torch.equal(token.cpu(), index + 1000)
+
+
+@every_shape
+@every_count
+def test_random_tokens(fused: Any, shape: Shape, count: int) -> None:
+    """The reference's noise: a token may differ only where two scores are equal but for rounding."""
+    logits = logits_of(count, shape.vocab).bfloat16()
+    temperature = [(0.0, 0.7, 1.0, 3.0)[row % 4] for row in range(count)]
+    seed = torch.randint(-(2**63), 2**63 - 1, (count,))
+    rows = rows_of(count, temperature, seed=seed, position=torch.randint(0, 40000, (count,)).tolist())
+    best, token = fused.best_tokens(logits.to(DEVICE), on_device(rows), True, 777, 1e-5)
+    there = on_device(rows)
+    scores = logits.float().to(DEVICE) / torch.where(there.temperature == 0, 1.0, there.temperature)[:, None]
+    noise = gumbel_noise(there.seed, there.position, torch.arange(777, 777 + shape.vocab, device=DEVICE))
+    scores += noise.masked_fill_((there.temperature == 0)[:, None], 0)
+    expected, index = scores.max(dim=-1)
+    torch.testing.assert_close(best, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(scores.gather(1, (token - 777)[:, None])[:, 0], expected, rtol=1e-6, atol=1e-6)
+    assert int((token - 777 != index).sum()) <= count // 50
+
+
+# ------------------------------------------------------------------------------------- CUDA throughout
+
+
+def captured(work: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """Run once, then capture; host synchronisation inside is an error."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        work()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        result = work()
+    return graph, result
+
+
+def batch_to(batch: Batch, device: torch.device) -> Batch:
+    values = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+    return Batch(**{name: x.to(device) if isinstance(x, Tensor) else x for name, x in values.items()})
+
+
+@on_gpu
+@pytest.mark.parametrize(
+    "mode",
+    [SamplingMode(False, False, False), SamplingMode(True, False, False), SamplingMode(True, True, True)],
+)
+def test_sampling_in_a_graph(mode: SamplingMode) -> None:
+    """Whole `sample`, captured: the CPU's tokens, also after the rows' seeds and positions have changed."""
+    count, vocab = 16, 5000
+    logits = logits_of(count, vocab, scale=3.0).bfloat16()
+    temperature = [(0.0, 0.7, 1.0, 3.0)[row % 4] if mode.random else 0.0 for row in range(count)]
+    top_p, top_k = ([0.9, 1.0] * 8, [0, 20, 7, 0] * 4) if mode.truncate else (1.0, 0)
+    stops = [[1, 2, int(logits[0].argmax())]]
+    rows = rows_of(count, temperature, top_p, top_k, min_length=20 * mode.suppress, stop_ids=stops)
+    there, source, work = on_device(rows), logits.to(DEVICE), torch.empty_like(logits, device=DEVICE)
+
+    def step() -> Tensor:
+        return sample(work.copy_(source), there, mode, 0, SoleRank())
+
+    graph, tokens = captured(step)
+    equal = 0
+    for seed in range(4):
+        rows.seed += seed
+        rows.position += 9 * seed
+        there.seed.copy_(rows.seed)
+        there.position.copy_(rows.position)
+        graph.replay()
+        equal += int((tokens.cpu() == sample(logits.float(), rows, mode, 0, SoleRank())).sum())
+    assert equal >= 4 * count - 1  # logarithms of CPU and GPU may round apart
+
+
+def attention_case(
+    shape: Shape, block_size: int, decodes: list[int], chunks: list[tuple[int, int]]
+) -> tuple[Batch, Tensor, Tensor, Tensor]:
+    """A batch of decoding sequences of these lengths and chunks (start, length), and its tensors."""
+    spans = [(length - 1, 1) for length in decodes] + chunks
+    plan = [Work(s, start, [0] * length, decode=s < len(decodes)) for s, (start, length) in enumerate(spans)]
+    longest = 64 * -(-max(start + length for start, length in spans) // 64) + 128
+    num_blocks = 1 + len(spans) * -(-longest // block_size)
+    tables = shuffled_tables(len(spans), longest, block_size, num_blocks)
+    cache = (num_blocks, block_size, shape.kv_heads, shape.head_dim)
+    batch = make_batch(plan, tables, block_size)
+    queries = randn(len(batch.token_ids), shape.heads, shape.head_dim, scale=2.0)
+    return batch, queries, randn(*cache), randn(*cache)
+
+
+def reference_attention(shape: Shape, batch: Batch, *tensors: Tensor) -> Tensor:
+    paged = PagedAttention(shape.heads, shape.kv_heads, shape.head_dim, torch.float32)
+    queries, keys, values = (x.float() for x in tensors)
+    return paged(queries, keys, values, paged.prepare(batch, keys.shape[1]))
+
+
+@on_hopper
+@pytest.mark.parametrize("name", [name for name in SHAPES if name != "odd"])
+@pytest.mark.parametrize("block_size", [16, 64])
+@pytest.mark.parametrize("share_schedule", [True, False])
+@pytest.mark.parametrize(
+    ("decodes", "chunks"),
+    [
+        ([650], []),
+        ([1, 17, 600, 1300, 64, 63, 65], []),
+        ([], [(0, 200)]),
+        ([], [(100, 70), (0, 1), (64, 64)]),
+        ([650, 3, 129], [(0, 130), (512, 257)]),
+    ],
+)
+def test_flash_attention(
+    name: str, block_size: int, share_schedule: bool, decodes: list[int], chunks: list[tuple[int, int]]
+) -> None:
+    shape = SHAPES[name]
+    batch, *tensors = attention_case(shape, block_size, decodes, chunks)
+    expected = reference_attention(shape, batch, *tensors).bfloat16()
+    attention = flash.FlashAttention(
+        shape.heads, shape.kv_heads, shape.head_dim, torch.bfloat16, share_schedule=share_schedule
+    )
+    queries, keys, values = (x.to(DEVICE) for x in tensors)
+    near(attention(queries, keys, values, attention.prepare(batch_to(batch, DEVICE), block_size)), expected)
+
+
+@on_hopper
+@pytest.mark.parametrize("share_schedule", [True, False])
+@pytest.mark.parametrize("count", [1, 4, 64, 256])
+def test_flash_attention_replays_at_other_lengths(count: int, share_schedule: bool) -> None:
+    """Captured at a length of 1 each, as a start-up would; rows of length 0 stay finite."""
+    shape = SHAPES["qwen3-8b-tp2"]
+    batch, *tensors = attention_case(shape, 16, [1400 if count < 64 else 300] * count, [])
+    there = batch_to(batch, DEVICE)
+    there.lengths.fill_(1)
+    attention = flash.FlashAttention(
+        shape.heads, shape.kv_heads, shape.head_dim, torch.bfloat16, share_schedule=share_schedule
+    )
+    queries, keys, values = (x.to(DEVICE) for x in tensors)
+    longest = int(batch.lengths.max())
+
+    def step() -> Tensor:
+        return attention(queries, keys, values, attention.prepare(there, 16))
+
+    graph, result = captured(step)
+    for _ in range(4):
+        lengths = torch.randint(0 if count > 1 else 1, longest + 1, (count,), dtype=torch.int32)
+        lengths[0] = longest
+        there.lengths.copy_(lengths)
+        result.fill_(torch.nan)
+        graph.replay()
+        batch.lengths = lengths
+        expected = reference_attention(shape, batch, *tensors).bfloat16()
+        assert result.isfinite().all()
+        near(result[lengths.to(DEVICE) > 0], expected[lengths > 0])
+
+
+@on_hopper
+def test_flash_attention_is_chosen_where_it_runs(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    assert isinstance(choose(16, 8, 128, torch.bfloat16, DEVICE), flash.FlashAttention)
+    assert "FlashAttention 3" in caplog.text
+    caplog.clear()
+    assert not isinstance(choose(16, 8, 128, torch.float32, DEVICE), flash.FlashAttention)
+    assert "float32" in caplog.text
+    with pytest.raises(ValueError, match="--block-size 128"):
+        flash.FlashAttention(16, 8, 128, torch.bfloat16).prepare(attention_case(
+            SHAPES["qwen3-8b"], 128, [5], [])[0], 128)  # fmt: skip
+
+
+CONFIGS: dict[str, Callable[[], Any]] = {
+    "qwen3": lambda: Qwen3Config(
+        vocab_size=1031, hidden_size=256, intermediate_size=520, num_hidden_layers=3, head_dim=128,
+        num_attention_heads=8, num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True,
+    ),
+    "smollm2": lambda: LlamaConfig(
+        vocab_size=1031, hidden_size=576, intermediate_size=520, num_hidden_layers=3, head_dim=64,
+        num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=256,
+    ),
+}  # fmt: skip
+
+
+@on_hopper
+@pytest.mark.parametrize("block_size", [16, 64])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_decoder_on_cuda(name: str, block_size: int, tmp_path: Path) -> None:
+    """A prompt in chunks, then decode steps by one captured graph, against transformers in float32."""
+    model = tiny_model(tmp_path, CONFIGS[name]())
+    ids = torch.randint(0, 1031, (2, 60))
+    reference = model(ids).logits
+    spec = read_spec(tmp_path)
+    shard = Shard.of(spec, 0, 1)
+    weights = load_weights(tmp_path, spec, shard, torch.bfloat16, DEVICE)
+    decoder = Decoder(spec, weights, shard, SoleRank(), 256)
+    assert isinstance(decoder.attention, flash.FlashAttention)
+    cache = KVCache(spec, shard, 64, block_size, torch.bfloat16, DEVICE)
+    tables = shuffled_tables(2, 128, block_size, 64)
+
+    def compute(*plan: Work) -> Tensor:
+        batch = batch_to(make_batch(plan, tables, block_size), DEVICE)
+        return decoder.logits(decoder.forward(batch, cache)).float()[:, :1031]
+
+    near(compute(Work(0, 0, ids[0, :30].tolist())), reference[0, :30], 0.03)
+    mixed = compute(Work(0, 30, [int(ids[0, 30])], True), Work(1, 0, ids[1, :20].tolist()))
+    near(mixed, torch.cat([reference[0, 30:31], reference[1, :20]]), 0.03)
+    near(compute(Work(1, 20, ids[1, 20:31].tolist())), reference[1, 20:31], 0.03)
+
+    state = batch_to(make_batch([Work(s, 31, [int(ids[s, 31])], True) for s in (0, 1)], tables, block_size),
+                     DEVICE)  # fmt: skip
+    graph, logits = captured(lambda: decoder.logits(decoder.forward(state, cache)))
+    for position in range(31, 60):
+        state.token_ids.copy_(ids[:, position])
+        state.positions.fill_(position)
+        state.lengths.fill_(position + 1)
+        graph.replay()
+        near(logits.float()[:, :1031], reference[:, position], 0.03)
+
+
+@on_gpu
+def test_padding_is_minus_infinity_and_never_sampled() -> None:
+    logits = torch.zeros(4, 64, dtype=torch.bfloat16, device=DEVICE)
+    logits[:, 60:] = -torch.inf
+    rows = on_device(rows_of(4, [0.0, 0.5, 1.0, 9.0]))
+    tokens = sample(logits, rows, SamplingMode(True, False, False), 0, SoleRank())
+    assert int(tokens.max()) < 60
+    assert int(tokens[0]) == 0

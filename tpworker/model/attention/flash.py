@@ -1,0 +1,123 @@
+"""Paged attention by FlashAttention 3 (Shah et al., arXiv 2407.08608), on Hopper GPUs.
+
+Lengths and block tables are read on the device and nothing is planned on the host, so a decode step can be
+captured in a CUDA graph and replayed at other lengths. Decoding sequences and chunks of prompts go through
+one call.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tpworker.model.batch import Batch
+
+MODULE = "flash_attn_interface"
+MAX_BLOCK_SIZE = 64
+"""Blocks of 128 tokens ended in an illegal memory access (tokenspeed-fa3 3.0.0.post20260810, H200)."""
+
+
+def why_not(head_dim: int, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why FlashAttention 3 cannot serve here; None: it can."""
+    if device.type != "cuda":
+        return f"the device is {device.type}"
+    if torch.cuda.get_device_capability(device) != (9, 0):
+        return f"{torch.cuda.get_device_name(device)} is not a Hopper GPU"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"it computes in bfloat16 and float16, not in {dtype}"
+    if head_dim % 8 or head_dim > 256:
+        return f"heads of {head_dim} are not a multiple of 8 up to 256"
+    try:
+        importlib.import_module(MODULE)
+    except (ImportError, OSError) as error:
+        return f"{MODULE} cannot be imported: {error}"
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    block_tables: Tensor  # int32 [S, W]
+    lengths: Tensor  # int32 [S]
+    query_starts: Tensor | None  # int32 [S + 1]; None: one token a sequence
+    max_query: int
+    schedule: Tensor | None  # how the kernel's blocks share the work, computed on the device
+
+
+class FlashAttention:
+    """See the module.
+
+    The kernel's own preparation (how many parts each sequence is split into) depends on lengths alone: it
+    runs once a step and not once a layer.
+
+    Args:
+        num_heads, num_kv_heads: query heads and key-value heads of this rank.
+        head_dim: size of a head; scores are scaled by its square root.
+        dtype: of queries, keys and values.
+        share_schedule: False: let every layer prepare for itself.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        *,
+        share_schedule: bool = True,
+    ) -> None:
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = head_dim
+        self.dtype = dtype
+        self._share_schedule = share_schedule
+        self._library: Any = importlib.import_module(MODULE)
+
+    def prepare(self, batch: Batch, block_size: int) -> _Plan:
+        """See `Attention`.
+
+        Raises:
+            ValueError: blocks of this size are not supported.
+        """
+        if block_size > MAX_BLOCK_SIZE:
+            raise ValueError(
+                f"--block-size {block_size}: FlashAttention 3 takes blocks of up to {MAX_BLOCK_SIZE} tokens"
+            )
+        is_decode = batch.num_decodes == len(batch.lengths)
+        query_starts = None if is_decode else batch.query_starts
+        schedule = None
+        if self._share_schedule:
+            schedule = self._library.get_scheduler_metadata(
+                batch_size=len(batch.lengths),
+                max_seqlen_q=1 if is_decode else batch.max_query,
+                max_seqlen_k=batch.block_tables.shape[1] * block_size,
+                num_heads_q=self.num_heads,
+                num_heads_kv=self.num_kv_heads,
+                headdim=self.head_dim,
+                cache_seqlens=batch.lengths,
+                qkv_dtype=self.dtype,
+                cu_seqlens_q=query_starts,
+                page_size=block_size,
+                causal=True,
+            )
+        return _Plan(batch.block_tables, batch.lengths, query_starts, batch.max_query, schedule)
+
+    def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, plan: _Plan) -> Tensor:
+        """See `Attention`."""
+        is_decode = plan.query_starts is None
+        attended: Tensor = self._library.flash_attn_with_kvcache(
+            queries[:, None] if is_decode else queries,
+            keys,
+            values,
+            cache_seqlens=plan.lengths,
+            page_table=plan.block_tables,
+            cu_seqlens_q=plan.query_starts,
+            max_seqlen_q=None if is_decode else plan.max_query,
+            softmax_scale=self.head_dim**-0.5,
+            causal=True,
+            scheduler_metadata=plan.schedule,
+        )
+        return attended.view(len(queries), -1)

@@ -1,0 +1,334 @@
+"""The fused kernels that CUDA ranks run between matrix products. Imports Triton: import it on CUDA only.
+
+Each does what the torch reference of the same name in `tpworker.model.kernels` or `tpworker.model.sampling`
+does, and rounds where that rounds. All of them are short: at 64 rows they move a few hundred KB, so what
+they cost is their launch, and the point is that there are few of them. None looks at values on the host
+and every size of an allocation follows from shapes, so all can be captured in a CUDA graph.
+"""
+
+# Triton has no types, and is not installed where there is no GPU.
+# mypy: disable-error-code="import-not-found, import-untyped, untyped-decorator, no-untyped-def"
+# mypy: disable-error-code="no-untyped-call"
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra import libdevice
+
+_VOCAB_BLOCK = 2048  # logits of one program: 75 programs for one row of Qwen3's vocabulary
+_HEADS_TILE = 8  # heads of one program
+
+
+# ------------------------------------------------------------------------------------ residual and norm
+
+
+@triton.jit
+def _add_norm(x, delta, weight, out, eps, SIZE: tl.constexpr, HAS_DELTA: tl.constexpr, BLOCK: tl.constexpr):
+    """One program a row: x += delta (rounded, as the reference does), out = RMSNorm(x) * weight."""
+    start = tl.program_id(0).to(tl.int64) * SIZE
+    column = tl.arange(0, BLOCK)
+    inside = column < SIZE
+    value = tl.load(x + start + column, mask=inside, other=0.0)
+    scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    if HAS_DELTA:
+        added = tl.load(delta + start + column, mask=inside, other=0.0).to(tl.float32)
+        value = (value.to(tl.float32) + added).to(x.dtype.element_ty)
+        tl.store(x + start + column, value, mask=inside)
+    wide = value.to(tl.float32)
+    wide = wide * tl.rsqrt(tl.sum(wide * wide, axis=0) / SIZE + eps)
+    tl.store(out + start + column, (wide * scale).to(out.dtype.element_ty), mask=inside)
+
+
+def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+    """See `kernels.add_norm`."""
+    assert x.is_contiguous()
+    assert delta is None or (delta.is_contiguous() and delta.shape == x.shape)
+    out = torch.empty_like(x)
+    rows, size = x.shape
+    block = triton.next_power_of_2(size)
+    _add_norm[(rows,)](
+        x,
+        x if delta is None else delta,
+        weight,
+        out,
+        eps,
+        SIZE=size,
+        HAS_DELTA=delta is not None,
+        BLOCK=block,
+        num_warps=min(16, max(1, block // 256)),
+    )
+    return out
+
+
+# ------------------------------------------------------------------------------- where tokens are and go
+
+
+@triton.jit
+def _places(
+    positions, sequence_of, block_tables, cos_table, sin_table, cos, sin, rows,
+    table_stride, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program a token: its rows of the rotary tables, and its row of the KV cache."""
+    token = tl.program_id(0).to(tl.int64)
+    position = tl.load(positions + token)
+    sequence = tl.load(sequence_of + token)
+    column = tl.arange(0, BLOCK)
+    inside = column < HEAD_DIM
+    source = position * HEAD_DIM + column
+    tl.store(cos + token * HEAD_DIM + column, tl.load(cos_table + source, mask=inside), mask=inside)
+    tl.store(sin + token * HEAD_DIM + column, tl.load(sin_table + source, mask=inside), mask=inside)
+    block = tl.load(block_tables + sequence * table_stride + position // BLOCK_SIZE).to(tl.int64)
+    tl.store(rows + token, block * BLOCK_SIZE + position % BLOCK_SIZE)
+
+
+def places(
+    positions: Tensor,
+    sequence_of: Tensor,
+    block_tables: Tensor,
+    cos_table: Tensor,
+    sin_table: Tensor,
+    block_size: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `kernels.places`."""
+    num_tokens, head_dim = len(positions), cos_table.shape[1]
+    cos = cos_table.new_empty(num_tokens, 1, head_dim)
+    sin = torch.empty_like(cos)
+    rows = torch.empty_like(positions)
+    _places[(num_tokens,)](
+        positions,
+        sequence_of,
+        block_tables,
+        cos_table,
+        sin_table,
+        cos,
+        sin,
+        rows,
+        block_tables.stride(0),
+        BLOCK_SIZE=block_size,
+        HEAD_DIM=head_dim,
+        BLOCK=triton.next_power_of_2(head_dim),
+        num_warps=1,
+    )
+    return cos, sin, rows
+
+
+# ---------------------------------------------------------------------------------- heads into the cache
+
+
+@triton.jit
+def _norm_rotate_store(
+    heads, query_norm, key_norm, cos, sin, rows, query, keys, values, eps,
+    NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    HAS_NORM: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program a token and TILE of its heads, each in two halves: queries, keys and values alike.
+
+    Values are neither normed nor rotated. The query goes to memory of its own: threads may hold copies of an
+    element, and one that still loads must not meet what another has stored.
+    """
+    half: tl.constexpr = HEAD_DIM // 2
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * TILE + tl.arange(0, TILE)[:, None]
+    column = tl.arange(0, BLOCK)[None, :]
+    inside = column < half
+    is_query = head < NUM_HEADS
+    is_key = (head >= NUM_HEADS) & (head < NUM_HEADS + NUM_KV_HEADS)
+    is_value = (head >= NUM_HEADS + NUM_KV_HEADS) & (head < NUM_HEADS + 2 * NUM_KV_HEADS)
+    source = heads + token * ((NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM) + head * HEAD_DIM + column
+    exists = (is_query | is_key | is_value) & inside
+    low = tl.load(source, mask=exists, other=0.0).to(tl.float32)
+    high = tl.load(source + half, mask=exists, other=0.0).to(tl.float32)
+    row = tl.load(rows + token)
+    cosine = tl.load(cos + token * HEAD_DIM + column, mask=inside, other=0.0)
+    sine = tl.load(sin + token * HEAD_DIM + half + column, mask=inside, other=0.0)
+    if HAS_NORM:
+        weight_low = tl.load(query_norm + column, mask=inside & is_query, other=0.0).to(tl.float32)
+        weight_low += tl.load(key_norm + column, mask=inside & is_key, other=0.0).to(tl.float32)
+        weight_high = tl.load(query_norm + half + column, mask=inside & is_query, other=0.0).to(tl.float32)
+        weight_high += tl.load(key_norm + half + column, mask=inside & is_key, other=0.0).to(tl.float32)
+        scale = tl.rsqrt(tl.sum(low * low + high * high, axis=1, keep_dims=True) / HEAD_DIM + eps)
+        dtype = heads.dtype.element_ty
+        low = tl.where(is_value, low, (low * scale * weight_low).to(dtype).to(tl.float32))
+        high = tl.where(is_value, high, (high * scale * weight_high).to(dtype).to(tl.float32))
+    out_low = tl.where(is_value, low, low * cosine - high * sine).to(query.dtype.element_ty)
+    out_high = tl.where(is_value, high, high * cosine + low * sine).to(query.dtype.element_ty)
+    to_query = query + (token * NUM_HEADS + head) * HEAD_DIM + column
+    tl.store(to_query, out_low, mask=is_query & inside)
+    tl.store(to_query + half, out_high, mask=is_query & inside)
+    to_key = keys + (row * NUM_KV_HEADS + head - NUM_HEADS) * HEAD_DIM + column
+    tl.store(to_key, out_low, mask=is_key & inside)
+    tl.store(to_key + half, out_high, mask=is_key & inside)
+    to_value = values + (row * NUM_KV_HEADS + head - NUM_HEADS - NUM_KV_HEADS) * HEAD_DIM + column
+    tl.store(to_value, out_low, mask=is_value & inside)
+    tl.store(to_value + half, out_high, mask=is_value & inside)
+
+
+def norm_rotate_store(
+    heads: Tensor,
+    norms: tuple[Tensor, Tensor] | None,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    rows: Tensor,
+    keys: Tensor,
+    values: Tensor,
+) -> Tensor:
+    """See `kernels.norm_rotate_store`; keys, values: the layer's [num_blocks, block_size, K, head_dim]."""
+    assert heads.is_contiguous()
+    assert keys.is_contiguous()
+    assert values.is_contiguous()
+    num_tokens, num_all, head_dim = heads.shape
+    num_kv_heads = keys.shape[-2]
+    num_heads = num_all - 2 * num_kv_heads
+    query = heads.new_empty(num_tokens, num_heads, head_dim)
+    query_norm, key_norm = norms or (heads, heads)
+    _norm_rotate_store[(num_tokens, triton.cdiv(num_all, _HEADS_TILE))](
+        heads,
+        query_norm,
+        key_norm,
+        cos,
+        sin,
+        rows,
+        query,
+        keys,
+        values,
+        eps,
+        NUM_HEADS=num_heads,
+        NUM_KV_HEADS=num_kv_heads,
+        HEAD_DIM=head_dim,
+        HAS_NORM=norms is not None,
+        TILE=_HEADS_TILE,
+        BLOCK=triton.next_power_of_2(head_dim // 2),
+        num_warps=4,
+    )
+    return query
+
+
+# -------------------------------------------------------------------------------------------- activation
+
+
+@triton.jit
+def _silu_mul(gate_up, out, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < WIDTH
+    gate = tl.load(gate_up + token * (2 * WIDTH) + column, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + token * (2 * WIDTH) + WIDTH + column, mask=inside, other=0.0).to(tl.float32)
+    value = gate * tl.sigmoid(gate) * up
+    tl.store(out + token * WIDTH + column, value.to(out.dtype.element_ty), mask=inside)
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """See `kernels.silu_mul`."""
+    assert gate_up.is_contiguous()
+    num_tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
+    out = gate_up.new_empty(num_tokens, width)
+    block = min(1024, triton.next_power_of_2(width))
+    _silu_mul[(num_tokens, triton.cdiv(width, block))](gate_up, out, WIDTH=width, BLOCK=block, num_warps=4)
+    return out
+
+
+# ---------------------------------------------------------------------------------------------- sampling
+
+
+@triton.jit
+def _mix(z):
+    """SplitMix64's output function, on uint64."""
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB
+    return z ^ (z >> 31)
+
+
+@triton.jit
+def _gumbel(seed, position, token):
+    """`sampling.gumbel_noise` of one (seed, position), both int64, and tokens int64 [n]."""
+    key = _mix(seed.to(tl.uint64, bitcast=True) + 0x9E3779B97F4A7C15)
+    key = _mix(key + position.to(tl.uint64, bitcast=True) * 0x9E3779B97F4A7C15)
+    bits = _mix(key + (token + 1).to(tl.uint64, bitcast=True) * 0x9E3779B97F4A7C15) & 0x7FFFFFFFFFFFFFFF
+    uniform = bits.to(tl.int64, bitcast=True).to(tl.float32) * 1.0842021724855044e-19  # 2**-63
+    uniform = tl.minimum(tl.maximum(uniform, 1.0842021724855044e-19), 0.99999994)  # 1 - 2**-24
+    # libdevice's, which torch uses too; Triton's own logarithm is the approximate one.
+    return -libdevice.log(-libdevice.log1p(-uniform))
+
+
+@triton.jit
+def _best_of_block(
+    logits, temperature, seed, position, block_best, block_column, size, stride, vocab_start, num_blocks,
+    RANDOM: tl.constexpr, GREEDY_BELOW: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program a row and BLOCK of its logits: the highest score and the first column that has it."""
+    row = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1)
+    column = block * BLOCK + tl.arange(0, BLOCK)
+    exists = column < size
+    score = tl.load(logits + row * stride + column, mask=exists, other=float("-inf")).to(tl.float32)
+    if RANDOM:
+        degree = tl.load(temperature + row)
+        if degree >= GREEDY_BELOW:
+            noise = _gumbel(tl.load(seed + row), tl.load(position + row), column.to(tl.int64) + vocab_start)
+            score = tl.div_rn(score, tl.zeros_like(score) + degree) + noise
+    best = tl.max(score, axis=0)
+    first = tl.min(tl.where((score == best) & exists, column, size - 1), axis=0)
+    tl.store(block_best + row * num_blocks + block, best)
+    tl.store(block_column + row * num_blocks + block, first)
+
+
+@triton.jit
+def _best_of_row(block_best, block_column, best, token, vocab_start, num_blocks, BLOCK: tl.constexpr):
+    """One program a row: the best of its blocks; of equal ones the lowest token."""
+    row = tl.program_id(0).to(tl.int64)
+    block = tl.arange(0, BLOCK)
+    exists = block < num_blocks
+    score = tl.load(block_best + row * num_blocks + block, mask=exists, other=float("-inf"))
+    column = tl.load(block_column + row * num_blocks + block, mask=exists, other=0x7FFFFFFF)
+    highest = tl.max(score, axis=0)
+    first = tl.min(tl.where(score == highest, column, 0x7FFFFFFF), axis=0)
+    tl.store(best + row, highest)
+    tl.store(token + row, first.to(tl.int64) + vocab_start)
+
+
+def best_tokens(
+    logits: Tensor, rows: Any, random: bool, vocab_start: int, greedy_below: float
+) -> tuple[Tensor, Tensor]:
+    """See `sampling._best_tokens`. rows: `SamplingRows`, looked at only if `random`."""
+    assert logits.stride(1) == 1
+    num_rows, size = logits.shape
+    num_blocks = triton.cdiv(size, _VOCAB_BLOCK)
+    block_best = torch.empty(num_rows, num_blocks, dtype=torch.float32, device=logits.device)
+    block_column = torch.empty(num_rows, num_blocks, dtype=torch.int32, device=logits.device)
+    best = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
+    token = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
+    if num_rows == 0:
+        return best, token
+    _best_of_block[(num_rows, num_blocks)](
+        logits,
+        rows.temperature if random else best,
+        rows.seed if random else token,
+        rows.position if random else token,
+        block_best,
+        block_column,
+        size,
+        logits.stride(0),
+        vocab_start,
+        num_blocks,
+        RANDOM=random,
+        GREEDY_BELOW=greedy_below,
+        BLOCK=_VOCAB_BLOCK,
+        num_warps=8,
+    )
+    _best_of_row[(num_rows,)](
+        block_best,
+        block_column,
+        best,
+        token,
+        vocab_start,
+        num_blocks,
+        BLOCK=triton.next_power_of_2(num_blocks),
+        num_warps=1,
+    )
+    return best, token
