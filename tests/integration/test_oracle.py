@@ -92,6 +92,17 @@ def test_every_lookahead_and_tp_size(
         assert sum(output.num_cached for output in group.outputs.values()) > 0, "no prefix hit"
 
 
+@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("lookahead", [0, 2])
+def test_batches_padded_to_the_sizes_of_graphs(
+    folder: Path, oracle: dict[int, tuple[list[int], str | None]], num_ranks: int, lookahead: int
+) -> None:
+    """What CUDA ranks capture, run as it is; and the warm-up before it leaves no trace."""
+    with InProcessGroup(folder, num_ranks, lookahead=lookahead, max_num_seqs=7, prepare=True) as group:
+        group.run(requests())
+        compare(group, oracle)
+
+
 @pytest.mark.parametrize(("num_ranks", "lookahead"), [(1, 0), (1, 2), (2, 2), (2, 4)])
 def test_preemption(
     folder: Path, oracle: dict[int, tuple[list[int], str | None]], num_ranks: int, lookahead: int

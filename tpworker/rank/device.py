@@ -1,4 +1,4 @@
-"""What a rank asks of its device: two in-order streams, events between them, buffers on the host.
+"""What a rank asks of its device: in-order streams, events between them, buffers on the host.
 
 The interface is CUDA's, cut down to what the runtime needs, so that one code path serves both kinds of
 device: work is queued on a stream and the call returns at once; an event marks a place in a stream;
@@ -44,6 +44,9 @@ class Stream(Protocol):
     def record(self) -> Event:
         """An event behind everything queued so far."""
 
+    def record_start(self) -> Event:
+        """Its time is when what is queued next starts to run."""
+
     def wait(self, event: Event) -> None:
         """What is queued from here on runs after the event, which belongs to another stream."""
 
@@ -63,11 +66,29 @@ class Device(Protocol):
     def copies(self) -> Stream:
         """Copies of results to the host."""
 
+    @property
+    def uploads(self) -> Stream:
+        """Copies of what a plan brings to the device."""
+
+    @property
+    def captures(self) -> bool:
+        """Whether work is captured into graphs, so that sizes are best rounded up to a few."""
+
+    def adopt_thread(self) -> None:
+        """Comes first in every thread that uses the device."""
+
     def host_buffer(self, num_bytes: int) -> Tensor:
         """uint8 [num_bytes] on the host; copies from and to it are asynchronous (pinned, on CUDA)."""
 
     def free_bytes(self, num_ranks: int) -> int:
         """Memory that this rank may plan with, given that `num_ranks` share the machine."""
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Work of the compute stream that does the same every time, made quick to repeat: `run` what it
+        returns instead. May run the work, and wait for it."""
+
+    def synchronize(self) -> None:
+        """Waits for everything that is queued. Not while steps are served."""
 
     def close(self) -> None:
         """Ends the streams' threads, if there are any. Work that is still queued is dropped."""
@@ -119,6 +140,9 @@ class CpuStream:
         self._queue.put(event)
         return event
 
+    def record_start(self) -> CpuEvent:
+        return self.record()
+
     def wait(self, event: Event) -> None:
         self._queue.put(event.synchronize)
 
@@ -149,10 +173,15 @@ class CpuDevice:
     """
 
     torch_device = torch.device("cpu")
+    captures = False
 
     def __init__(self, jitter: Callable[[], float] | None = None) -> None:
         self.compute = CpuStream("compute", jitter)
         self.copies = CpuStream("copies", jitter)
+        self.uploads = CpuStream("uploads", jitter)
+
+    def adopt_thread(self) -> None:
+        """Any thread may use it."""
 
     def host_buffer(self, num_bytes: int) -> Tensor:
         return torch.empty(num_bytes, dtype=torch.uint8)
@@ -161,9 +190,16 @@ class CpuDevice:
         """A rank's share of half of what is available: the other half stays with the rest of the machine."""
         return _available_bytes() // 2 // num_ranks
 
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        return work
+
+    def synchronize(self) -> None:
+        for stream in (self.uploads, self.compute, self.copies):
+            stream.record().synchronize()
+
     def close(self) -> None:
-        self.compute.close()
-        self.copies.close()
+        for stream in (self.uploads, self.compute, self.copies):
+            stream.close()
 
 
 def _available_bytes() -> int:

@@ -46,7 +46,12 @@ LINGER_SECONDS = 1.0
 
 def rank_main(boot: RankBoot) -> None:
     """What a rank's process does."""
-    run_rank(boot, CpuDevice(), Runner)
+    if boot.settings.device != "cuda":
+        run_rank(boot, CpuDevice(), Runner)
+        return
+    from tpworker.rank.cuda import CudaDevice
+
+    run_rank(boot, CudaDevice(boot.rank), Runner)
 
 
 def run_rank(boot: RankBoot, device: Device, runner_class: type[Runner]) -> None:
@@ -57,7 +62,7 @@ def run_rank(boot: RankBoot, device: Device, runner_class: type[Runner]) -> None
     plans = Channel.connect(boot.plan_address, boot.name, boot.generation)
     torch.set_num_threads(max(1, usable_cores() // boot.num_ranks))
     settings = boot.settings
-    collectives = connect(boot.meeting_fd, boot.store_fd, boot.rank, boot.num_ranks, settings.step_timeout)
+    collectives = meet(boot, device)
     with torch.inference_mode():
         started = time.monotonic()
         decoder, dtype = load_decoder(boot, device, collectives, row)
@@ -69,9 +74,23 @@ def run_rank(boot: RankBoot, device: Device, runner_class: type[Runner]) -> None
         runner = runner_class(
             decoder, cache, slots, device, collectives, ring_rows(settings), settings.check_ranks_agree
         )
+    if device.captures:
+        started = time.monotonic()
+        runner.prepare(min(settings.max_num_batched_tokens, settings.max_model_len))
+        logger.info("warmed up in %.1f s", time.monotonic() - started)
     serve(boot, plans, row, device, runner, runner.staging)
     device.close()
     close_all(LINGER_SECONDS)
+
+
+def meet(boot: RankBoot, device: Device) -> Collectives:
+    """The collectives of this rank's kind of device."""
+    timeout = boot.settings.step_timeout
+    if device.torch_device.type == "cpu":
+        return connect(boot.meeting_fd, boot.store_fd, boot.rank, boot.num_ranks, timeout)
+    from tpworker.rank.cuda_collectives import connect_cuda
+
+    return connect_cuda(boot.store_fd, boot.rank, boot.num_ranks, timeout, device.torch_device)
 
 
 def ring_rows(settings: RankSettings) -> int:

@@ -98,6 +98,7 @@ class Publisher:
 
     def _run(self) -> None:
         try:
+            self._device.adopt_thread()
             channel = None if self._connect is None else self._connect()
             while (item := self._queue.get()) is not None:
                 item.copied.synchronize()

@@ -2,12 +2,13 @@
 
     launch thread                     compute stream, in plan order
     ─────────────                     ──────────────────────────────────────────────────────────────
-    stage deltas, chunk tokens  ───►  apply deltas to the slot table
+    stage deltas, chunk tokens  ───►  apply deltas to the slot table, once they are uploaded
     record the step's events          inputs from the slot table (decode) and staging (chunks)
                                       forward, sample
                                       slot table and a row of the token ring are written
 
-A plan without chunks is a decode step: it reads device state alone.
+A plan without chunks is a decode step: it reads device state alone, and is a graph replay where there are
+graphs (graphs.py).
 """
 
 from __future__ import annotations
@@ -20,15 +21,23 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tpworker.ipc.messages import BatchPlan
+from tpworker.ipc.messages import Admission, BatchPlan, Chunk, Sampling, pack_int32
+from tpworker.model.attention import PagedAttention
 from tpworker.model.batch import Batch
 from tpworker.model.decoder import Decoder
 from tpworker.model.kv_cache import KVCache
 from tpworker.model.sampling import SamplingMode, sample
 from tpworker.model.tp import Collectives
 from tpworker.rank.device import Device, Event
+from tpworker.rank.graphs import DecodeGraphs
 from tpworker.rank.slots import SlotDeltas, SlotTable
 from tpworker.rank.staging import StagedArray, StagingBuffer, StagingPool
+
+_WARM_UP = (
+    Sampling(1.0, 0.9, 5, 0, 1, 1, pack_int32([0])),  # truncated, and stop ids suppressed
+    Sampling(1.0, 1.0, 0, 0, 1, 0, b""),
+    Sampling(0.0, 1.0, 0, 0, 1, 0, b""),  # greedy comes last: the null slot stays so
+)
 
 
 class RanksDisagree(RuntimeError):
@@ -71,7 +80,7 @@ class _Step:
     number: int
     staging: StagingBuffer
     deltas: SlotDeltas
-    decode_slots: StagedArray | None  # int64 [D] where the decode batch has changed
+    decode_slots: StagedArray | None  # int64 [num_slots], filled up with the null slot, where it has changed
     num_decodes: int
     num_sampled: int
     chunks: _Chunks | None
@@ -101,7 +110,7 @@ class Runner:
         ring_rows: int,
         check_agreement: bool = False,
     ) -> None:
-        self.staging = StagingPool(device)
+        self.staging = StagingPool(device, ring_rows)
         self._decoder = decoder
         self._cache = cache
         self._slots = slots
@@ -111,11 +120,50 @@ class Runner:
         self._ring = torch.full((ring_rows, 1 + slots.num_slots), -1, device=device.torch_device)
         self._ring_rows = self._ring.unbind(0)  # a step takes one: 4 µs less than by indexing
         self._counter = torch.full((1,), -1, device=device.torch_device)  # number of the step that runs
-        self._batch_slots = torch.zeros(slots.num_slots, dtype=torch.int64, device=device.torch_device)
+        self._batch_slots = torch.full((slots.num_slots,), slots.num_slots, device=device.torch_device)
         self._rows = torch.arange(slots.num_slots + 1, device=device.torch_device)
+        self._starts = self._rows.int()
+        self._graphs = DecodeGraphs(slots.num_slots)
         self._prompts: dict[int, NDArray[np.int32]] = {}
         self._decode: list[int] = []
         self._decode_mode = SamplingMode(False, False, False)
+
+    # ------------------------------------------------------------------------------- beforehand
+
+    def prepare(self, max_tokens: int) -> None:
+        """Runs every kind of step once, and captures the decode steps. Before the first plan; waits.
+
+        A kernel's first use takes milliseconds, some hundreds of them, and a capture needs kernels that are
+        loaded. All of it happens in the null slot.
+
+        Args:
+            max_tokens: of a step, and of one sequence.
+        """
+        null = self._slots.num_slots
+        length = max_tokens
+        while length:
+            for sampling in _WARM_UP:
+                admission = Admission(null, pack_int32([0] * length), length, 0, pack_int32([0]), sampling)
+                chunk = Chunk(null, 0, length, True)
+                launched = self.launch(BatchPlan(0, 0, admitted=(admission,), chunks=(chunk,), decode=b""))
+                launched.done.synchronize()
+                self.staging.give_back(launched.staging)
+            length //= 2
+        # The debug mode looks at values, and so does the reference attention at lengths.
+        looks = self._check_agreement or (
+            self._device.captures and isinstance(self._decoder.attention, PagedAttention)
+        )
+        if not looks:
+            self._graphs.capture(self._device, self._decode_step)
+        self._device.compute.run(self._begin)
+        self._device.synchronize()
+
+    def _begin(self) -> None:
+        """As if there had been no step."""
+        self._counter.fill_(-1)
+        self._ring.fill_(-1)
+        self._slots.last_token.zero_()
+        self._slots.position.zero_()
 
     # --------------------------------------------------------------------------- launch thread
 
@@ -123,9 +171,12 @@ class Runner:
         """Queues a step on the compute stream and returns at once."""
         step = self._stage(plan)
         ring_row = self._ring_rows[plan.step % len(self._ring_rows)][: 1 + step.num_sampled]
-        compute = self._device.compute
+        compute, uploads = self._device.compute, self._device.uploads
         launched_ns = time.monotonic_ns()
-        started = compute.record()
+        if not step.staging.is_empty:
+            uploads.run(step.staging.send)
+            compute.wait(uploads.record())
+        started = compute.record_start()
         compute.run(lambda: self._run(step))
         return Launched(
             plan.step, step.num_sampled, ring_row, started, compute.record(), launched_ns, step.staging
@@ -142,7 +193,9 @@ class Runner:
         if plan.decode is not None:
             decode = np.frombuffer(plan.decode, np.dtype("<i4")).astype(np.int64)
             self._decode = decode.tolist()
-            decode_slots = staging.put(decode)
+            padded = np.full(self._slots.num_slots, self._slots.num_slots, np.int64)
+            padded[: len(decode)] = decode
+            decode_slots = staging.put(padded)
         if plan.decode is not None or plan.admitted:
             self._decode_mode = self._slots.sampling_mode(self._decode)
         sampled = [chunk.slot for chunk in plan.chunks if chunk.sample]
@@ -186,16 +239,20 @@ class Runner:
     # -------------------------------------------------------------------------- compute stream
 
     def _run(self, step: _Step) -> None:
-        self._counter += 1
-        step.staging.send()
         self._slots.apply(step.deltas)
         if step.decode_slots is not None:
-            self._batch_slots[: step.num_decodes] = step.decode_slots.get()
-        chunks = step.chunks
-        self._write_ring(self._decode_step(step) if chunks is None else self._mixed_step(step, chunks))
+            self._batch_slots.copy_(step.decode_slots.get())
+        if step.chunks is not None:
+            self._mixed_step(step, step.chunks)
+        elif (replay := self._graphs.find(step.num_decodes, step.mode)) is not None:
+            replay()
+        else:
+            self._decode_step(step.num_decodes, step.mode)
 
-    def _decode_step(self, step: _Step) -> Tensor:
-        table, count = self._slots, step.num_decodes
+    def _decode_step(self, count: int, mode: SamplingMode) -> None:
+        """Decodes the first `count` slots of the batch, of which the last ones may be the null slot."""
+        self._counter += 1
+        table = self._slots
         slots = self._batch_slots[:count]
         positions = table.position[slots]
         batch = Batch(
@@ -204,17 +261,19 @@ class Runner:
             sequence_of=self._rows[:count],
             block_tables=table.block_table[slots],
             lengths=(positions + 1).int(),
-            query_starts=self._rows[: count + 1].int(),
+            query_starts=self._starts[: count + 1],
             num_decodes=count,
             max_query=1,
             sample_rows=None,
         )
-        tokens = self._sample(self._decoder.forward(batch, self._cache), slots, positions + 1, step)
+        tokens = self._sample(self._decoder.forward(batch, self._cache), slots, positions + 1, mode)
         table.last_token[slots] = tokens
         table.position[slots] = positions + 1
-        return tokens
+        table.position[-1:].zero_()  # padding rows stay where they are
+        self._write_ring(tokens)
 
-    def _mixed_step(self, step: _Step, chunks: _Chunks) -> Tensor:
+    def _mixed_step(self, step: _Step, chunks: _Chunks) -> None:
+        self._counter += 1
         table = self._slots
         decode_slots = self._batch_slots[: step.num_decodes]
         decode_positions = table.position[decode_slots]
@@ -234,31 +293,34 @@ class Runner:
         table.position[chunk_slots] = chunk_lengths
         table.position[decode_slots] = decode_positions + 1
         if not step.num_sampled:  # chunks in the middle of their prompts
-            return hidden.new_empty(0, dtype=torch.int64)
+            self._write_ring(hidden.new_empty(0, dtype=torch.int64))
+            return
         slots = torch.cat([decode_slots, chunks.sampled_slots.get()])
         positions = torch.cat([decode_positions + 1, chunks.sampled_positions.get()])
-        tokens = self._sample(hidden, slots, positions, step)
+        tokens = self._sample(hidden, slots, positions, step.mode)
         table.last_token[slots] = tokens
-        return tokens
+        self._write_ring(tokens)
 
     def _write_ring(self, tokens: Tensor) -> None:
         """The step's number and tokens (int64 [R]) into its row, which device state alone decides."""
         row = torch.cat([self._counter, tokens]).unsqueeze(0)
         self._ring[:, : row.shape[1]].index_copy_(0, self._counter % len(self._ring), row)
 
-    def _sample(self, hidden: Tensor, slots: Tensor, positions: Tensor, step: _Step) -> Tensor:
+    def _sample(self, hidden: Tensor, slots: Tensor, positions: Tensor, mode: SamplingMode) -> Tensor:
         """The next token of each row: hidden [R, hidden_size], slots and positions int64 [R] -> int64 [R]."""
         logits = self._decoder.logits(hidden)
         rows = self._slots.sampling_rows(slots, positions)
-        tokens = sample(logits, rows, step.mode, self._decoder.vocab_start, self._collectives)
+        tokens = sample(logits, rows, mode, self._decoder.vocab_start, self._collectives)
         if self._check_agreement:
-            self._compare_ranks(step.number, "hidden states", hidden)
-            self._compare_ranks(step.number, "sampled tokens", tokens)
+            self._compare_ranks("hidden states", hidden)
+            self._compare_ranks("sampled tokens", tokens)
         return tokens
 
-    def _compare_ranks(self, step: int, what: str, values: Tensor) -> None:
+    def _compare_ranks(self, what: str, values: Tensor) -> None:
         """Raises RanksDisagree unless every rank has the same bits (which it looks at: no CUDA graph)."""
         everybody = self._collectives.all_gather(values.contiguous().view(torch.uint8).view(-1))
         different = [rank for rank, bits in enumerate(everybody) if not torch.equal(bits, everybody[0])]
         if different:
-            raise RanksDisagree(f"step {step}: {what} of ranks {different} are not, bit by bit, rank 0's")
+            raise RanksDisagree(
+                f"step {int(self._counter)}: {what} of ranks {different} are not, bit by bit, rank 0's"
+            )

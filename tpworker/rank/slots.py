@@ -63,7 +63,7 @@ class SlotTable:
         """int64: stop ids are suppressed for tokens at positions below it."""
         self.stop_ids = zeros(MAX_STOP_IDS).fill_(-1)
         """int64 [num_slots + 1, MAX_STOP_IDS], filled up with -1."""
-        self._needs = np.zeros((num_slots, 3), np.bool_)  # on the host: random, truncate, suppress
+        self._needs = np.zeros((num_slots + 1, 3), np.bool_)  # on the host: random, truncate, suppress
 
     def stage(
         self, admitted: Sequence[Admission], grants: Sequence[Grant], staging: StagingBuffer

@@ -17,7 +17,7 @@ from torch import Tensor
 from tpworker.rank.device import Device
 
 _ALIGNMENT = 16
-_INITIAL_BYTES = 1 << 16
+_INITIAL_BYTES = 1 << 18
 _TORCH_DTYPE = {
     np.dtype(np.int64): torch.int64,
     np.dtype(np.int32): torch.int32,
@@ -31,13 +31,19 @@ class StagingBuffer:
     def __init__(self, device: Device) -> None:
         self._device = device
         self._host = device.host_buffer(_INITIAL_BYTES)
+        self._on_device = _like(self._host, device)
         self._used = 0
-        self._on_device: Tensor | None = None
+        self._sent = False
 
     def clear(self) -> None:
         """Empties it, for the next step."""
         self._used = 0
-        self._on_device = None
+        self._sent = False
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to send."""
+        return not self._used
 
     def put(self, array: NDArray[np.generic]) -> StagedArray:
         """Adds an array (int64, int32 or float32); it can be read on the device after `send`."""
@@ -45,19 +51,26 @@ class StagingBuffer:
         end = start + array.nbytes
         if end > self._host.numel():
             larger = self._device.host_buffer(max(end, 2 * self._host.numel()))
-            larger[: self._used] = self._host[: self._used]
+            larger.numpy()[: self._used] = self._host.numpy()[: self._used]
             self._host = larger
+            self._on_device = _like(larger, self._device)
         self._host.numpy()[start:end] = np.frombuffer(array.tobytes(), np.uint8)
         self._used = end
         return StagedArray(self, start, end, _TORCH_DTYPE[array.dtype], array.shape)
 
     def send(self) -> None:
-        """Copies everything to the device. Part of the step's work on the compute stream."""
-        self._on_device = self._host[: self._used].to(self._device.torch_device, non_blocking=True)
+        """Copies everything to the device: work of the upload stream, which the step waits for."""
+        self._on_device[: self._used].copy_(self._host[: self._used], non_blocking=True)
+        self._sent = True
 
     def view(self, start: int, end: int) -> Tensor:
-        assert self._on_device is not None, "read before it was sent"
+        assert self._sent, "read before it was sent"
         return self._on_device[start:end]
+
+
+def _like(host: Tensor, device: Device) -> Tensor:
+    with torch.inference_mode(False):  # may be written to in any mode
+        return torch.empty(host.shape, dtype=host.dtype, device=device.torch_device)
 
 
 class StagedArray:
@@ -76,11 +89,16 @@ class StagedArray:
 
 
 class StagingPool:
-    """Buffers that are not in use. `take` is the launch thread's, `give_back` the publisher's."""
+    """Buffers that are not in use. `take` is the launch thread's, `give_back` the publisher's.
 
-    def __init__(self, device: Device) -> None:
+    Args:
+        device: where they lead to.
+        count: how many to make beforehand: it takes long where the memory is pinned.
+    """
+
+    def __init__(self, device: Device, count: int = 0) -> None:
         self._device = device
-        self._free: deque[StagingBuffer] = deque()  # its append and pop are atomic
+        self._free = deque(StagingBuffer(device) for _ in range(count))  # its append and pop are atomic
 
     def take(self) -> StagingBuffer:
         """An empty buffer."""

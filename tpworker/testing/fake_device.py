@@ -48,6 +48,9 @@ class FakeStream:
     def record(self) -> Event:
         return FakeEvent(max(self._busy_until_ns, time.monotonic_ns()))
 
+    def record_start(self) -> Event:
+        return self.record()
+
     def wait(self, event: Event) -> None:
         self._busy_until_ns = max(self._busy_until_ns, event.time_ns())
 
@@ -56,16 +59,27 @@ class FakeDevice:
     """A device whose every step takes `step_seconds`, and whose copies take no time."""
 
     torch_device = torch.device("cpu")
+    captures = False
 
     def __init__(self, step_seconds: float) -> None:
         self.compute = FakeStream(step_seconds)
         self.copies = FakeStream(0.0)
+        self.uploads = FakeStream(0.0)
+
+    def adopt_thread(self) -> None:
+        """Any thread may use it."""
 
     def host_buffer(self, num_bytes: int) -> Tensor:
         return torch.zeros(num_bytes, dtype=torch.uint8)
 
     def free_bytes(self, num_ranks: int) -> int:
         return 1 << 34
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        return work
+
+    def synchronize(self) -> None:
+        """Work is done when it is queued."""
 
     def close(self) -> None:
         """Nothing runs here."""

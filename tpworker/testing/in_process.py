@@ -54,6 +54,7 @@ class InProcessGroup:
         dtype: of weights and KV.
         jitter: delays for each rank's device, see `CpuDevice`.
         check_agreement: debug mode of `Runner`.
+        prepare: as ranks do whose device captures graphs: decode batches are padded to a few sizes.
         settings: fields of `SchedulerSettings`.
     """
 
@@ -65,6 +66,7 @@ class InProcessGroup:
         dtype: torch.dtype = torch.float32,
         jitter: Callable[[], float] | None = None,
         check_agreement: bool = False,
+        prepare: bool = False,
         **settings: Any,
     ) -> None:
         defaults: dict[str, Any] = {
@@ -83,6 +85,7 @@ class InProcessGroup:
         self.steps: list[StepOutput] = []
         self._folder, self._num_ranks, self._num_kv_blocks = folder, num_ranks, num_kv_blocks
         self._dtype, self._jitter, self._check_agreement = dtype, jitter, check_agreement
+        self._prepare = prepare
         self._address = f"inproc://tpworker-{next(_names)}"
         self._ready = threading.Barrier(num_ranks + 2)
         self._barrier = Barrier.create(num_ranks)
@@ -202,6 +205,8 @@ class InProcessGroup:
             )
             rows = settings.lookahead + 2
             runner = Runner(decoder, cache, slots, device, collectives, rows, self._check_agreement)
+        if self._prepare:
+            runner.prepare(settings.max_num_batched_tokens)
         row = self._board.rows()[1 + rank]
         publisher = Publisher(
             0,

@@ -1,0 +1,47 @@
+"""Which captured decode step serves a batch."""
+
+from __future__ import annotations
+
+from tpworker.model.sampling import SamplingMode
+from tpworker.rank.device import CpuDevice
+from tpworker.rank.graphs import GREEDY, MODES, DecodeGraphs, ladder
+
+
+def test_the_ladder_ends_at_the_largest_batch() -> None:
+    assert ladder(1) == [1]
+    assert ladder(7) == [1, 2, 4, 7]
+    assert ladder(64) == [1, 2, 4, 8, 16, 32, 48, 64]
+    for most in range(1, 600):
+        sizes = ladder(most)
+        assert sizes == sorted(set(sizes))
+        assert sizes[-1] == most
+
+
+def test_a_batch_takes_the_next_larger_size_and_a_mode_that_does_what_it_needs() -> None:
+    device = CpuDevice()
+    done: list[tuple[int, SamplingMode]] = []
+    graphs = DecodeGraphs(20)
+    assert graphs.find(3, GREEDY) is None
+    graphs.capture(device, lambda size, mode: done.append((size, mode)))
+    assert [size for size, _ in done] == [], "the CPU has nothing to capture"
+    for count, size in [(0, 1), (1, 1), (3, 4), (4, 4), (9, 16), (17, 20), (20, 20)]:
+        for random, truncate, suppress in [
+            (False,) * 3,
+            (True, False, False),
+            (True, True, False),
+            (False, False, True),
+        ]:
+            mode = SamplingMode(random, truncate, suppress)
+            replay = graphs.find(count, mode)
+            assert replay is not None
+            replay()
+            taken_size, taken = done[-1]
+            assert taken_size == size
+            assert taken in MODES
+            needed = zip(
+                (random, truncate, suppress), (taken.random, taken.truncate, taken.suppress), strict=True
+            )
+            assert all(has >= needs for needs, has in needed)
+            if not (truncate or suppress):
+                assert taken == mode, "sorting a vocabulary for nothing"
+    device.close()

@@ -1,0 +1,198 @@
+"""CUDA as a device: streams, events, pinned buffers and graphs behind the interface of device.py.
+
+    uploads   what a plan brings     pinned buffer ──► device buffer
+    compute   the steps              one graph replay each, in steady decode
+    copies    results                ring row ──► pinned buffer
+
+Nothing is copied on the compute stream: a copy there costs 15 µs of GPU time a step (docs/notes.md).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tpworker.rank.device import Event
+
+_cuda: Any = torch.cuda  # its streams, events and graphs are typed in part only
+
+POLL_SECONDS = 20e-6
+"""How long a wait for an event sleeps in between. Blocking events wake up later (median 80 against 50 µs, p99
+340 against 90); asking without a sleep keeps the GIL from the launch thread for a whole step."""
+
+_CALIBRATIONS = 20
+_WINDOW = 256  # times after which the clocks are compared again
+_LATENCY_NS = 5_000  # from an event to the thread that asks for it, at its quickest
+
+
+class _Clock:
+    """CLOCK_MONOTONIC of events, from the time between them, which is all that CUDA tells.
+
+    Times are added up from event to event: a span since the start would soon be too long for the float32 that
+    CUDA returns. The two clocks drift apart, so the sum is set right by the shortest delay seen of late
+    between an event and the thread that saw it. Belongs to one thread, which asks in the order of the events.
+    """
+
+    def __init__(self) -> None:
+        best = 1 << 62
+        for _ in range(_CALIBRATIONS):
+            event = _cuda.Event(enable_timing=True)
+            before = time.monotonic_ns()
+            event.record()
+            event.synchronize()
+            after = time.monotonic_ns()
+            if after - before < best:
+                best, self._last, self._at = after - before, event, (before + after) // 2
+        self._shortest = 1 << 62
+        self._asked = 0
+
+    def time_of(self, event: Any) -> int:
+        """Of an event that has been reached, after the one that was asked for before."""
+        self._at += round(self._last.elapsed_time(event) * 1e6)
+        self._last = event
+        self._shortest = min(self._shortest, time.monotonic_ns() - self._at)
+        self._asked += 1
+        if self._asked == _WINDOW or self._shortest < 0:
+            self._at += self._shortest - _LATENCY_NS
+            self._shortest, self._asked = 1 << 62, 0
+        return self._at
+
+
+class CudaEvent:
+    """A place in a `CudaStream`.
+
+    Args:
+        event: of torch, recorded.
+        clock: tells its time, if it is one of the compute stream.
+    """
+
+    __slots__ = ("_at", "_clock", "event")
+
+    def __init__(self, event: Any, clock: _Clock | None) -> None:
+        self.event = event
+        self._clock = clock
+        self._at = 0
+
+    def synchronize(self) -> None:
+        while not self.event.query():
+            time.sleep(POLL_SECONDS)
+
+    def time_ns(self) -> int:
+        if not self._at:
+            assert self._clock is not None, "events of this stream have no time"
+            self._at = self._clock.time_of(self.event)
+        return self._at
+
+
+class _Start:
+    """When a step starts: when the one before it has ended, or when it is launched, if that is later.
+
+    An event of its own would be a second one in the compute stream every step, and cost the GPU microseconds.
+    """
+
+    __slots__ = ("_before", "_launched_ns")
+
+    def __init__(self, before: CudaEvent | None) -> None:
+        self._before = before
+        self._launched_ns = time.monotonic_ns()
+
+    def synchronize(self) -> None:
+        if self._before is not None:
+            self._before.synchronize()
+
+    def time_ns(self) -> int:
+        before = 0 if self._before is None else self._before.time_ns()
+        return max(before, self._launched_ns)
+
+
+class CudaStream:
+    """A stream. `run` launches the work's kernels at once, on the calling thread.
+
+    Args:
+        clock: to time its events by; None: they have no time.
+    """
+
+    def __init__(self, device: torch.device, clock: _Clock | None = None) -> None:
+        self.stream = _cuda.Stream(device)
+        self._clock = clock
+        self._last: CudaEvent | None = None
+
+    def run(self, work: Callable[[], None]) -> None:
+        with torch.inference_mode(), _cuda.stream(self.stream):
+            work()
+
+    def record(self) -> CudaEvent:
+        event = _cuda.Event(enable_timing=self._clock is not None)
+        event.record(self.stream)
+        self._last = CudaEvent(event, self._clock)
+        return self._last
+
+    def record_start(self) -> Event:
+        return _Start(self._last)
+
+    def wait(self, event: Event) -> None:
+        assert isinstance(event, CudaEvent)
+        self.stream.wait_event(event.event)
+
+
+class CudaDevice:
+    """One GPU.
+
+    Args:
+        index: among those that CUDA shows to this process.
+    """
+
+    captures = True
+
+    def __init__(self, index: int) -> None:
+        self.torch_device = torch.device("cuda", index)
+        self.adopt_thread()
+        self.compute = CudaStream(self.torch_device, _Clock())
+        self.copies = CudaStream(self.torch_device)
+        self.uploads = CudaStream(self.torch_device)
+        # What is made from here on, weights too, is made in the order of the steps that use it.
+        _cuda.set_stream(self.compute.stream)
+        self._pool: Any = None
+
+    def adopt_thread(self) -> None:
+        _cuda.set_device(self.torch_device)  # each thread has its own current device, at first GPU 0
+
+    def host_buffer(self, num_bytes: int) -> Tensor:
+        buffer = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=True)
+        assert buffer.is_pinned(), "copies from and to it would wait"
+        return buffer
+
+    def free_bytes(self, num_ranks: int) -> int:
+        """What is free on the GPU, which this rank has for itself."""
+        _cuda.synchronize()
+        _cuda.empty_cache()
+        free: int = _cuda.mem_get_info(self.torch_device)[0]
+        return free
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Runs the work twice, the second time into a graph. All graphs share one pool of memory: capture
+        the largest first. Waits for the device."""
+        self.compute.run(work)  # loads kernels and makes workspaces, which cannot be done in a capture
+        _cuda.synchronize()
+        if self._pool is None:
+            self._pool = _cuda.graph_pool_handle()
+        graph = _cuda.CUDAGraph()
+        with torch.inference_mode(), _cuda.stream(self.compute.stream):
+            # Other threads may go on with their copies meanwhile.
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                work()
+            finally:
+                graph.capture_end()
+        replay: Callable[[], None] = graph.replay
+        return replay
+
+    def synchronize(self) -> None:
+        _cuda.synchronize()
+
+    def close(self) -> None:
+        """Streams have no threads here."""
