@@ -209,14 +209,14 @@ def test_top_p_counts_within_top_k() -> None:
 
 
 def test_without_a_top_p_even_the_least_likely_token_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sums of float32 could lose it; noise that always prefers it would show that."""
-    logits = torch.zeros(1, 300)
-    logits[0, 17] = -25.0  # 1e-11 of the others
+    """Sums of float32 could lose it, at some sizes; noise that always prefers it would show that."""
     noise = lambda seed, position, ids: 100.0 * (ids == 17).expand(len(seed), -1)  # noqa: E731
     monkeypatch.setattr(sampling, "gumbel_noise", noise)
-    for top_k in (300, 1000):
-        assert sample_at(1, logits, rows_of(1, top_k=top_k), TRUNCATED).item() == 17
-        assert sample_at(1, logits, rows_of(1, top_k=top_k, top_p=0.999999), TRUNCATED).item() != 17
+    for vocab_size in range(260, 300):
+        logits = torch.zeros(1, vocab_size)
+        logits[0, 17] = -25.0  # 1e-11 of the others
+        assert sample_at(1, logits, rows_of(1, top_k=1000), TRUNCATED).item() == 17
+        assert sample_at(1, logits, rows_of(1, top_k=1000, top_p=0.99999), TRUNCATED).item() != 17
 
 
 @pytest.mark.parametrize(
@@ -335,6 +335,14 @@ def splitmix64(z: int) -> int:
 GAMMA = 0x9E3779B97F4A7C15
 
 
+def reference_noise(seed: int, position: int, token: int) -> tuple[float, float]:
+    """The uniform number and the noise, in Python's unsigned integers and float64."""
+    key = splitmix64((splitmix64((seed + GAMMA) & MASK) + position * GAMMA) & MASK)
+    bits = splitmix64((key + (token + 1) * GAMMA) & MASK) & (MASK >> 1)
+    uniform = min(max(bits, 1) / 2**63, 1 - 2**-24)
+    return uniform, -math.log(-math.log1p(-uniform))
+
+
 @given(
     seed=st.integers(-(2**63), 2**63 - 1),
     position=st.integers(0, 2**22),
@@ -342,12 +350,19 @@ GAMMA = 0x9E3779B97F4A7C15
 )
 def test_noise_is_splitmix64(seed: int, position: int, token: int) -> None:
     noise = gumbel_noise(torch.tensor([seed]), torch.tensor([position]), torch.tensor([token]))
-    key = splitmix64((splitmix64((seed + GAMMA) & MASK) + position * GAMMA) & MASK)
-    bits = splitmix64((key + (token + 1) * GAMMA) & MASK) & (MASK >> 1)
-    uniform = min(max(bits, 1) / 2**63, 1 - 2**-24)
-    expected = -math.log(-math.log1p(-uniform))
+    uniform, expected = reference_noise(seed, position, token)
     # near uniform = 1, float32 has 24 bits of 1 - uniform only
     assert float(noise) == pytest.approx(expected, rel=1e-5, abs=max(1e-5, 2**-24 / (1 - uniform)))
+
+
+def test_large_noise_is_as_precise_as_small() -> None:
+    """It decides which token wins, and comes from uniform numbers of 1e-5 and less."""
+    noise = gumbel_noise(torch.tensor([5]), torch.tensor([9]), torch.arange(200_000))[0]
+    largest = noise.topk(20)
+    for value, token in zip(largest.values.tolist(), largest.indices.tolist(), strict=True):
+        uniform, expected = reference_noise(5, 9, token)
+        assert uniform < 2e-4
+        assert value == pytest.approx(expected, rel=1e-6)
 
 
 def test_noise_is_the_same_wherever_its_values_lie() -> None:
