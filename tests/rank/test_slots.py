@@ -6,6 +6,7 @@ import torch
 
 from tests.scheduler.helpers import sampling
 from tpworker.ipc.messages import Admission, Grant, pack_int32
+from tpworker.model.sampling import SamplingMode
 from tpworker.rank.device import CpuDevice
 from tpworker.rank.slots import MAX_STOP_IDS, SlotTable
 from tpworker.rank.staging import StagingPool
@@ -89,6 +90,6 @@ def test_the_mode_is_what_any_row_needs() -> None:
 def test_sampling_rows_are_gathered() -> None:
     table = SlotTable(4, 8, torch.device("cpu"))
     apply(table, [admission(slot, sampling=sampling(seed=slot)) for slot in range(4)], [])
-    rows = table.sampling_rows(torch.tensor([3, 1]), torch.tensor([10, 20]))
+    rows = table.sampling_rows(torch.tensor([3, 1]), torch.tensor([10, 20]), SamplingMode(True, True, True))
     assert rows.seed.tolist() == [3, 1]
     assert rows.position.tolist() == [10, 20]

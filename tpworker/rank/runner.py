@@ -309,7 +309,7 @@ class Runner:
     def _sample(self, hidden: Tensor, slots: Tensor, positions: Tensor, mode: SamplingMode) -> Tensor:
         """The next token of each row: hidden [R, hidden_size], slots and positions int64 [R] -> int64 [R]."""
         logits = self._decoder.logits(hidden)
-        rows = self._slots.sampling_rows(slots, positions)
+        rows = self._slots.sampling_rows(slots, positions, mode)
         tokens = sample(logits, rows, mode, self._decoder.vocab_start, self._collectives)
         if self._check_agreement:
             self._compare_ranks("hidden states", hidden)

@@ -108,16 +108,23 @@ class SlotTable:
             self.temperature[slots] = floats[:, 0]
             self.top_p[slots] = floats[:, 1]
 
-    def sampling_rows(self, slots: Tensor, positions: Tensor) -> SamplingRows:
-        """The sampling parameters of rows whose tokens will stand at `positions` (int64 [R] both)."""
+    def sampling_rows(self, slots: Tensor, positions: Tensor, mode: SamplingMode) -> SamplingRows:
+        """The sampling parameters of rows whose tokens will stand at `positions` (int64 [R] both).
+
+        What the mode does not look at is left empty: each is a kernel of its own on a GPU.
+        """
+
+        def rows(column: Tensor, needed: bool) -> Tensor:
+            return column[slots] if needed else column[:0]
+
         return SamplingRows(
-            self.temperature[slots],
-            self.top_p[slots],
-            self.top_k[slots],
-            self.seed[slots],
+            rows(self.temperature, mode.random),
+            rows(self.top_p, mode.truncate),
+            rows(self.top_k, mode.truncate),
+            rows(self.seed, mode.random),
             positions,
-            self.min_length[slots],
-            self.stop_ids[slots],
+            rows(self.min_length, mode.suppress),
+            rows(self.stop_ids, mode.suppress),
         )
 
     def sampling_mode(self, slots: Sequence[int]) -> SamplingMode:
