@@ -117,7 +117,16 @@ def test_waiting_and_running_are_counted(requests: Requests) -> None:
     requests.close(c)
     assert (requests.num_waiting, requests.num_running) == (0, 1)
     requests.deliver(step((b, 0, 1), finished=[(0, "stop")]))
-    assert (requests.num_waiting, requests.num_running, len(requests)) == (0, 0, 0)
+    assert (requests.num_waiting, requests.num_running) == (0, 0)
+
+
+def test_the_scheduler_has_work_when_something_was_submitted(requests: Requests) -> None:
+    a = requests.open("a")
+    assert not requests.any_submitted()
+    a.is_submitted = True
+    assert requests.any_submitted()
+    requests.close(a)
+    assert not requests.any_submitted()
 
 
 def test_a_slow_consumer_gets_all_that_came_together(requests: Requests) -> None:
@@ -179,7 +188,7 @@ def test_a_failure_comes_after_the_tokens_that_had_arrived(requests: Requests) -
                 await consumer
             errors.append(caught.value)
         assert errors[0] is not errors[1]  # each has a traceback of its own
-        assert len(requests) == 0
+        assert requests.num_waiting + requests.num_running == 0
 
     asyncio.run(main())
 

@@ -416,6 +416,23 @@ def test_a_model_that_is_none_is_refused_before_a_process_is_started(
         run(start)
 
 
+def test_a_start_that_failed_is_not_repeated(
+    fake_runtime: MakeRuntime, model_folder: Path, tmp_path: Path
+) -> None:
+    async def main() -> None:
+        runtime = fake_runtime(model=tmp_path / "later")
+        with pytest.raises(ModelError):
+            await runtime.start()
+        model_folder.rename(tmp_path / "later")
+        stopped = fake_runtime(model=tmp_path / "later")
+        await stopped.stop()
+        for used in (runtime, stopped):
+            with pytest.raises(RuntimeStopped, match="starts once"):
+                await used.start()
+
+    run(main)
+
+
 def test_options_are_checked_when_it_is_made(model_folder: Path) -> None:
     with pytest.raises(ConfigError, match="lookahead=99"):
         Runtime(model_folder, lookahead=99)
@@ -612,6 +629,62 @@ def test_a_scheduler_that_works_is_not_taken_for_hung(
             assert len(tokens_of(await collect(runtime, [5], ids_only(500)))) == 500
             await asyncio.sleep(0.3)  # nor one that has nothing to do
             assert runtime.health().state == "ready"
+
+    run(main)
+
+
+def test_a_scheduler_that_has_nothing_to_do_yet_is_not_taken_for_hung(
+    fake_runtime: MakeRuntime, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    byte_tokenizer()._backend.save(str(model_folder / "tokenizer.json"))
+    monkeypatch.setattr("tpworker.generation.BEAT_SECONDS", 0.1)
+
+    async def main() -> None:
+        async with fake_runtime(step_timeout=0.1) as runtime:
+            encode = runtime.tokenizer.encode
+
+            def slow(text: str) -> list[int]:
+                time.sleep(1)
+                return encode(text)
+
+            monkeypatch.setattr(runtime.tokenizer, "encode", slow)
+            text = asyncio.ensure_future(collect(runtime, "text", ids_only(4)))
+            await asyncio.sleep(0)
+            await collect(runtime, [5], ids_only(1))  # which sets the watchdog off
+            assert len(tokens_of(await text)) == 4
+
+    run(main)
+
+
+@pytest.mark.parametrize("kind", [TypeError, LookupError])
+def test_an_error_of_any_kind_over_a_message_ends_the_runtime(
+    fake_runtime: MakeRuntime, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+) -> None:
+    def broken(*_: object) -> None:
+        raise kind("out of the blue")
+
+    async def main() -> None:
+        async with fake_runtime() as runtime:
+            monkeypatch.setattr(runtime._requests, "deliver", broken)
+            with pytest.raises(RuntimeFailed, match="out of the blue") as caught:
+                await asyncio.wait_for(collect(runtime, [5], ids_only(3)), 10)
+            assert "in broken" in (caught.value.traceback or "")
+
+    run(main)
+
+
+def test_the_processes_end_also_when_they_cannot_be_told(
+    fake_runtime: MakeRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise OSError("the socket is gone")
+
+    async def main() -> None:
+        async with fake_runtime() as runtime:
+            assert runtime._generation is not None
+            monkeypatch.setattr(runtime._generation._channel, "send", broken)
+            await asyncio.wait_for(runtime.stop(), 10)
+            assert not children("")
 
     run(main)
 

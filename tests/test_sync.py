@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import threading
@@ -11,6 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.conftest import eventually
 from tests.server.fake_runtime import byte_tokenizer
 from tpworker import InvalidRequest, ModelError, RuntimeFailed, RuntimeStopped, SamplingParams, SyncRuntime
 
@@ -68,6 +70,28 @@ def test_leaving_the_loop_aborts(runtime: SyncRuntime) -> None:
     next(outputs)
     outputs.close()
     assert (runtime.stats().open, runtime.stats().aborted) == (0, 1)
+
+
+def test_a_generator_may_be_collected_on_the_runtimes_own_thread(runtime: SyncRuntime) -> None:
+    outputs = runtime.generate([5], SamplingParams(detokenize=False))
+    next(outputs)
+    cycle: list[object] = [outputs]
+    cycle.append(cycle)
+    gc.disable()  # not here
+    try:
+        del outputs, cycle
+        assert runtime._loop is not None
+        runtime._loop.call_soon_threadsafe(gc.collect)
+        eventually(lambda: runtime.runtime.stats().aborted == 1)
+    finally:
+        gc.enable()
+    assert list(runtime.generate([5], IDS_ONLY))[-1].finish_reason == "length"
+
+
+def test_a_second_start_is_refused_and_the_first_goes_on(runtime: SyncRuntime) -> None:
+    with pytest.raises(RuntimeStopped, match="starts once"):
+        runtime.start()
+    assert list(runtime.generate([5], IDS_ONLY))[-1].finish_reason == "length"
 
 
 def test_abort_from_another_thread(runtime: SyncRuntime) -> None:

@@ -10,6 +10,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import logging
+import traceback
 from collections.abc import Callable
 
 from tpworker.faults import Fault
@@ -18,7 +19,6 @@ from tpworker.ipc.channels import Channel, ChannelError, new_address
 from tpworker.ipc.child import SCHEDULER_NAME
 from tpworker.ipc.messages import Message, MessageError, SchedulerReady, StepOutput, Stop
 from tpworker.loading import Progress
-from tpworker.requests import GapError
 from tpworker.supervisor import Group, Supervisor
 
 logger = logging.getLogger(__name__)
@@ -132,8 +132,12 @@ class Generation:
         When it is cancelled it kills them, and they are gone nevertheless.
         """
         if self._ready.done() and self._fault is None and not self._is_stopping:
-            self.send(Stop(self.number))
-            self._supervisor.stop(STOP_SECONDS)
+            self._supervisor.stop(STOP_SECONDS)  # first: whatever becomes of the message, they will end
+            try:
+                self.send(Stop(self.number))
+            except Exception:
+                logger.exception("the processes cannot be told to stop: they are killed")
+                self._supervisor.kill()
         elif not self._ready.done():
             self._supervisor.kill()
         self._is_stopping = True
@@ -170,9 +174,10 @@ class Generation:
         try:
             while (message := self._channel.receive_now()) is not None:
                 self._take(message)
-        except (MessageError, ChannelError, GapError, LookupError, ValueError) as error:
+        except Exception as error:
+            # Of whatever class: the messages behind this one stay unread, and no edge would tell of them.
             summary = f"{SCHEDULER_NAME} sent what it must not: {type(error).__name__}: {error}"
-            self._supervisor.blame(Fault(SCHEDULER_NAME, summary))
+            self._supervisor.blame(Fault(SCHEDULER_NAME, summary, traceback=traceback.format_exc()))
         finally:
             self._is_draining = False
 

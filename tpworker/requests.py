@@ -150,8 +150,9 @@ class Requests:
         self._by_number: dict[int, Request] = {}
         self._next_number = 0
 
-    def __len__(self) -> int:
-        return len(self._by_number)
+    def any_submitted(self) -> bool:
+        """Whether the scheduler has work; what is tokenised still, it knows nothing of."""
+        return any(request.is_submitted for request in self._by_number.values())
 
     def __contains__(self, request: Request) -> bool:
         return request.number in self._by_number

@@ -42,6 +42,7 @@ logger = logging.getLogger(__name__)
 NUM_RECENT_STEPS = 4096
 NUM_TOKENISERS = 4
 """Threads that turn prompts into tokens; they do not block the event loop."""
+STARTS_ONCE = "a runtime starts once, and not after it was stopped: make a new one"
 
 
 class Runtime:
@@ -79,6 +80,7 @@ class Runtime:
         self._progress = progress or _no_progress
         self._modules = {"rank_module": rank_module, "scheduler_module": scheduler_module}
         self._state: RuntimeState = "stopped"
+        self._is_used = False  # started or stopped before
         self._fault: Fault | None = None
         self._found: FoundModel | None = None
         self._tokenizer: Tokenizer | None = None
@@ -106,10 +108,11 @@ class Runtime:
             ConfigError: the configuration cannot work on this machine, or with this model.
             ModelError: the model cannot be found, read, or served.
             RuntimeFailed: a process did not get ready; names it, with its traceback.
-            RuntimeStopped: it was started before.
+            RuntimeStopped: it was started or stopped before.
         """
-        if self._state != "stopped" or self._found is not None:
-            raise RuntimeStopped("a runtime starts once: make a new one")
+        if self._is_used:
+            raise RuntimeStopped(STARTS_ONCE)
+        self._is_used = True
         self._state = "starting"
         try:
             await self._start()
@@ -145,7 +148,7 @@ class Runtime:
             rank=rank_settings(self.config, found.spec, device, self._max_model_len),
             **self._modules,
         )
-        self._generation = Generation(group, self._on_output, self._on_fault, lambda: len(self._requests) > 0)
+        self._generation = Generation(group, self._on_output, self._on_fault, self._requests.any_submitted)
         ready = asyncio.ensure_future(self._generation.ready(self.config.start_timeout, self._progress))
         tokenizer = in_daemon_thread(lambda: load_tokenizer(found.folder))
         try:
@@ -178,6 +181,7 @@ class Runtime:
 
         May be called at any time, also more than once. When it is cancelled, the processes are killed.
         """
+        self._is_used = True
         if self._state != "failed":
             self._state = "stopped"
         self._requests.fail_all(lambda: RuntimeStopped("the runtime was stopped"))

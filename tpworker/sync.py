@@ -20,7 +20,7 @@ from tpworker.config import RuntimeConfig, SamplingParams
 from tpworker.errors import RuntimeStopped
 from tpworker.loading import Progress
 from tpworker.outputs import Completion, Health, RequestOutput, Stats
-from tpworker.runtime import Runtime
+from tpworker.runtime import STARTS_ONCE, Runtime
 
 if TYPE_CHECKING:
     from tpworker.model.families import ModelSpec
@@ -48,18 +48,20 @@ class SyncRuntime:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._over: asyncio.Event | None = None
+        self._closing: set[asyncio.Task[None]] = set()  # of generators that were left behind
 
     # ------------------------------------------------------------------------ start and stop
 
     def start(self) -> None:
         """See `Runtime.start`."""
-        if self._thread is None:
-            running = threading.Event()
-            self._thread = threading.Thread(
-                target=lambda: asyncio.run(self._live(running)), name="tpworker-runtime", daemon=True
-            )
-            self._thread.start()
-            running.wait()
+        if self._thread is not None:
+            raise RuntimeStopped(STARTS_ONCE)
+        running = threading.Event()
+        self._thread = threading.Thread(
+            target=lambda: asyncio.run(self._live(running)), name="tpworker-runtime", daemon=True
+        )
+        self._thread.start()
+        running.wait()
         try:
             self._call(self.runtime.start())
         except BaseException:
@@ -122,7 +124,11 @@ class SyncRuntime:
             while (output := self._call(following())) is not None:
                 yield output
         finally:
-            if self._thread is not None and self._thread.is_alive():
+            if self._thread is threading.current_thread():  # collected there: it cannot wait for itself
+                task = asyncio.create_task(close())
+                self._closing.add(task)
+                task.add_done_callback(self._closing.discard)
+            elif self._thread is not None and self._thread.is_alive():
                 self._call(close())
 
     def complete(
