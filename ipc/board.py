@@ -3,7 +3,7 @@
 One row a process, written by that process alone, two cache lines long; a field is one aligned 64-bit word,
 so that what is read is a value that was written (see SharedWords). Fields of one row are not read at one
 instant. It costs a writer some tens of nanoseconds a field, and nobody is told: a board is for progress
-displays, statistics and post-mortems, not for control.
+displays, statistics and post-mortems; and for the two watchdogs, which end what has not moved for long.
 """
 
 from __future__ import annotations
@@ -34,10 +34,8 @@ class Field(IntEnum):
     LAUNCHED = 6
     """Last step handed to the device, + 1."""
     COMPLETED = 7
-    """Last step that the device has finished, + 1."""
-    PUBLISHED = 8
-    """Last step whose result was sent, + 1."""
-    BEAT = 9
+    """Last step that the device has finished, and on rank 0 whose result was sent, + 1."""
+    BEAT = 8
     """When the process last said that it is alive: time.monotonic_ns(), one clock for all processes."""
 
 

@@ -26,7 +26,7 @@ class InFlight:
     sampled: list[Request]  # whose tokens come back, in the plan's order
     num_prefill_tokens: int
     num_decodes: int
-    streamed: float  # time.monotonic()
+    streamed: float  # time.monotonic(), when it was composed
 
 
 class InFlightPlans:
@@ -35,6 +35,7 @@ class InFlightPlans:
     def __init__(self, lookahead: int) -> None:
         self._limit = lookahead + 1
         self._plans: deque[InFlight] = deque()
+        self._last_answer = 0.0  # time.monotonic()
 
     def __len__(self) -> int:
         return len(self._plans)
@@ -60,8 +61,14 @@ class InFlightPlans:
         plan = self._plans.popleft()
         if len(tokens) != len(plan.sampled):
             raise ProtocolError(f"step {result.step}: {len(tokens)} tokens for {len(plan.sampled)} rows")
+        self._last_answer = time.monotonic()
         return plan, tokens
 
     def oldest_age(self) -> float:
-        """Seconds for which the oldest plan has been waiting; 0 without one."""
-        return time.monotonic() - self._plans[0].streamed if self._plans else 0.0
+        """Seconds for which the oldest plan has been the next to be answered; 0 without one.
+
+        Not since it was streamed: with lookahead it waited its turn behind others.
+        """
+        if not self._plans:
+            return 0.0
+        return time.monotonic() - max(self._plans[0].streamed, self._last_answer)

@@ -48,6 +48,9 @@ _M = TypeVar("_M")
 BEAT_SECONDS = 1.0
 """While there is work, the loop turns at least this often, so that a hang can be told from a long step."""
 
+STEP_PATIENCE = 1.25
+"""Times step_timeout: the ranks, who wait for each other that long, know better whom they miss."""
+
 STOP_SECONDS = 5.0
 """For the last message to leave."""
 
@@ -222,7 +225,7 @@ class Scheduler:
         )
 
     def _check_deadline(self) -> None:
-        if self.in_flight.oldest_age() <= self.settings.step_timeout:
+        if self.in_flight.oldest_age() <= self.settings.step_timeout * STEP_PATIENCE:
             return
         rows = self._board.rows()[1:]
         completed = [row[Field.COMPLETED] for row in rows]
@@ -235,7 +238,7 @@ class Scheduler:
         raise StepTimeout(
             f"a step was not answered within {self.settings.step_timeout:g} s (--step-timeout); "
             f"steps of each rank: {places}",
-            behind if len(behind) < len(rows) else [],
+            behind if len(behind) < len(rows) or len(rows) == 1 else [],
         )
 
 

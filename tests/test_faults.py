@@ -106,7 +106,18 @@ def test_who_is_behind_is_at_fault_where_nobody_is_named() -> None:
     timeout = reported(SCHEDULER, "StepTimeout", "not answered")
     assert find_cause([timeout], standings).process == RANK1
     level = {**standings, RANK1: standings[RANK0]}
-    assert find_cause([timeout], level).process == SCHEDULER
+    together = find_cause([timeout], level)
+    assert together.process == f"{RANK0}, {RANK1}", "the scheduler only says so"
+    assert together.hung
+
+
+def test_who_says_whom_it_missed_is_believed_before_who_does_not() -> None:
+    standings = {RANK1: Standing(False, (4, 6))}
+    endings = [
+        reported(SCHEDULER, "StepTimeout", "not answered"),
+        waited,
+    ]
+    assert find_cause(endings, standings).process == RANK1
 
 
 def test_a_rank_that_diverges_is_at_fault_though_others_say_so() -> None:

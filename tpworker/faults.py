@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
-from tpworker.ipc.child import RANK_NAME, Report
+from tpworker.ipc.child import RANK_NAME, SCHEDULER_NAME, Report
 
 #: Errors of these classes say that somebody else did not do something in time.
 _WAITED = frozenset({"BarrierTimeout", "StepTimeout", "TimeoutError", "ChannelError"})
@@ -84,7 +84,7 @@ class Standing:
 class Fault:
     """Why a generation of processes ended."""
 
-    process: str
+    process: str  # several, with commas, when they hang together and none can be singled out
     summary: str
     report: Report | None = None  # of the process at fault, if it could still write one
     traceback: str | None = None
@@ -98,7 +98,7 @@ def find_cause(endings: Sequence[Ending], standings: Mapping[str, Standing]) -> 
         endings: at least one.
         standings: of each process that still lives, by name.
     """
-    first = min(endings, key=lambda ending: ending.kind)  # min keeps the first of equals
+    first = min(endings, key=_rank_of)  # min keeps the first of equals
     report = first.report
     if report and first.kind in (Kind.WAITED, Kind.LOST):
         suspect = _suspect([RANK_NAME.format(rank) for rank in report.missing], standings)
@@ -106,10 +106,19 @@ def find_cause(endings: Sequence[Ending], standings: Mapping[str, Standing]) -> 
             state = "is stopped (SIGSTOP or a debugger)" if standings[suspect].stopped else "hangs"
             summary = f"{suspect} {state}; {first.describe()}"
             return Fault(suspect, summary, traceback=report.traceback, hung=True)
+        ranks = [name for name, standing in standings.items() if standing.progress]
+        if first.process == SCHEDULER_NAME and ranks:  # a collective hangs, and all are equally far
+            return Fault(", ".join(ranks), first.describe(), traceback=report.traceback, hung=True)
     culprit = first.process
     if report and report.diverging:
         culprit = RANK_NAME.format(report.diverging[0])  # it may be its peers that say so
     return Fault(culprit, first.describe(), report, report.traceback if report else None)
+
+
+def _rank_of(ending: Ending) -> tuple[Kind, bool]:
+    """The less, the nearer to the cause. Of those that waited, one that can say for whom is nearer."""
+    names_nobody = ending.report is not None and not ending.report.missing
+    return ending.kind, ending.kind is Kind.WAITED and names_nobody
 
 
 def _suspect(named: Sequence[str], standings: Mapping[str, Standing]) -> str | None:

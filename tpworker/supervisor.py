@@ -46,7 +46,7 @@ STACKS_SECONDS = 0.5
 REAP_SECONDS = 30.0
 """How long a killed process may take to end."""
 
-_STEPS = (Field.RECEIVED, Field.ADMITTED, Field.LAUNCHED, Field.COMPLETED, Field.PUBLISHED)
+_STEPS = (Field.RECEIVED, Field.ADMITTED, Field.LAUNCHED, Field.COMPLETED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,7 +261,7 @@ class Supervisor:
         parts = [fault.traceback] if fault.traceback else []
         parts.append("Where each process stands (steps so far):\n" + self._positions())
         for child in self._children:
-            if child.name == fault.process and (stacks := self._stacks_of(child)):
+            if child.name in fault.process.split(", ") and (stacks := self._stacks_of(child)):
                 parts.append(f"Stacks of {child.name}:\n{stacks}")
         return replace(fault, traceback="\n".join(parts))
 

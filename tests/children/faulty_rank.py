@@ -1,4 +1,7 @@
-"""A real rank that goes wrong at step 5, on rank 1, in the way that FAULT names."""
+"""A real rank that goes wrong at step 5, if it is the middle one, in the way that FAULT names.
+
+STEP_SECONDS makes the steps of all ranks slow.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,14 @@ def main(boot: RankBoot) -> None:
                     time.sleep(3600)
         run(self, step)
 
-    if boot.rank == 1:
+    def slow_run(self: runner.Runner, step: runner._Step) -> None:
+        time.sleep(float(os.environ["STEP_SECONDS"]))
+        (faulty_run if boot.rank == victim else run)(self, step)
+
+    victim = boot.num_ranks // 2
+    if "STEP_SECONDS" in os.environ:
+        runner.Runner._run = slow_run  # type: ignore[method-assign]
+    elif boot.rank == victim:
         loop.RankLoop.receive = faulty_receive  # type: ignore[method-assign]
         runner.Runner._run = faulty_run  # type: ignore[method-assign]
     rank_main(boot)

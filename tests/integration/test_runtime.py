@@ -106,3 +106,39 @@ def test_a_faulty_rank_is_named(
                 await collect(runtime, PROMPTS[0])
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize(("num_ranks", "victim"), [(1, "tpworker-rank0"), (2, "tpworker-rank1")])
+def test_a_rank_that_stalls_is_named_with_its_stacks_also_when_steps_are_slow(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch, num_ranks: int, victim: str
+) -> None:
+    """With lookahead, all ranks have launched as much; who does not join a collective is the one."""
+    monkeypatch.setenv("FAULT", "stalls")
+    monkeypatch.setenv("STEP_SECONDS", "0.3")
+
+    async def main() -> None:
+        config = options(
+            tensor_parallel_size=num_ranks, step_timeout=1.0, rank_module="tests.children.faulty_rank"
+        )
+        async with Runtime(model_folder, **config) as runtime:
+            with pytest.raises(RuntimeFailed, match="in faulty_run") as caught:
+                await collect(runtime, PROMPTS[0])
+            assert caught.value.process == victim, caught.value
+
+    asyncio.run(main())
+
+
+def test_slow_steps_are_no_fault_however_many_are_queued(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step's time begins when it is the next to be answered, not when it was streamed."""
+    monkeypatch.setenv("FAULT", "none")
+    monkeypatch.setenv("STEP_SECONDS", "0.5")
+
+    async def main() -> None:
+        config = options(lookahead=4, step_timeout=1.0, rank_module="tests.children.faulty_rank")
+        async with Runtime(model_folder, **config) as runtime:
+            params = SamplingParams(temperature=0, max_tokens=6, detokenize=False, ignore_eos=True)
+            assert len(await collect(runtime, PROMPTS[0], params)) == 6
+
+    asyncio.run(main())
