@@ -27,17 +27,36 @@ def test_the_cpu_needs_no_look_at_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     assert settings.resolve_device(RuntimeConfig(device="cpu")) == "cpu"
 
 
-def test_auto_is_the_cpu_for_now(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(settings, "count_gpus", lambda: 2)
-    assert settings.resolve_device(RuntimeConfig()) == "cpu"
-    assert "2 GPUs found" in caplog.text
+@pytest.mark.parametrize(
+    ("num_gpus", "torch", "device", "why"),
+    [
+        (0, "2.13.0", "cpu", ""),
+        (1, "2.13.0", "cpu", "1 GPUs found, but serving on the CPU: tensor_parallel_size=2"),
+        (2, "2.13.0+cpu", "cpu", "its CPU build"),
+        (2, "2.13.0+cu130", "cuda", ""),
+        (4, "2.13.0", "cuda", ""),
+    ],
+)
+def test_auto_takes_a_gpu_for_each_rank(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    num_gpus: int,
+    torch: str,
+    device: str,
+    why: str,
+) -> None:
+    monkeypatch.setattr(settings, "count_gpus", lambda: num_gpus)
+    monkeypatch.setattr(settings.importlib.metadata, "version", lambda name: torch)
+    assert settings.resolve_device(RuntimeConfig(tensor_parallel_size=2)) == device
+    assert why in caplog.text if why else not caplog.text
 
 
-def test_more_ranks_than_gpus_are_refused_and_cuda_for_now(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_is_refused_where_it_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(settings, "count_gpus", lambda: 2)
+    monkeypatch.setattr(settings.importlib.metadata, "version", lambda name: "2.13.0+cpu")
     with pytest.raises(ConfigError, match=r"tensor_parallel_size=4 .* has 2: use a smaller"):
         settings.resolve_device(RuntimeConfig(device="cuda", tensor_parallel_size=4))
-    with pytest.raises(ConfigError, match="CUDA ranks are not built yet; use --device cpu"):
+    with pytest.raises(ConfigError, match="its CPU build: install one for CUDA, or use --device cpu"):
         settings.resolve_device(RuntimeConfig(device="cuda", tensor_parallel_size=2))
 
 
@@ -86,3 +105,21 @@ def test_what_ranks_are_told() -> None:
     told = settings.rank_settings(RuntimeConfig(), SPEC, "cpu", 2048)
     assert (told.dtype, told.num_kv_blocks, told.max_model_len) == ("bfloat16", 0, 2048)
     assert settings.rank_settings(RuntimeConfig(dtype="float32"), SPEC, "cpu", 9).dtype == "float32"
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "kinds"),
+    [
+        ("lookahead", 2.0, "int"),
+        ("lookahead", True, "int"),
+        ("prefix_caching", 1, "bool"),
+        ("max_num_seqs", "8", "int"),
+        ("step_timeout", "1", "float or int"),
+        ("model", 5, "NoneType or str"),
+    ],
+)
+def test_an_option_of_the_wrong_type_is_refused_before_any_process_starts(
+    option: str, value: object, kinds: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"{option}={value!r}: must be {kinds}"):
+        RuntimeConfig(**{option: value})  # type: ignore[arg-type]

@@ -59,7 +59,7 @@ def test_the_scheduler_imports_ipc_only() -> None:
 
 
 def test_a_rank_imports_model_and_ipc() -> None:
-    assert not ours("tpworker/rank", "tpworker.rank", "tpworker.model", "tpworker.ipc")
+    assert not ours("tpworker/rank", "tpworker.rank", "tpworker.model", "tpworker.ipc", "tpworker.errors")
 
 
 def test_the_model_knows_of_no_process() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from tpworker.errors import ConfigError, InvalidRequest
@@ -22,6 +22,18 @@ MAX_NUM_SEQS = 4096
 MAX_STOP_IDS = 16  # per request, the model's end-of-sequence ids included: one row of a device table
 MAX_STOP_STRINGS = 16
 MAX_SEED = 2**63 - 1
+
+_KINDS: dict[str, tuple[type, ...]] = {
+    "int": (int,),
+    "float": (float, int),
+    "bool": (bool,),
+    "int | None": (int, type(None)),
+    "str | None": (str, type(None)),
+    "DeviceName": (str,),
+    "DtypeName": (str,),
+    "LoadFormat": (str,),
+}
+"""What a field of `RuntimeConfig` may be, by its annotation: an integer is no bool, and no float either."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +83,9 @@ class RuntimeConfig:
             if not ok:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: must be {limit}")
 
+        for option in fields(self):
+            value, kinds = getattr(self, option.name), _KINDS[str(option.type)]
+            check(type(value) in kinds, option.name, " or ".join(sorted(k.__name__ for k in kinds)))
         check(1 <= self.tensor_parallel_size <= 64, "tensor_parallel_size", "from 1 to 64")
         check(self.device in ("auto", "cpu", "cuda"), "device", "auto, cpu or cuda")
         check(self.dtype in ("auto", "float32", "bfloat16", "float16"), "dtype",

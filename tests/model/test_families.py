@@ -191,6 +191,8 @@ def test_what_cannot_be_served_is_refused_by_name(
     ("generation", "message"),
     [
         ({"temperature": -1}, "temperature=-1: must be a finite number above 0"),
+        ({"temperature": 150}, "temperature=150: must be at most 100"),
+        ({"top_k": 2**31}, f"top_k={2**31}: must be at most {2**31 - 1}"),
         ({"top_p": 1.5}, "top_p=1.5: must be above 0 and at most 1"),
         ({"top_k": -3}, "top_k=-3: must be an integer of at least 0"),
         ({"eos_token_id": -1}, "eos_token_id=-1"),
@@ -224,3 +226,8 @@ def test_reading_a_spec_imports_no_torch(tmp_path: Path) -> None:
         "read_spec(Path(sys.argv[1])); assert not {'torch', 'transformers'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+
+
+def test_a_model_that_says_do_not_sample_is_greedy(tmp_path: Path) -> None:
+    spec = read_spec(folder(tmp_path, LLAMA, {"do_sample": False, "temperature": 0.7}))
+    assert spec.generation_defaults == {"temperature": 0.0}

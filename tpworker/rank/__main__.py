@@ -1,8 +1,11 @@
-from tpworker.ipc.child import RankBoot, run_child
+from tpworker.ipc.board import Board, Field, Phase
+from tpworker.ipc.child import RankBoot, board_names, run_child
 
 
 def main(boot: RankBoot) -> None:
-    from tpworker.rank.process import rank_main  # seconds of imports, once it has a name
+    board = Board.attach(boot.board_fd, board_names(boot.num_ranks))
+    board.row(boot.name)[Field.PHASE] = Phase.IMPORTING
+    from tpworker.rank.process import rank_main  # seconds, once this process has a name
 
     rank_main(boot)
 

@@ -18,6 +18,7 @@ from typing import NoReturn
 
 import torch
 
+from tpworker.errors import ConfigError
 from tpworker.ipc.barrier import Barrier
 from tpworker.ipc.board import Board, Field, Phase, Row
 from tpworker.ipc.channels import Channel, ChannelError, close_all
@@ -128,6 +129,7 @@ def agree_on_cache(
     """Offers what fits, allocates what all can hold.
 
     Raises:
+        ConfigError: nothing fits.
         ChannelError: the scheduler did not answer within start_timeout.
     """
     settings, spec, shard = boot.settings, decoder.spec, decoder.shard
@@ -136,6 +138,12 @@ def agree_on_cache(
         share = int(device.free_bytes(boot.num_ranks) * settings.gpu_memory_utilization)
         most = settings.max_num_seqs * -(-settings.max_model_len // settings.block_size) + 1
         offer = min(most, share // KVCache.bytes_per_block(spec, shard, settings.block_size, dtype))
+        if offer < 2:  # the null block, and one to be of use
+            raise ConfigError(
+                f"no memory for the KV cache beside the model: {share} bytes may be used, and one block takes "
+                f"{KVCache.bytes_per_block(spec, shard, settings.block_size, dtype)}. Raise "
+                "--gpu-memory-utilization, take a smaller --block-size, or more TP ranks"
+            )
     plans.send(RankLoaded(boot.generation, boot.rank, offer))
     answer = plans.receive(settings.start_timeout)
     if answer is None:

@@ -25,6 +25,10 @@ _OTHER_DEFAULTS: dict[str, tuple[float, ...]] = {
     "no_repeat_ngram_size": (0,),
 }
 
+MAX_TEMPERATURE = 100
+MAX_TOP_K = 2**31 - 1
+"""What a request may ask for, a model's defaults may ask for, and no more."""
+
 
 def read_spec(folder: Path) -> ModelSpec:
     """Read config.json and, where there is one, generation_config.json of a model folder.
@@ -87,10 +91,16 @@ def _generation_defaults(generation: Config) -> dict[str, float]:
     temperature = generation.get("temperature")
     if temperature is not None:
         defaults["temperature"] = 0.0 if temperature == 0 else generation.number("temperature")
+        if defaults["temperature"] > MAX_TEMPERATURE:
+            generation.fail("temperature", f"must be at most {MAX_TEMPERATURE}")
+    if generation.get("do_sample") is False:
+        defaults["temperature"] = 0.0
     if generation.get("top_p") is not None:
         defaults["top_p"] = generation.number("top_p")
         if defaults["top_p"] > 1:
             generation.fail("top_p", "must be above 0 and at most 1")
     if generation.get("top_k") is not None:
         defaults["top_k"] = generation.integer("top_k", minimum=0)
+        if defaults["top_k"] > MAX_TOP_K:
+            generation.fail("top_k", f"must be at most {MAX_TOP_K}")
     return defaults

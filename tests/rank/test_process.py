@@ -1,0 +1,81 @@
+"""From the boot message to the loop: what a rank offers, and what it refuses."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.model.helpers import SPEC
+from tpworker.errors import ConfigError
+from tpworker.ipc.board import Board
+from tpworker.ipc.messages import Allocate, Message, RankLoaded
+from tpworker.model.kv_cache import KVCache
+from tpworker.model.tp import Shard
+from tpworker.rank.process import agree_on_cache
+
+CPU = torch.device("cpu")
+BLOCK_BYTES = KVCache.bytes_per_block(SPEC, Shard.of(SPEC, 0, 1), 16, torch.float32)
+
+
+class Wire:
+    """The scheduler's end: takes the offer, allocates it."""
+
+    def __init__(self, answer: int | None = None) -> None:
+        self.offers: list[int] = []
+        self.answer = answer
+
+    def send(self, message: Message) -> None:
+        assert isinstance(message, RankLoaded)
+        self.offers.append(message.max_kv_blocks)
+
+    def receive(self, timeout: float) -> Message:
+        return Allocate(0, self.answer or self.offers[-1])
+
+
+def agree(wire: Wire, free_bytes: int, **changes: Any) -> KVCache:
+    fields = {
+        "num_kv_blocks": 0, "gpu_memory_utilization": 0.5, "max_num_seqs": 4, "max_model_len": 64,
+        "block_size": 16, "start_timeout": 1.0, **changes,
+    }  # fmt: skip
+    boot: Any = SimpleNamespace(generation=0, rank=0, num_ranks=1, settings=SimpleNamespace(**fields))
+    decoder: Any = SimpleNamespace(spec=SPEC, shard=Shard.of(SPEC, 0, 1))
+    device: Any = SimpleNamespace(torch_device=CPU, free_bytes=lambda num_ranks: free_bytes)
+    board = Board.create(["rank"])
+    plans: Any = wire
+    try:
+        return agree_on_cache(boot, plans, decoder, torch.float32, device, board.row("rank"))
+    finally:
+        board.close()
+
+
+def test_the_offer_is_what_fits_into_its_share_of_the_free_memory() -> None:
+    wire = Wire()
+    assert agree(wire, free_bytes=2 * 7 * BLOCK_BYTES).num_blocks == 7
+    assert wire.offers == [7]
+
+
+def test_no_more_is_offered_than_all_slots_could_use() -> None:
+    wire = Wire()
+    agree(wire, free_bytes=2**40)
+    assert wire.offers == [4 * 4 + 1]
+
+
+def test_the_number_that_was_asked_for_is_offered_whatever_is_free() -> None:
+    wire = Wire()
+    agree(wire, free_bytes=0, num_kv_blocks=9)
+    assert wire.offers == [9]
+
+
+def test_what_all_agreed_on_is_allocated() -> None:
+    assert agree(Wire(answer=5), free_bytes=2**40).num_blocks == 5
+
+
+@pytest.mark.parametrize("blocks", [0, 1])
+def test_no_memory_is_said_with_the_remedy(blocks: int) -> None:
+    wire = Wire()
+    with pytest.raises(ConfigError, match=r"no memory for the KV cache .* --gpu-memory-utilization"):
+        agree(wire, free_bytes=2 * blocks * BLOCK_BYTES)
+    assert not wire.offers
