@@ -30,6 +30,9 @@ from tpworker.ipc.messages import (
     encode,
 )
 
+# Of our own: what an embedding process does with ZeroMQ's global context is not our business, nor ours its.
+_context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+
 
 class ChannelError(Exception):
     """A peer that did not come in time, is gone, or is not the one expected."""
@@ -45,7 +48,7 @@ class Channel:
 
     def __init__(self, address: str) -> None:
         self.address = address
-        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PAIR)
+        self._socket: zmq.Socket[bytes] = _context.socket(zmq.PAIR)
         self._socket.set(zmq.LINGER, 0)  # a peer that died must not keep us from leaving
         self._socket.set(zmq.SNDHWM, 0)  # bounded by lookahead and by max_queue, not here
         self._socket.set(zmq.RCVHWM, 0)
@@ -99,6 +102,8 @@ class Channel:
             self._socket.send(data, zmq.DONTWAIT)
         except zmq.Again:
             raise ChannelError(f"nobody at the other end of {self.address}") from None
+        except zmq.ZMQError as error:  # the socket was closed
+            raise ChannelError(f"{self.address}: {error}") from None
 
     def receive(self, timeout: float | None) -> Message | None:
         """The next message; None if there is none within `timeout` seconds (None: waits for ever)."""
@@ -136,7 +141,7 @@ def close_all(linger: float) -> None:
 
     For the end of a process: closing a single channel drops what was not sent yet.
     """
-    zmq.Context.instance().destroy(linger=round(linger * 1000))
+    _context.destroy(linger=round(linger * 1000))
 
 
 class Poller:

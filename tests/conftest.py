@@ -15,7 +15,9 @@ import psutil
 import pytest
 
 from tpworker import Runtime
+from tpworker.errors import ModelError
 from tpworker.ipc.channels import Channel, new_address
+from tpworker.model.default_model import ensure_default_model
 
 VOCAB_SIZE = 300
 
@@ -36,6 +38,17 @@ TINY_CONFIG: dict[str, Any] = {
     "eos_token_id": 2,
     "bos_token_id": 1,
 }
+
+
+@pytest.fixture(scope="session")
+def real_model() -> Path:
+    """The default model's folder; fetched if need be. Without a network: skipped, but not in CI."""
+    try:
+        return ensure_default_model(lambda text, fraction: None)
+    except ModelError as error:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(f"no default model: {error}")
 
 
 @pytest.fixture

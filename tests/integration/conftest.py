@@ -1,8 +1,7 @@
-"""The real default model, and a real server that serves it."""
+"""A real server, as a process of its own."""
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 import socket
@@ -16,20 +15,6 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-
-from tpworker.errors import ModelError
-from tpworker.model.default_model import ensure_default_model
-
-
-@pytest.fixture(scope="session")
-def real_model() -> Path:
-    """The default model's folder; fetched if need be. Without a network: skipped, but not in CI."""
-    try:
-        return ensure_default_model(lambda text, fraction: None)
-    except ModelError as error:
-        if os.environ.get("CI"):
-            raise
-        pytest.skip(f"no default model: {error}")
 
 
 class Server:

@@ -103,7 +103,7 @@ def test_batches_padded_to_the_sizes_of_graphs(
         compare(group, oracle)
 
 
-@pytest.mark.parametrize(("num_ranks", "lookahead"), [(1, 0), (1, 2), (2, 2), (2, 4)])
+@pytest.mark.parametrize(("num_ranks", "lookahead"), [(1, 0), (1, 2), (2, 2), (2, 4), (3, 1), (4, 3), (8, 2)])
 def test_preemption(
     folder: Path, oracle: dict[int, tuple[list[int], str | None]], num_ranks: int, lookahead: int
 ) -> None:

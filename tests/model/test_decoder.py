@@ -29,7 +29,6 @@ from tpworker.model.weights import dummy_weights
 
 BLOCK_SIZE = 4
 NUM_BLOCKS = 64
-REAL_MODEL = Path.home() / ".cache/tpworker/models/SmolLM2-135M-Instruct"
 
 BASE: dict[str, Any] = {
     "vocab_size": 131,
@@ -294,18 +293,14 @@ PROMPTS = (
 )
 NUM_TOKENS = 24
 
-needs_real_model = pytest.mark.skipif(
-    not (REAL_MODEL / "model.safetensors").is_file(), reason=f"the default model is not at {REAL_MODEL}"
-)
-
 
 @pytest.fixture(scope="module")
-def real_answers() -> list[tuple[list[int], list[int]]]:
+def real_answers(real_model: Path) -> list[tuple[list[int], list[int]]]:
     """Token ids of each prompt and transformers' greedy continuation in float32."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(REAL_MODEL)
-    model = AutoModelForCausalLM.from_pretrained(REAL_MODEL, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(real_model)
+    model = AutoModelForCausalLM.from_pretrained(real_model, dtype=torch.float32).eval()
     answers = []
     for prompt in PROMPTS:
         ids = tokenizer(prompt)["input_ids"]
@@ -321,17 +316,16 @@ def real_answers() -> list[tuple[list[int], list[int]]]:
     return answers
 
 
-@needs_real_model
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2])
 def test_the_real_model_says_what_it_says_in_transformers(
-    real_answers: list[tuple[list[int], list[int]]], size: int
+    real_model: Path, real_answers: list[tuple[list[int], list[int]]], size: int
 ) -> None:
     """All prompts at once: prefill together, then decode together."""
     prompts = [ids for ids, _ in real_answers]
 
     def main(collectives: Collectives) -> list[list[int]]:
-        rank = Rank.load(REAL_MODEL, collectives, block_size=16, max_model_len=128)
+        rank = Rank.load(real_model, collectives, block_size=16, max_model_len=128)
         eos = rank.decoder.spec.eos_ids
         tables = shuffled_tables(len(prompts), 80, 16, 64)
         outputs: list[list[int]] = [[] for _ in prompts]
