@@ -140,7 +140,7 @@ def agree_on_cache(
         offer = min(most, share // KVCache.bytes_per_block(spec, shard, settings.block_size, dtype))
         if offer < 2:  # the null block, and one to be of use
             raise ConfigError(
-                f"no memory for the KV cache beside the model: {share} bytes may be used, and one block takes "
+                f"no memory for the KV cache beside the model: {share} bytes may be used, one block takes "
                 f"{KVCache.bytes_per_block(spec, shard, settings.block_size, dtype)}. Raise "
                 "--gpu-memory-utilization, take a smaller --block-size, or more TP ranks"
             )
