@@ -11,6 +11,7 @@ import importlib
 import sys
 
 BENCHMARKS = {
+    "gpu": "decode steps on GPUs, beside their graphs alone",
     "barrier": "the admission barrier, beside gloo's",
     "host": "what a step costs the host, with a fake device",
     "serve": "a real model over HTTP, overlap off and on",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import logging
 import os
 from typing import TYPE_CHECKING, Literal
@@ -17,22 +18,29 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def resolve_device(config: RuntimeConfig) -> Literal["cpu"]:
-    """The kind of device that the ranks run on.
+def resolve_device(config: RuntimeConfig) -> Literal["cpu", "cuda"]:
+    """The kind of device that the ranks run on: GPUs, if there is one for each rank and torch can use them.
 
     Raises:
-        ConfigError: more ranks than GPUs; or CUDA, which is not built yet.
+        ConfigError: device='cuda', and that is not so.
     """
-    num_gpus = 0 if config.device == "cpu" else count_gpus()
+    if config.device == "cpu":
+        return "cpu"
+    num_gpus, num_ranks = count_gpus(), config.tensor_parallel_size
+    reason = None
+    if num_ranks > num_gpus:
+        reason = (
+            f"tensor_parallel_size={num_ranks} needs as many GPUs, and this machine has {num_gpus}: use a "
+            "smaller --tensor-parallel-size, or --device cpu"
+        )
+    elif "+cpu" in importlib.metadata.version("torch"):
+        reason = "the torch that is installed is its CPU build: install one for CUDA, or use --device cpu"
+    if reason is None:
+        return "cuda"
     if config.device == "cuda":
-        if config.tensor_parallel_size > num_gpus:
-            raise ConfigError(
-                f"tensor_parallel_size={config.tensor_parallel_size} needs as many GPUs, and this machine "
-                f"has {num_gpus}: use a smaller --tensor-parallel-size, or --device cpu"
-            )
-        raise ConfigError("device='cuda': CUDA ranks are not built yet; use --device cpu")
+        raise ConfigError(reason)
     if num_gpus:
-        logger.warning("%d GPUs found, but CUDA ranks are not built yet: serving on the CPU", num_gpus)
+        logger.warning("%d GPUs found, but serving on the CPU: %s", num_gpus, reason)
     return "cpu"
 
 

@@ -1,0 +1,147 @@
+"""CUDA ranks: whole runtimes, with a tiny random model in bfloat16, against transformers on the same GPU.
+
+Except in the debug mode, every rank runs in torch's sync debug mode 'error' (invariant 3): decoding, and the
+admission of requests while others decode, must nowhere wait for the device.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from tests.model.helpers import tiny_model
+from tpworker import Runtime, SamplingParams
+from tpworker.settings import count_gpus
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+]
+
+VOCAB = 515  # no TP size divides it
+MARGIN = 0.15  # of logits with a standard deviation of about 0.6: bfloat16 rounds 1 part in 256, a few times
+STRICT = "tests.children.strict_rank"
+
+
+def gpus(num_ranks: int) -> None:
+    if count_gpus() < num_ranks:
+        pytest.skip(f"{num_ranks} GPUs are needed")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=512,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    tiny_model(folder, config, torch.bfloat16)
+    return folder
+
+
+def prompts(number: int) -> list[list[int]]:
+    draw = random.Random(3)
+    return [draw.choices(range(VOCAB), k=draw.randint(1, 120)) for _ in range(number)]
+
+
+async def collect(runtime: Runtime, prompt: list[int], **sampling: Any) -> list[int]:
+    params = SamplingParams(detokenize=False, ignore_eos=True, **sampling)
+    return [token async for output in runtime.generate(prompt, params) for token in output.token_ids]
+
+
+def start(folder: Path, num_ranks: int, **options: Any) -> Runtime:
+    options = {"max_num_seqs": 12, "rank_module": STRICT, "max_num_batched_tokens": 64, **options}
+    return Runtime(folder, device="cuda", tensor_parallel_size=num_ranks, **options)
+
+
+def run(folder: Path, num_ranks: int, **options: Any) -> tuple[list[list[int]], list[list[int]]]:
+    """Greedy outputs of requests one by one; and of 20 at once, which are admitted while others decode."""
+
+    async def main() -> tuple[list[list[int]], list[list[int]]]:
+        async with start(folder, num_ranks, **options) as runtime:
+            alone = [await collect(runtime, prompt, temperature=0.0, max_tokens=60) for prompt in prompts(4)]
+            together = await asyncio.gather(
+                *(
+                    collect(runtime, prompt, temperature=0.0, max_tokens=20 + 7 * number)
+                    for number, prompt in enumerate(prompts(20))
+                )
+            )
+            return alone, together
+
+    return asyncio.run(asyncio.wait_for(main(), 120))
+
+
+def assert_greedy(folder: Path, outputs: list[list[int]]) -> None:
+    """Every token is the most likely one to transformers, or within a small margin of it."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).cuda().eval()
+    same = total = 0
+    for prompt, output in zip(prompts(len(outputs)), outputs, strict=True):
+        with torch.inference_mode():
+            logits = model(torch.tensor([prompt + output[:-1]], device="cuda")).logits[0, len(prompt) - 1 :]
+        logits = logits.float().cpu()
+        chosen = logits.gather(1, torch.tensor(output)[:, None])[:, 0]
+        assert (logits.max(dim=1).values - chosen).max() < MARGIN
+        same += int((logits.argmax(dim=1) == torch.tensor(output)).sum())
+        total += len(output)
+    assert same > 0.9 * total
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_greedy_tokens_are_those_of_transformers_and_of_any_lookahead(folder: Path, num_ranks: int) -> None:
+    gpus(num_ranks)
+    reference = None
+    for lookahead in (2, 0, 1, 4) if num_ranks == 1 else (2, 0):
+        # The batch must not change with what has been computed before: no prefix cache.
+        alone, together = run(folder, num_ranks, lookahead=lookahead, prefix_caching=False)
+        assert reference is None or alone == reference, f"lookahead {lookahead}"
+        reference = alone
+        assert_greedy(folder, alone)
+        assert_greedy(folder, together)
+
+
+def test_sampling_of_every_kind_waits_for_nothing(folder: Path) -> None:
+    async def main() -> None:
+        async with start(folder, 1) as runtime:
+            kinds: list[dict[str, Any]] = [
+                {"temperature": 0.8},
+                {"temperature": 0.8, "top_p": 0.9},
+                {"temperature": 1.2, "top_k": 7, "min_tokens": 5, "stop_token_ids": [3, 4]},
+                {"temperature": 0.0},
+            ]
+            prompt = prompts(1)[0]
+            for kind in kinds:
+                wanted = {**kind, "seed": 5, "max_tokens": 40}
+                first = await collect(runtime, prompt, **wanted)
+                assert await collect(runtime, prompt, **wanted) == first
+            await asyncio.gather(
+                *(collect(runtime, prompt, **kind, seed=i, max_tokens=30 + i) for i, kind in enumerate(kinds))
+            )
+
+    asyncio.run(asyncio.wait_for(main(), 120))
+
+
+def test_ranks_agree_bit_by_bit(folder: Path) -> None:
+    gpus(2)
+    alone, together = run(folder, 2, check_ranks_agree=True, rank_module="tpworker.rank")
+    assert_greedy(folder, alone)
+    assert_greedy(folder, together)
+
+
+def test_a_rank_without_flash_attention_serves_too(folder: Path) -> None:
+    """float32 has no FlashAttention: the torch reference, which looks at lengths, and no graphs."""
+    alone, _ = run(folder, 1, dtype="float32", rank_module="tpworker.rank")
+    assert_greedy(folder, alone)
