@@ -178,6 +178,38 @@ def test_without_max_tokens_it_goes_on_as_long_as_fits(fake_runtime: MakeRuntime
     run(main)
 
 
+def test_a_default_of_max_tokens_is_no_demand(fake_runtime: MakeRuntime) -> None:
+    async def main() -> None:
+        async with fake_runtime(max_model_len=50) as runtime:
+
+            async def count(num_prompt: int, params: SamplingParams) -> int:
+                outputs = await collect(runtime, [5] * num_prompt, params, default_max_tokens=16)
+                return len(tokens_of(outputs))
+
+            assert await count(10, ids_only()) == 16
+            assert await count(45, ids_only()) == 5
+            assert await count(10, ids_only(min_tokens=20)) == 20
+            assert await count(10, ids_only(30)) == 30
+            with pytest.raises(InvalidRequest, match="min_tokens=20: only 5"):
+                await count(45, ids_only(min_tokens=20))
+
+    run(main)
+
+
+def test_what_clients_call_the_model(
+    fake_runtime: MakeRuntime, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def name(model: Path | str) -> str:
+        async with fake_runtime(model=model) as runtime:
+            return runtime.served_name
+
+    assert run(lambda: name(model_folder)) == "model"
+    monkeypatch.chdir(model_folder)
+    assert run(lambda: name(".")) == run(lambda: name("../model/")) == "model"
+    monkeypatch.setattr("tpworker.model.resolve._from_hub", lambda *_: model_folder)
+    assert run(lambda: name("org/name-1B")) == "org/name-1B"
+
+
 # ------------------------------------------------------------------------------------- refusing
 
 
@@ -245,6 +277,36 @@ def test_one_more_than_max_queue_is_refused_at_once(fake_runtime: MakeRuntime) -
             assert await collect(runtime, [5], ids_only(1))
             for task in tasks:
                 task.cancel()
+
+    run(main)
+
+
+def test_what_is_prepared_counts_as_waiting(fake_runtime: MakeRuntime) -> None:
+    hold = threading.Event()
+
+    def work() -> str:
+        hold.wait(20)
+        return threading.current_thread().name
+
+    async def main() -> None:
+        async with fake_runtime(max_num_seqs=2, max_num_batched_tokens=2, max_queue=1) as runtime:
+            two = asyncio.ensure_future(runtime.prepare(work, 2))
+            one = asyncio.ensure_future(runtime.prepare(work))
+            await asyncio.sleep(0)
+            assert (runtime.stats().open, runtime.stats().waiting) == (3, 3)
+            with pytest.raises(QueueFull, match="3 requests wait already; max_queue is 1"):
+                await runtime.prepare(lambda: pytest.fail("done without room"))
+            with pytest.raises(QueueFull):
+                await collect(runtime, [5], ids_only(1))
+            hold.set()
+            assert {(await one)[:-1], (await two)[:-1]} == {"tpworker-tokenise_"}
+            with pytest.raises(ZeroDivisionError):
+                await runtime.prepare(lambda: 1 / 0, 3)
+            assert runtime.stats().waiting == 0
+            with pytest.raises(InvalidRequest, match=r"4 prompts are more than the 3 .* max_queue=1"):
+                await runtime.prepare(work, 4)
+        with pytest.raises(RuntimeStopped):
+            await runtime.prepare(work)
 
     run(main)
 

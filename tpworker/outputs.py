@@ -80,9 +80,9 @@ class Stats:
     open: int
     """Requests that are not ended, those still being tokenised included."""
     running: int
-    """Requests that have a slot."""
+    """Requests that have got a slot; those that lost it by preemption, and wait for another, included."""
     waiting: int
-    """Requests that wait for one."""
+    """Requests that have not got one yet, those still being tokenised included."""
     free_blocks: int
     """KV blocks that can be given out, those that only the prefix cache holds included."""
     total_blocks: int

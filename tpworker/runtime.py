@@ -16,10 +16,10 @@ import os
 import random
 import secrets
 from collections import deque
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tpworker.admission import Limits, fit, pack_prompt, resolve_sampling
 from tpworker.config import RuntimeConfig, SamplingParams
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from tpworker.text import Tokenizer
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 NUM_RECENT_STEPS = 4096
 NUM_TOKENISERS = 4
@@ -92,6 +94,7 @@ class Runtime:
         self._seeds = random.Random(self.config.seed)
         self._requests = Requests()  # those that the scheduler may still say something about
         self._open: dict[str, Request] = {}  # those whose consumers still wait for something
+        self._num_preparing = 0  # requests to come, see `prepare`
         self._closed: asyncio.Future[None] | None = None  # set when one of them is closed, for `drain`
         self._num_finished = 0
         self._num_aborted = 0
@@ -227,6 +230,7 @@ class Runtime:
         sampling: SamplingParams | None = None,
         *,
         request_id: str | None = None,
+        default_max_tokens: int | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Generates from a prompt; outputs come as tokens do, the last one with a `finish_reason`.
 
@@ -238,6 +242,8 @@ class Runtime:
             prompt: a text, to which the tokenizer adds what the model expects at its beginning; or token ids.
             sampling: what None leaves open is as the model's generation_config.json says.
             request_id: for `abort`; must not be that of another open request.
+            default_max_tokens: where `sampling.max_tokens` is None: not as many as fit, but at most so
+                many, or `min_tokens` if that is more.
 
         Raises:
             InvalidRequest: a parameter is out of range, or not supported.
@@ -248,7 +254,7 @@ class Runtime:
         """
         request = self._reserve(request_id)
         try:
-            await self._submit(request, prompt, sampling or SamplingParams())
+            await self._submit(request, prompt, sampling or SamplingParams(), default_max_tokens)
             while True:
                 await request.arrival()
                 output = request.take()
@@ -259,6 +265,26 @@ class Runtime:
             self._close(request)
         yield output
 
+    async def prepare(self, work: Callable[[], T], num_requests: int = 1) -> T:
+        """Runs what makes the prompts of requests to come, in a thread. Meanwhile they count as waiting.
+
+        For what must be done before `generate`, such as a chat template: without room nothing is done.
+
+        Args:
+            work: called in one of the threads that tokenise; its result is returned.
+            num_requests: how many requests that will be.
+
+        Raises:
+            InvalidRequest: so many can never be open at once.
+            QueueFull, RuntimeStopped, RuntimeFailed: as `generate` does.
+        """
+        self._check_room(num_requests)
+        self._num_preparing += num_requests
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._tokenisers, work)
+        finally:
+            self._num_preparing -= num_requests
+
     def abort(self, request_id: str) -> None:
         """Ends a request, whose last output then has the finish reason 'abort'. Unknown ids are ignored."""
         request = self._open.get(request_id)
@@ -268,23 +294,42 @@ class Runtime:
 
     def _reserve(self, request_id: str | None) -> Request:
         """A place in the queue, before anything is done that takes time."""
-        if self._fault is not None:
-            raise _failure(self._fault)
-        if self._state != "ready":
-            raise RuntimeStopped(f"the runtime takes no requests: it is {self._state}")
+        self._check_room(1)
         if request_id in self._open:
             raise InvalidRequest(f"request_id {request_id!r} is that of another open request", "request_id")
-        free_slots = self.config.max_num_seqs - self._requests.num_running
-        if self._requests.num_waiting - free_slots >= self.config.max_queue:
-            raise QueueFull(
-                f"{self._requests.num_waiting} requests wait already; max_queue is {self.config.max_queue}. "
-                "Try again later, or raise --max-queue"
-            )
         request = self._requests.open(request_id or f"request-{secrets.token_hex(8)}")
         self._open[request.request_id] = request
         return request
 
-    async def _submit(self, request: Request, prompt: str | Sequence[int], params: SamplingParams) -> None:
+    def _check_room(self, num_requests: int) -> None:
+        """Whether so many more requests can be taken now."""
+        if self._fault is not None:
+            raise _failure(self._fault)
+        if self._state != "ready":
+            raise RuntimeStopped(f"the runtime takes no requests: it is {self._state}")
+        slots, places = self.config.max_num_seqs, self.config.max_queue
+        if num_requests > slots + places:
+            raise InvalidRequest(
+                f"{num_requests} prompts are more than the {slots + places} that can be open at once "
+                f"(max_num_seqs={slots} and max_queue={places}): ask for fewer at a time, or raise "
+                "--max-queue",
+                "prompt",
+            )
+        waiting = self._requests.num_waiting + self._num_preparing
+        if waiting + num_requests - (slots - self._requests.num_running) > places:
+            more = f", and this is {num_requests} more" if num_requests > 1 else ""
+            raise QueueFull(
+                f"{waiting} requests wait already{more}; max_queue is {places}. "
+                "Try again later, or raise --max-queue"
+            )
+
+    async def _submit(
+        self,
+        request: Request,
+        prompt: str | Sequence[int],
+        params: SamplingParams,
+        default_max_tokens: int | None,
+    ) -> None:
         """Checks what is asked for, and tells the scheduler."""
         spec = self.spec
         if isinstance(prompt, str):
@@ -296,6 +341,8 @@ class Runtime:
         request.num_prompt = len(tokens) // 4
         assert self._limits is not None, "ready, but without limits"
         max_tokens = fit(params, request.num_prompt, self._limits)
+        if params.max_tokens is None and default_max_tokens is not None:
+            max_tokens = min(max_tokens, max(default_max_tokens, params.min_tokens))
         sampling = resolve_sampling(params, spec, max_tokens, self._seeds.getrandbits(63))
         stop_ids = unpack_int32(sampling.stop_ids)
         request.own_stop_ids = frozenset(params.stop_token_ids).difference(spec.eos_ids)
@@ -356,9 +403,9 @@ class Runtime:
     def stats(self) -> Stats:
         """How busy it is, and what it has done so far."""
         return Stats(
-            open=len(self._open),
+            open=len(self._open) + self._num_preparing,
             running=self._requests.num_running,
-            waiting=self._requests.num_waiting,
+            waiting=self._requests.num_waiting + self._num_preparing,
             free_blocks=self._load.free_blocks,
             total_blocks=self._total_blocks,
             steps=self._num_steps,
@@ -397,8 +444,10 @@ class Runtime:
 
     @property
     def served_name(self) -> str:
-        """What to call the model towards clients: as it was given, or the default model's name."""
-        return self._model.name
+        """What to call the model towards clients: its hub name, or the last part of its folder."""
+        name, folder = self._model.name, self._model.folder
+        is_hub_name = Path(name).expanduser().absolute() != folder and self.config.model is not None
+        return name if is_hub_name else os.path.basename(os.path.normpath(folder))
 
     @property
     def max_model_len(self) -> int:

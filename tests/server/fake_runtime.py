@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import jinja2
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
@@ -17,6 +17,7 @@ from tpworker.errors import InvalidRequest, PromptTooLong, QueueFull, RuntimeFai
 from tpworker.outputs import Health, RequestOutput, RuntimeState, Stats, StepRecord
 from tpworker.text import TextStream, Tokenizer
 
+T = TypeVar("T")
 CHAT_TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'assistant' and loop.first %}"
     "{{ raise_exception('the first turn is the user\\'s') }}{% endif %}"
@@ -163,8 +164,11 @@ class FakeRuntime:
         sampling: SamplingParams | None = None,
         *,
         request_id: str | None = None,
+        default_max_tokens: int | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         sampling = sampling or SamplingParams()
+        if sampling.max_tokens is None and default_max_tokens is not None:
+            sampling = replace(sampling, max_tokens=max(default_max_tokens, sampling.min_tokens))
         if self.state != "ready":
             raise RuntimeStopped(f"the runtime is {self.state}")
         ids = await self._checked_ids(prompt, sampling)
@@ -184,6 +188,14 @@ class FakeRuntime:
             if not self.num_open:
                 self._idle.set()
 
+    async def prepare(self, work: Callable[[], T], num_requests: int = 1) -> T:
+        self._check_room(num_requests)
+        return await asyncio.to_thread(work)
+
+    def _check_room(self, num_requests: int) -> None:
+        if self.num_open + num_requests > self.max_queue:
+            raise QueueFull(f"{self.num_open} requests wait already: try again later, or raise --max-queue")
+
     async def _checked_ids(self, prompt: str | Sequence[int], sampling: SamplingParams) -> list[int]:
         if isinstance(prompt, str):
             ids = await asyncio.to_thread(self._encode, prompt)
@@ -195,8 +207,7 @@ class FakeRuntime:
             raise PromptTooLong(
                 f"{len(ids)} tokens and max_tokens={sampling.max_tokens} do not fit into {self.max_model_len}"
             )
-        if self.num_open >= self.max_queue:
-            raise QueueFull(f"{self.num_open} requests wait already: try again later, or raise --max-queue")
+        self._check_room(1)
         return ids
 
     def _encode(self, prompt: str) -> list[int]:

@@ -54,6 +54,12 @@ def test_max_tokens_is_16_unless_given_as_the_openai_api_has_it(start: Start) ->
     assert (done.choices[0].text, done.choices[0].finish_reason) == ("x" * 16, "length")
 
 
+def test_min_tokens_raises_the_16(start: Start) -> None:
+    server = start(FakeRuntime(reply=lambda prompt: "x" * 50))
+    response = server.post("/v1/completions", json={"prompt": "a", "min_tokens": 20})
+    assert (response.status_code, response.json()["usage"]["completion_tokens"]) == (200, 20)
+
+
 def test_several_prompts_give_a_choice_each(server: LiveServer) -> None:
     done = server.openai.completions.create(model=MODEL, prompt=["a", "bb", "ccc"], max_tokens=100)
     assert [(c.index, c.text) for c in done.choices] == [

@@ -200,24 +200,25 @@ def test_half_a_character_in_a_conversation(server: LiveServer) -> None:
     assert (response.status_code, error_of(response)["param"]) == (400, "messages")
 
 
-@pytest.mark.parametrize("size", [200, 5000], ids=["told at once", "a stream of chunks"])
-def test_a_body_that_is_too_large(start: Start, size: int) -> None:
-    server = start(max_body_bytes=100)
-    content: Any = b"x" * size if size < 1000 else iter([b"x" * 50] * 12)
+@pytest.mark.parametrize("in_chunks", [False, True], ids=["told at once", "a stream of chunks"])
+def test_a_body_is_bounded_by_what_the_model_can_take(start: Start, in_chunks: bool) -> None:
+    server = start(FakeRuntime(max_model_len=1000))
+    limit = (1 << 20) + 16 * 1000
+    content: Any = iter([b"x" * 1000] * 2000) if in_chunks else b"x" * (limit + 1)
     response = server.post(COMPLETIONS, content=content, headers=JSON)
     error = error_of(response)
     assert (response.status_code, error["code"]) == (413, "body_too_large")
-    assert "100 bytes" in error["message"]
+    assert f"{limit} bytes (1048576, and 16 for each token of max_model_len)" in error["message"]
     body = b'{"prompt": "a", "max_tokens": 3}'
-    assert server.post(COMPLETIONS, content=body.ljust(100), headers=JSON).status_code == 200
+    assert server.post(COMPLETIONS, content=body.ljust(limit), headers=JSON).status_code == 200
 
 
 def test_a_body_without_end_is_not_read_for_ever(start: Start) -> None:
-    server = start(max_body_bytes=1000)
+    server = start()
     with socket.create_connection(server.address) as client:
         client.settimeout(10)
         client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100000000\r\n\r\n")
-        client.sendall(b"x" * 9000)
+        client.sendall(b"x" * (9 << 20))
         assert client.recv(100).startswith(b"HTTP/1.1 413 ")
 
 
@@ -266,6 +267,20 @@ def test_one_bad_prompt_of_several_refuses_the_request(start: Start) -> None:
     server.wait_until(lambda: server.runtime.num_open == 0)
 
 
+@pytest.mark.parametrize(
+    ("path", "body"), [(CHAT, {"messages": [USER]}), (COMPLETIONS, {"prompt": ["a", "b"]})]
+)
+def test_nothing_is_tokenised_that_there_is_no_room_for(
+    start: Start, path: str, body: dict[str, Any]
+) -> None:
+    server = start(FakeRuntime(max_queue=0))
+    done: list[object] = []
+    server.runtime.tokenizer.encode = lambda *what, **_: done.append(what) or [1]  # type: ignore[method-assign,func-returns-value]
+    response = server.post(path, json=body)
+    assert (response.status_code, error_of(response)["code"]) == (429, "queue_full")
+    assert not done
+
+
 def test_a_model_without_a_chat_template(start: Start) -> None:
     server = start(FakeRuntime(the_tokenizer=byte_tokenizer(chat_template=None)))
     with pytest.raises(openai.BadRequestError, match="no chat template"):
@@ -298,9 +313,9 @@ def test_the_api_key(start: Start) -> None:
 
 
 def test_the_key_is_asked_for_before_the_body_is_looked_at(start: Start) -> None:
-    server = start(api_key="secret", max_body_bytes=100)
+    server = start(api_key="secret")
     assert server.post(COMPLETIONS, content=b"{", headers=JSON).status_code == 401
-    assert server.post(COMPLETIONS, content=b"x" * 500, headers=JSON).status_code == 401
+    assert server.post(COMPLETIONS, content=b"x" * (2 << 20), headers=JSON).status_code == 401
 
 
 def test_the_key_is_asked_for_wherever_the_app_is_mounted(start: Start) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI, Request
@@ -18,7 +18,7 @@ from tpworker.errors import InvalidRequest, RuntimeFailed, RuntimeStopped, Tpwor
 from tpworker.server.answer import Answer
 from tpworker.server.errors import ApiError, ModelNotFound, describe, describe_validation, internal_error
 from tpworker.server.formats import ChatFormat, CompletionFormat, Format
-from tpworker.server.gate import MAX_BODY_BYTES, Gate
+from tpworker.server.gate import Gate
 from tpworker.server.metrics import Metrics, Timing
 from tpworker.server.requests import ChatRequest, CompletionRequest, GenerationRequest, Prompt
 
@@ -32,8 +32,6 @@ def create_app(
     runtime: Runtime,
     served_model_name: str | None = None,
     api_key: str | None = None,
-    *,
-    max_body_bytes: int = MAX_BODY_BYTES,
 ) -> FastAPI:
     """The app that serves a runtime. It neither starts nor stops it: whoever made it does.
 
@@ -43,18 +41,17 @@ def create_app(
         runtime: may be starting still.
         served_model_name: what clients call the model; None: what the runtime calls it.
         api_key: what they must send as a Bearer token, for /v1/…; None: nothing.
-        max_body_bytes: the longest body that is taken.
     """
     metrics = Metrics(runtime)
+    front = _Front(runtime, served_model_name, metrics)
     app = FastAPI(title="tpworker", description="OpenAI-compatible API of a tensor-parallel runtime.")
     app.add_middleware(
         Gate,
         count=lambda outcome: metrics.requests.labels(outcome).inc(),
         api_key=api_key,
-        max_body_bytes=max_body_bytes,
+        max_model_len=front.max_model_len,
     )
     _add_error_handlers(app)
-    front = _Front(runtime, served_model_name, metrics)
     _add_generation(app, front)
     _add_models(app, front)
     _add_probes(app, runtime, metrics)
@@ -73,6 +70,13 @@ class _Front:
     def model_name(self) -> str:
         """Raises RuntimeStopped while it is not known yet."""
         return self._name or self.runtime.served_name
+
+    def max_model_len(self) -> int:
+        """0 while it is not known yet: then nothing is generated."""
+        try:
+            return self.runtime.max_model_len
+        except RuntimeStopped:
+            return 0
 
     def check_model(self, name: str) -> None:
         """Raises ModelNotFound unless this is the model that is served."""
@@ -103,7 +107,9 @@ class _Front:
         name = answer_format.request_id
         ids = [name] if len(prompts) == 1 else [f"{name}-{index}" for index in range(len(prompts))]
         streams = [
-            self.runtime.generate(prompt, sampling, request_id=request_id)
+            self.runtime.generate(
+                prompt, sampling, request_id=request_id, default_max_tokens=body.default_max_tokens
+            )
             for prompt, request_id in zip(prompts, ids, strict=True)
         ]
         return Answer(streams, answer_format, timing, stream=bool(body.stream))
@@ -117,7 +123,8 @@ def _add_generation(app: FastAPI, front: _Front) -> None:
         prompts = body.prompts
         if len(prompts) > 1:
             # All of them before any is begun: one that is too long refuses the request with its status.
-            prompts = await asyncio.to_thread(_encode_all, front.runtime, prompts)
+            encode_all = partial(_encode_all, front.runtime, prompts)
+            prompts = await front.runtime.prepare(encode_all, len(prompts))
         return front.answer(body, prompts, CompletionFormat, timing)
 
     @app.post("/v1/chat/completions")
@@ -125,7 +132,7 @@ def _add_generation(app: FastAPI, front: _Front) -> None:
         """Answer a conversation, through the model's chat template."""
         timing = front.admit(body)
         # In a thread: a template is a program, and its text may be long.
-        prompt = await asyncio.to_thread(_chat_prompt, front.runtime, body)
+        prompt = await front.runtime.prepare(partial(_chat_prompt, front.runtime, body))
         return front.answer(body, [prompt], ChatFormat, timing)
 
 

@@ -9,7 +9,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tpworker.server.errors import ApiError
 
-MAX_BODY_BYTES = 32 << 20
+BODY_BYTES = 1 << 20
+BODY_BYTES_PER_TOKEN = 16
+"""A body may have BODY_BYTES, and so many for each token of max_model_len: room for a prompt that fits, with
+escapes, and for what is around it. Not more, for parsing holds up every other request, by 50 ms a MB of token
+ids, and so it would in a thread: it keeps the interpreter lock."""
 OUTCOME = "tpworker.outcome"
 """Key in an ASGI scope: how a request ended that its status does not tell of."""
 
@@ -23,16 +27,21 @@ class Gate:
         app: what to guard.
         count: told the outcome of each request to generate.
         api_key: what clients must send as `Authorization: Bearer …`; None: nothing.
-        max_body_bytes: of a longer body no more than so much is kept.
+        max_model_len: tells it, as what bounds a body; a longer one is refused, and not kept.
     """
 
     def __init__(
-        self, app: ASGIApp, *, count: Callable[[str], None], api_key: str | None, max_body_bytes: int
+        self,
+        app: ASGIApp,
+        *,
+        count: Callable[[str], None],
+        api_key: str | None,
+        max_model_len: Callable[[], int],
     ) -> None:
         self._app = app
         self._count = count
         self._key = api_key.encode() if api_key is not None else None
-        self._max_body_bytes = max_body_bytes
+        self._max_model_len = max_model_len
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope["path"].removeprefix(scope.get("root_path", "")) if scope["type"] == "http" else ""
@@ -69,13 +78,18 @@ class Gate:
             )
             await error.as_response()(scope, receive, send)
             return
-        body = await _read_body(receive, self._max_body_bytes)
+        limit = BODY_BYTES + BODY_BYTES_PER_TOKEN * self._max_model_len()
+        body = await _read_body(receive, limit)
         if body is None:
             scope[OUTCOME] = "disconnected"
             return
-        if len(body) > self._max_body_bytes:
+        if len(body) > limit:
             error = ApiError(
-                413, f"the body is longer than {self._max_body_bytes} bytes", code="body_too_large"
+                413,
+                f"the body is longer than {limit} bytes ({BODY_BYTES}, and {BODY_BYTES_PER_TOKEN} for each "
+                "token of max_model_len): shorten the prompt, or spread several prompts over several "
+                "requests",
+                code="body_too_large",
             )
             await error.as_response()(scope, receive, send)
             return

@@ -90,8 +90,11 @@ class _RuntimeCollector(Collector):
         stats = self._runtime.stats()
         gauges = {
             "open_requests": ("Requests that are not ended.", stats.open),
-            "running_requests": ("Requests that have a slot.", stats.running),
-            "waiting_requests": ("Requests that wait for a slot.", stats.waiting),
+            "running_requests": ("Requests that have got a slot, preempted ones included.", stats.running),
+            "waiting_requests": (
+                "Requests that have not got a slot yet, those being tokenised included.",
+                stats.waiting,
+            ),
             "free_kv_blocks": ("KV blocks that can be given out.", stats.free_blocks),
             "kv_blocks": ("KV blocks in all.", stats.total_blocks),
         }

@@ -18,7 +18,6 @@ Prompt = str | list[int]
 
 MAX_PROMPTS = 2048
 MAX_STOP_CHARS = 1024
-DEFAULT_COMPLETION_TOKENS = 16  # the OpenAI API's own
 
 _ACCEPTED = frozenset(
     [
@@ -210,6 +209,7 @@ class CompletionRequest(GenerationRequest):
     """The body of /v1/completions."""
 
     _neutral = _NEUTRAL_COMPLETION
+    default_max_tokens: ClassVar[int | None] = 16  # the OpenAI API's own
 
     prompt: Annotated[Any, BeforeValidator(_as_prompts)]
     """Text or token ids; a list of either gives one choice each."""
@@ -221,7 +221,7 @@ class CompletionRequest(GenerationRequest):
 
     def sampling(self) -> SamplingParams:
         """Raises InvalidRequest for a value out of range."""
-        return self._sampling(DEFAULT_COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens)
+        return self._sampling(self.max_tokens)
 
 
 class TextPart(BaseModel):
@@ -259,6 +259,7 @@ class ChatRequest(GenerationRequest):
     """The body of /v1/chat/completions."""
 
     _neutral = _NEUTRAL_CHAT
+    default_max_tokens: ClassVar[int | None] = None  # as many as fit
 
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: int | None = None
