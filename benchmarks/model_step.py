@@ -1,4 +1,4 @@
-"""How long one decode step of the model takes on CPU ranks: forward, all-reduces by gloo, logits, sampling.
+"""How long one decode step of the model takes on CPU ranks: forward, all-reduces, logits, sampling.
 
     python -m benchmarks.model_step --tp 2 --dtype bfloat16 --batch 1 4 16 64 --context 300
     python -m benchmarks.model_step --transformers --dtype bfloat16        # the yardstick, batch 1
@@ -14,20 +14,20 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 
+from tpworker.ipc.barrier import Barrier
 from tpworker.model.decoder import Batch, Decoder, KVCache
 from tpworker.model.families import read_spec
 from tpworker.model.sampling import SamplingMode, SamplingRows, sample
 from tpworker.model.tp import Shard
 from tpworker.model.weights import load_weights
-from tpworker.rank.collectives import GlooCollectives, SoleRank
+from tpworker.rank.collectives import connect
 
 DEFAULT_MODEL = Path.home() / ".cache/tpworker/models/SmolLM2-135M-Instruct"
 BLOCK_SIZE = 16
@@ -56,7 +56,7 @@ def main() -> None:
     )
     parser.add_argument("--transformers", action="store_true", help="measure transformers instead")
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--store", help=argparse.SUPPRESS)
+    parser.add_argument("--fds", type=int, nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.transformers:
         measure_transformers(arguments)
@@ -64,24 +64,21 @@ def main() -> None:
         with torch.inference_mode():
             run_rank(arguments)
     else:
-        with tempfile.TemporaryDirectory() as folder:
-            command = [
-                sys.executable,
-                "-m",
-                "benchmarks.model_step",
-                *sys.argv[1:],
-                "--store",
-                f"{folder}/store",
-            ]
-            ranks = [subprocess.Popen([*command, "--rank", str(rank)]) for rank in range(arguments.tp)]
-            sys.exit(max(rank.wait() for rank in ranks))
+        sys.exit(start_ranks(arguments.tp))
+
+
+def start_ranks(size: int) -> int:
+    """One process a rank, with shared memory for their collectives; returns the worst exit status."""
+    fds = [Barrier.create(size).fd, os.memfd_create("exchange")]
+    command = [sys.executable, "-m", "benchmarks.model_step", *sys.argv[1:], "--fds", *map(str, fds)]
+    ranks = [subprocess.Popen([*command, "--rank", str(rank)], pass_fds=fds) for rank in range(size)]
+    return max(rank.wait() for rank in ranks)
 
 
 def run_rank(arguments: argparse.Namespace) -> None:
     size, rank = arguments.tp, arguments.rank
     torch.set_num_threads(arguments.threads or max(1, len(os.sched_getaffinity(0)) // size))
-    store = distributed.FileStore(arguments.store, size)
-    collectives = SoleRank() if size == 1 else GlooCollectives(store, rank, size, 60.0)
+    collectives = connect(*arguments.fds, rank, size, 60.0)
     spec = read_spec(arguments.model)
     shard = Shard.of(spec, rank, size)
     weights = load_weights(arguments.model, spec, shard, getattr(torch, arguments.dtype), CPU)

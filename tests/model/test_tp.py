@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.model.helpers import SPEC, run_ranks
@@ -21,6 +21,7 @@ from tpworker.model.tp import (
 )
 
 
+@settings(deadline=None)
 @given(full=st.integers(1, 300), size=st.integers(1, 64), alignment=st.sampled_from([1, 8]))
 def test_even_splits_cover_the_axis_once(full: int, size: int, alignment: int) -> None:
     splits = [Split.even(full, rank, size, alignment) for rank in range(size)]
@@ -56,6 +57,7 @@ def unit_table(layout: HeadLayout) -> list[tuple[int | None, list[int | None]]]:
     return [(key, queries[unit * group : (unit + 1) * group]) for unit, key in enumerate(keys)]
 
 
+@settings(deadline=None)
 @given(num_kv_heads=st.integers(1, 16), group=st.integers(1, 16), size=st.integers(1, 64))
 def test_every_query_head_is_computed_once_beside_its_key_head(
     num_kv_heads: int, group: int, size: int
