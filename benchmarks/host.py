@@ -42,8 +42,8 @@ _FULL: dict[str, Any] = {
     "ranks": [1, 2, 4, 8],
     "batch": [1, 16, 64, 256],
     "contexts": [100, 8000],
-    "rounds": 3,
-    "seconds": 0.7,
+    "rounds": 5,
+    "seconds": 0.5,
     "idle_seconds": 5.0,
 }
 _QUICK: dict[str, Any] = {

@@ -59,7 +59,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     number("--num-requests", 16, "in a round")
     number("--input-len", 128, "tokens of a prompt")
     number("--output-len", 64, "tokens of an answer")
-    number("--rounds", 3, "of each, in turns")
+    number("--rounds", 5, "of each, in turns")
     parser.add_argument(
         "--idle-seconds", type=float, default=5.0, help="to watch the idle servers; default: 5"
     )

@@ -64,7 +64,7 @@ def _draw_panel(axes: Any, name: str, steps: Sequence[StepRecord]) -> None:
         axes.plot([launched, start], [1.0, 0.5], color="#888888", linewidth=0.8)
         axes.plot(launched, 1.0, marker="v", color="#333333", markersize=5)
     gaps = [(at(before.ended_ns), at(after.started_ns)) for before, after in pairwise(steps)]
-    axes.broken_barh([(end, start - end) for end, start in gaps], (0, 0.5), color="#e45756")
+    axes.broken_barh([(end, start - end) for end, start in gaps], (0, 0.5), color="#e45756", linewidth=0)
     axes.set_yticks([0.25, 1.0], ["device", "launched"])
     axes.set_ylim(-0.1, 1.2)
     axes.set_title(name, fontsize=9, loc="left")
