@@ -40,6 +40,7 @@ FLAGS = {
     "--port",
     "--seed",
     "--served-model-name",
+    "--start-timeout",
     "--step-timeout",
     "--tensor-parallel-size",
     "-h",
@@ -74,6 +75,10 @@ def test_every_flag_is_explained_and_the_defaults_are_the_configs(capsys: pytest
         flag = f"--{field.name.replace('_', '-')}"
         if flag in FLAGS and type(field.default) in (int, float) and field.name != "tensor_parallel_size":
             assert re.search(rf"{flag} [A-Z]+ [^(]+\(default: {field.default}\)", text), flag
+    embedders = {field.name for field in dataclasses.fields(RuntimeConfig)} - {
+        flag.removeprefix("--").removeprefix("no-").replace("-", "_") for flag in FLAGS
+    }
+    assert embedders == {"num_kv_blocks", "check_ranks_agree"}, "as RuntimeConfig's docstring has it"
     assert re.search(r"--tensor-parallel-size N, -tp N [^(]+\(default: 1 if there is a GPU, else 2\)", text)
 
 
@@ -88,7 +93,7 @@ def test_every_option_gets_to_its_place() -> None:
     arguments = """
         --model m -tp 4 --device cpu --dtype bfloat16 --max-model-len 99 --load-format dummy --seed 5
         --max-num-seqs 8 --max-num-batched-tokens 80 --lookahead 3 --block-size 32
-        --gpu-memory-utilization 0.5 --no-prefix-caching --max-queue 7 --step-timeout 1.5
+        --gpu-memory-utilization 0.5 --no-prefix-caching --max-queue 7 --step-timeout 1.5 --start-timeout 90
         --host 0.0.0.0 --port 81 --served-model-name name --api-key key
     """
     options = parse(*arguments.split())
@@ -108,6 +113,7 @@ def test_every_option_gets_to_its_place() -> None:
         prefix_caching=False,
         max_queue=7,
         step_timeout=1.5,
+        start_timeout=90.0,
     )
     assert (options.host, options.port) == ("0.0.0.0", 81)
     assert (options.served_model_name, options.api_key) == ("name", "key")

@@ -227,7 +227,8 @@ def _add_schedule_options(group: _Group) -> None:
     _add(
         group,
         "--max-queue",
-        "most requests that wait; one more is refused with status 429",
+        "most requests that wait for a slot, those still being tokenised included; each prompt of a request "
+        "counts; one more is refused with status 429",
         type=int,
         metavar="N",
     )
@@ -235,6 +236,13 @@ def _add_schedule_options(group: _Group) -> None:
         group,
         "--step-timeout",
         "seconds after which a step that is not answered ends the server",
+        type=float,
+        metavar="SECONDS",
+    )
+    _add(
+        group,
+        "--start-timeout",
+        "seconds within which all ranks must have loaded the model",
         type=float,
         metavar="SECONDS",
     )
@@ -252,7 +260,9 @@ def _add_server_options(group: _Group) -> None:
         help=f"port to listen on; 0: any that is free (default: {DEFAULT_PORT})",
     )
     group.add_argument(
-        "--served-model-name", metavar="NAME", help="what clients call the model (default: as --model has it)"
+        "--served-model-name",
+        metavar="NAME",
+        help="what clients call the model (default: its hub name, or the name of its folder)",
     )
     group.add_argument(
         "--api-key",

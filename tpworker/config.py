@@ -38,7 +38,10 @@ _KINDS: dict[str, tuple[type, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class RuntimeConfig:
-    """How a runtime is built. Every field is also a flag of `tpworker serve`."""
+    """How a runtime is built.
+
+    Every field is also a flag of `tpworker serve`, but for `num_kv_blocks` and `check_ranks_agree`.
+    """
 
     model: str | None = None
     """A folder with config.json, safetensors and tokenizer.json, a hub name, or None: the default model."""
@@ -66,7 +69,8 @@ class RuntimeConfig:
     prefix_caching: bool = True
     """Share the KV blocks of equal prefixes between requests."""
     max_queue: int = 1024
-    """Most requests that wait for a slot; one more is refused with `QueueFull`."""
+    """Most requests that wait for a slot, those still being tokenised included, beyond the ones that free
+    slots are about to take; one more is refused with `QueueFull`."""
     step_timeout: float = 60.0
     """Seconds after which a step that is not answered, or a rank that has not come, ends the runtime."""
     start_timeout: float = 600.0

@@ -237,7 +237,7 @@ class Generation:
         rows = self._supervisor.board.rows()
         late = min(reversed(rows), key=lambda row: row[Field.PHASE])  # of equals a rank, not the scheduler
         phase = Phase(late[Field.PHASE]).name.lower()
-        summary = f"{late.name} is not ready after {timeout:g} s (start_timeout); it is {phase}"
+        summary = f"{late.name} is not ready after {timeout:g} s (--start-timeout); it is {phase}"
         self._supervisor.blame(Fault(late.name, summary, hung=True))
 
     def _progress(self) -> tuple[str, float | None]:
