@@ -5,6 +5,9 @@ Requests of 500 tokens in and 300 out, greedy, all at once; measured is the stea
 
 TPOT      from a step's end to the next one's, by CUDA events, ms
 replay    the same step's graph alone, queued back to back, at the middle context length: the floor
+admitted  a request of 2000 tokens comes while others decode, as many as the largest batch less one: the longest
+          of the steps that hold a chunk of it, and the time to its first token. Steps have up to 575 tokens
+          (512 of the prompt beside 63 that decode), or 2048 with more than 64 requests
 gap       GPU idle time between the last kernel of a step and the first of the next, from a profiler's trace
 idle      the other GPU idle time in a step, between its kernels, from the same trace
 peer      vLLM's TPOT on this kind of machine, as the project's issue 3 gives it
@@ -41,6 +44,9 @@ PEER: dict[tuple[str, int], dict[int, tuple[float, float]]] = {
 """By model and TP size, by batch: the peer's TPOT and the goal, ms."""
 
 _PROMPT, _OUTPUT = 500, 300
+_LONG_PROMPT = 2000
+_STEP_TOKENS = 575
+_MANY_TOKENS = 2048  # or the first requests would end before the last ones begin
 _SETTLED = 5  # steps of a batch that are not looked at first
 _UNTRACED = 50  # steps until ranks begin to trace (gpu_rank.TRACE_FROM), which slows them down
 
@@ -68,7 +74,7 @@ def run(options: argparse.Namespace) -> int:
         for lookahead in options.lookahead:
             rows += measure(model, ranks, lookahead, batches)
             save(options.json, {"machine": machine(), "rows": rows})
-    Console(width=150).print(_table(rows))
+    Console(width=170).print(_table(rows))
     return 0
 
 
@@ -101,13 +107,14 @@ async def _serve(folder: Path, ranks: int, lookahead: int, batches: list[int]) -
         tensor_parallel_size=ranks,
         lookahead=lookahead,
         load_format="dummy",
-        max_model_len=2048,
+        max_model_len=2304,
         max_num_seqs=max(batches),
-        max_num_batched_tokens=2048,
+        max_num_batched_tokens=_STEP_TOKENS if max(batches) <= 64 else _MANY_TOKENS,
         prefix_caching=False,
         rank_module="benchmarks.gpu_rank",
     ) as runtime:
         ready = time.monotonic() - started
+        admitted = await _admit(runtime, max(batches) - 1) if max(batches) > 1 else {}
         for batch in batches:
             steps = await _decode(runtime, batch)
             periods = [
@@ -118,6 +125,7 @@ async def _serve(folder: Path, ranks: int, lookahead: int, batches: list[int]) -
             rows.append(
                 {
                     "batch": batch,
+                    **(admitted if batch == max(batches) else {}),
                     "ready_s": ready,
                     "steps": len(periods),
                     "tpot_ms": quantile(periods, 0.5),
@@ -126,6 +134,33 @@ async def _serve(folder: Path, ranks: int, lookahead: int, batches: list[int]) -
                 }
             )
     return rows
+
+
+async def _admit(runtime: Runtime, batch: int) -> dict[str, float]:
+    """A long prompt among requests that decode: milliseconds."""
+    draw = random.Random(0)
+
+    async def consume(num_prompt: int, num_output: int, out: list[int]) -> None:
+        sampling = SamplingParams(temperature=0.0, max_tokens=num_output, ignore_eos=True, detokenize=False)
+        async for output in runtime.generate(draw.choices(range(1000), k=num_prompt), sampling):
+            out.append(len(output.token_ids))
+
+    others = [asyncio.create_task(consume(_PROMPT, _OUTPUT, [])) for _ in range(batch)]
+    while not (records := runtime.stats().recent_steps) or records[-1].num_decodes < batch:
+        await asyncio.sleep(0.005)
+    await asyncio.sleep(0.1)
+    earlier, asked = runtime.stats().steps, time.monotonic()
+    await consume(_LONG_PROMPT, 1, [])
+    ttft = time.monotonic() - asked
+    stats = runtime.stats()
+    records = stats.recent_steps[-(stats.steps - earlier) :]
+    periods = [
+        (step.ended_ns - before.ended_ns) / 1e6
+        for before, step in pairwise(records)
+        if step.num_prefill_tokens and step.num_decodes
+    ]
+    await asyncio.gather(*others)
+    return {"admitted_tpot_ms": max(periods), "admitted_ttft_ms": 1000 * ttft, "admitted_steps": len(periods)}
 
 
 async def _decode(runtime: Runtime, batch: int) -> list[StepRecord]:
@@ -147,7 +182,7 @@ async def _decode(runtime: Runtime, batch: int) -> list[StepRecord]:
 
 def _table(rows: list[dict[str, Any]]) -> Table:
     names = ("TP", "batch", "lookahead", "TPOT", "p99", "replay", "TPOT ÷ replay", "gap p50, µs", "gap p99",
-             "idle", "kernels", "peer", "goal")  # fmt: skip
+             "idle", "kernels", "admitted", "TTFT", "peer", "goal")  # fmt: skip
     table = Table("model", title="Decode steps, ms where nothing is said")
     for name in names:
         table.add_column(name, justify="right")
@@ -160,6 +195,7 @@ def _table(rows: list[dict[str, Any]]) -> Table:
             f"{row['tpot_ms'] / row['replay_ms']:.3f}",
             *(f"{row.get(key, float('nan')):.1f}" for key in ("gap_p50_us", "gap_p99_us", "idle_inside_us")),
             f"{row.get('kernels', float('nan')):.0f}",
+            *(f"{row.get(f'admitted_{what}_ms', float('nan')):.1f}" for what in ("tpot", "ttft")),
             str(peer),
             str(goal),
         )

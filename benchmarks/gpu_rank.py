@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ class MeasuringRunner(Runner):
 
     made: MeasuringRunner
     context = 650
-    traces: dict[int, dict[str, float]]
+    traces: dict[int, dict[str, Any]]
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -54,7 +55,7 @@ class MeasuringRunner(Runner):
         if self._profiler is not None and (self._steady == TRACE_FROM + TRACE_STEPS or not is_same):
             self._profiler.stop()
             if is_same:
-                self.traces[len(self._decode)] = idle_times(self._profiler)
+                self.traces[len(self._decode)] = idle_times(self._profiler) | waiting_calls(self._profiler)
             self._profiler = None
         return launched
 
@@ -106,6 +107,20 @@ def idle_times(profiler: Any) -> dict[str, float]:
         "gap_p99_us": quantile(between, 0.99),
         "idle_inside_us": inside / (len(ends) - 1),
     }
+
+
+def waiting_calls(profiler: Any) -> dict[str, Any]:
+    """What was called of CUDA by any thread while steps were traced, and how often.
+
+    The profiler's own end, `cudaDeviceSynchronize`, is among what waits, once.
+    """
+    calls = Counter(
+        event.name()
+        for event in profiler.profiler.kineto_results.events()
+        if "CUDA" not in str(event.device_type()) and event.name().startswith("cu")
+    )
+    waits = {name: count for name, count in calls.items() if "Synchronize" in name or name == "cudaMemcpy"}
+    return {"calls": dict(calls), "waiting_calls": waits}
 
 
 def main(boot: RankBoot) -> None:

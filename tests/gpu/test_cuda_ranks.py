@@ -11,12 +11,13 @@ import random
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from tests.model.helpers import tiny_model
-from tpworker import Runtime, SamplingParams
+from tpworker import Runtime, RuntimeFailed, SamplingParams
 from tpworker.settings import count_gpus
 
 pytestmark = [
@@ -139,6 +140,28 @@ def test_ranks_agree_bit_by_bit(folder: Path) -> None:
     alone, together = run(folder, 2, check_ranks_agree=True, rank_module="tpworker.rank")
     assert_greedy(folder, alone)
     assert_greedy(folder, together)
+
+
+def test_a_rank_that_dies_in_a_collective_leaves_gpus_that_can_be_used_again(folder: Path) -> None:
+    gpus(2)
+
+    async def main() -> None:
+        async with start(folder, 2) as runtime:
+            endless = asyncio.create_task(collect(runtime, [1, 2, 3], temperature=0.0, max_tokens=500))
+            while runtime.stats().steps < 50:
+                await asyncio.sleep(0.001)
+                assert not endless.done()
+            victim = next(
+                child for child in psutil.Process().children() if child.cmdline()[0] == "tpworker-rank1"
+            )
+            victim.kill()
+            with pytest.raises(RuntimeFailed) as caught:
+                await endless
+            assert caught.value.process == "tpworker-rank1"
+        async with start(folder, 2) as runtime:
+            assert len(await collect(runtime, [1, 2, 3], temperature=0.0, max_tokens=30)) == 30
+
+    asyncio.run(asyncio.wait_for(main(), 120))
 
 
 def test_a_rank_without_flash_attention_serves_too(folder: Path) -> None:
