@@ -21,6 +21,7 @@ from tests.model.test_sampling import logits_of, rows_of
 from tpworker.model import kernels
 from tpworker.model.attention import choose, flash
 from tpworker.model.attention.paged import PagedAttention
+from tpworker.model.attention.split import SplitAttention
 from tpworker.model.batch import Batch
 from tpworker.model.decoder import Decoder, KVCache, rope_tables
 from tpworker.model.families import RopeSpec, read_spec
@@ -170,6 +171,23 @@ def test_norm_rotate_store(fused: Any, shape: Shape, count: int, block_size: int
     assert torch.equal(caches[1].values[0].cpu(), caches[0].values[0])
 
 
+@every_shape
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_products_of_one_row(fused: Any, shape: Shape, has_bias: bool, dtype: torch.dtype) -> None:
+    from tpworker.model import skinny_kernel
+
+    for size_in, size_out in ((shape.hidden, 2 * shape.width), (shape.width, shape.hidden)):
+        x = randn(1, size_in, dtype=dtype)
+        weight = randn(size_out, size_in, dtype=dtype, scale=0.02)
+        bias = randn(size_out, dtype=dtype) if has_bias else None
+        result = skinny_kernel.multiply(
+            x.to(DEVICE), weight.to(DEVICE), None if bias is None else bias.to(DEVICE)
+        )
+        expected = x.float() @ weight.float().T + (0 if bias is None else bias.float())
+        near(result, expected.to(dtype))
+
+
 def on_device(rows: SamplingRows) -> SamplingRows:
     return SamplingRows(*(getattr(rows, field.name).to(DEVICE) for field in dataclasses.fields(rows)))
 
@@ -214,6 +232,7 @@ def test_random_tokens(fused: Any, shape: Shape, count: int) -> None:
 def captured(work: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
     """Run once, then capture; host synchronisation inside is an error."""
     stream = torch.cuda.Stream()
+    torch.cuda.synchronize()  # what `work` reads is there
     with torch.cuda.stream(stream):
         work()
     stream.synchronize()
@@ -279,6 +298,28 @@ def reference_attention(shape: Shape, batch: Batch, *tensors: Tensor) -> Tensor:
     return paged(queries, keys, values, paged.prepare(batch, keys.shape[1]))
 
 
+def split_attention(shape: Shape, processors: int = 132) -> SplitAttention:
+    others = PagedAttention(shape.heads, shape.kv_heads, shape.head_dim, torch.float32)
+    return SplitAttention(shape.heads, shape.kv_heads, shape.head_dim, others, None, processors)
+
+
+@every_shape
+@pytest.mark.parametrize("block_size", [16, 64])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("lengths", [[650], [1, 17, 300, 64, 63, 65, 31], [5] * 40])
+def test_split_attention(
+    fused: Any, shape: Shape, block_size: int, dtype: torch.dtype, lengths: list[int]
+) -> None:
+    batch, *tensors = attention_case(shape, block_size, lengths, [])
+    queries, keys, values = (x.to(dtype) for x in tensors)
+    expected = reference_attention(shape, batch, queries, keys, values).to(dtype)
+    attention = split_attention(shape, 20 if IS_INTERPRETED else 132)
+    there = batch_to(batch, DEVICE)
+    plan = attention.prepare(there, block_size)
+    for _ in range(2):  # as two layers would
+        near(attention(queries.to(DEVICE), keys.to(DEVICE), values.to(DEVICE), plan), expected)
+
+
 @on_hopper
 @pytest.mark.parametrize("name", [name for name in SHAPES if name != "odd"])
 @pytest.mark.parametrize("block_size", [16, 64])
@@ -306,18 +347,27 @@ def test_flash_attention(
     near(attention(queries, keys, values, attention.prepare(batch_to(batch, DEVICE), block_size)), expected)
 
 
+BACKENDS: dict[str, Callable[[Shape], Any]] = {
+    "split": split_attention,
+    "flash": lambda shape: flash.FlashAttention(
+        shape.heads, shape.kv_heads, shape.head_dim, torch.bfloat16, share_schedule=False
+    ),
+    "flash-shared": lambda shape: flash.FlashAttention(
+        shape.heads, shape.kv_heads, shape.head_dim, torch.bfloat16
+    ),
+}
+
+
 @on_hopper
-@pytest.mark.parametrize("share_schedule", [True, False])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("count", [1, 4, 64, 256])
-def test_flash_attention_replays_at_other_lengths(count: int, share_schedule: bool) -> None:
+def test_attention_replays_at_other_lengths(count: int, backend: str) -> None:
     """Captured at a length of 1 each, as a start-up would; rows of length 0 stay finite."""
     shape = SHAPES["qwen3-8b-tp2"]
     batch, *tensors = attention_case(shape, 16, [1400 if count < 64 else 300] * count, [])
     there = batch_to(batch, DEVICE)
     there.lengths.fill_(1)
-    attention = flash.FlashAttention(
-        shape.heads, shape.kv_heads, shape.head_dim, torch.bfloat16, share_schedule=share_schedule
-    )
+    attention = BACKENDS[backend](shape)
     queries, keys, values = (x.to(DEVICE) for x in tensors)
     longest = int(batch.lengths.max())
 
@@ -340,10 +390,14 @@ def test_flash_attention_replays_at_other_lengths(count: int, share_schedule: bo
 @on_hopper
 def test_flash_attention_is_chosen_where_it_runs(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
-    assert isinstance(choose(16, 8, 128, torch.bfloat16, DEVICE), flash.FlashAttention)
+    chosen = choose(16, 8, 128, torch.bfloat16, DEVICE)
+    assert isinstance(chosen, SplitAttention)
+    assert isinstance(chosen.others, flash.FlashAttention)
     assert "FlashAttention 3" in caplog.text
     caplog.clear()
-    assert not isinstance(choose(16, 8, 128, torch.float32, DEVICE), flash.FlashAttention)
+    chosen = choose(16, 8, 128, torch.float32, DEVICE)
+    assert isinstance(chosen, SplitAttention)
+    assert isinstance(chosen.others, PagedAttention)
     assert "float32" in caplog.text
     with pytest.raises(ValueError, match="--block-size 128"):
         flash.FlashAttention(16, 8, 128, torch.bfloat16).prepare(attention_case(
@@ -364,8 +418,9 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 
 @on_hopper
 @pytest.mark.parametrize("block_size", [16, 64])
+@pytest.mark.parametrize("is_split", [True, False])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_decoder_on_cuda(name: str, block_size: int, tmp_path: Path) -> None:
+def test_a_decoder_on_cuda(name: str, is_split: bool, block_size: int, tmp_path: Path) -> None:
     """A prompt in chunks, then decode steps by one captured graph, against transformers in float32."""
     model = tiny_model(tmp_path, CONFIGS[name]())
     ids = torch.randint(0, 1031, (2, 60))
@@ -374,7 +429,9 @@ def test_a_decoder_on_cuda(name: str, block_size: int, tmp_path: Path) -> None:
     shard = Shard.of(spec, 0, 1)
     weights = load_weights(tmp_path, spec, shard, torch.bfloat16, DEVICE)
     decoder = Decoder(spec, weights, shard, SoleRank(), 256)
-    assert isinstance(decoder.attention, flash.FlashAttention)
+    assert isinstance(decoder.attention, SplitAttention)
+    if not is_split:
+        decoder.attention = decoder.attention.others
     cache = KVCache(spec, shard, 64, block_size, torch.bfloat16, DEVICE)
     tables = shuffled_tables(2, 128, block_size, 64)
 

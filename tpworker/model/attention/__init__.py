@@ -10,11 +10,15 @@ from torch import Tensor
 
 from tpworker.model.attention import flash
 from tpworker.model.attention.paged import PagedAttention
+from tpworker.model.attention.split import SplitAttention
 from tpworker.model.batch import Batch
 
 __all__ = ["Attention", "PagedAttention", "choose"]
 
 logger = logging.getLogger(__name__)
+
+SPLIT_MAX_ROWS = 16
+"""Decode steps of more sequences are FlashAttention's, where there is one."""
 
 
 class Attention(Protocol):
@@ -47,13 +51,18 @@ def choose(
         num_heads, num_kv_heads: query and key-value heads of this rank.
         dtype: of queries, keys and values.
     """
+    reference = PagedAttention(num_heads, num_kv_heads, head_dim, dtype)
     if device.type == "cpu":
-        return PagedAttention(num_heads, num_kv_heads, head_dim, dtype)
+        return reference
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
     reason = flash.why_not(head_dim, dtype, device)
     if reason is None:
-        logger.info("attention: FlashAttention 3")
-        return flash.FlashAttention(num_heads, num_kv_heads, head_dim, dtype)
+        logger.info("attention: FlashAttention 3; decode steps of up to %d rows by split", SPLIT_MAX_ROWS)
+        others = flash.FlashAttention(num_heads, num_kv_heads, head_dim, dtype)
+        return SplitAttention(num_heads, num_kv_heads, head_dim, others, SPLIT_MAX_ROWS, processors)
     logger.warning(
-        "attention: the torch reference, slow and not capturable; no FlashAttention 3, because %s", reason
+        "attention: decode steps by split, prompts by the slow torch reference, which reads lengths on the "
+        "host; no FlashAttention 3, because %s",
+        reason,
     )
-    return PagedAttention(num_heads, num_kv_heads, head_dim, dtype)
+    return SplitAttention(num_heads, num_kv_heads, head_dim, reference, None, processors)

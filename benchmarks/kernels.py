@@ -1,0 +1,290 @@
+"""What a decode step costs one GPU, kernel by kernel: forward and sampling of a model, one captured graph.
+
+Dummy weights in bfloat16, TP 1, every sequence at the same length, greedy. No scheduler, no ring and no
+publisher: the yardstick for what the runtime adds. The tables:
+
+  steps      time of a graph replay for each attention backend, beside the peer's decode TPOT (vLLM 0.26 on an
+             H200, docs/benchmarks.md), the goal, and the time that the bytes of weights and KV cache need at
+             4.3 TB/s; how many kernels a step is, and how long they ran, from a profiler trace
+  attention  µs a layer, every layer's cache in turn
+  products   µs of each matrix product, every layer's weight in turn
+  kernels    of the fastest backend, the profiler's time by kernel
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from benchmarks.report import machine, save
+from tpworker.model import linear
+from tpworker.model.attention import Attention, choose, flash
+from tpworker.model.batch import Batch
+from tpworker.model.decoder import Decoder
+from tpworker.model.families import ModelSpec, read_spec
+from tpworker.model.kv_cache import KVCache
+from tpworker.model.sampling import SamplingMode, SamplingRows, sample
+from tpworker.model.tp import Shard
+from tpworker.model.weights import dummy_weights, shard_bytes
+from tpworker.rank.collectives import SoleRank
+
+CONFIGS = Path(__file__).parent / "configs"
+BYTES_PER_SECOND = 4.3e12
+# (peer ms, goal ms) of (model, batch); None: no goal was set.
+YARDSTICKS: dict[tuple[str, int], tuple[float, float | None]] = {
+    ("qwen3-0.6b", 1): (1.75, 0.8),
+    ("qwen3-0.6b", 16): (1.94, 1.0),
+    ("qwen3-0.6b", 64): (3.23, 2.1),
+    ("qwen3-0.6b", 256): (7.35, 6.0),
+    ("qwen3-8b", 1): (5.22, 4.4),
+    ("qwen3-8b", 16): (5.62, 4.8),
+    ("qwen3-8b", 64): (7.08, 6.1),
+}
+GREEDY = SamplingMode(random=False, truncate=False, suppress=False)
+RANDOM = SamplingMode(random=True, truncate=False, suppress=False)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--models", nargs="+", default=["qwen3-0.6b", "qwen3-8b"], help="folders of configs/")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 16, 64, 256])
+    parser.add_argument("--context", type=int, default=650, help="tokens of each sequence")
+    parser.add_argument("--block-size", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=5, help="of 20 replays each; the median is told")
+
+
+def run(options: argparse.Namespace) -> int:
+    if not torch.cuda.is_available():
+        print("benchmarks kernels: there is no CUDA device here")
+        return 2
+    data: dict[str, Any] = {"machine": machine() | {"gpu": torch.cuda.get_device_name()}, "rows": []}
+    console = Console(width=150)
+    with torch.inference_mode():
+        for name in options.models:
+            data["rows"] += measure_model(name, options, console)
+    save(options.json, data)
+    return 0
+
+
+def measure_model(name: str, options: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
+    """Every batch size of one model; prints its tables."""
+    device = torch.device("cuda")
+    spec = read_spec(CONFIGS / name)
+    shard = Shard.of(spec, 0, 1)
+    weights = dummy_weights(spec, shard, torch.bfloat16, device)
+    decoder = Decoder(spec, weights, shard, SoleRank(), options.context + 64)
+    chosen = decoder.attention
+    rows = []
+    for count in options.batch:
+        width = -(-options.context // options.block_size)
+        cache = KVCache(spec, shard, count * width + 1, options.block_size, torch.bfloat16, device)
+        for layer in (*cache.keys, *cache.values):
+            layer.normal_()
+        batch = decode_batch(count, options.context, width)
+        row: dict[str, Any] = {"model": name, "batch": count, "context": options.context}
+        print(f"{name}, batch {count}", flush=True)
+        row["floor_ms"] = 1000 * floor_bytes(spec, shard, count * options.context) / BYTES_PER_SECOND
+        row["attention_us"], row["step_ms"] = {}, {}
+        for backend, attention in backends(spec, shard, chosen, count).items():
+            decoder.attention = attention
+            row["attention_us"][backend] = attention_us(attention, batch, cache, spec, options.rounds)
+            row["step_ms"][backend] = replay_ms(step_of(decoder, batch, cache, GREEDY), options.rounds)[0]
+        decoder.attention = chosen
+        if count == 1:
+            rule, linear.SINGLE_ROW_BYTES = linear.SINGLE_ROW_BYTES, 0
+            step = step_of(decoder, batch, cache, GREEDY)
+            row["step_ms"]["library's products"] = replay_ms(step, options.rounds)[0]
+            linear.SINGLE_ROW_BYTES = rule
+        row["products_us"] = products_us(decoder, count, options.rounds)
+        row["random_ms"] = replay_ms(step_of(decoder, batch, cache, RANDOM), options.rounds)[0]
+        _, graph = replay_ms(step_of(decoder, batch, cache, GREEDY), 1)
+        row["kernels"] = profile(graph)
+        rows.append(row)
+        del cache, graph
+        torch.cuda.empty_cache()
+    print_tables(rows, console)
+    return rows
+
+
+def backends(spec: ModelSpec, shard: Shard, chosen: Attention, count: int) -> dict[str, Attention]:
+    """What can be compared here: the choice of `choose`, and each way to do it alone."""
+    from tpworker.model.attention.split import SplitAttention
+
+    sizes = (shard.num_heads, shard.num_kv_heads, spec.head_dim)
+    found: dict[str, Attention] = {"chosen": chosen}
+    if flash.why_not(spec.head_dim, torch.bfloat16, torch.device("cuda")) is None:
+        found["flash"] = flash.FlashAttention(*sizes, torch.bfloat16, share_schedule=False)
+        found["flash, shared schedule"] = flash.FlashAttention(*sizes, torch.bfloat16)
+    processors = torch.cuda.get_device_properties(0).multi_processor_count
+    found["split"] = SplitAttention(*sizes, choose(*sizes, torch.bfloat16, torch.device("cpu")), count,
+                                    processors)  # fmt: skip
+    return found
+
+
+def floor_bytes(spec: ModelSpec, shard: Shard, num_tokens: int) -> int:
+    """Bytes that a step cannot but read: every weight but an embedding table of its own, and the KV cache."""
+    embedding = 0 if spec.tie_embeddings else shard.vocab.local * spec.hidden_size * 2
+    weights = shard_bytes(spec, shard, torch.bfloat16, torch.device("cuda")) - embedding
+    return weights + num_tokens * KVCache.bytes_per_block(spec, shard, 1, torch.bfloat16)
+
+
+def decode_batch(count: int, context: int, width: int) -> Batch:
+    """Every sequence at the same length, its blocks scattered over the cache."""
+    tables = (torch.randperm(count * width, device="cuda") + 1).view(count, width).to(torch.int32)
+    return Batch(
+        token_ids=torch.randint(5, 1000, (count,), device="cuda"),
+        positions=torch.full((count,), context - 1, device="cuda"),
+        sequence_of=torch.arange(count, device="cuda"),
+        block_tables=tables,
+        lengths=torch.full((count,), context, dtype=torch.int32, device="cuda"),
+        query_starts=torch.arange(count + 1, dtype=torch.int32, device="cuda"),
+        num_decodes=count,
+        max_query=1,
+    )
+
+
+def step_of(decoder: Decoder, batch: Batch, cache: KVCache, mode: SamplingMode) -> Callable[[], Tensor]:
+    """Forward and sampling of a decode step."""
+    count = len(batch.token_ids)
+    integers = torch.zeros(count, dtype=torch.int64, device="cuda")
+    rows = SamplingRows(
+        temperature=torch.full((count,), 0.7, device="cuda"),
+        top_p=torch.ones(count, device="cuda"),
+        top_k=integers,
+        seed=torch.arange(count, device="cuda"),
+        position=batch.positions + 1,
+        min_length=integers,
+        stop_ids=torch.full((count, 16), -1, device="cuda"),
+    )
+
+    def step() -> Tensor:
+        logits = decoder.logits(decoder.forward(batch, cache))
+        return sample(logits, rows, mode, decoder.vocab_start, decoder.collectives)
+
+    return step
+
+
+def attention_us(attention: Attention, batch: Batch, cache: KVCache, spec: ModelSpec, rounds: int) -> float:
+    """Microseconds of one layer's attention, what is prepared once a step included in its share."""
+    query = torch.randn(len(batch.token_ids), spec.num_heads, spec.head_dim, device="cuda").bfloat16()
+
+    def layers() -> Tensor:
+        plan = attention.prepare(batch, cache.block_size)
+        for keys, values in zip(cache.keys, cache.values, strict=True):
+            out = attention(query, keys, values, plan)
+        return out
+
+    return 1000 * replay_ms(layers, rounds)[0] / spec.num_layers
+
+
+def products_us(decoder: Decoder, count: int, rounds: int) -> dict[str, dict[str, float]]:
+    """Microseconds of each of a layer's products and of the output head: the library's, and ours."""
+    layers = decoder.weights.layers
+    kinds = {
+        kind: [getattr(layer, kind) for layer in layers] for kind in ("qkv", "output", "gate_up", "down")
+    }
+    kinds["lm_head"] = [decoder.weights.lm_head]
+    rule, found = linear.SINGLE_ROW_BYTES, {}
+    for kind, weights in kinds.items():
+        x = torch.randn(count, weights[0].weight.shape[1], device="cuda").bfloat16()
+        found[kind] = {}
+        for what, most in (("library", 0), ("ours", 1 << 62)):
+            if most and count > 1:
+                continue
+            linear.SINGLE_ROW_BYTES = most
+            milliseconds, _ = replay_ms(
+                lambda x=x, weights=weights: [weight(x) for weight in weights][-1], rounds
+            )
+            found[kind][what] = 1000 * milliseconds / len(weights)
+        found[kind]["floor"] = 1e6 * weights[0].weight.nbytes / BYTES_PER_SECOND
+    linear.SINGLE_ROW_BYTES = rule
+    return found
+
+
+def replay_ms(work: Callable[[], Tensor], rounds: int) -> tuple[float, torch.cuda.CUDAGraph]:
+    """Median time of a replay of `work`, captured, when replays are queued back to back; and the graph."""
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()  # what `work` reads is there
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            work()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        work()
+    times = []
+    for _ in range(rounds + 1):  # the first warms up
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(20):
+            graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 20)
+    return statistics.median(times[1:]), graph
+
+
+def profile(graph: torch.cuda.CUDAGraph) -> dict[str, tuple[float, float]]:
+    """Of one replay, for each kernel: how often it ran, and its time in µs."""
+    replays = 5
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
+        for _ in range(replays):
+            graph.replay()
+        torch.cuda.synchronize()
+    return {
+        entry.key: (entry.count / replays, entry.self_device_time_total / replays)
+        for entry in sorted(trace.key_averages(), key=lambda entry: -entry.self_device_time_total)
+        if entry.self_device_time_total
+    }
+
+
+def print_tables(rows: list[dict[str, Any]], console: Console) -> None:
+    """One model's rows."""
+    name = rows[0]["model"]
+    steps = Table(title=f"{name}, context {rows[0]['context']}: ms a step (one graph replay)")
+    backend_names = list(rows[0]["step_ms"])
+    for column in ("batch", *backend_names, "random", "peer", "goal", "floor", "kernels", "kernels' time"):
+        steps.add_column(column, justify="right")
+    attention = Table(title=f"{name}: attention, µs a layer")
+    for column in ("batch", *rows[0]["attention_us"]):
+        attention.add_column(column, justify="right")
+    for row in rows:
+        peer, goal = YARDSTICKS.get((name, row["batch"]), (None, None))
+        kernels = row["kernels"].values()
+        figures = [
+            *(row["step_ms"].get(backend) for backend in backend_names),
+            row["random_ms"],
+            peer,
+            goal,
+            row["floor_ms"],
+        ]
+        steps.add_row(
+            str(row["batch"]),
+            *("–" if figure is None else f"{figure:.3f}" for figure in figures),
+            f"{sum(count for count, _ in kernels):.0f}",
+            f"{sum(time for _, time in kernels) / 1000:.3f}",
+        )
+        attention.add_row(str(row["batch"]), *(f"{time:.1f}" for time in row["attention_us"].values()))
+    console.print(steps)
+    console.print(attention)
+    products = Table(title=f"{name}: products, µs each: library / ours / floor")
+    for column in ("batch", *rows[0]["products_us"]):
+        products.add_column(column, justify="right")
+    for row in rows:
+        cells = (" / ".join(f"{time:.1f}" for time in cell.values()) for cell in row["products_us"].values())
+        products.add_row(str(row["batch"]), *cells)
+    console.print(products)
+    for row in rows:
+        table = Table(title=f"{name}, batch {row['batch']}: where a step's time goes")
+        for column in ("kernel", "times", "µs a step", "µs each"):
+            table.add_column(column, justify="left" if column == "kernel" else "right")
+        for kernel, (count, time) in list(row["kernels"].items())[:11]:
+            table.add_row(kernel[:100], f"{count:.0f}", f"{time:.1f}", f"{time / count:.2f}")
+        console.print(table)

@@ -1,0 +1,99 @@
+"""Paged attention for decode steps of few sequences, on any CUDA GPU: one kernel of our own a layer.
+
+FlashAttention 3 takes 10 µs and more a layer, however short the sequences: it is several kernels (a schedule,
+attention, the sum of the parts of split sequences). For one or a few sequences that is most of what a layer
+of a small model costs. Here each sequence is cut into parts, enough to fill the GPU, and the part that is
+done last puts the parts together within the same kernel. Everything else goes to another backend.
+
+Lengths and block tables are read on the device; it can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from tpworker.model.batch import Batch
+
+if TYPE_CHECKING:
+    from tpworker.model.attention import Attention
+
+_TILE = 32  # tokens that a program takes at a time, and the shortest part
+_MAX_PARTS = 32
+_MAX_SUMS = 16384  # elements that the last part has in registers when it puts the parts together
+_PROGRAMS_PER_PROCESSOR = 2
+
+
+@dataclass(frozen=True, slots=True)
+class _SplitPlan:
+    block_tables: Tensor  # int32 [S, W]
+    lengths: Tensor  # int32 [S]
+    num_parts: int
+    partial: tuple[Tensor, Tensor, Tensor, Tensor]
+    """Of each pair of sequence and key-value head: float32 sums [S K, parts, H / K, head_dim], maxima and
+    totals [S K, parts, H / K], and int32 [S K], how many parts are done."""
+
+
+class SplitAttention:
+    """See the module.
+
+    Args:
+        num_heads, num_kv_heads: query heads and key-value heads of this rank.
+        head_dim: size of a head; scores are scaled by its square root.
+        others: the backend of batches with chunks of prompts, and of larger ones.
+        max_rows: decode steps of up to so many sequences are taken here; None: all.
+        num_processors: of the GPU.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        others: Attention,
+        max_rows: int | None,
+        num_processors: int,
+    ) -> None:
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = head_dim
+        self.others = others
+        self.max_rows = max_rows
+        self._num_processors = num_processors
+
+    def prepare(self, batch: Batch, block_size: int) -> Any:
+        """See `Attention`."""
+        count = len(batch.lengths)
+        if batch.num_decodes < count or (self.max_rows is not None and count > self.max_rows):
+            return self.others.prepare(batch, block_size)
+        pairs = count * self.num_kv_heads
+        wanted = -(-_PROGRAMS_PER_PROCESSOR * self._num_processors // pairs)
+        longest = batch.block_tables.shape[1] * block_size
+        group = self.num_heads // self.num_kv_heads
+        most = max(1, _MAX_SUMS // (_power_of_2(group) * _power_of_2(self.head_dim)))
+        num_parts = max(1, min(_MAX_PARTS, most, wanted, -(-longest // _TILE)))
+        device = batch.lengths.device
+        sums = torch.empty(pairs, num_parts, group, self.head_dim, device=device)
+        maxima, totals = torch.empty(2, pairs, num_parts, group, device=device)
+        arrived = torch.zeros(pairs, dtype=torch.int32, device=device)
+        return _SplitPlan(batch.block_tables, batch.lengths, num_parts, (sums, maxima, totals, arrived))
+
+    def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, plan: Any) -> Tensor:
+        """See `Attention`."""
+        if not isinstance(plan, _SplitPlan):
+            return self.others(queries, keys, values, plan)
+        from tpworker.model.attention.split_kernel import attend
+
+        out = torch.empty_like(queries)
+        attend(
+            queries, keys, values, plan.block_tables, plan.lengths, plan.partial, out, plan.num_parts, _TILE
+        )
+        return out.flatten(1)
+
+
+def _power_of_2(value: int) -> int:
+    """The smallest that is not below `value`."""
+    return 1 << (value - 1).bit_length()
