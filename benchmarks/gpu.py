@@ -5,9 +5,9 @@ Requests of 500 tokens in and 300 out, greedy, all at once; measured is the stea
 
 TPOT      from a step's end to the next one's, by CUDA events, ms
 replay    the same step's graph alone, queued back to back, at the middle context length: the floor
-admitted  a request of 2000 tokens comes while others decode, as many as the largest batch less one: the longest
-          of the steps that hold a chunk of it, and the time to its first token. Steps have up to 575 tokens
-          (512 of the prompt beside 63 that decode), or 2048 with more than 64 requests
+admitted  a request of 2000 tokens comes while others decode, as many as the largest batch less one: the
+          longest of the steps that hold a chunk of it, and the time to its first token. Steps have up to 575
+          tokens (512 of the prompt beside 63 that decode), or 2048 with more than 64 requests
 gap       GPU idle time between the last kernel of a step and the first of the next, from a profiler's trace
 idle      the other GPU idle time in a step, between its kernels, from the same trace
 peer      vLLM's TPOT on this kind of machine, as the project's issue 3 gives it
