@@ -26,7 +26,7 @@ from torch import Tensor
 
 from benchmarks.report import machine, save
 from tpworker.model import linear
-from tpworker.model.attention import Attention, choose, flash
+from tpworker.model.attention import Attention, flash
 from tpworker.model.batch import Batch
 from tpworker.model.decoder import Decoder
 from tpworker.model.families import ModelSpec, read_spec
@@ -92,7 +92,7 @@ def measure_model(name: str, options: argparse.Namespace, console: Console) -> l
         print(f"{name}, batch {count}", flush=True)
         row["floor_ms"] = 1000 * floor_bytes(spec, shard, count * options.context) / BYTES_PER_SECOND
         row["attention_us"], row["step_ms"] = {}, {}
-        for backend, attention in backends(spec, shard, chosen, count).items():
+        for backend, attention in backends(spec, shard, chosen).items():
             decoder.attention = attention
             row["attention_us"][backend] = attention_us(attention, batch, cache, spec, options.rounds)
             row["step_ms"][backend] = replay_ms(step_of(decoder, batch, cache, GREEDY), options.rounds)[0]
@@ -113,18 +113,13 @@ def measure_model(name: str, options: argparse.Namespace, console: Console) -> l
     return rows
 
 
-def backends(spec: ModelSpec, shard: Shard, chosen: Attention, count: int) -> dict[str, Attention]:
+def backends(spec: ModelSpec, shard: Shard, chosen: Attention) -> dict[str, Attention]:
     """What can be compared here: the choice of `choose`, and each way to do it alone."""
-    from tpworker.model.attention.split import SplitAttention
-
     sizes = (shard.num_heads, shard.num_kv_heads, spec.head_dim)
     found: dict[str, Attention] = {"chosen": chosen}
     if flash.why_not(spec.head_dim, torch.bfloat16, torch.device("cuda")) is None:
         found["flash"] = flash.FlashAttention(*sizes, torch.bfloat16, share_schedule=False)
         found["flash, shared schedule"] = flash.FlashAttention(*sizes, torch.bfloat16)
-    processors = torch.cuda.get_device_properties(0).multi_processor_count
-    found["split"] = SplitAttention(*sizes, choose(*sizes, torch.bfloat16, torch.device("cpu")), count,
-                                    processors)  # fmt: skip
     return found
 
 

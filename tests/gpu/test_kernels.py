@@ -300,7 +300,7 @@ def reference_attention(shape: Shape, batch: Batch, *tensors: Tensor) -> Tensor:
 
 def split_attention(shape: Shape, processors: int = 132) -> SplitAttention:
     others = PagedAttention(shape.heads, shape.kv_heads, shape.head_dim, torch.float32)
-    return SplitAttention(shape.heads, shape.kv_heads, shape.head_dim, others, None, processors)
+    return SplitAttention(shape.heads, shape.kv_heads, shape.head_dim, others, processors)
 
 
 @every_shape

@@ -17,9 +17,6 @@ __all__ = ["Attention", "PagedAttention", "choose"]
 
 logger = logging.getLogger(__name__)
 
-SPLIT_MAX_ROWS = 16
-"""Decode steps of more sequences are FlashAttention's, where there is one."""
-
 
 class Attention(Protocol):
     """A way to compute attention. Chosen once, when the decoder is built."""
@@ -57,12 +54,12 @@ def choose(
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     reason = flash.why_not(head_dim, dtype, device)
     if reason is None:
-        logger.info("attention: FlashAttention 3; decode steps of up to %d rows by split", SPLIT_MAX_ROWS)
+        logger.info("attention: decode steps by our own kernel, steps with prompts by FlashAttention 3")
         others = flash.FlashAttention(num_heads, num_kv_heads, head_dim, dtype)
-        return SplitAttention(num_heads, num_kv_heads, head_dim, others, SPLIT_MAX_ROWS, processors)
+        return SplitAttention(num_heads, num_kv_heads, head_dim, others, processors)
     logger.warning(
-        "attention: decode steps by split, prompts by the slow torch reference, which reads lengths on the "
-        "host; no FlashAttention 3, because %s",
+        "attention: decode steps by our own kernel, prompts by the slow torch reference, which reads lengths "
+        "on the host; no FlashAttention 3, because %s",
         reason,
     )
-    return SplitAttention(num_heads, num_kv_heads, head_dim, reference, None, processors)
+    return SplitAttention(num_heads, num_kv_heads, head_dim, reference, processors)
