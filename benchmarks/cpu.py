@@ -49,19 +49,19 @@ class Others:
 
     def __init__(self) -> None:
         self._since = time.monotonic()
-        self._busy, self._ours = _busy(), _ours()
+        self._busy, self._ours = busy_seconds(), _ours()
 
     def share(self) -> float:
         """Cores that the others kept busy on average, since this was made."""
-        busy, ours = _busy() - self._busy, _ours() - self._ours
+        busy, ours = busy_seconds() - self._busy, _ours() - self._ours
         return max(0.0, busy - ours) / (time.monotonic() - self._since)
 
 
-def _busy() -> float:
-    """Seconds that all cores together were not idle, since the start."""
+def busy_seconds() -> float:
+    """Seconds for which the cores, all together, were not idle. Only differences mean something."""
     fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
-    idle = int(fields[3]) + int(fields[4])
-    return (sum(map(int, fields[:8])) - idle) / os.sysconf("SC_CLK_TCK")
+    idle = (int(fields[3]) + int(fields[4])) / os.sysconf("SC_CLK_TCK")  # the kernel's own clock, no samples
+    return time.monotonic() * os.sysconf("SC_NPROCESSORS_ONLN") - idle
 
 
 def _ours() -> float:

@@ -10,6 +10,7 @@ period    from a step's start to the next one's. As long as a step itself: the d
 gap       time before a step in which the device had nothing to do
 
 Ranks that outnumber the cores take turns on them, so of them period and gap say little and are left out.
+A measurement is repeated when other programs took more than a tenth of a core; --retries times in all.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import argparse
 import asyncio
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,8 @@ GOAL_BATCH = 64
 GOAL_RANKS = 2
 GOAL_LOOKAHEAD = 2
 IDLE_AFTER = 2.0
+DISTURBED = 0.1
+"""Cores that other programs may take during a measurement, before it is repeated."""
 
 _FULL: dict[str, Any] = {
     "ranks": [1, 2, 4, 8],
@@ -45,6 +48,7 @@ _FULL: dict[str, Any] = {
     "rounds": 5,
     "seconds": 0.5,
     "idle_seconds": 5.0,
+    "retries": 60,
 }
 _QUICK: dict[str, Any] = {
     "ranks": [1, 2],
@@ -53,6 +57,7 @@ _QUICK: dict[str, Any] = {
     "rounds": 1,
     "seconds": 0.5,
     "idle_seconds": 2.0,
+    "retries": 0,
 }
 
 
@@ -70,6 +75,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--rounds", "measurements of each kind, in turns", type=int)
     add("--seconds", "of each measurement", type=float)
     add("--idle-seconds", "for which the idle runtime is watched", type=float)
+    add("--retries", "measurements that may be repeated for being disturbed, in all", type=int)
     parser.add_argument("--lookahead", type=int, nargs="+", default=[0, 2], help="default: 0 2")
     parser.add_argument("--step-ms", type=float, default=1.0, help="what a step takes; default: 1")
     parser.add_argument("--quick", action="store_true", help="fewer and shorter, where nothing is given")
@@ -116,6 +122,7 @@ class Cell:
             "rounds": [
                 {
                     "steps": window.steps,
+                    "others": window.others,
                     "cpu_us": window.cpu,
                     "queued_us": window.queued,
                     "sleeps": window.sleeps,
@@ -158,12 +165,13 @@ def run(options: argparse.Namespace) -> int:
 
 async def _measure(options: argparse.Namespace) -> tuple[list[Cell], list[Cell], dict[str, float]]:
     steady = []
+    retries = iter(range(options.retries))
     for ranks in options.ranks:
         async with _runtimes(ranks, options.lookahead, options) as runtimes:
-            steady += await _rounds(runtimes, ranks, options.batch, [min(options.contexts)], options)
+            steady += await _rounds(runtimes, ranks, options.batch, [min(options.contexts)], options, retries)
         print(f"{ranks} ranks measured", file=sys.stderr)
     async with _runtimes(GOAL_RANKS, [GOAL_LOOKAHEAD], options) as runtimes:
-        contexts = await _rounds(runtimes, GOAL_RANKS, [GOAL_BATCH], options.contexts, options)
+        contexts = await _rounds(runtimes, GOAL_RANKS, [GOAL_BATCH], options.contexts, options, retries)
         await asyncio.sleep(IDLE_AFTER)
         idle = await runtimes[GOAL_LOOKAHEAD].idle(options.idle_seconds)
     return steady, contexts, idle
@@ -196,6 +204,7 @@ async def _rounds(
     batches: Sequence[int],
     contexts: Sequence[int],
     options: argparse.Namespace,
+    retries: Iterator[int],
 ) -> list[Cell]:
     cells = [
         Cell(ranks, lookahead, batch, context, [])
@@ -205,9 +214,18 @@ async def _rounds(
     ]
     for _ in range(options.rounds):
         for cell in sorted(cells, key=lambda cell: (cell.batch, cell.context)):  # lookaheads in turns
-            driven = runtimes[cell.lookahead]
-            cell.rounds.append(await driven.decode(cell.batch, cell.context, options.seconds))
+            window = await _undisturbed(runtimes[cell.lookahead], cell, options.seconds, retries)
+            cell.rounds.append(window)
     return cells
+
+
+async def _undisturbed(driven: Driven, cell: Cell, seconds: float, retries: Iterator[int]) -> Window:
+    """A measurement beside which little else went on, or the least disturbed of those that were allowed."""
+    best = await driven.decode(cell.batch, cell.context, seconds)
+    while best.others > DISTURBED and next(retries, None) is not None:
+        again = await driven.decode(cell.batch, cell.context, seconds)
+        best = min(best, again, key=lambda window: window.others)
+    return best
 
 
 # ----------------------------------------------------------------------------------------- printing
@@ -279,12 +297,14 @@ def _say(
                 highlight=False,
             )
     parts = ", ".join(f"{part} {percent:.2f}" for part, percent in idle.items())
+    windows = [window for cell in steady for window in cell.rounds]
+    disturbed = sum(window.others > DISTURBED for window in windows)
     console.print(
         f"Idle, {GOAL_RANKS} ranks, {options.idle_seconds:g} s long from {IDLE_AFTER:g} s after the last "
         f"request: {sum(idle.values()):.2f} % of a core (goal: under {GOAL_IDLE:g}; {parts})\n"
-        f"{where['cpu']}, {where['cores']} cores, load {where['load']:.1f} before, other programs took "
-        f"{where['others']:.2f} cores meanwhile; Linux {where['kernel']}, Python {where['python']}, torch "
-        f"{where['torch']}\n{options.rounds} rounds in turns, {options.seconds:g} s each, steps of "
-        f"{options.step_ms:g} ms, context {min(options.contexts)} where nothing is said\n{where['command']}",
+        f"{where['cpu']}, {where['cores']} cores; Linux {where['kernel']}, Python {where['python']}, torch "
+        f"{where['torch']}; other programs took {where['others']:.2f} cores, and more than {DISTURBED:g} in "
+        f"{disturbed} of {len(windows)} measurements\n{options.rounds} rounds in turns, {options.seconds:g} s "
+        f"each, steps of {options.step_ms:g} ms, context {min(options.contexts)} where nothing is said\n{where['command']}",
         highlight=False,
     )

@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks.cpu import Usage
+from benchmarks.cpu import Usage, busy_seconds
 from tpworker import Runtime, SamplingParams
 from tpworker.testing.fake_process import FAKE_RANKS, fake_model
 
@@ -41,6 +41,8 @@ class Window:
     """Milliseconds from each step's start to the next one's."""
     gaps: list[float]
     """Microseconds before each step in which the device had nothing to do."""
+    others: float
+    """Cores that other programs kept busy meanwhile."""
 
 
 class Driven:
@@ -108,8 +110,9 @@ class Driven:
         return stats.steps > earlier and stats.recent_steps[-1].num_decodes == batch
 
     async def _measure(self, batch: int, seconds: float) -> Window:
-        first, before = self.runtime.stats().steps, self._usage()
+        first, before, busy = self.runtime.stats().steps, self._usage(), -busy_seconds()
         await asyncio.sleep(seconds)
+        busy += busy_seconds()
         after, last = self._usage(), self.runtime.stats()
         steps = last.steps - first
         records = last.recent_steps[-steps:]
@@ -130,6 +133,7 @@ class Driven:
             a_step("sleeps", 1),
             [(step.started_ns - previous.started_ns) / 1e6 for previous, step in pairwise(records)],
             [(step.started_ns - previous.ended_ns) / 1e3 for previous, step in pairwise(records)],
+            max(0.0, busy - sum(after[pid].cpu - before[pid].cpu for pid in before)) / seconds,
         )
 
     def _usage(self) -> dict[int, Usage]:
