@@ -304,7 +304,8 @@ def _say(
         f"request: {sum(idle.values()):.2f} % of a core (goal: under {GOAL_IDLE:g}; {parts})\n"
         f"{where['cpu']}, {where['cores']} cores; Linux {where['kernel']}, Python {where['python']}, torch "
         f"{where['torch']}; other programs took {where['others']:.2f} cores, and more than {DISTURBED:g} in "
-        f"{disturbed} of {len(windows)} measurements\n{options.rounds} rounds in turns, {options.seconds:g} s "
-        f"each, steps of {options.step_ms:g} ms, context {min(options.contexts)} where nothing is said\n{where['command']}",
+        f"{disturbed} of {len(windows)} measurements\n"
+        f"{options.rounds} rounds in turns, {options.seconds:g} s each, steps of {options.step_ms:g} ms, "
+        f"context {min(options.contexts)} where nothing is said\n{where['command']}",
         highlight=False,
     )
