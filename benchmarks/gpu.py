@@ -10,7 +10,7 @@ admitted  a request of 2000 tokens comes while others decode, as many as the lar
           tokens (512 of the prompt beside 63 that decode), or 2048 with more than 64 requests
 gap       GPU idle time between the last kernel of a step and the first of the next, from a profiler's trace
 idle      the other GPU idle time in a step, between its kernels, from the same trace
-peer      vLLM's TPOT on this kind of machine, as the project's issue 3 gives it
+peer      vLLM 0.26.0's TPOT on this kind of machine, with its defaults
 """
 
 from __future__ import annotations
