@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import signal
 import socket
 import subprocess
@@ -15,6 +14,8 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+
+from tests.conftest import eventually
 
 
 class Server:
@@ -86,5 +87,5 @@ def start_server() -> Iterator[Callable[..., Server]]:
             server.process.wait(30)
         _, alive = psutil.wait_procs(children, 20)
         assert not alive, f"left behind: {alive}"
-        sockets = Path("/proc/net/unix").read_text()
-        assert not re.search(rf"@tpworker-{server.process.pid}-", sockets), "a socket is left behind"
+        mine = f"@tpworker-{server.process.pid}-"
+        eventually(lambda mine=mine: mine not in Path("/proc/net/unix").read_text(), lambda: mine)
