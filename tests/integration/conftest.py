@@ -87,5 +87,10 @@ def start_server() -> Iterator[Callable[..., Server]]:
             server.process.wait(30)
         _, alive = psutil.wait_procs(children, 20)
         assert not alive, f"left behind: {alive}"
-        mine = f"@tpworker-{server.process.pid}-"
-        eventually(lambda mine=mine: mine not in Path("/proc/net/unix").read_text(), lambda: mine)
+        eventually(lambda pid=server.process.pid: not _sockets_of(pid))  # type: ignore[misc]
+
+
+def _sockets_of(pid: int) -> list[str]:
+    """The abstract sockets that the runtime in process `pid` has had made."""
+    lines = Path("/proc/net/unix").read_text().splitlines()
+    return [line for line in lines if f"@tpworker-{pid}-" in line]
