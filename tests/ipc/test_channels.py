@@ -138,3 +138,13 @@ def test_zmq_is_used_in_one_file_only() -> None:
     ]
     assert users == ["ipc/channels.py"]
     assert zmq.zmq_version_info() >= (4, 3)
+
+
+def test_what_others_do_with_zeromqs_global_context_does_not_concern_us() -> None:
+    bound, connected = pair()
+    bound.accept("peer", 3, 5)
+    zmq.Context.instance().destroy()
+    connected.send(Stop(1))
+    assert bound.receive(5) == Stop(1)
+    bound.close()
+    connected.close()
