@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,11 +33,6 @@ class Usage:
             queued += int(waited)
             sleeps += int(status.rpartition("\nvoluntary_ctxt_switches:")[2].split()[0])
         return cls(cpu / 1e9, queued / 1e9, sleeps)
-
-    @classmethod
-    def of_all(cls, pids: Iterable[int]) -> dict[int, Usage]:
-        """Of several processes."""
-        return {pid: cls.of(pid) for pid in pids}
 
     def __sub__(self, before: Usage) -> Usage:
         return Usage(self.cpu - before.cpu, self.queued - before.queued, self.sleeps - before.sleeps)

@@ -42,7 +42,6 @@ class Request:
         "in_flight",
         "last_node",
         "max_length",
-        "num_delivered",
         "num_prompt",
         "num_registered",
         "sampling",
@@ -57,7 +56,6 @@ class Request:
     def __init__(self, submit: Submit, max_model_len: int) -> None:
         self.id = submit.request
         self.tokens: array[int] = unpack_int32(submit.tokens)
-        self.num_delivered = submit.num_delivered
         self.num_prompt = len(self.tokens) - submit.num_delivered
         self.sampling: Sampling = submit.sampling
         self.stop_ids = frozenset(unpack_int32(submit.sampling.stop_ids))

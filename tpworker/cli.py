@@ -213,7 +213,7 @@ def _add_schedule_options(group: _Group) -> None:
     _add(
         group,
         "--gpu-memory-utilization",
-        "share of a GPU's memory that a rank may use; on the CPU, of a rank's share of half the free memory",
+        "share of what is free beside the weights for KV blocks; on the CPU, of a rank's part of half of it",
         type=float,
         metavar="SHARE",
     )

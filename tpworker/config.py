@@ -64,8 +64,8 @@ class RuntimeConfig:
     num_kv_blocks: int | None = None
     """KV blocks of a rank. None: from the device's free memory."""
     gpu_memory_utilization: float = 0.9
-    """Share of a GPU's memory that a rank may use, for weights, KV blocks and graphs together. On the
-    CPU: of a rank's share of half of the memory that is free at the start."""
+    """Share, of the memory that is free once a rank has its weights, that its KV blocks may take: on a GPU
+    of all that is free there, on the CPU of the rank's part of half of it. Graphs need some of the rest."""
     prefix_caching: bool = True
     """Share the KV blocks of equal prefixes between requests."""
     max_queue: int = 1024
