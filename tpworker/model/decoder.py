@@ -67,21 +67,20 @@ class Decoder:
         """
         weights, eps = self.weights, self.spec.rms_norm_eps
         x = embed(batch.token_ids, weights.embed, self.shard, self.collectives)  # [T, D]
-        summand: Tensor | None = None  # of x, still to be added: the next norm does that in passing
+        part: Tensor | None = None  # a rank's summand of x, still to be added up: the next norm does that
         places = kernels.places(batch, cache, self._cos, self._sin)
         plan = self.attention.prepare(batch, cache.block_size)
         for number, layer in enumerate(weights.layers):
-            normed = kernels.add_norm(x, summand, layer.attention_norm, eps)
+            normed = kernels.reduce_add_norm(x, part, layer.attention_norm, eps, self.collectives)
             heads = layer.qkv(normed).view(len(x), -1, self.spec.head_dim)  # [T, H + 2 K, head_dim]
             query = kernels.norm_rotate_store(heads, _norms(layer), eps, places, cache, number)
-            attended = self.attention(query, cache.keys[number], cache.values[number], plan)
-            summand = self.collectives.all_reduce(layer.output(attended))
-            normed = kernels.add_norm(x, summand, layer.mlp_norm, eps)
-            summand = self.collectives.all_reduce(layer.down(kernels.silu_mul(layer.gate_up(normed))))
+            part = layer.output(self.attention(query, cache.keys[number], cache.values[number], plan))
+            normed = kernels.reduce_add_norm(x, part, layer.mlp_norm, eps, self.collectives)
+            part = layer.down(kernels.silu_mul(layer.gate_up(normed)))
         if batch.sample_rows is not None:
             x = x.index_select(0, batch.sample_rows)
-            summand = summand if summand is None else summand.index_select(0, batch.sample_rows)
-        return kernels.add_norm(x, summand, weights.final_norm, eps)
+            part = part if part is None else part.index_select(0, batch.sample_rows)
+        return kernels.reduce_add_norm(x, part, weights.final_norm, eps, self.collectives)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """From hidden [R, D] to [R, vocab_local]: tokens from `vocab_start` on, padding is -inf.

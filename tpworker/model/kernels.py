@@ -20,6 +20,7 @@ from torch import Tensor
 
 from tpworker.model.batch import Batch
 from tpworker.model.kv_cache import KVCache
+from tpworker.model.tp import Collectives
 
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -45,6 +46,22 @@ def add_norm(x: Tensor, summand: Tensor | None, weight: Tensor, eps: float) -> T
     if summand is not None:
         x += summand
     return norm(x, weight, eps)
+
+
+def reduce_add_norm(
+    x: Tensor, part: Tensor | None, weight: Tensor, eps: float, collectives: Collectives
+) -> Tensor:
+    """Add up what the ranks have of a sum, add it to x in place, and norm the result.
+
+    Args:
+        x: [T, D], the residual stream, the same on all ranks.
+        part: [T, D], this rank's summand; it may be overwritten. None: nothing is added.
+        weight: [D], of the RMSNorm.
+
+    Returns:
+        [T, D], the same on all ranks.
+    """
+    return add_norm(x, None if part is None else collectives.all_reduce(part), weight, eps)
 
 
 @dataclass(frozen=True, slots=True)
