@@ -56,6 +56,7 @@ class Shape:
     width: int
     vocab: int
     has_norm: bool = True
+    rotary_dim: int | None = None  # None: all of a head
 
 
 SHAPES = {
@@ -65,7 +66,8 @@ SHAPES = {
     "qwen3-8b-tp4": Shape(4096, 8, 2, 128, 3072, 37984),
     "smollm2": Shape(576, 9, 3, 64, 1536, 49152, has_norm=False),
     "smollm2-tp2": Shape(576, 6, 2, 64, 768, 24576, has_norm=False),
-    "odd": Shape(72, 5, 1, 20, 100, 131),
+    "glm-4.5-air-tp4": Shape(4096, 24, 2, 128, 2736, 37888, has_norm=False, rotary_dim=64),
+    "odd": Shape(72, 5, 1, 20, 100, 131, rotary_dim=12),
 }
 ROWS = (1, 3) if IS_INTERPRETED else (1, 16, 64, 256)
 # The interpreter cuts off what bfloat16 should round.
@@ -147,7 +149,7 @@ def test_norm_rotate_store(fused: Any, shape: Shape, count: int, block_size: int
     tables = (torch.randperm(2 * count) + 1).view(count, 2).to(torch.int32)
     positions = torch.randint(0, 2 * block_size, (count,))
     batch = Batch(positions, positions, torch.arange(count), tables, positions, positions, count, 1)
-    cos, sin = rope_tables(RopeSpec(theta=1e4), shape.head_dim, 2 * block_size, CPU)
+    cos, sin = rope_tables(RopeSpec(theta=1e4), shape.rotary_dim or shape.head_dim, 2 * block_size, CPU)
     places = kernels.places(batch, caches[0], cos, sin)
     there = kernels.Places(
         *fused.places(*(x.to(DEVICE) for x in (positions, batch.sequence_of, tables, cos, sin)), block_size)

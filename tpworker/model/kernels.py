@@ -68,13 +68,13 @@ def reduce_add_norm(
 class Places:
     """Where the T tokens of a step are in their sequences and in the cache. The same for all layers."""
 
-    cos: Tensor  # float32 [T, 1, head_dim], rows of `rope_tables`
-    sin: Tensor  # float32 [T, 1, head_dim]
+    cos: Tensor  # float32 [T, 1, rotary_dim], rows of `rope_tables`
+    sin: Tensor  # float32 [T, 1, rotary_dim]
     rows: Tensor  # int64 [T], block * block_size + offset in the block
 
 
 def places(batch: Batch, cache: KVCache, cos_table: Tensor, sin_table: Tensor) -> Places:
-    """Look up the places of a step's tokens; the tables are `rope_tables`, [num_positions, head_dim]."""
+    """Look up the places of a step's tokens; the tables are `rope_tables`, [num_positions, rotary_dim]."""
     if batch.positions.is_cuda:
         from tpworker.model import triton_kernels
 
@@ -126,12 +126,15 @@ def norm_rotate_store(
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate each pair (x[i], x[i + head_dim / 2]) by its angle; computed in float32.
+    """Rotate each pair (x[i], x[i + rotary_dim / 2]) by its angle; computed in float32.
 
     Args:
-        x: [T, heads, head_dim].
-        cos, sin: float32 [T, 1, head_dim] rows of `rope_tables`.
+        x: [T, heads, head_dim]; dimensions from rotary_dim on stay as they are.
+        cos, sin: float32 [T, 1, rotary_dim] rows of `rope_tables`.
     """
+    rotary_dim = cos.shape[-1]
+    if rotary_dim < x.shape[-1]:
+        return torch.cat((rotate(x[..., :rotary_dim], cos, sin), x[..., rotary_dim:]), dim=-1)
     swapped = x.roll(x.shape[-1] // 2, dims=-1)
     return torch.addcmul(x * cos, swapped, sin).to(x.dtype)
 

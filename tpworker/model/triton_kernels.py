@@ -71,17 +71,17 @@ def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Ten
 @triton.jit
 def _places(
     positions, sequence_of, block_tables, cos_table, sin_table, cos, sin, rows,
-    table_stride, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
+    table_stride, BLOCK_SIZE: tl.constexpr, ROTARY_DIM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program a token: its rows of the rotary tables, and its row of the KV cache."""
     token = tl.program_id(0).to(tl.int64)
     position = tl.load(positions + token)
     sequence = tl.load(sequence_of + token)
     column = tl.arange(0, BLOCK)
-    inside = column < HEAD_DIM
-    source = position * HEAD_DIM + column
-    tl.store(cos + token * HEAD_DIM + column, tl.load(cos_table + source, mask=inside), mask=inside)
-    tl.store(sin + token * HEAD_DIM + column, tl.load(sin_table + source, mask=inside), mask=inside)
+    inside = column < ROTARY_DIM
+    source = position * ROTARY_DIM + column
+    tl.store(cos + token * ROTARY_DIM + column, tl.load(cos_table + source, mask=inside), mask=inside)
+    tl.store(sin + token * ROTARY_DIM + column, tl.load(sin_table + source, mask=inside), mask=inside)
     block = tl.load(block_tables + sequence * table_stride + position // BLOCK_SIZE).to(tl.int64)
     tl.store(rows + token, block * BLOCK_SIZE + position % BLOCK_SIZE)
 
@@ -95,8 +95,8 @@ def places(
     block_size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `kernels.places`."""
-    num_tokens, head_dim = len(positions), cos_table.shape[1]
-    cos = cos_table.new_empty(num_tokens, 1, head_dim)
+    num_tokens, rotary_dim = len(positions), cos_table.shape[1]
+    cos = cos_table.new_empty(num_tokens, 1, rotary_dim)
     sin = torch.empty_like(cos)
     rows = torch.empty_like(positions)
     _places[(num_tokens,)](
@@ -110,8 +110,8 @@ def places(
         rows,
         block_tables.stride(0),
         BLOCK_SIZE=block_size,
-        HEAD_DIM=head_dim,
-        BLOCK=triton.next_power_of_2(head_dim),
+        ROTARY_DIM=rotary_dim,
+        BLOCK=triton.next_power_of_2(rotary_dim),
         num_warps=1,
     )
     return cos, sin, rows
@@ -123,15 +123,16 @@ def places(
 @triton.jit
 def _norm_rotate_store(
     heads, query_norm, key_norm, cos, sin, rows, query, keys, values, eps,
-    NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    HAS_NORM: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+    NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr,
+    HAS_NORM: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
     """One program a token and TILE of its heads, each in two halves: queries, keys and values alike.
 
-    Values are neither normed nor rotated. The query goes to memory of its own: threads may hold copies of an
-    element, and one that still loads must not meet what another has stored.
+    Values are neither normed nor rotated. Dimensions from ROTARY_DIM on, if there are any, are a third part, not
+    rotated. The query goes to memory of its own: threads may hold copies of an element, and one that still
+    loads must not meet what another has stored.
     """
-    half: tl.constexpr = HEAD_DIM // 2
+    half: tl.constexpr = ROTARY_DIM // 2
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * TILE + tl.arange(0, TILE)[:, None]
     column = tl.arange(0, BLOCK)[None, :]
@@ -139,33 +140,57 @@ def _norm_rotate_store(
     is_query = head < NUM_HEADS
     is_key = (head >= NUM_HEADS) & (head < NUM_HEADS + NUM_KV_HEADS)
     is_value = (head >= NUM_HEADS + NUM_KV_HEADS) & (head < NUM_HEADS + 2 * NUM_KV_HEADS)
-    source = heads + token * ((NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM) + head * HEAD_DIM + column
-    exists = (is_query | is_key | is_value) & inside
-    low = tl.load(source, mask=exists, other=0.0).to(tl.float32)
-    high = tl.load(source + half, mask=exists, other=0.0).to(tl.float32)
+    is_any = is_query | is_key | is_value
+    source = heads + token * ((NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM) + head * HEAD_DIM
+    low = tl.load(source + column, mask=is_any & inside, other=0.0).to(tl.float32)
+    high = tl.load(source + half + column, mask=is_any & inside, other=0.0).to(tl.float32)
     row = tl.load(rows + token)
-    cosine = tl.load(cos + token * HEAD_DIM + column, mask=inside, other=0.0)
-    sine = tl.load(sin + token * HEAD_DIM + half + column, mask=inside, other=0.0)
+    cosine = tl.load(cos + token * ROTARY_DIM + column, mask=inside, other=0.0)
+    sine = tl.load(sin + token * ROTARY_DIM + half + column, mask=inside, other=0.0)
+    if ROTARY_DIM < HEAD_DIM:
+        rest_column = ROTARY_DIM + tl.arange(0, REST)[None, :]
+        rest_inside = rest_column < HEAD_DIM
+        rest = tl.load(source + rest_column, mask=is_any & rest_inside, other=0.0).to(tl.float32)
     if HAS_NORM:
-        weight_low = tl.load(query_norm + column, mask=inside & is_query, other=0.0).to(tl.float32)
-        weight_low += tl.load(key_norm + column, mask=inside & is_key, other=0.0).to(tl.float32)
-        weight_high = tl.load(query_norm + half + column, mask=inside & is_query, other=0.0).to(tl.float32)
-        weight_high += tl.load(key_norm + half + column, mask=inside & is_key, other=0.0).to(tl.float32)
-        scale = tl.rsqrt(tl.sum(low * low + high * high, axis=1, keep_dims=True) / HEAD_DIM + eps)
         dtype = heads.dtype.element_ty
-        low = tl.where(is_value, low, (low * scale * weight_low).to(dtype).to(tl.float32))
-        high = tl.where(is_value, high, (high * scale * weight_high).to(dtype).to(tl.float32))
+        squares = tl.sum(low * low + high * high, axis=1, keep_dims=True)
+        if ROTARY_DIM < HEAD_DIM:
+            squares += tl.sum(rest * rest, axis=1, keep_dims=True)
+        scale = tl.rsqrt(squares / HEAD_DIM + eps)
+        low = _normed(low, scale, query_norm + column, key_norm + column, is_query, is_key, inside, dtype)
+        column_high = column + half
+        high = _normed(
+            high, scale, query_norm + column_high, key_norm + column_high, is_query, is_key, inside, dtype
+        )
+        if ROTARY_DIM < HEAD_DIM:
+            rest = _normed(
+                rest, scale, query_norm + rest_column, key_norm + rest_column, is_query, is_key, rest_inside,
+                dtype,
+            )  # fmt: skip
     out_low = tl.where(is_value, low, low * cosine - high * sine).to(query.dtype.element_ty)
     out_high = tl.where(is_value, high, high * cosine + low * sine).to(query.dtype.element_ty)
-    to_query = query + (token * NUM_HEADS + head) * HEAD_DIM + column
-    tl.store(to_query, out_low, mask=is_query & inside)
-    tl.store(to_query + half, out_high, mask=is_query & inside)
-    to_key = keys + (row * NUM_KV_HEADS + head - NUM_HEADS) * HEAD_DIM + column
-    tl.store(to_key, out_low, mask=is_key & inside)
-    tl.store(to_key + half, out_high, mask=is_key & inside)
-    to_value = values + (row * NUM_KV_HEADS + head - NUM_HEADS - NUM_KV_HEADS) * HEAD_DIM + column
-    tl.store(to_value, out_low, mask=is_value & inside)
-    tl.store(to_value + half, out_high, mask=is_value & inside)
+    to_query = query + (token * NUM_HEADS + head) * HEAD_DIM
+    to_key = keys + (row * NUM_KV_HEADS + head - NUM_HEADS) * HEAD_DIM
+    to_value = values + (row * NUM_KV_HEADS + head - NUM_HEADS - NUM_KV_HEADS) * HEAD_DIM
+    tl.store(to_query + column, out_low, mask=is_query & inside)
+    tl.store(to_query + half + column, out_high, mask=is_query & inside)
+    tl.store(to_key + column, out_low, mask=is_key & inside)
+    tl.store(to_key + half + column, out_high, mask=is_key & inside)
+    tl.store(to_value + column, out_low, mask=is_value & inside)
+    tl.store(to_value + half + column, out_high, mask=is_value & inside)
+    if ROTARY_DIM < HEAD_DIM:
+        out_rest = rest.to(query.dtype.element_ty)
+        tl.store(to_query + rest_column, out_rest, mask=is_query & rest_inside)
+        tl.store(to_key + rest_column, out_rest, mask=is_key & rest_inside)
+        tl.store(to_value + rest_column, out_rest, mask=is_value & rest_inside)
+
+
+@triton.jit
+def _normed(part, scale, query_norm, key_norm, is_query, is_key, inside, dtype: tl.constexpr):
+    """A part of the heads times their norms' weights, rounded to `dtype`; values as they are."""
+    weight = tl.load(query_norm, mask=inside & is_query, other=0.0).to(tl.float32)
+    weight += tl.load(key_norm, mask=inside & is_key, other=0.0).to(tl.float32)
+    return tl.where(is_query | is_key, (part * scale * weight).to(dtype).to(tl.float32), part)
 
 
 def norm_rotate_store(
@@ -183,6 +208,7 @@ def norm_rotate_store(
     assert keys.is_contiguous()
     assert values.is_contiguous()
     num_tokens, num_all, head_dim = heads.shape
+    rotary_dim = cos.shape[-1]
     num_kv_heads = keys.shape[-2]
     num_heads = num_all - 2 * num_kv_heads
     query = heads.new_empty(num_tokens, num_heads, head_dim)
@@ -201,9 +227,11 @@ def norm_rotate_store(
         NUM_HEADS=num_heads,
         NUM_KV_HEADS=num_kv_heads,
         HEAD_DIM=head_dim,
+        ROTARY_DIM=rotary_dim,
         HAS_NORM=norms is not None,
         TILE=_HEADS_TILE,
-        BLOCK=triton.next_power_of_2(head_dim // 2),
+        BLOCK=triton.next_power_of_2(rotary_dim // 2),
+        REST=triton.next_power_of_2(max(1, head_dim - rotary_dim)),
         num_warps=4,
     )
     return query
