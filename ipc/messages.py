@@ -297,10 +297,8 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class SchedulerLoad:
-    """How busy the scheduler is at the time of a `StepOutput`; the last three count since its start."""
+    """What only the scheduler knows, as of a `StepOutput`; the last three count since its start."""
 
-    running: Count
-    waiting: Count
     free_blocks: Count
     preemptions: Count
     prompt_tokens: Count

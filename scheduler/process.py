@@ -213,11 +213,9 @@ class Scheduler:
         self._committed.clear()
 
     def load(self) -> SchedulerLoad:
-        """How busy it is."""
+        """See `SchedulerLoad`."""
         composer = self.composer
         return SchedulerLoad(
-            len(composer.running),
-            len(composer.waiting),
             composer.pool.num_free,
             composer.num_preemptions,
             composer.num_prompt_tokens,

@@ -20,7 +20,7 @@ from tpworker.outputs import RequestOutput
 from tpworker.requests import GapError, Request, Requests
 from tpworker.text import TextStream
 
-LOAD, TIMING = SchedulerLoad(0, 0, 0, 0, 0, 0), StepTiming(0, 0, 0)
+LOAD, TIMING = SchedulerLoad(0, 0, 0, 0), StepTiming(0, 0, 0)
 
 
 def step(

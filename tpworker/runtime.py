@@ -99,7 +99,7 @@ class Runtime:
         self._num_finished = 0
         self._num_aborted = 0
         self._num_steps = 0
-        self._load = SchedulerLoad(0, 0, 0, 0, 0, 0)
+        self._load = SchedulerLoad(0, 0, 0, 0)
         self._records: deque[StepRecord] = deque(maxlen=NUM_RECENT_STEPS)
 
     # ------------------------------------------------------------------------ start and stop

@@ -124,7 +124,7 @@ class FakeScheduler:
             sum(len(echo.prompt) for echo in started),
             len(tokens) - len(started),
             StepTiming(now, now, now),
-            SchedulerLoad(len(self.running), len(self.waiting), self.num_blocks - 1, 0, 0, 0),
+            SchedulerLoad(self.num_blocks - 1, 0, 0, 0),
         )
 
     def send(self, output: StepOutput) -> None:
