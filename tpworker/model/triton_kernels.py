@@ -128,7 +128,7 @@ def _norm_rotate_store(
 ):  # fmt: skip
     """One program a token and TILE of its heads, each in two halves: queries, keys and values alike.
 
-    Values are neither normed nor rotated. Dimensions from ROTARY_DIM on, if there are any, are a third part, not
+    Values are neither normed nor rotated. Dimensions from ROTARY_DIM on, if any, are a third part, not
     rotated. The query goes to memory of its own: threads may hold copies of an element, and one that still
     loads must not meet what another has stored.
     """
