@@ -12,7 +12,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -31,11 +31,10 @@ from tpworker.model.tp import Collectives, Shard
 from tpworker.model.weights import dummy_weights, load_weights
 from tpworker.rank.collectives import connect
 from tpworker.rank.device import CpuDevice, Device, StreamBroken, usable_cores
-from tpworker.rank.loop import RankLoop, StepRunner
+from tpworker.rank.loop import RankLoop
 from tpworker.rank.publisher import Publisher
 from tpworker.rank.runner import Runner
 from tpworker.rank.slots import SlotTable
-from tpworker.rank.staging import StagingPool
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +61,31 @@ def run_rank(boot: RankBoot, device: Device, runner_class: type[Runner]) -> None
     row[Field.PHASE] = Phase.LOADING
     plans = Channel.connect(boot.plan_address, boot.name, boot.generation)
     torch.set_num_threads(max(1, usable_cores() // boot.num_ranks))
+    runner = assemble(boot, device, plans, row, runner_class)
+    if device.captures:
+        started = time.monotonic()
+        runner.prepare(min(boot.settings.max_num_batched_tokens, boot.settings.max_model_len))
+        logger.info("warmed up in %.1f s", time.monotonic() - started)
+
+    def fail(error: BaseException) -> NoReturn:
+        while isinstance(error, StreamBroken) and error.__cause__ is not None:
+            error = error.__cause__  # what broke the first of the streams
+        write_report(boot.report_fd, Report.of(error))
+        os._exit(1)
+
+    publisher, loop = connect_loop(boot, device, plans, row, runner, fail)
+    with uninterrupted():
+        loop.run()
+    row[Field.PHASE] = Phase.STOPPING
+    publisher.close()
+    device.close()
+    close_all(LINGER_SECONDS)
+
+
+def assemble(
+    boot: RankBoot, device: Device, plans: Channel, row: Row, runner_class: type[Runner] = Runner
+) -> Runner:
+    """From a device to the runner on it: collectives, this rank's shard, a KV cache of the agreed size."""
     settings = boot.settings
     collectives = meet(boot, device)
     with torch.inference_mode():
@@ -72,16 +96,46 @@ def run_rank(boot: RankBoot, device: Device, runner_class: type[Runner]) -> None
         slots = SlotTable(
             settings.max_num_seqs, -(-settings.max_model_len // settings.block_size), device.torch_device
         )
-        runner = runner_class(
+        return runner_class(
             decoder, cache, slots, device, collectives, ring_rows(settings), settings.check_ranks_agree
         )
-    if device.captures:
-        started = time.monotonic()
-        runner.prepare(min(settings.max_num_batched_tokens, settings.max_model_len))
-        logger.info("warmed up in %.1f s", time.monotonic() - started)
-    serve(boot, plans, row, device, runner, runner.staging)
-    device.close()
-    close_all(LINGER_SECONDS)
+
+
+def connect_loop(
+    boot: RankBoot,
+    device: Device,
+    plans: Channel,
+    row: Row,
+    runner: Runner,
+    fail: Callable[[BaseException], None],
+    spin: float | None = None,
+) -> tuple[Publisher, RankLoop]:
+    """Puts publisher, barrier and loop around a runner, and says that this rank is ready.
+
+    Args:
+        fail: see `Publisher`.
+        spin: see `Barrier.attach`.
+    """
+
+    def result_channel() -> Channel:
+        return Channel.connect(boot.result_address, boot.name, boot.generation)
+
+    settings = boot.settings
+    publisher = Publisher(
+        boot.generation,
+        device,
+        ring_rows(settings),
+        settings.max_num_seqs,
+        runner.staging,
+        row,
+        result_channel if boot.rank == 0 else None,
+        fail,
+    )
+    barrier = Barrier.attach(boot.barrier_fd, boot.num_ranks, spin=spin)
+    loop = RankLoop(boot.rank, boot.generation, plans, barrier, row, runner, publisher, settings.step_timeout)
+    plans.send(RankReady(boot.generation, boot.rank))
+    row[Field.PHASE] = Phase.READY
+    return publisher, loop
 
 
 def meet(boot: RankBoot, device: Device) -> Collectives:
@@ -153,42 +207,6 @@ def agree_on_cache(
     row[Field.PHASE] = Phase.ALLOCATING
     num_blocks = expect(answer, Allocate).num_kv_blocks
     return KVCache(spec, shard, num_blocks, settings.block_size, dtype, device.torch_device)
-
-
-def serve(
-    boot: RankBoot, plans: Channel, row: Row, device: Device, runner: StepRunner, staging: StagingPool
-) -> None:
-    """Says that this rank is ready, and executes plans until told to stop."""
-
-    def result_channel() -> Channel:
-        return Channel.connect(boot.result_address, boot.name, boot.generation)
-
-    def fail(error: BaseException) -> NoReturn:
-        while isinstance(error, StreamBroken) and error.__cause__ is not None:
-            error = error.__cause__  # what broke the first of the streams
-        write_report(boot.report_fd, Report.of(error))
-        os._exit(1)
-
-    publisher = Publisher(
-        boot.generation,
-        device,
-        ring_rows(boot.settings),
-        boot.settings.max_num_seqs,
-        staging,
-        row,
-        result_channel if boot.rank == 0 else None,
-        fail,
-    )
-    barrier = Barrier.attach(boot.barrier_fd, boot.num_ranks)
-    loop = RankLoop(
-        boot.rank, boot.generation, plans, barrier, row, runner, publisher, boot.settings.step_timeout
-    )
-    plans.send(RankReady(boot.generation, boot.rank))
-    row[Field.PHASE] = Phase.READY
-    with uninterrupted():
-        loop.run()
-    row[Field.PHASE] = Phase.STOPPING
-    publisher.close()
 
 
 @contextlib.contextmanager

@@ -17,20 +17,11 @@ import torch
 from tpworker.ipc.barrier import Barrier
 from tpworker.ipc.board import Board
 from tpworker.ipc.channels import Channel, accept_all
-from tpworker.ipc.child import SchedulerSettings, board_names
+from tpworker.ipc.child import RANK_NAME, RankBoot, RankSettings, SchedulerSettings, board_names
 from tpworker.ipc.messages import Message, StepOutput, Stop, Submit, unpack_int32, unpack_int64
-from tpworker.model.decoder import Decoder
-from tpworker.model.families import read_spec
-from tpworker.model.kv_cache import KVCache
-from tpworker.model.tp import Shard
-from tpworker.model.weights import load_weights
-from tpworker.rank.collectives import connect
 from tpworker.rank.device import CpuDevice
-from tpworker.rank.loop import RankLoop
-from tpworker.rank.publisher import Publisher
-from tpworker.rank.runner import Runner
-from tpworker.rank.slots import SlotTable
-from tpworker.scheduler.process import Scheduler
+from tpworker.rank.process import assemble, connect_loop
+from tpworker.scheduler.process import Scheduler, agree_on_blocks
 
 _names = itertools.count()
 
@@ -87,7 +78,7 @@ class InProcessGroup:
         self._dtype, self._jitter, self._check_agreement = dtype, jitter, check_agreement
         self._prepare = prepare
         self._address = f"inproc://tpworker-{next(_names)}"
-        self._ready = threading.Barrier(num_ranks + 2)
+        self._ready = threading.Barrier(2)
         self._barrier = Barrier.create(num_ranks)
         self._board = Board.create(board_names(num_ranks))
         self._meeting = Barrier.create(num_ranks)
@@ -177,55 +168,66 @@ class InProcessGroup:
         self._ready.abort()
 
     def _schedule(self) -> None:
-        ranks = [f"rank{rank}" for rank in range(self._num_ranks)]
+        ranks = [RANK_NAME.format(rank) for rank in range(self._num_ranks)]
         try:
-            accept_all([*zip(self._plans, ranks, strict=True), (self._results, "rank0")], 0, 30.0)
+            accept_all(list(zip(self._plans, ranks, strict=True)), 0, 30.0)
+            agree_on_blocks(self._plans, ranks, 0, 30.0)
+            self._results.accept(ranks[0], 0, 30.0)
             self._ready.wait(60)
             self.scheduler.run()
         finally:
             for channel in self._plans:
                 channel.send(Stop(0))
 
+    def _boot(self, rank: int) -> RankBoot:
+        settings = self.settings
+        return RankBoot(
+            generation=0,
+            name=RANK_NAME.format(rank),
+            log_level=0,
+            report_fd=0,  # nobody reports: see `_fail`
+            rank=rank,
+            num_ranks=self._num_ranks,
+            plan_address=self._plans[rank].address,
+            result_address=self._results.address,
+            barrier_fd=self._barrier.fd,
+            board_fd=self._board.fd,
+            meeting_fd=self._meeting.fd,
+            store_fd=self._store,
+            model=str(self._folder),
+            settings=RankSettings(
+                lookahead=settings.lookahead,
+                max_num_seqs=settings.max_num_seqs,
+                max_num_batched_tokens=settings.max_num_batched_tokens,
+                max_model_len=settings.max_model_len,
+                block_size=settings.block_size,
+                num_kv_blocks=self._num_kv_blocks,
+                gpu_memory_utilization=1.0,
+                device="cpu",
+                dtype=str(self._dtype).removeprefix("torch."),
+                load_format="auto",
+                seed=0,
+                check_ranks_agree=self._check_agreement,
+                step_timeout=settings.step_timeout,
+                start_timeout=settings.start_timeout,
+            ),
+        )
+
     def _rank(self, rank: int) -> None:
         torch.set_num_threads(1)
-        collectives = connect(self._meeting.fd, self._store, rank, self._num_ranks, 30.0)
-        settings, spec = self.settings, read_spec(self._folder)
-        shard = Shard.of(spec, rank, self._num_ranks)
-        device = CpuDevice(self._jitter)
-        with torch.inference_mode():
-            weights = load_weights(
-                self._folder, spec, shard, self._dtype, device.torch_device, lambda done, total: None
-            )
-            decoder = Decoder(spec, weights, shard, collectives, settings.max_model_len)
-            cache = KVCache(
-                spec, shard, self._num_kv_blocks, settings.block_size, self._dtype, device.torch_device
-            )
-            slots = SlotTable(
-                settings.max_num_seqs, -(-settings.max_model_len // settings.block_size), device.torch_device
-            )
-            rows = settings.lookahead + 2
-            runner = Runner(decoder, cache, slots, device, collectives, rows, self._check_agreement)
-        if self._prepare:
-            runner.prepare(settings.max_num_batched_tokens)
-        row = self._board.rows()[1 + rank]
-        publisher = Publisher(
-            0,
-            device,
-            rows,
-            settings.max_num_seqs,
-            runner.staging,
-            row,
-            (lambda: Channel.connect(f"{self._address}-results", "rank0", 0)) if rank == 0 else None,
-            self._fail,
-        )
-        plans = Channel.connect(f"{self._address}-plan{rank}", f"rank{rank}", 0)
-        barrier = Barrier.attach(self._barrier.fd, self._num_ranks, spin=0.0)  # it would keep the GIL
-        loop = RankLoop(rank, 0, plans, barrier, row, runner, publisher, settings.step_timeout)
+        boot, device = self._boot(rank), CpuDevice(self._jitter)
+        row = self._board.row(boot.name)
+        plans = Channel.connect(boot.plan_address, boot.name, boot.generation)
         try:
-            self._ready.wait(60)
-            loop.run()
+            runner = assemble(boot, device, plans, row)
+            if self._prepare:
+                runner.prepare(boot.settings.max_num_batched_tokens)
+            # A rank that spins would keep the GIL.
+            publisher, loop = connect_loop(boot, device, plans, row, runner, self._fail, spin=0.0)
+            try:
+                loop.run()
+            finally:
+                publisher.close()
         finally:
-            publisher.close()
             device.close()
             plans.close()
-            barrier.close()
