@@ -31,6 +31,7 @@ from tpworker.model.batch import Batch
 from tpworker.model.decoder import Decoder
 from tpworker.model.families import ModelSpec, read_spec
 from tpworker.model.kv_cache import KVCache
+from tpworker.model.mlp import Mlp
 from tpworker.model.sampling import SamplingMode, SamplingRows, sample
 from tpworker.model.tp import Shard
 from tpworker.model.weights import dummy_weights, shard_bytes
@@ -182,9 +183,10 @@ def attention_us(attention: Attention, batch: Batch, cache: KVCache, spec: Model
 def products_us(decoder: Decoder, count: int, rounds: int) -> dict[str, dict[str, float]]:
     """Microseconds of each of a layer's products and of the output head: the library's, and ours."""
     layers = decoder.weights.layers
-    kinds = {
-        kind: [getattr(layer, kind) for layer in layers] for kind in ("qkv", "output", "gate_up", "down")
-    }
+    kinds = {kind: [getattr(layer, kind) for layer in layers] for kind in ("qkv", "output")}
+    dense = [layer.mlp for layer in layers if isinstance(layer.mlp, Mlp)]
+    if dense:
+        kinds |= {kind: [getattr(mlp, kind) for mlp in dense] for kind in ("gate_up", "down")}
     kinds["lm_head"] = [decoder.weights.lm_head]
     rule, found = linear.SINGLE_ROW_BYTES, {}
     for kind, weights in kinds.items():

@@ -19,15 +19,18 @@ from tests.model.helpers import CPU, SPEC, tiny_model
 from tpworker.errors import ModelError
 from tpworker.model import checkpoint
 from tpworker.model.families import ModelSpec, read_spec
-from tpworker.model.linear import Linear
+from tpworker.model.linear import Linear, can_pack
+from tpworker.model.mlp import Mlp
+from tpworker.model.moe import Moe
 from tpworker.model.tp import Shard
 from tpworker.model.weights import (
     DecoderWeights,
     dummy_weights,
     load_weights,
-    num_parameters,
     shard_bytes,
 )
+
+META = torch.device("meta")  # where nothing is packed, as on CUDA
 
 TINY: dict[str, Any] = {
     "vocab_size": 64,
@@ -63,19 +66,23 @@ def tensors_of(weights: DecoderWeights) -> dict[str, Tensor]:
     """Every tensor of a rank by a name of its own."""
     found: dict[str, Tensor] = {}
 
-    def add(prefix: str, part: Any) -> None:
-        for field in dataclasses.fields(part):
-            value = getattr(part, field.name)
-            if isinstance(value, Linear):
-                found[f"{prefix}{field.name}"] = value.weight
-                if value.bias is not None:
-                    found[f"{prefix}{field.name}.bias"] = value.bias
-            elif isinstance(value, Tensor):
-                found[f"{prefix}{field.name}"] = value
+    def add(name: str, value: Any) -> None:
+        if isinstance(value, Linear):
+            add(f"{name}.weight", value.weight)
+            add(f"{name}.bias", value.bias)
+        elif isinstance(value, Tensor):
+            found[name.removesuffix(".weight")] = value
+        elif isinstance(value, (list, tuple)):
+            for number, item in enumerate(value):
+                add(f"{name}.{number}", item)
+        elif isinstance(value, Moe):
+            for part in ("gate", "bias", "gate_up", "down"):
+                add(f"{name}.{part}", getattr(value, part))
+        elif dataclasses.is_dataclass(value):
+            for field in dataclasses.fields(value):
+                add(f"{name}.{field.name}" if name else field.name, getattr(value, field.name))
 
     add("", weights)
-    for number, layer in enumerate(weights.layers):
-        add(f"{number}.", layer)
     return found
 
 
@@ -138,10 +145,11 @@ def test_the_slices_are_the_right_ones(folder: Path) -> None:
         assert torch.equal(key, full[prefix + "self_attn.k_proj.weight"].chunk(2)[rank])
         assert torch.equal(value, full[prefix + "self_attn.v_proj.weight"].chunk(2)[rank])
         assert torch.equal(layer.output.weight, full[prefix + "self_attn.o_proj.weight"].chunk(2, 1)[rank])
-        gate, up = layer.gate_up.weight.chunk(2)
+        assert isinstance(layer.mlp, Mlp)
+        gate, up = layer.mlp.gate_up.weight.chunk(2)
         assert torch.equal(gate, full[prefix + "mlp.gate_proj.weight"].chunk(2)[rank])
         assert torch.equal(up, full[prefix + "mlp.up_proj.weight"].chunk(2)[rank])
-        assert torch.equal(layer.down.weight, full[prefix + "mlp.down_proj.weight"].chunk(2, 1)[rank])
+        assert torch.equal(layer.mlp.down.weight, full[prefix + "mlp.down_proj.weight"].chunk(2, 1)[rank])
         assert torch.equal(weights.embed, full["model.embed_tokens.weight"].chunk(2)[rank])
         assert torch.equal(weights.lm_head.weight, full["lm_head.weight"].chunk(2)[rank])
         assert torch.equal(layer.mlp_norm, full[prefix + "post_attention_layernorm.weight"])
@@ -152,11 +160,16 @@ def test_a_bias_of_a_sum_is_added_by_rank_0_alone(tmp_path: Path) -> None:
     tiny_model(tmp_path, LlamaConfig(**TINY, attention_bias=True, mlp_bias=True))
     full = load_file(tmp_path / "model.safetensors")
     first, second = (load(tmp_path, rank, 2).layers[0] for rank in range(2))
-    for name in ("output", "down"):
-        published = {"output": "self_attn.o_proj", "down": "mlp.down_proj"}[name]
-        bias = getattr(first, name).bias
-        assert torch.equal(bias, full[f"model.layers.0.{published}.bias"])
-        assert not getattr(second, name).bias.any()
+    assert isinstance(first.mlp, Mlp)
+    assert isinstance(second.mlp, Mlp)
+    for published, here, there in (
+        ("self_attn.o_proj", first.output, second.output),
+        ("mlp.down_proj", first.mlp.down, second.mlp.down),
+    ):
+        assert here.bias is not None
+        assert there.bias is not None
+        assert torch.equal(here.bias, full[f"model.layers.0.{published}.bias"])
+        assert not there.bias.any()
 
 
 @pytest.mark.usefixtures("unpacked")
@@ -349,23 +362,22 @@ def test_shard_bytes_is_what_is_allocated(spec: ModelSpec, size: int) -> None:
 
 
 def test_packed_tied_embeddings_are_held_twice() -> None:
-    spec = dataclasses.replace(SPEC, tie_embeddings=True)
-    shard = Shard.of(spec, 0, 1)
-    weights = dummy_weights(spec, shard, torch.float32, CPU)
-    extra = spec.vocab_size * spec.hidden_size * 4 * weights.lm_head.is_packed
-    assert shard_bytes(spec, shard, torch.float32) - extra == 4 * num_parameters(spec)
+    tied = dataclasses.replace(SPEC, tie_embeddings=True)
+    shard = Shard.of(SPEC, 0, 1)
+    embedding = SPEC.vocab_size * SPEC.hidden_size * 4
+    saved = shard_bytes(SPEC, shard, torch.float32) - shard_bytes(tied, shard, torch.float32)
+    assert saved == embedding * (not can_pack(CPU, torch.float32))
+    saved = shard_bytes(SPEC, shard, torch.float32, META) - shard_bytes(tied, shard, torch.float32, META)
+    assert saved == embedding
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_num_parameters_is_transformers_count(tmp_path: Path, tied: bool) -> None:
-    config = LlamaConfig(
-        **(TINY | {"vocab_size": 61, "intermediate_size": 45}),
-        tie_word_embeddings=tied,
-        attention_bias=True,
-        mlp_bias=True,
-    )
+def test_shard_bytes_are_transformers_parameters(tmp_path: Path, tied: bool) -> None:
+    config = LlamaConfig(**TINY, tie_word_embeddings=tied, attention_bias=True, mlp_bias=True)
     model = tiny_model(tmp_path, config)
-    assert num_parameters(read_spec(tmp_path)) == sum(p.numel() for p in model.parameters())
+    spec = read_spec(tmp_path)
+    total = shard_bytes(spec, Shard.of(spec, 0, 1), torch.float32, META)
+    assert total == 4 * sum(parameter.numel() for parameter in model.parameters())
 
 
 @pytest.mark.usefixtures("unpacked")

@@ -76,7 +76,7 @@ class Decoder:
             query = kernels.norm_rotate_store(heads, _norms(layer), eps, places, cache, number)
             part = layer.output(self.attention(query, cache.keys[number], cache.values[number], plan))
             normed = kernels.reduce_add_norm(x, part, layer.mlp_norm, eps, self.collectives)
-            part = layer.down(kernels.silu_mul(layer.gate_up(normed)))
+            part = layer.mlp(normed)
         if batch.sample_rows is not None:
             x = x.index_select(0, batch.sample_rows)
             part = part if part is None else part.index_select(0, batch.sample_rows)
@@ -106,12 +106,13 @@ def _norms(layer: LayerWeights) -> tuple[Tensor, Tensor] | None:
 def rope_tables(
     rope: RopeSpec, head_dim: int, num_positions: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every position's angles: float32 [num_positions, head_dim] each.
+    """Cosine and sine of every position's angles: float32 [num_positions, rotary_dim] each.
 
     Both halves hold the same angles; the first half of the sines is negated, so that x * cos + swapped * sin
     is the rotation (Su et al., arXiv 2104.09864). Llama 3's scaling: `apply_scaling` of Meta's llama-models.
     """
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    rotary_dim = rope.rotary_dim or head_dim
+    exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float32) / rotary_dim
     frequencies = 1.0 / (rope.theta**exponents)
     if rope.scaling is not None:
         scaling = rope.scaling

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -47,6 +49,12 @@ class Linear:
         if self._doubles_a_row and x.shape[0] == 1:
             return self._multiply_packed(x.repeat(2, 1))[:1]
         return self._multiply_packed(x)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Every tensor that it holds."""
+        yield self.weight
+        if self.bias is not None:
+            yield self.bias
 
     def _multiply_packed(self, x: Tensor) -> Tensor:
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")

@@ -6,11 +6,11 @@ knows how many ranks there are:
     tensor                     split along           by
     query, key, value, biases  output rows           heads  (HeadLayout)
     attention output           input columns         heads
-    gate, up, biases           output rows           MLP width (Split.even)
-    down                       input columns         MLP width
+    gate, up, biases           output rows           MLP width, or each expert's (Split.even)
+    down                       input columns         MLP width, or each expert's
     embedding, output head     vocabulary rows       vocabulary (Split.even)
     output and down biases     not: rank 0 has them, the others have zeros
-    norms                      not: every rank has them
+    norms, routers             not: every rank has them
 
 After the attention's output and after down, each rank holds a summand: an all-reduce gives the sum. What does
 not divide is padded with zeros, which adds exact zeros to those sums.
@@ -79,6 +79,11 @@ class Split:
         """The same split of an axis on which each entry takes `factor` places, e.g. heads of head_dim."""
         runs = tuple(Run(run.source * factor, run.target * factor, run.length * factor) for run in self.runs)
         return Split(self.full * factor, self.local * factor, runs)
+
+    def at(self, start: int, full: int) -> Split:
+        """The same split of a part of a longer axis, of `full` entries: of those from `start` on."""
+        runs = tuple(Run(start + run.source, run.target, run.length) for run in self.runs)
+        return Split(full, self.local, runs)
 
     @property
     def num_real(self) -> int:
@@ -151,17 +156,21 @@ class Shard:
     size: int
     heads: HeadLayout
     mlp: Split
+    expert: Split | None
+    """The width of one expert; None: the model has none."""
     vocab: Split
 
     @classmethod
     def of(cls, spec: ModelSpec, rank: int, size: int) -> Shard:
         """The shard of rank `rank`; every rank's tensors have the same shapes."""
         assert 0 <= rank < size, (rank, size)
+        expert = Split.even(spec.moe.intermediate_size, rank, size, ALIGNMENT) if spec.moe else None
         return cls(
             rank=rank,
             size=size,
             heads=HeadLayout.of(spec.num_heads, spec.num_kv_heads, rank, size),
             mlp=Split.even(spec.intermediate_size, rank, size, ALIGNMENT),
+            expert=expert,
             vocab=Split.even(spec.vocab_size, rank, size, ALIGNMENT),
         )
 

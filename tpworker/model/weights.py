@@ -6,13 +6,16 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from tpworker.model.checkpoint import Checkpoint
-from tpworker.model.families import FAMILIES, ModelSpec
+from tpworker.model.families import FAMILIES, ModelSpec, MoeNames, MoeSpec, WeightNames
 from tpworker.model.linear import Linear, can_pack
+from tpworker.model.mlp import Mlp
+from tpworker.model.moe import Moe
 from tpworker.model.tp import Shard, Split
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all, of this rank's weights
@@ -23,7 +26,7 @@ _DUMMY_PERIOD = 4_194_301  # a prime: no two rows of a matrix are alike, althoug
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
-    """One layer of one rank. H and K: its query and key-value heads, F: its MLP width (padding included)."""
+    """One layer of one rank. H and K: its query and key-value heads (padding included)."""
 
     attention_norm: Tensor  # [hidden]
     qkv: Linear  # [(H + 2 K) head_dim, hidden]: all query heads, then keys, then values
@@ -31,8 +34,7 @@ class LayerWeights:
     key_norm: Tensor | None  # [head_dim]
     output: Linear  # [hidden, H head_dim]
     mlp_norm: Tensor  # [hidden]
-    gate_up: Linear  # [2 F, hidden]: gate, then up
-    down: Linear  # [hidden, F]
+    mlp: Mlp | Moe
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +91,7 @@ def dummy_weights(
 
     def fill(out: Tensor, name: str, dim: int, split: Split) -> None:
         nonlocal position
-        if name.endswith(".bias"):
+        if name.endswith("bias"):
             out.zero_()
         elif out.dim() == 1:
             out.fill_(1)
@@ -108,22 +110,12 @@ def dummy_weights(
 
 def shard_bytes(spec: ModelSpec, shard: Shard, dtype: torch.dtype, device: torch.device | None = None) -> int:
     """Bytes of one rank's weights on `device` (None: the CPU), for sizing; nothing is allocated."""
-    weights = _assemble(spec, shard, dtype, torch.device("meta"), lambda out, name, dim, split: None)
+    device = device or torch.device("cpu")
+    weights = _assemble(spec, shard, dtype, torch.device("meta"), lambda out, name, dim, split: None, device)
     total = sum(tensor.nbytes for tensor in _tensors(weights))
-    if spec.tie_embeddings and not can_pack(device or torch.device("cpu"), dtype):
+    if spec.tie_embeddings and not can_pack(device, dtype):
         total -= weights.embed.nbytes  # one tensor for both; packed, the output head is a copy
     return total
-
-
-def num_parameters(spec: ModelSpec) -> int:
-    """Parameters of the whole model, each counted once."""
-    shard = Shard.of(spec, 0, 1)
-    weights = _assemble(spec, shard, torch.float32, torch.device("meta"), lambda out, name, dim, split: None)
-    padded = sum(tensor.numel() for tensor in _tensors(weights))
-    spare_vocab = (shard.vocab.local - spec.vocab_size) * spec.hidden_size
-    spare_mlp = (shard.mlp.local - spec.intermediate_size) * (3 * spec.hidden_size + 2 * spec.mlp_bias)
-    total = padded - 2 * spare_vocab - spec.num_layers * spare_mlp
-    return total - spec.tie_embeddings * spec.vocab_size * spec.hidden_size
 
 
 def _tensors(weights: DecoderWeights) -> Iterator[Tensor]:
@@ -131,12 +123,10 @@ def _tensors(weights: DecoderWeights) -> Iterator[Tensor]:
     parts: list[DecoderWeights | LayerWeights] = [weights, *weights.layers]
     for part in parts:
         for item in (getattr(part, field.name) for field in fields(part)):
-            if isinstance(item, Linear):
-                yield item.weight
-                if item.bias is not None:
-                    yield item.bias
-            elif isinstance(item, Tensor):
+            if isinstance(item, Tensor):
                 yield item
+            elif isinstance(item, (Linear, Mlp, Moe)):
+                yield from item.tensors()
 
 
 Fill = Callable[[Tensor, str, int, Split], None]
@@ -144,81 +134,176 @@ Fill = Callable[[Tensor, str, int, Split], None]
 
 
 def _assemble(
-    spec: ModelSpec, shard: Shard, dtype: torch.dtype, device: torch.device, fill: Fill
+    spec: ModelSpec,
+    shard: Shard,
+    dtype: torch.dtype,
+    device: torch.device,
+    fill: Fill,
+    sized_for: torch.device | None = None,
 ) -> DecoderWeights:
-    """Build every tensor of a rank; `fill` is called for each published tensor that it is made of."""
+    """Build every tensor of a rank; `fill` is called for each published tensor that it is made of.
+
+    Args:
+        sized_for: where the weights would be, if `device` is the meta device.
+    """
     names = FAMILIES[spec.family].names
-    build = _Builder(spec.hidden_size, dtype, device, fill)
+    build = _Builder(spec, shard, dtype, device, sized_for or device, fill)
     embed = build.rows([(f"{names.embed}.weight", shard.vocab)])
-    layers = tuple(_assemble_layer(spec, shard, build, layer) for layer in range(spec.num_layers))
+    layers = tuple(build.layer(number) for number in range(spec.num_layers))
     final_norm = build.vector(f"{names.final_norm}.weight", spec.hidden_size)
     head = embed if spec.tie_embeddings else build.rows([(f"{names.lm_head}.weight", shard.vocab)])
     return DecoderWeights(embed, layers, final_norm, Linear(head))
 
 
-def _assemble_layer(spec: ModelSpec, shard: Shard, build: _Builder, layer: int) -> LayerWeights:
-    """One layer. Plain weights are dropped as soon as they are packed, so the peak is one layer above."""
-    names = FAMILIES[spec.family].names
-    queries = shard.heads.queries.scaled(spec.head_dim)
-    keys = shard.heads.keys.scaled(spec.head_dim)
-
-    def name(pattern: str) -> str:
-        return pattern.format(layer=layer)
-
-    qkv = [(name(names.query), queries), (name(names.key), keys), (name(names.value), keys)]
-    gate_up = [(name(names.gate), shard.mlp), (name(names.up), shard.mlp)]
-    on_rank_0 = shard.rank == 0  # the bias of a sum over ranks is added once
-    return LayerWeights(
-        attention_norm=build.vector(name(names.attention_norm) + ".weight", spec.hidden_size),
-        qkv=build.column_linear(qkv, spec.qkv_bias),
-        query_norm=build.vector(name(names.query_norm) + ".weight", spec.head_dim) if spec.qk_norm else None,
-        key_norm=build.vector(name(names.key_norm) + ".weight", spec.head_dim) if spec.qk_norm else None,
-        output=build.row_linear(name(names.output), queries, spec.output_bias, on_rank_0),
-        mlp_norm=build.vector(name(names.mlp_norm) + ".weight", spec.hidden_size),
-        gate_up=build.column_linear(gate_up, spec.mlp_bias),
-        down=build.row_linear(name(names.down), shard.mlp, spec.mlp_bias, on_rank_0),
-    )
-
-
 @dataclass(frozen=True, slots=True)
 class _Builder:
-    """Allocates zeros and has them filled."""
+    """Allocates zeros and has them filled. Plain weights are dropped as soon as they are packed."""
 
-    hidden_size: int
+    spec: ModelSpec
+    shard: Shard
     dtype: torch.dtype
     device: torch.device
+    sized_for: torch.device
     fill: Fill
+
+    # ------------------------------------------------------------------------------ parts of a layer
+
+    def layer(self, number: int) -> LayerWeights:
+        """One layer."""
+        spec, heads = self.spec, self.shard.heads
+        names = FAMILIES[spec.family].names.of_layer(number)
+        queries = heads.queries.scaled(spec.head_dim)
+        keys = heads.keys.scaled(spec.head_dim)
+        is_mixture = spec.moe is not None and number in spec.moe.layers
+        return LayerWeights(
+            attention_norm=self.vector(f"{names.attention_norm}.weight", spec.hidden_size),
+            qkv=self.qkv(names, queries, keys),
+            query_norm=self.vector(f"{names.query_norm}.weight", spec.head_dim) if spec.qk_norm else None,
+            key_norm=self.vector(f"{names.key_norm}.weight", spec.head_dim) if spec.qk_norm else None,
+            output=self.row_linear(names.output, queries, spec.output_bias),
+            mlp_norm=self.vector(f"{names.mlp_norm}.weight", spec.hidden_size),
+            mlp=self.moe(names) if is_mixture else self.mlp(names),
+        )
+
+    def qkv(self, names: WeightNames, queries: Split, keys: Split) -> Linear:
+        """All query heads, then keys, then values."""
+        parts = [(names.query, queries), (names.key, keys), (names.value, keys)]
+        weight, bias = self.columns(parts, self.spec.qkv_bias)
+        if self.spec.rope.interleaved:
+            rotated = queries.local + keys.local
+            _to_halves(weight[:rotated], self.spec.head_dim)
+            if bias is not None:
+                _to_halves(bias[:rotated], self.spec.head_dim)
+        return Linear(weight, bias)
+
+    def mlp(self, names: WeightNames) -> Mlp:
+        """A dense MLP."""
+        split, has_bias = self.shard.mlp, self.spec.mlp_bias
+        return Mlp(
+            gate_up=Linear(*self.columns([(names.gate, split), (names.up, split)], has_bias)),
+            down=self.row_linear(names.down, split, has_bias),
+        )
+
+    def moe(self, names: WeightNames) -> Moe:
+        """A mixture: for CUDA one tensor for all experts, on the CPU a packed product for each."""
+        spec, published, width = self.spec.moe, names.moe, self.shard.expert
+        assert spec is not None
+        assert published is not None
+        assert width is not None
+        gate = torch.zeros(spec.num_experts, self.spec.hidden_size, dtype=self.gate_dtype, device=self.device)
+        self.fill(gate, f"{published.router}.weight", 0, Split.whole(spec.num_experts))
+        bias = self.router_bias(spec, published) if spec.has_bias else None
+        experts = list(_experts(spec, published, width))
+        if self.device.type == "cpu":
+            gate_ups = [Linear(*self.columns([(e.gate, e.split), (e.up, e.split)], False)) for e in experts]
+            downs = [self.row_linear(e.down, e.split, False) for e in experts]
+            return Moe(spec, Linear(gate), bias, gate_ups, downs)
+        gate_up = self.zeros(len(experts), 2 * width.local, self.spec.hidden_size)
+        down = self.zeros(len(experts), self.spec.hidden_size, width.local)
+        for number, e in enumerate(experts):
+            self.fill(gate_up[number, : width.local], f"{e.gate}.weight", 0, e.split)
+            self.fill(gate_up[number, width.local :], f"{e.up}.weight", 0, e.split)
+            self.fill(down[number], f"{e.down}.weight", 1, e.split)
+        return Moe(spec, Linear(gate), bias, gate_up, down)
+
+    @property
+    def gate_dtype(self) -> torch.dtype:
+        """Of a router's weight: on the CPU float32, in which it is multiplied."""
+        is_wide = self.sized_for.type == "cpu" or (self.spec.moe is not None and self.spec.moe.float32_gate)
+        return torch.float32 if is_wide else self.dtype
+
+    def router_bias(self, spec: MoeSpec, names: MoeNames) -> Tensor:
+        """float32 [E]."""
+        bias = torch.zeros(1, spec.num_experts, dtype=torch.float32, device=self.device)
+        if names.bias_is_row:
+            self.fill(bias, names.bias, 1, Split.whole(spec.num_experts))
+        else:
+            self.fill(bias[0], names.bias, 0, Split.whole(spec.num_experts))
+        return bias[0]
+
+    # -------------------------------------------------------------------------------------- tensors
+
+    def zeros(self, *shape: int) -> Tensor:
+        """What is to be filled; padding stays zero."""
+        return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
     def rows(self, parts: list[tuple[str, Split]]) -> Tensor:
         """[sum of the parts' local rows, hidden]: weights split by output rows, one below the other."""
-        return self._stacked(parts, (self.hidden_size,))
+        return self._stacked(parts, (self.spec.hidden_size,))
 
     def vector(self, name: str, size: int) -> Tensor:
         """[size], the same on all ranks."""
         return self._stacked([(name, Split.whole(size))], ())
 
-    def column_linear(self, parts: list[tuple[str, Split]], has_bias: bool) -> Linear:
-        """Weights split by output rows, fused into one matrix, with their biases."""
-        weight = self.rows([(name + ".weight", split) for name, split in parts])
-        bias = self._stacked([(name + ".bias", split) for name, split in parts], ()) if has_bias else None
-        return Linear(weight, bias)
+    def columns(self, parts: list[tuple[str, Split]], has_bias: bool) -> tuple[Tensor, Tensor | None]:
+        """Weights split by output rows, fused into one matrix, and their biases."""
+        weight = self.rows([(f"{name}.weight", split) for name, split in parts])
+        bias = self._stacked([(f"{name}.bias", split) for name, split in parts], ()) if has_bias else None
+        return weight, bias
 
-    def row_linear(self, name: str, split: Split, has_bias: bool, on_rank_0: bool) -> Linear:
+    def row_linear(self, name: str, split: Split, has_bias: bool) -> Linear:
         """[hidden, split.local]: a weight split by input columns; its bias on rank 0 alone."""
-        weight = torch.zeros(self.hidden_size, split.local, dtype=self.dtype, device=self.device)
-        self.fill(weight, name + ".weight", 1, split)
+        weight = self.zeros(self.spec.hidden_size, split.local)
+        self.fill(weight, f"{name}.weight", 1, split)
         bias = None
         if has_bias:
-            bias = self.vector(name + ".bias", self.hidden_size)
-            if not on_rank_0:
+            bias = self.vector(f"{name}.bias", self.spec.hidden_size)
+            if self.shard.rank > 0:
                 bias.zero_()
         return Linear(weight, bias)
 
     def _stacked(self, parts: list[tuple[str, Split]], inner: tuple[int, ...]) -> Tensor:
-        size = sum(split.local for _, split in parts)
-        out = torch.zeros(size, *inner, dtype=self.dtype, device=self.device)
+        out = self.zeros(sum(split.local for _, split in parts), *inner)
         start = 0
         for name, split in parts:
             self.fill(out.narrow(0, start, split.local), name, 0, split)
             start += split.local
         return out
+
+
+class _Expert(NamedTuple):
+    """Names of one expert's tensors, and this rank's part of their width."""
+
+    gate: str
+    up: str
+    down: str
+    split: Split
+
+
+def _experts(spec: MoeSpec, names: MoeNames, width: Split) -> Iterator[_Expert]:
+    """All routed experts, then the shared ones: equal parts of the width of one published MLP."""
+    for number in range(spec.num_experts):
+        gate, up, down = (
+            name.replace("{expert}", str(number)) for name in (names.gate, names.up, names.down)
+        )
+        yield _Expert(gate, up, down, width)
+    shared_width = spec.num_shared * spec.intermediate_size
+    for number in range(spec.num_shared):
+        split = width.at(number * spec.intermediate_size, shared_width)
+        yield _Expert(names.shared_gate, names.shared_up, names.shared_down, split)
+
+
+def _to_halves(rows: Tensor, head_dim: int) -> None:
+    """Reorder the rows of each head from (0, 1, 2, 3, …) to (0, 2, …, 1, 3, …), in place."""
+    pairs = rows.view(-1, head_dim // 2, 2, *rows.shape[1:])
+    rows.copy_(pairs.transpose(1, 2).reshape(rows.shape))

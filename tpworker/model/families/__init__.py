@@ -7,9 +7,28 @@ from typing import Any
 
 from tpworker.errors import ModelError
 from tpworker.model.families.llama import LLAMA
-from tpworker.model.families.spec import Config, Family, Llama3Scaling, ModelSpec, RopeSpec, WeightNames
+from tpworker.model.families.spec import (
+    Config,
+    Family,
+    Llama3Scaling,
+    ModelSpec,
+    MoeNames,
+    MoeSpec,
+    RopeSpec,
+    WeightNames,
+)
 
-__all__ = ["FAMILIES", "Family", "Llama3Scaling", "ModelSpec", "RopeSpec", "WeightNames", "read_spec"]
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "Llama3Scaling",
+    "ModelSpec",
+    "MoeNames",
+    "MoeSpec",
+    "RopeSpec",
+    "WeightNames",
+    "read_spec",
+]
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (LLAMA,)}
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 from tpworker.errors import ModelError
 
@@ -28,10 +28,49 @@ class Llama3Scaling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RopeSpec:
-    """Rotary position embedding over the whole head, halves rotated against each other (GPT-NeoX style)."""
+    """Rotary position embedding, halves rotated against each other (GPT-NeoX style)."""
 
     theta: float
     scaling: Llama3Scaling | None = None
+    rotary_dim: int | None = None
+    """The first so many entries of a head are rotated, the others are passed on. None: the whole head."""
+    interleaved: bool = False
+    """The checkpoint rotates neighbours (2 i, 2 i + 1) against each other. Loading reorders the rows of query
+    and key heads so that they become halves: scores do not change when both are permuted alike."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoeSpec:
+    """Mixture of experts: some layers' MLP is k of E small MLPs, chosen token by token, and S shared ones.
+
+    A token's scores are softmax or sigmoid of its router logits (float32). The k experts with the highest
+    score + correction bias are chosen, of equal ones the lower id; with groups, only from the `top_groups`
+    groups whose two best experts together have most. Their weights are their scores (without the bias),
+    divided by their sum, or by `norm_min` if that is more, and multiplied by `scale`. Shared experts have
+    weight 1.
+    """
+
+    layers: tuple[int, ...]
+    """Numbers of the layers that are mixtures, ascending; the others have a dense MLP."""
+    num_experts: int
+    """E, routed experts."""
+    experts_per_token: int
+    """k."""
+    intermediate_size: int
+    """Width of one expert, of a shared one too."""
+    num_shared: int = 0
+    """S. Published as one MLP of S times the width."""
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    has_bias: bool = False
+    """There is a correction bias, float32 [E]."""
+    normalise: bool = True
+    norm_min: float = 0.0
+    scale: float = 1.0
+    num_groups: int = 1
+    """Groups of E / num_groups consecutive experts, of two experts at least where there are several."""
+    top_groups: int = 1
+    float32_gate: bool = False
+    """The router's weight is held in float32 whatever the model's dtype, as it is published."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +84,7 @@ class ModelSpec:
     vocab_size: int
     hidden_size: int
     intermediate_size: int
-    """Width of the MLP."""
+    """Width of the MLP of dense layers."""
     num_layers: int
     num_heads: int
     """Query heads; a multiple of `num_kv_heads`."""
@@ -65,6 +104,9 @@ class ModelSpec:
     mlp_bias: bool = False
     qk_norm: bool = False
     """RMSNorm over each query and key head, before the rotation."""
+    moe: MoeSpec | None = None
+    num_mtp_layers: int = 0
+    """Layers for multi-token prediction (MTP) that the checkpoint holds beside the model's own: not read."""
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     """End-of-sequence ids of generation_config.json and config.json, each once, in that order."""
@@ -72,6 +114,23 @@ class ModelSpec:
     """temperature, top_p and top_k, as far as generation_config.json sets them."""
     generation_ignored: Mapping[str, float] = field(default_factory=dict)
     """Defaults of generation_config.json that would change the output and cannot be had: to be warned of."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoeNames:
+    """Published names of a mixture's tensors, as in `WeightNames`; `{expert}`: the expert's number."""
+
+    router: str
+    gate: str
+    up: str
+    down: str
+    bias: str = ""
+    """Of the router's correction bias, in full."""
+    bias_is_row: bool = False
+    """Its published shape is [1, E], not [E]."""
+    shared_gate: str = ""
+    shared_up: str = ""
+    shared_down: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +151,16 @@ class WeightNames:
     gate: str
     up: str
     down: str
+    moe: MoeNames | None = None
+
+    def of_layer(self, layer: int) -> WeightNames:
+        """The names of one layer's tensors; `{expert}` stays."""
+
+        def filled(names: Any) -> dict[str, Any]:
+            values = {field.name: getattr(names, field.name) for field in fields(names)}
+            return {key: v.replace("{layer}", str(layer)) for key, v in values.items() if isinstance(v, str)}
+
+        return replace(self, **filled(self), moe=self.moe and replace(self.moe, **filled(self.moe)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +174,8 @@ class Family:
     names: WeightNames
     ignored_tensors: tuple[str, ...] = ()
     """Regular expressions of published tensors that no computation needs."""
+    mtp_tensors: tuple[str, ...] = ()
+    """Regular expressions of the tensors for multi-token prediction; `{layer}`: number of such a layer."""
 
 
 class Config:

@@ -1,0 +1,28 @@
+"""The dense MLP of a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from tpworker.model import kernels
+from tpworker.model.linear import Linear
+
+
+@dataclass(frozen=True, slots=True)
+class Mlp:
+    """Gated SiLU MLP (Shazeer, arXiv 2002.05202). F: this rank's part of its width."""
+
+    gate_up: Linear  # [2 F, D]: gate, then up
+    down: Linear  # [D, F]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """From [T, D] to this rank's summand of the output, [T, D]."""
+        return self.down(kernels.silu_mul(self.gate_up(x)))
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Every tensor that it holds."""
+        yield from self.gate_up.tensors()
+        yield from self.down.tensors()
