@@ -44,7 +44,7 @@ class ThreadGroup:
         self.items: list[Tensor] = [torch.empty(0)] * size
 
 
-class ThreadCollectives:
+class ThreadCollectives(Collectives):
     """`Collectives` for a thread. Sums in the order of the ranks, so that all get the same bits."""
 
     def __init__(self, group: ThreadGroup, rank: int) -> None:
@@ -103,7 +103,8 @@ def run_ranks(size: int, main: Callable[[Collectives], R]) -> list[R]:
 def tiny_model(folder: Path, config: Any, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
     """Make a random model of transformers from its config, save it to `folder`, and return it.
 
-    Weights, norms and biases are all random, and large enough that a mistake anywhere changes the logits.
+    Weights, norms and biases are all random, and large enough that a mistake anywhere changes the logits;
+    correction biases of routers change some choices, and not all of them.
     """
     from transformers import AutoModelForCausalLM
 
@@ -111,8 +112,11 @@ def tiny_model(folder: Path, config: Any, dtype: torch.dtype = torch.float32, se
     config._attn_implementation = "eager"
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("norm.weight"):
+        buffers = [item for item in model.named_buffers() if "e_score_correction_bias" in item[0]]
+        for name, parameter in [*model.named_parameters(), *buffers]:
+            if "e_score_correction_bias" in name:
+                parameter.normal_(0, 0.1)
+            elif name.endswith("norm.weight"):
                 parameter.uniform_(0.5, 1.5)
             elif name.endswith("bias"):
                 parameter.normal_(0, 0.3)
@@ -208,3 +212,61 @@ def shuffled_tables(num_sequences: int, length: int, block_size: int, num_blocks
     blocks = (torch.randperm(num_blocks - 1, generator=generator) + 1).tolist()
     assert num_sequences * per_sequence <= len(blocks)
     return [blocks[i * per_sequence : (i + 1) * per_sequence] for i in range(num_sequences)]
+
+
+Step = list[tuple[int, int, int, bool]]  # (sequence, from, to, decode row) of each work
+
+STEPS: list[Step] = [
+    [(0, 0, 9, False)],  # a whole prompt
+    [(1, 0, 13, False), (2, 0, 1, False)],  # two chunks, one of them a single token
+    [(0, 9, 10, True), (1, 13, 26, False)],  # a decode row beside a chunk in the middle of its prompt
+    [(1, 26, 27, True), (0, 10, 11, True), (2, 1, 30, False)],  # decode rows of different lengths
+    [(2, 30, 31, True), (0, 11, 12, True), (1, 27, 28, True)],  # pure decode
+    [(1, 28, 29, True), (2, 31, 32, True), (0, 12, 13, True)],
+    [(0, 13, 40, False), (1, 29, 40, False), (2, 32, 40, False)],  # chunks with a context
+]
+"""Three sequences of 40 tokens in every kind of step."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """A model in a folder, token ids [3, 40], and transformers' logits of them, [3, 40, vocab]."""
+
+    folder: Path
+    ids: Tensor
+    logits: Tensor
+
+    @classmethod
+    def make(cls, folder: Path, config: Any) -> Reference:
+        model = tiny_model(folder, config)
+        ids = torch.randint(0, config.vocab_size, (3, 40), generator=torch.Generator().manual_seed(1))
+        with torch.inference_mode():
+            return cls(folder, ids, model(ids).logits)
+
+    def compute(self, rank: Rank) -> list[Tensor]:
+        """The logits of each of STEPS, on one rank."""
+        cache = rank.cache.keys[0]
+        tables = shuffled_tables(3, 40, cache.shape[1], cache.shape[0])
+        return [
+            rank.step(
+                [Work(s, start, self.ids[s, start:end].tolist(), decode) for s, start, end, decode in step],
+                tables,
+            )
+            for step in STEPS
+        ]
+
+    def expected(self) -> list[Tensor]:
+        """transformers' logits of each of STEPS."""
+        return [torch.cat([self.logits[s, start:end] for s, start, end, _ in step]) for step in STEPS]
+
+    def check(self, size: int, **options: Any) -> None:
+        """Every rank of a group of `size` computes the same logits, which are transformers'."""
+        results = run_ranks(
+            size, lambda collectives: self.compute(Rank.load(self.folder, collectives, **options))
+        )
+        for step, reference in enumerate(self.expected()):
+            for result in results:
+                assert torch.equal(result[step], results[0][step])
+            torch.testing.assert_close(
+                results[0][step], reference, rtol=1e-4, atol=2e-5 * float(self.logits.abs().max())
+            )

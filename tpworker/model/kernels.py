@@ -61,7 +61,10 @@ def reduce_add_norm(
     Returns:
         [T, D], the same on all ranks.
     """
-    return add_norm(x, None if part is None else collectives.all_reduce(part), weight, eps)
+    if part is None:
+        return add_norm(x, None, weight, eps)
+    fused = collectives.reduce_add_norm(x, part, weight, eps)
+    return add_norm(x, collectives.all_reduce(part), weight, eps) if fused is None else fused
 
 
 @dataclass(frozen=True, slots=True)

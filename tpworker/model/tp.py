@@ -43,6 +43,17 @@ class Collectives(Protocol):
         """[size, *x.shape], in the order of the ranks."""
         ...
 
+    # What some can do in one kernel with what follows. None: not these, or not at this size, and the caller
+    # takes the steps one by one. All ranks get the same answer.
+
+    def reduce_add_norm(self, x: Tensor, part: Tensor, weight: Tensor, eps: float) -> Tensor | None:
+        """`tpworker.model.kernels.reduce_add_norm`, in one kernel."""
+        return None
+
+    def argmax(self, best: Tensor, token: Tensor) -> Tensor | None:
+        """`argmax_ranks`, in one kernel."""
+        return None
+
 
 @dataclass(frozen=True, slots=True)
 class Run:
@@ -240,6 +251,9 @@ def argmax_ranks(best: Tensor, token: Tensor, collectives: Collectives) -> Tenso
     """
     if collectives.size == 1:
         return token
+    fused = collectives.argmax(best, token)
+    if fused is not None:
+        return fused
     # One exchange for both: float32 holds every id below 2**24 exactly.
     pairs = collectives.all_gather(torch.stack((best, token.to(torch.float32)), dim=-1))  # [size, R, 2]
     winner = pairs[..., 0].argmax(dim=0, keepdim=True)  # the first of equal ones has the lowest ids

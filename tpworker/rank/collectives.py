@@ -28,7 +28,7 @@ EXCHANGE_BYTES = 1 << 20
 """A rank's part of the shared memory of `SharedMemoryCollectives`; larger tensors go through in pieces."""
 
 
-class SoleRank:
+class SoleRank(Collectives):
     """TP 1: nobody to talk to."""
 
     rank = 0
@@ -41,7 +41,7 @@ class SoleRank:
         return x.unsqueeze(0)
 
 
-class SharedMemoryCollectives:
+class SharedMemoryCollectives(Collectives):
     """CPU ranks of one host: each writes to its own place, all meet at a barrier, each reads them all.
 
         half 0   │ rank 0 │ rank 1 │ …        exchange 0, 2, 4 …
@@ -104,7 +104,7 @@ def _parts(x: Tensor) -> tuple[Tensor, ...]:
     return torch.split(x, EXCHANGE_BYTES // x.element_size(), dim=-1)
 
 
-class GlooCollectives:
+class GlooCollectives(Collectives):
     """CPU ranks. A process group of its own, not torch's global one: several can live in one process.
 
     Args:

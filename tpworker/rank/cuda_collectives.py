@@ -1,4 +1,4 @@
-"""Collectives of CUDA ranks on one host: NCCL, and torch's symmetric memory for what a decode step sends.
+"""Collectives of CUDA ranks on one host: NCCL, and kernels over peer memory for what a decode step sends.
 
 Both are launched on the compute stream and can be captured in graphs. NVLink multicast is not used.
 """
@@ -16,19 +16,19 @@ from tpworker.model.tp import Collectives
 from tpworker.rank.collectives import SoleRank
 
 _distributed: Any = distributed  # typed without its stores
-_ops: Any = torch.ops
 
 logger = logging.getLogger(__name__)
 
 SYMMETRIC_BYTES = {2: 2 << 20, 4: 1 << 19, 8: 1 << 18}
-"""By TP size, the largest tensor for which reading all the others' memory in one kernel beats NCCL. (H200, 2
-ranks, 64 and 256 rows of 4096 bfloat16: 9.6 and 18.7 µs against 9.9 and 26.7.) The kernel sums in the order
-of the ranks, bitwise alike on all of them, for these sizes of a group only."""
 
-_ALIGNMENT = 16  # bytes that it loads at a time
+ONE_SHOT_BYTES = {2: 2 << 20, 4: 1 << 19, 8: 1 << 18}
+"""By TP size, the largest tensor that every rank sends to all others; for groups of these sizes only."""
+
+TWO_SHOT_BYTES = {2: 2 << 20, 4: 2 << 20, 8: 2 << 20}
+"""The largest one whose rows are added up by one rank each; what is larger goes through NCCL."""
 
 
-class NcclCollectives:
+class NcclCollectives(Collectives):
     """The torch process group of this process, which has no other.
 
     Args:
@@ -65,6 +65,52 @@ class NcclCollectives:
         return gathered.view(self.size, *x.shape)
 
 
+class InboxCollectives(NcclCollectives):
+    """Small sums in one kernel over peer memory, with the norm that follows them; the rest by NCCL.
+
+    The ranks meet in the kernel: one whose peer never comes spins for ever, and is killed with the group.
+    """
+
+    def __init__(self, store_fd: int, rank: int, size: int, timeout: float, device: torch.device) -> None:
+        super().__init__(store_fd, rank, size, timeout, device)
+        import torch.distributed._symmetric_memory as symmetric_memory
+
+        from tpworker.rank import symmetric_kernels
+
+        self._kernels = symmetric_kernels
+        memory: Any = symmetric_memory
+        self._inbox: Tensor = memory.empty(
+            symmetric_kernels.inbox_bytes(size), dtype=torch.uint8, device=device
+        )
+        symmetric_kernels.empty_inbox(self._inbox)
+        torch.cuda.synchronize(device)
+        # Here the ranks learn each other's addresses, so nobody writes before all have emptied theirs.
+        self._handle = memory.rendezvous(self._inbox, _distributed.group.WORLD.group_name)
+        addresses: list[int] = self._handle.buffer_ptrs
+        assert addresses[rank] == self._inbox.data_ptr()
+        self.inboxes = symmetric_kernels.Inboxes.of(addresses, rank, device)
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """Sums over the ranks; bitwise the same on all of them. Any shape; x, or a new tensor."""
+        if not self._is_small(x):
+            return super().all_reduce(x)
+        return self._kernels.all_reduce(x, self.inboxes, two_shot=x.nbytes > ONE_SHOT_BYTES[self.size])
+
+    def reduce_add_norm(self, x: Tensor, part: Tensor, weight: Tensor, eps: float) -> Tensor | None:
+        if not self._is_small(part):
+            return None
+        two_shot = part.nbytes > ONE_SHOT_BYTES[self.size]
+        return self._kernels.reduce_add_norm(x, part, weight, eps, self.inboxes, two_shot)
+
+    def argmax(self, best: Tensor, token: Tensor) -> Tensor | None:
+        if len(best) > self._kernels.MAX_PAIRS:
+            return None
+        return self._kernels.argmax(best, token, self.inboxes)
+
+    def _is_small(self, x: Tensor) -> bool:
+        return x.nbytes <= TWO_SHOT_BYTES[self.size] and self.inboxes.takes(x)
+
+
 class SymmetricCollectives(NcclCollectives):
     """Small sums in one kernel over peer memory, the rest by NCCL. The sum is a new tensor.
 
@@ -82,15 +128,11 @@ class SymmetricCollectives(NcclCollectives):
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """Sums over the ranks; bitwise the same on all of them. Any shape; x, or a new tensor."""
-        if (
-            x.nbytes > self._buffer.nbytes
-            or x.nbytes % _ALIGNMENT
-            or x.dtype not in (torch.bfloat16, torch.float32)
-        ):
+        if x.nbytes > self._buffer.nbytes or x.nbytes % 16 or x.dtype not in (torch.bfloat16, torch.float32):
             return super().all_reduce(x)
         flat = x.view(-1)
         place = self._buffer.view(x.dtype)[: flat.numel()]
-        total: Tensor = _ops.symm_mem.one_shot_all_reduce_copy(place, flat, "sum", self._group)
+        total: Tensor = torch.ops.symm_mem.one_shot_all_reduce_copy(place, flat, "sum", self._group)
         return total.view(x.shape)
 
 
@@ -104,7 +146,7 @@ def connect_cuda(store_fd: int, rank: int, size: int, timeout: float, device: to
         return SoleRank()
     others = [other for other in range(size) if other != rank]
     reach = all(torch.cuda.can_device_access_peer(device, other) for other in others)
-    if size in SYMMETRIC_BYTES and reach:
+    if size in ONE_SHOT_BYTES and reach:
         return SymmetricCollectives(store_fd, rank, size, timeout, device)
     logger.info("collectives through NCCL alone: %d ranks, peer access %s", size, "yes" if reach else "no")
     return NcclCollectives(store_fd, rank, size, timeout, device)
