@@ -46,6 +46,18 @@ FLAGS = {
     "-h",
     "-tp",
 }
+DOCTOR_FLAGS = {
+    "--device",
+    "--dtype",
+    "--help",
+    "--json",
+    "--load-format",
+    "--max-model-len",
+    "--model",
+    "--tensor-parallel-size",
+    "-h",
+    "-tp",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -54,12 +66,14 @@ def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def parse(*arguments: str) -> cli.Options:
-    return cli.parse(["serve", *arguments])
+    options = cli.parse(["serve", *arguments])
+    assert isinstance(options, cli.Options)
+    return options
 
 
-def help_text(capsys: pytest.CaptureFixture[str]) -> str:
+def help_text(capsys: pytest.CaptureFixture[str], command: str = "serve") -> str:
     with pytest.raises(SystemExit) as caught:
-        cli.main(["serve", "--help"])
+        cli.main([command, "--help"])
     assert caught.value.code == 0
     return capsys.readouterr().out
 
@@ -67,6 +81,8 @@ def help_text(capsys: pytest.CaptureFixture[str]) -> str:
 def test_the_flags_are_frozen(capsys: pytest.CaptureFixture[str]) -> None:
     text = help_text(capsys).partition("options:")[2]
     assert set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*(?=[\s,])", text)) - {"--no-"} == FLAGS
+    text = help_text(capsys, "doctor").partition("options:")[2]
+    assert set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*(?=[\s,])", text)) == DOCTOR_FLAGS
 
 
 def test_every_flag_is_explained_and_the_defaults_are_the_configs(capsys: pytest.CaptureFixture[str]) -> None:
@@ -117,6 +133,16 @@ def test_every_option_gets_to_its_place() -> None:
     )
     assert (options.host, options.port) == ("0.0.0.0", 81)
     assert (options.served_model_name, options.api_key) == ("name", "key")
+
+
+def test_the_options_of_the_doctor() -> None:
+    arguments = "doctor -tp 4 --model m --device cuda --max-model-len 99 --json"
+    options = cli.parse(arguments.split())
+    config = RuntimeConfig(model="m", tensor_parallel_size=4, device="cuda", max_model_len=99)
+    assert options == cli.DoctorOptions(config, as_json=True)
+    assert cli.parse(["doctor"]) == cli.DoctorOptions(RuntimeConfig(tensor_parallel_size=2), as_json=False)
+    with pytest.raises(ConfigError, match="--dtype has no effect without --model"):
+        cli.parse(["doctor", "--dtype", "float16"])
 
 
 def test_overlap_is_lookahead() -> None:

@@ -5,10 +5,12 @@ from typing import Any
 
 import pytest
 
+from tests.observe.fake_nvml import FakeNvml
 from tpworker import settings
 from tpworker.config import RuntimeConfig
 from tpworker.errors import ConfigError
 from tpworker.ipc.messages import MAX_SEQUENCE, pack_dataclass, unpack_dataclass
+from tpworker.observe.nvml import Found, Nvml, find_gpus
 
 SPEC: Any = SimpleNamespace(max_model_len=2048, dtype="bfloat16")
 
@@ -22,74 +24,55 @@ def test_max_model_len_is_the_models_unless_less_is_asked_for() -> None:
         settings.resolve_max_model_len(RuntimeConfig(max_model_len=2049), SPEC)
 
 
+def gpus(count: int, problem: str | None = None) -> Found:
+    uuids = [f"GPU-{number}" for number in range(count)]
+    return Found(find_gpus(Nvml(FakeNvml(uuids)), {}).gpus, problem)
+
+
 def test_the_cpu_needs_no_look_at_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(settings, "count_gpus", lambda: pytest.fail("looked"))
+    monkeypatch.setattr(settings, "find_gpus", lambda: pytest.fail("looked"))
     assert settings.resolve_device(RuntimeConfig(device="cpu")) == "cpu"
 
 
 @pytest.mark.parametrize(
-    ("num_gpus", "torch", "device", "why"),
+    ("num_gpus", "torch_cuda", "device", "why"),
     [
-        (0, "2.13.0", "cpu", ""),
-        (1, "2.13.0", "cpu", "1 GPUs found, but serving on the CPU: tensor_parallel_size=2"),
-        (2, "2.13.0+cpu", "cpu", "its CPU build"),
-        (2, "2.13.0+cu130", "cuda", ""),
-        (4, "2.13.0", "cuda", ""),
+        (0, (13, 0), "cpu", ""),
+        (1, (13, 0), "cpu", "1 GPUs found, but serving on the CPU: tensor_parallel_size=2"),
+        (2, None, "cpu", "its CPU build"),
+        (2, (13, 0), "cuda", ""),
+        (4, (12, 8), "cuda", ""),
     ],
 )
 def test_auto_takes_a_gpu_for_each_rank(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     num_gpus: int,
-    torch: str,
+    torch_cuda: tuple[int, int] | None,
     device: str,
     why: str,
 ) -> None:
-    monkeypatch.setattr(settings, "count_gpus", lambda: num_gpus)
-    monkeypatch.setattr(settings.importlib.metadata, "version", lambda name: torch)
+    monkeypatch.setattr(settings, "find_gpus", lambda: gpus(num_gpus))
+    monkeypatch.setattr(settings, "torch_cuda", lambda: torch_cuda)
     assert settings.resolve_device(RuntimeConfig(tensor_parallel_size=2)) == device
     assert why in caplog.text if why else not caplog.text
 
 
 def test_cuda_is_refused_where_it_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(settings, "count_gpus", lambda: 2)
-    monkeypatch.setattr(settings.importlib.metadata, "version", lambda name: "2.13.0+cpu")
-    with pytest.raises(ConfigError, match=r"tensor_parallel_size=4 .* has 2: use a smaller"):
+    monkeypatch.setattr(settings, "find_gpus", lambda: gpus(2, "the third one is hidden"))
+    monkeypatch.setattr(settings, "torch_cuda", lambda: None)
+    with pytest.raises(ConfigError, match=r"size=4 .* has 2 \(the third one is hidden\): use a smaller"):
         settings.resolve_device(RuntimeConfig(device="cuda", tensor_parallel_size=4))
     with pytest.raises(ConfigError, match="its CPU build: install one for CUDA, or use --device cpu"):
         settings.resolve_device(RuntimeConfig(device="cuda", tensor_parallel_size=2))
 
 
-class FakeNvml:
-    class NVMLError(Exception):
-        pass
-
-    def __init__(self, count: int | None) -> None:
-        self.count = count
-
-    def nvmlInit(self) -> None:
-        if self.count is None:
-            raise self.NVMLError("Driver Not Loaded")
-
-    def nvmlDeviceGetCount(self) -> int | None:
-        return self.count
-
-    def nvmlShutdown(self) -> None:
-        pass
-
-
-@pytest.mark.parametrize(
-    ("driver", "visible", "count"),
-    [(None, None, 0), (4, None, 4), (4, "0,2", 2), (4, "", 0), (4, "-1", 0), (1, "0,1,2", 1)],
-)
-def test_gpus_are_counted_without_cuda(
-    driver: int | None, visible: str | None, count: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "pynvml", FakeNvml(driver))
+def test_gpus_are_counted_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "pynvml", FakeNvml(["GPU-1", "GPU-2"]))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    if visible is not None:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert settings.count_gpus() == count
+    assert settings.count_gpus() == 2
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert settings.count_gpus() == 1
 
 
 def test_settings_cross_the_pipe_also_when_seconds_are_whole_numbers() -> None:

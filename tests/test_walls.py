@@ -70,6 +70,18 @@ def test_families_import_no_torch() -> None:
     assert not users("tpworker/model/families", "torch", "transformers")
 
 
+def test_observing_needs_no_torch_and_no_other_process() -> None:
+    assert not ours(
+        "tpworker/observe", "tpworker.observe", "tpworker.ipc", "tpworker.model", "tpworker.rank.device",
+        "tpworker.config", "tpworker.errors", "tpworker.settings",
+    )  # fmt: skip
+    for_the_size_of_a_model = {"tpworker/observe/model_check.py"}
+    assert (
+        set(users("tpworker/observe", "torch", "tpworker.rank", "tpworker.model")) == for_the_size_of_a_model
+    )
+    assert set(users("tpworker", "pynvml")) == {"tpworker/observe/nvml.py"}
+
+
 def test_zmq_is_used_by_the_channels_only() -> None:
     assert set(users("ipc", "zmq")) == {"ipc/channels.py"}
     assert not users("tpworker", "zmq")

@@ -1,4 +1,4 @@
-"""The command line: `tpworker serve …`.
+"""The command line: `tpworker serve …`, `tpworker doctor …`.
 
 Importing this, and being told of a mistake in an option, takes an instant: what serving needs is imported
 when it is needed.
@@ -37,11 +37,23 @@ class Options:
     ask: str | None
 
 
+@dataclass(frozen=True)
+class DoctorOptions:
+    """What the command line of `tpworker doctor` says, checked."""
+
+    config: RuntimeConfig
+    as_json: bool
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status: 0, or 2 for a mistake of the user's, or 1 for a failure."""
     try:
         options = parse(arguments)
         logging.basicConfig(format="%(asctime)s tpworker %(levelname)s %(message)s", level=logging.WARNING)
+        if isinstance(options, DoctorOptions):
+            from tpworker.observe.doctor import run_doctor
+
+            return run_doctor(options.config, options.as_json)
         return _serve(options) if options.ask is None else _ask(options, options.ask)
     except (ConfigError, ModelError, InvalidRequest) as error:
         print(f"tpworker: error: {error}", file=sys.stderr)
@@ -59,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 # ----------------------------------------------------------------------------------- options
 
 
-def parse(arguments: Sequence[str] | None = None) -> Options:
+def parse(arguments: Sequence[str] | None = None) -> Options | DoctorOptions:
     """Read the command line.
 
     Raises:
@@ -67,7 +79,20 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         SystemExit: what argparse itself finds, or --help.
     """
     given = vars(_parser().parse_args(arguments))
-    given.pop("command")
+    command = given.pop("command")
+    given.setdefault("tensor_parallel_size", _default_tensor_parallel_size(given.get("device", "auto")))
+    return _doctor_options(given) if command == "doctor" else _serve_options(given)
+
+
+def _doctor_options(given: dict[str, Any]) -> DoctorOptions:
+    as_json = given.pop("json", False)
+    for name in ("dtype", "max_model_len", "load_format"):
+        if name in given and "model" not in given:
+            raise ConfigError(f"--{name.replace('_', '-')} has no effect without --model: leave it out")
+    return DoctorOptions(RuntimeConfig(**given), as_json)
+
+
+def _serve_options(given: dict[str, Any]) -> Options:
     lookahead = _lookahead(given.pop("enable_overlap_schedule", None), given.get("lookahead"))
     if lookahead is not None:
         given["lookahead"] = lookahead
@@ -84,7 +109,6 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         raise ConfigError(f"--port {serving['port']}: must be from 0 (any that is free) to 65535")
     if "" in (serving.get("api_key"), serving.get("served_model_name")):
         raise ConfigError("--api-key and --served-model-name must not be empty: leave them out")
-    given.setdefault("tensor_parallel_size", _default_tensor_parallel_size(given.get("device", "auto")))
     return Options(
         RuntimeConfig(**given),
         serving.get("host", DEFAULT_HOST),
@@ -129,6 +153,15 @@ def _parser() -> argparse.ArgumentParser:
     _add_model_options(serve.add_argument_group("model"))
     _add_schedule_options(serve.add_argument_group("schedule and memory"))
     _add_server_options(serve.add_argument_group("server"))
+    doctor = commands.add_parser(
+        "doctor",
+        help="say what a TP group would find on this machine, and what is missing for one",
+        description="Say what a TP group would find on this machine, and what is missing for one. Starts "
+        "nothing and fetches nothing. The exit status is 0 if the group would start, else 1.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    _add_doctor_options(doctor)
     return parser
 
 
@@ -146,12 +179,28 @@ def _add(group: _Group, flag: str, text: str, *aliases: str, **options: Any) -> 
 
 
 def _add_model_options(group: _Group) -> None:
-    _add(
+    _add_model(
         group,
-        "--model",
         "a folder with config.json, *.safetensors and tokenizer.json, or a hub name (org/name); "
         "default: SmolLM2-135M-Instruct",
     )
+    _add_ranks(group)
+    _add_dtype(group)
+    _add_max_model_len(group)
+    _add(
+        group,
+        "--load-format",
+        "dummy: random weights of the right shapes, for benchmarks",
+        choices=["auto", "dummy"],
+    )
+    _add(group, "--seed", "of dummy weights, and of requests that give none", type=int, metavar="N")
+
+
+def _add_model(group: _Group, text: str) -> None:
+    _add(group, "--model", text)
+
+
+def _add_ranks(group: _Group) -> None:
     _add(
         group,
         "--tensor-parallel-size",
@@ -163,15 +212,22 @@ def _add_model_options(group: _Group) -> None:
     _add(
         group,
         "--device",
-        "what the ranks run on; auto: GPUs if there are any",
+        "what the ranks run on; auto: GPUs if there are any. A rank on a GPU keeps to the CPUs near that "
+        "GPU, of those that it may use (taskset, the container)",
         choices=["auto", "cpu", "cuda"],
     )
+
+
+def _add_dtype(group: _Group) -> None:
     _add(
         group,
         "--dtype",
         "of weights, activations and KV cache; auto: the checkpoint's",
         choices=["auto", "float32", "bfloat16", "float16"],
     )
+
+
+def _add_max_model_len(group: _Group) -> None:
     _add(
         group,
         "--max-model-len",
@@ -179,13 +235,15 @@ def _add_model_options(group: _Group) -> None:
         type=int,
         metavar="N",
     )
-    _add(
-        group,
-        "--load-format",
-        "dummy: random weights of the right shapes, for benchmarks",
-        choices=["auto", "dummy"],
-    )
-    _add(group, "--seed", "of dummy weights, and of requests that give none", type=int, metavar="N")
+
+
+def _add_doctor_options(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser, "a folder, or a name on the hub that is in its cache: look whether it fits")
+    _add_ranks(parser)
+    _add_dtype(parser)
+    _add_max_model_len(parser)
+    _add(parser, "--load-format", "dummy: the weights' files need not be there", choices=["auto", "dummy"])
+    parser.add_argument("--json", action="store_true", help="print what was found as JSON")
 
 
 def _add_schedule_options(group: _Group) -> None:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
-import os
 from typing import TYPE_CHECKING, Literal
 
 from tpworker.config import RuntimeConfig
 from tpworker.errors import ConfigError
 from tpworker.ipc.child import RankSettings, SchedulerSettings
 from tpworker.ipc.messages import MAX_SEQUENCE
+from tpworker.observe.libraries import torch_cuda
+from tpworker.observe.nvml import Found, find_gpus
 
 if TYPE_CHECKING:
     from tpworker.model.families import ModelSpec
@@ -26,40 +26,34 @@ def resolve_device(config: RuntimeConfig) -> Literal["cpu", "cuda"]:
     """
     if config.device == "cpu":
         return "cpu"
-    num_gpus, num_ranks = count_gpus(), config.tensor_parallel_size
-    reason = None
-    if num_ranks > num_gpus:
-        reason = (
-            f"tensor_parallel_size={num_ranks} needs as many GPUs, and this machine has {num_gpus}: use a "
-            "smaller --tensor-parallel-size, or --device cpu"
-        )
-    elif "+cpu" in importlib.metadata.version("torch"):
-        reason = "the torch that is installed is its CPU build: install one for CUDA, or use --device cpu"
+    found = find_gpus()
+    reason = cuda_obstacle(config.tensor_parallel_size, found)
     if reason is None:
         return "cuda"
     if config.device == "cuda":
         raise ConfigError(reason)
-    if num_gpus:
-        logger.warning("%d GPUs found, but serving on the CPU: %s", num_gpus, reason)
+    if found.gpus:
+        logger.warning("%d GPUs found, but serving on the CPU: %s", len(found.gpus), reason)
     return "cpu"
 
 
-def count_gpus() -> int:
-    """GPUs that the driver reports, or those of CUDA_VISIBLE_DEVICES if that is fewer. Needs no CUDA."""
-    import pynvml
+def cuda_obstacle(num_ranks: int, found: Found) -> str | None:
+    """Why so many ranks cannot run on these GPUs; None: they can."""
+    num_gpus = len(found.gpus)
+    if num_ranks > num_gpus:
+        why = f" ({found.problem})" if found.problem else ""
+        return (
+            f"tensor_parallel_size={num_ranks} needs as many GPUs, and this machine has {num_gpus}{why}: use "
+            "a smaller --tensor-parallel-size, or --device cpu"
+        )
+    if torch_cuda() is None:
+        return "the torch that is installed is its CPU build: install one for CUDA, or use --device cpu"
+    return None
 
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:  # no driver, or no GPU
-        return 0
-    try:
-        count = int(pynvml.nvmlDeviceGetCount())
-    finally:
-        pynvml.nvmlShutdown()
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        return count
-    return min(count, len([name for name in visible.split(",") if name.strip() not in ("", "-1")]))
+
+def count_gpus() -> int:
+    """GPUs that CUDA will show to the ranks. Needs no CUDA."""
+    return len(find_gpus().gpus)
 
 
 def resolve_max_model_len(config: RuntimeConfig, spec: ModelSpec) -> int:

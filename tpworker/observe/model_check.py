@@ -1,0 +1,103 @@
+"""Whether a model fits: a rank's weights, and the KV cache beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tpworker.config import RuntimeConfig
+from tpworker.errors import ConfigError, ModelError
+from tpworker.observe.check import Check, missing, ok, warning
+from tpworker.observe.nvml import Gpu
+from tpworker.settings import resolve_max_model_len
+
+if TYPE_CHECKING:
+    from tpworker.model.families import ModelSpec
+
+CONTEXT_BYTES = 1 << 30
+"""What CUDA, NCCL and the libraries' workspaces take of a GPU before anything is allocated, roughly."""
+
+_GIB = 1 << 30
+
+
+def check_model(config: RuntimeConfig, device: str, gpus: tuple[Gpu, ...]) -> Iterator[Check]:
+    """The model of the configuration. Nothing is fetched: a name on the hub is looked for in its cache.
+
+    Args:
+        device: 'cpu' or 'cuda'.
+        gpus: those of the group; fewer than there are ranks, if there are no more.
+    """
+    from tpworker.model.families import read_spec
+
+    assert config.model is not None
+    try:
+        folder = _find(config.model)
+        if folder is None:
+            yield warning(
+                "model", f"{config.model} is not in the hub's cache", "the first start will fetch it"
+            )
+            return
+        spec = read_spec(folder)
+        length = resolve_max_model_len(config, spec)
+    except (ModelError, ConfigError) as error:
+        yield missing("model", str(error), None)
+        return
+    weights = [path.stat().st_size for path in folder.glob("*.safetensors")]
+    if config.load_format != "dummy" and not weights:
+        yield missing("model", f"no *.safetensors in {folder}", "fetch them, or use --load-format dummy")
+        return
+    yield ok("model", f"{spec.architecture}, {spec.num_layers} layers, up to {length} tokens a request")
+    yield _memory(config, spec, length, device, gpus)
+
+
+def _find(model: str) -> Path | None:
+    path = Path(model).expanduser()
+    if path.exists():
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+    except HFValidationError:
+        raise ModelError(f"{model!r} is neither a folder on this machine nor a hub name") from None
+
+
+def _memory(config: RuntimeConfig, spec: ModelSpec, length: int, device: str, gpus: tuple[Gpu, ...]) -> Check:
+    import torch
+
+    from tpworker.model.kv_cache import KVCache
+    from tpworker.model.tp import Shard
+    from tpworker.model.weights import shard_bytes
+
+    num_ranks = config.tensor_parallel_size
+    dtype: torch.dtype = getattr(torch, spec.dtype if config.dtype == "auto" else config.dtype)
+    shard = Shard.of(spec, 0, num_ranks)
+    weights = shard_bytes(spec, shard, dtype, torch.device(device))
+    block = KVCache.bytes_per_block(spec, shard, config.block_size, dtype)
+    if device == "cuda":
+        free = [gpu.free for gpu in gpus if gpu.free is not None]
+        if not free:
+            return ok("memory", f"{weights / _GIB:.2f} GiB of weights a rank; what is free is not known")
+        room = int((min(free) - CONTEXT_BYTES - weights) * config.gpu_memory_utilization)
+        place = f"{min(free) / _GIB:.1f} GiB free on the GPU that has least"
+    else:
+        from tpworker.rank.device import _available_bytes
+
+        available = _available_bytes()
+        room = int((available - num_ranks * weights) // 2 // num_ranks * config.gpu_memory_utilization)
+        place = f"{available / _GIB:.1f} GiB available for {num_ranks} ranks"
+    tokens = max(0, room // block - 1) * config.block_size
+    told = (
+        f"{place}; a rank has {weights / _GIB:.2f} GiB of weights, and KV blocks for {tokens} tokens beside "
+        f"them ({block / config.block_size / 1024:.1f} KiB a token)"
+    )
+    if tokens < config.block_size:
+        return missing("memory", told, "take more TP ranks, or a smaller model")
+    if tokens < length:
+        remedy = f"set --max-model-len to {tokens} or less, or take more TP ranks"
+        return warning("memory", f"{told}: fewer than one request may have ({length})", remedy)
+    return ok("memory", told)
