@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,25 +11,22 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import Ernie4_5Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from tests.model.helpers import (
     CPU,
     SPEC,
     Rank,
+    Reference,
     Work,
     make_batch,
     run_ranks,
     shuffled_tables,
-    tiny_model,
 )
 from tpworker.model.decoder import Decoder, KVCache, rope_tables
 from tpworker.model.families import Llama3Scaling, RopeSpec
 from tpworker.model.tp import Collectives, Shard
 from tpworker.model.weights import dummy_weights
-
-BLOCK_SIZE = 4
-NUM_BLOCKS = 64
 
 BASE: dict[str, Any] = {
     "vocab_size": 131,
@@ -68,101 +66,52 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "mistral": lambda: MistralConfig(**BASE, **heads(8, 4), sliding_window=None),
     "qwen2": lambda: Qwen2Config(**BASE, num_attention_heads=6, num_key_value_heads=3),
     "qwen3": lambda: Qwen3Config(**BASE, **heads(8, 2), tie_word_embeddings=True),
+    "ernie4_5": lambda: Ernie4_5Config(**BASE, **heads(8, 2)),
+    "ernie4_5-biased": lambda: Ernie4_5Config(**BASE, **heads(9, 3), use_bias=True),
     "qwen3-biased": lambda: Qwen3Config(**BASE, **heads(6, 3), attention_bias=True),
 }
 FULL_MATRIX = ("smollm2-shape", "multi-head", "grouped", "multi-query", "all-biases")
 
 
+Models = Callable[[str], Reference]
+
+
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Tensor, Tensor]]:
-    """A folder, token ids [3, 40] and transformers' logits [3, 40, vocab] of a configuration; made once."""
-    made: dict[str, tuple[Path, Tensor, Tensor]] = {}
-
-    def make(name: str) -> tuple[Path, Tensor, Tensor]:
-        if name not in made:
-            folder = tmp_path_factory.mktemp(name)
-            model = tiny_model(folder, CONFIGS[name]())
-            ids = torch.randint(0, BASE["vocab_size"], (3, 40), generator=torch.Generator().manual_seed(1))
-            with torch.inference_mode():
-                made[name] = (folder, ids, model(ids).logits)
-        return made[name]
-
-    return make
-
-
-Step = list[tuple[int, int, int, bool]]  # (sequence, from, to, decode row) of each work
-
-STEPS: list[Step] = [
-    [(0, 0, 9, False)],  # a whole prompt
-    [(1, 0, 13, False), (2, 0, 1, False)],  # two chunks, one of them a single token
-    [(0, 9, 10, True), (1, 13, 26, False)],  # a decode row beside a chunk in the middle of its prompt
-    [(1, 26, 27, True), (0, 10, 11, True), (2, 1, 30, False)],  # decode rows of different lengths
-    [(2, 30, 31, True), (0, 11, 12, True), (1, 27, 28, True)],  # pure decode
-    [(1, 28, 29, True), (2, 31, 32, True), (0, 12, 13, True)],
-    [(0, 13, 40, False), (1, 29, 40, False), (2, 32, 40, False)],  # chunks with a context
-]
-
-
-def compute(rank: Rank, ids: Tensor) -> list[Tensor]:
-    """The logits of each of STEPS, on one rank."""
-    tables = shuffled_tables(3, 40, BLOCK_SIZE, NUM_BLOCKS)
-    return [
-        rank.step(
-            [Work(s, start, ids[s, start:end].tolist(), decode) for s, start, end, decode in step], tables
-        )
-        for step in STEPS
-    ]
-
-
-def expected(logits: Tensor) -> list[Tensor]:
-    return [torch.cat([logits[s, start:end] for s, start, end, _ in step]) for step in STEPS]
-
-
-def check(models: Any, name: str, size: int) -> None:
-    folder, ids, logits = models(name)
-
-    def main(collectives: Collectives) -> list[Tensor]:
-        return compute(Rank.load(folder, collectives, block_size=BLOCK_SIZE, num_blocks=NUM_BLOCKS), ids)
-
-    results = run_ranks(size, main)
-    for step, reference in enumerate(expected(logits)):
-        for result in results:
-            assert torch.equal(result[step], results[0][step])
-        torch.testing.assert_close(
-            results[0][step], reference, rtol=1e-4, atol=2e-5 * float(logits.abs().max())
-        )
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    """The reference of a configuration; made once."""
+    return functools.cache(lambda name: Reference.make(tmp_path_factory.mktemp(name), CONFIGS[name]()))
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("name", FULL_MATRIX)
-def test_logits_are_transformers(models: Any, name: str, size: int) -> None:
-    check(models, name, size)
+def test_logits_are_transformers(models: Models, name: str, size: int) -> None:
+    models(name).check(size)
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name not in FULL_MATRIX])
-def test_logits_are_transformers_in_other_variants(models: Any, name: str, size: int) -> None:
-    check(models, name, size)
+def test_logits_are_transformers_in_other_variants(models: Models, name: str, size: int) -> None:
+    models(name).check(size)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_near(models: Any, dtype: torch.dtype) -> None:
-    folder, ids, logits = models("grouped")
+def test_half_precision_is_near(models: Models, dtype: torch.dtype) -> None:
+    model = models("grouped")
 
     def main(collectives: Collectives) -> list[Tensor]:
-        rank = Rank.load(folder, collectives, dtype=dtype, block_size=BLOCK_SIZE, num_blocks=NUM_BLOCKS)
-        return compute(rank, ids)
+        return model.compute(Rank.load(model.folder, collectives, dtype=dtype))
 
-    for result, reference in zip(run_ranks(2, main)[0], expected(logits), strict=True):
+    for result, reference in zip(run_ranks(2, main)[0], model.expected(), strict=True):
         assert result.dtype == torch.float32
         assert (result - reference).abs().max() < 0.05 * reference.abs().max()
 
 
-def test_only_the_rows_asked_for_are_returned(models: Any) -> None:
-    folder, ids, logits = models("grouped")
+def test_only_the_rows_asked_for_are_returned(models: Models) -> None:
+    model = models("grouped")
+    ids, logits = model.ids, model.logits
 
     def main(collectives: Collectives) -> Tensor:
-        rank = Rank.load(folder, collectives)
+        rank = Rank.load(model.folder, collectives)
         tables = shuffled_tables(2, 20, 4, 64)
         plan = [Work(0, 0, ids[0, :9].tolist()), Work(1, 0, ids[1, :5].tolist())]
         batch = make_batch(plan, tables, 4, sample_rows=[8, 13])
@@ -172,8 +121,8 @@ def test_only_the_rows_asked_for_are_returned(models: Any) -> None:
     torch.testing.assert_close(result, torch.stack([logits[0, 8], logits[1, 4]]), rtol=1e-4, atol=1e-4)
 
 
-def test_hidden_states_are_the_same_on_all_ranks(models: Any) -> None:
-    folder, ids, _ = models("smollm2-shape")
+def test_hidden_states_are_the_same_on_all_ranks(models: Models) -> None:
+    folder, ids = models("smollm2-shape").folder, models("smollm2-shape").ids
 
     def main(collectives: Collectives) -> Tensor:
         rank = Rank.load(folder, collectives)
@@ -185,15 +134,15 @@ def test_hidden_states_are_the_same_on_all_ranks(models: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_sequence_does_not_depend_on_the_batch(models: Any, dtype: torch.dtype) -> None:
+def test_a_sequence_does_not_depend_on_the_batch(models: Models, dtype: torch.dtype) -> None:
     """Bit by bit, alone or with others, in any order, beside a chunk, on packed weights."""
-    folder, ids, _ = models("smollm2-shape")
+    folder, ids = models("smollm2-shape").folder, models("smollm2-shape").ids
 
     def main(collectives: Collectives) -> None:
-        rank = Rank.load(folder, collectives, dtype=dtype, block_size=4, num_blocks=NUM_BLOCKS)
+        rank = Rank.load(folder, collectives, dtype=dtype, block_size=4, num_blocks=64)
         if not rank.decoder.weights.lm_head.is_packed:
             pytest.skip(f"this CPU has no packed {dtype} weights")
-        tables = shuffled_tables(3, 40, 4, NUM_BLOCKS)
+        tables = shuffled_tables(3, 40, 4, 64)
         lengths = (33, 7, 17)
         for s, length in enumerate(lengths):
             rank.step([Work(s, 0, ids[s, :length].tolist())], tables)
@@ -212,23 +161,23 @@ def test_a_sequence_does_not_depend_on_the_batch(models: Any, dtype: torch.dtype
     run_ranks(2, main)
 
 
-def test_what_a_block_held_before_does_not_matter(models: Any) -> None:
+def test_what_a_block_held_before_does_not_matter(models: Models) -> None:
     """Blocks come with another request's keys and values, which may not even be finite."""
-    folder, ids, logits = models("grouped")
+    model = models("grouped")
 
     def main(collectives: Collectives) -> list[Tensor]:
-        rank = Rank.load(folder, collectives, block_size=BLOCK_SIZE, num_blocks=NUM_BLOCKS)
+        rank = Rank.load(model.folder, collectives)
         for layer in (*rank.cache.keys, *rank.cache.values):
             layer[1:] = torch.nan
-        return compute(rank, ids)
+        return model.compute(rank)
 
     (results,) = run_ranks(1, main)
-    for result, reference in zip(results, expected(logits), strict=True):
+    for result, reference in zip(results, model.expected(), strict=True):
         torch.testing.assert_close(result, reference, rtol=1e-4, atol=1e-4)
 
 
-def test_rows_that_pad_a_batch_change_nothing(models: Any) -> None:
-    folder, ids, _ = models("grouped")
+def test_rows_that_pad_a_batch_change_nothing(models: Models) -> None:
+    folder, ids = models("grouped").folder, models("grouped").ids
 
     def main(collectives: Collectives) -> tuple[Tensor, Tensor, bool]:
         rank = Rank.load(folder, collectives)

@@ -90,10 +90,15 @@ class Checkpoint:
             cut = slice(run.source, run.source + run.length)
             out.narrow(dim, run.target, run.length).copy_(tensor[cut] if dim == 0 else tensor[:, cut])
 
+    def unread(self, patterns: tuple[str, ...]) -> list[str]:
+        """Tensors that nobody read, and whose names match one of these regular expressions."""
+        unread = sorted(self._file_of.keys() - self._read)
+        return [name for name in unread if any(re.fullmatch(pattern, name) for pattern in patterns)]
+
     def refuse_unread(self, ignored: tuple[str, ...], architecture: str) -> None:
         """Raise ModelError if there are tensors that nobody read: this is not the model they are for."""
-        unread = sorted(self._file_of.keys() - self._read)
-        unknown = [name for name in unread if not any(re.fullmatch(pattern, name) for pattern in ignored)]
+        known = set(self.unread(ignored))
+        unknown = [name for name in self.unread((".*",)) if name not in known]
         if unknown:
             more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
             raise ModelError(

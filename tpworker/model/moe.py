@@ -33,8 +33,8 @@ class Moe:
         spec: how the router chooses.
         gate: [E, D], the router's weight. In float32 on the CPU.
         bias: float32 [E], the router's correction bias; None: it has none.
-        gate_up: [E + S, 2 F, D], gate rows and then up rows. On the CPU a `Linear` for each expert.
-        down: [E + S, D, F]. On the CPU a `Linear` for each expert.
+        gate_up: [E + S, 2 F, D], gate rows and then up rows; or, to be packed, a `Linear` for each expert.
+        down: [E + S, D, F]; or a `Linear` for each expert.
     """
 
     def __init__(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
@@ -17,6 +18,8 @@ from tpworker.model.linear import Linear, can_pack
 from tpworker.model.mlp import Mlp
 from tpworker.model.moe import Moe
 from tpworker.model.tp import Shard, Split
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all, of this rank's weights
 
@@ -75,7 +78,11 @@ def load_weights(
     with torch.no_grad():
         weights = _assemble(spec, shard, dtype, device, fill)
     tied = (re.escape(f"{family.names.lm_head}.weight"),) if spec.tie_embeddings else ()
-    checkpoint.refuse_unread(ignored=family.ignored_tensors + tied, architecture=spec.architecture)
+    mtp = family.mtp_patterns(spec)
+    checkpoint.refuse_unread(ignored=family.ignored_tensors + tied + mtp, architecture=spec.architecture)
+    skipped = checkpoint.unread(mtp)
+    if skipped and shard.rank == 0:
+        logger.info("not read: %d tensors for multi-token prediction (%s, …)", len(skipped), skipped[0])
     progress(total, total)
     return weights
 
@@ -205,7 +212,7 @@ class _Builder:
         )
 
     def moe(self, names: WeightNames) -> Moe:
-        """A mixture: for CUDA one tensor for all experts, on the CPU a packed product for each."""
+        """A mixture: one tensor for all experts, but where weights are packed a product for each."""
         spec, published, width = self.spec.moe, names.moe, self.shard.expert
         assert spec is not None
         assert published is not None
@@ -214,7 +221,7 @@ class _Builder:
         self.fill(gate, f"{published.router}.weight", 0, Split.whole(spec.num_experts))
         bias = self.router_bias(spec, published) if spec.has_bias else None
         experts = list(_experts(spec, published, width))
-        if self.device.type == "cpu":
+        if can_pack(self.device, self.dtype):
             gate_ups = [Linear(*self.columns([(e.gate, e.split), (e.up, e.split)], False)) for e in experts]
             downs = [self.row_linear(e.down, e.split, False) for e in experts]
             return Moe(spec, Linear(gate), bias, gate_ups, downs)

@@ -6,7 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from tpworker.errors import ModelError
+from tpworker.model.families.ernie4_5 import ERNIE4_5, ERNIE4_5_MOE
+from tpworker.model.families.glm4_moe import GLM4_MOE
 from tpworker.model.families.llama import LLAMA
+from tpworker.model.families.mixtral import MIXTRAL
+from tpworker.model.families.qwen3_moe import QWEN3_MOE
 from tpworker.model.families.spec import (
     Config,
     Family,
@@ -30,7 +34,9 @@ __all__ = [
     "read_spec",
 ]
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (LLAMA,)}
+FAMILIES: dict[str, Family] = {
+    family.name: family for family in (LLAMA, GLM4_MOE, ERNIE4_5, ERNIE4_5_MOE, QWEN3_MOE, MIXTRAL)
+}
 
 _DTYPES = ("float32", "bfloat16", "float16")
 # What generation_config.json may set, that would change the output and that sampling does not do, with the

@@ -106,7 +106,7 @@ class ModelSpec:
     """RMSNorm over each query and key head, before the rotation."""
     moe: MoeSpec | None = None
     num_mtp_layers: int = 0
-    """Layers for multi-token prediction (MTP) that the checkpoint holds beside the model's own: not read."""
+    """Layers for multi-token prediction (MTP) that the checkpoint holds behind the model's own: not read."""
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     """End-of-sequence ids of generation_config.json and config.json, each once, in that order."""
@@ -177,6 +177,12 @@ class Family:
     mtp_tensors: tuple[str, ...] = ()
     """Regular expressions of the tensors for multi-token prediction; `{layer}`: number of such a layer."""
 
+    def mtp_patterns(self, spec: ModelSpec) -> tuple[str, ...]:
+        """`mtp_tensors` of one model."""
+        layers = range(spec.num_layers, spec.num_layers + spec.num_mtp_layers)
+        numbers = "|".join(map(str, layers)) or "none"
+        return tuple(pattern.replace("{layer}", f"(?:{numbers})") for pattern in self.mtp_tensors)
+
 
 class Config:
     """A JSON file of a model folder; every getter checks the type and names file and key when it is wrong."""
@@ -209,8 +215,10 @@ class Config:
         """Raise a ModelError that names file, key and value."""
         raise ModelError(f"{self.path}: {key}={self.values.get(key)!r}: {problem}")
 
-    def integer(self, key: str, default: int | None = None, minimum: int = 1) -> int:
-        """An integer of at least `minimum`. Raises ModelError, also if it is absent without a default."""
+    def integer(
+        self, key: str, default: int | None = None, minimum: int = 1, maximum: int | None = None
+    ) -> int:
+        """An integer in these bounds. Raises ModelError, also if it is absent without a default."""
         value = self.get(key)
         if value is None:
             if default is None:
@@ -218,6 +226,8 @@ class Config:
             return default
         if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
             self.fail(key, f"must be an integer of at least {minimum}")
+        if maximum is not None and value > maximum:
+            self.fail(key, f"must be at most {maximum}")
         return value
 
     def number(self, key: str, default: float | None = None, above: float = 0.0) -> float:

@@ -1,0 +1,173 @@
+"""What the families have in common: a decoder of attention and gated MLPs, named as Llama's is.
+
+Defaults for absent keys are those of transformers' configuration classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tpworker.model.families.spec import Config, Llama3Scaling, RopeSpec, WeightNames
+
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    # Keys that change what a model computes and that the decoder knows nothing of, with the values at which
+    # they change nothing. Other architectures use them.
+    "hidden_act": ("silu", "swish"),
+    "partial_rotary_factor": (1, 1.0),
+    "attn_logit_softcapping": (),
+    "final_logit_softcapping": (),
+    "logits_scaling": (1, 1.0),
+    "logit_scale": (1, 1.0),
+    "embedding_multiplier": (1, 1.0),
+    "residual_multiplier": (1, 1.0),
+    "attention_multiplier": (),
+    "attention_chunk_size": (),
+    "no_rope_layers": ([],),
+    # A mixture's number of experts, in the configs that are published.
+    "num_local_experts": (0, 1),
+    "num_experts": (0, 1),
+    "n_routed_experts": (0, 1),
+    "moe_num_experts": (0, 1),
+    "shared_expert_intermediate_size": (0,),
+}
+
+NAMES = WeightNames(
+    embed="model.embed_tokens",
+    final_norm="model.norm",
+    lm_head="lm_head",
+    attention_norm="model.layers.{layer}.input_layernorm",
+    query="model.layers.{layer}.self_attn.q_proj",
+    key="model.layers.{layer}.self_attn.k_proj",
+    value="model.layers.{layer}.self_attn.v_proj",
+    query_norm="model.layers.{layer}.self_attn.q_norm",
+    key_norm="model.layers.{layer}.self_attn.k_norm",
+    output="model.layers.{layer}.self_attn.o_proj",
+    mlp_norm="model.layers.{layer}.post_attention_layernorm",
+    gate="model.layers.{layer}.mlp.gate_proj",
+    up="model.layers.{layer}.mlp.up_proj",
+    down="model.layers.{layer}.mlp.down_proj",
+)
+"""Llama's."""
+
+
+def refuse_unknown(config: Config, architecture: str, known: Mapping[str, tuple[Any, ...] | None]) -> None:
+    """Raise ModelError at the first key that changes what is computed, unless its value does not.
+
+    Args:
+        known: keys that the family reads itself (None), or that mean something in its configs, with the
+            values that are supported.
+    """
+    for key, neutral in {**_NEUTRAL, **known}.items():
+        if neutral is not None and config.get(key) is not None and config.get(key) not in neutral:
+            allowed = f" (only {', '.join(map(repr, neutral))})" if neutral else ""
+            config.fail(key, f"is not supported in a {architecture}{allowed}")
+
+
+def read_decoder(
+    config: Config,
+    *,
+    rms_norm_eps: float,
+    rope_theta: float = 10000.0,
+    partial_rotary: float | None = None,
+    tie_embeddings: bool = False,
+    head_dim: int | None = None,
+    kv_heads_required: bool = True,
+) -> dict[str, Any]:
+    """The fields of `ModelSpec` that every config determines alike. Raises ModelError.
+
+    Args:
+        rms_norm_eps, rope_theta, tie_embeddings, head_dim: what an absent key means; a head_dim of None:
+            hidden_size / num_attention_heads.
+        partial_rotary: what an absent partial_rotary_factor means; None: the family rotates whole heads.
+        kv_heads_required: num_key_value_heads must be there; else an absent one means as many as heads.
+    """
+    num_heads = config.integer("num_attention_heads")
+    hidden_size = config.integer("hidden_size")
+    if config.get("num_key_value_heads") is None and kv_heads_required:
+        config.fail("num_key_value_heads", "is required")
+    num_kv_heads = config.integer("num_key_value_heads", default=num_heads)
+    if num_heads % num_kv_heads:
+        config.fail("num_key_value_heads", f"must divide num_attention_heads ({num_heads})")
+    if config.get("head_dim") is None and head_dim is None and hidden_size % num_heads:
+        config.fail(
+            "hidden_size", f"without head_dim, must be a multiple of num_attention_heads ({num_heads})"
+        )
+    head_dim = config.integer("head_dim", default=head_dim or hidden_size // num_heads)
+    if head_dim % 2:
+        config.fail("head_dim", f"rotary positions need an even size of a head, not {head_dim}")
+    return {
+        "vocab_size": config.integer("vocab_size"),
+        "hidden_size": hidden_size,
+        "intermediate_size": config.integer("intermediate_size"),
+        "num_layers": config.integer("num_hidden_layers"),
+        "num_heads": num_heads,
+        "num_kv_heads": num_kv_heads,
+        "head_dim": head_dim,
+        "max_model_len": config.integer("max_position_embeddings"),
+        "rms_norm_eps": config.number("rms_norm_eps", default=rms_norm_eps),
+        "rope": _read_rope(config, rope_theta, partial_rotary, head_dim),
+        "tie_embeddings": config.boolean("tie_word_embeddings", default=tie_embeddings),
+    }
+
+
+def refuse_sliding_window(config: Config, *, absent: int | None = None, used: bool = True) -> None:
+    """Raise ModelError if some layer would not see every earlier token.
+
+    Args:
+        absent: what an absent sliding_window means.
+        used: whether the window is used where use_sliding_window is absent.
+    """
+    layer_types = config.get("layer_types") or []
+    if any(kind != "full_attention" for kind in layer_types):
+        config.fail("layer_types", "only full_attention is supported")
+    window = config.values.get("sliding_window", absent)
+    if window is None or not config.boolean("use_sliding_window", default=used):
+        return
+    if not isinstance(window, int) or window < config.integer("max_position_embeddings"):
+        config.fail(
+            "sliding_window",
+            f"sliding-window attention is not supported; a copy of the folder with sliding_window=null and "
+            f"max_position_embeddings={window} gives the same output within the window",
+        )
+
+
+def _read_rope(config: Config, theta: float, partial: float | None, head_dim: int) -> RopeSpec:
+    """Rotary positions, from the keys of transformers 5 (rope_parameters) or 4 (rope_theta, rope_scaling)."""
+    section = config.section("rope_parameters") or config.section("rope_scaling")
+    theta = config.number("rope_theta", default=theta)
+    rotary_dim = _read_rotary_dim(config, section, partial, head_dim)
+    if section is None:
+        return RopeSpec(theta=theta, rotary_dim=rotary_dim)
+    theta = section.number("rope_theta", default=theta)
+    kind = section.get("rope_type") or section.get("type") or "default"
+    if kind == "default":
+        return RopeSpec(theta=theta, rotary_dim=rotary_dim)
+    if kind != "llama3":
+        key = "rope_type" if "rope_type" in section.values else "type"
+        section.fail(key, "is not supported; of the scaled rotary positions only llama3 is")
+    scaling = Llama3Scaling(
+        factor=section.number("factor"),
+        low_freq_factor=section.number("low_freq_factor"),
+        high_freq_factor=section.number("high_freq_factor"),
+        original_max_position_embeddings=section.integer("original_max_position_embeddings"),
+    )
+    if scaling.high_freq_factor <= scaling.low_freq_factor:
+        section.fail("high_freq_factor", f"must be above low_freq_factor ({scaling.low_freq_factor:g})")
+    return RopeSpec(theta=theta, scaling=scaling, rotary_dim=rotary_dim)
+
+
+def _read_rotary_dim(
+    config: Config, section: Config | None, partial: float | None, head_dim: int
+) -> int | None:
+    """How much of a head is rotated; None: all of it."""
+    place = section if section is not None and section.get("partial_rotary_factor") is not None else config
+    if partial is None:
+        if place.get("partial_rotary_factor") not in (None, 1, 1.0):
+            place.fail("partial_rotary_factor", "partial rotary positions are not supported")
+        return None
+    factor = place.number("partial_rotary_factor", default=partial)
+    rotary_dim = int(head_dim * factor)
+    if factor > 1 or rotary_dim < 2 or rotary_dim % 2:
+        place.fail("partial_rotary_factor", f"must leave an even part of a head of {head_dim}")
+    return rotary_dim if rotary_dim < head_dim else None

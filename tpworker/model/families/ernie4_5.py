@@ -1,0 +1,108 @@
+"""ERNIE 4.5, dense (Ernie4_5ForCausalLM) and as a mixture of experts (Ernie4_5_MoeForCausalLM).
+
+Neighbouring entries of a head are rotated against each other. The router is a softmax in float32 with a
+correction bias; its weight is published in float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from tpworker.model.families.common import NAMES, read_decoder, refuse_sliding_window, refuse_unknown
+from tpworker.model.families.spec import Config, Family, MoeNames, MoeSpec
+
+_THETA = 500000.0
+
+_KNOWN: dict[str, tuple[Any, ...] | None] = {"use_rmsnorm": (True,)}
+_KNOWN_OF_MIXTURES: dict[str, tuple[Any, ...] | None] = _KNOWN | {
+    "moe_num_experts": None,
+    "moe_gate": ("topk", "topk_fused"),
+    "moe_gate_act": ("softmax",),
+}
+
+# What checkpoints hold for multi-token prediction, whatever their config says of it.
+_MTP_TENSORS = (r"model\.mtp_(block|emb_norm|hidden_norm|linear_proj)\..*",)
+
+
+def _read_dense(config: Config) -> dict[str, Any]:
+    """The fields of `ModelSpec` that a dense model's config determines. Raises ModelError."""
+    refuse_unknown(config, "Ernie4_5ForCausalLM", _KNOWN)
+    use_bias = config.boolean("use_bias", default=False)
+    head_dim = None if "head_dim" in config.values else 128
+    return _read_decoder(config, head_dim) | {"mlp_bias": use_bias}
+
+
+def _read_mixture(config: Config) -> dict[str, Any]:
+    """The fields of `ModelSpec` that a mixture's config determines. Raises ModelError."""
+    refuse_unknown(config, "Ernie4_5_MoeForCausalLM", _KNOWN_OF_MIXTURES)
+    if config.boolean("use_bias", default=False):
+        config.fail("use_bias", "biases are not supported in an Ernie4_5_MoeForCausalLM")
+    fields = _read_decoder(config, None)
+    return fields | {"moe": _read_moe(config, fields["num_layers"])}
+
+
+def _read_decoder(config: Config, head_dim: int | None) -> dict[str, Any]:
+    """What both have in common."""
+    refuse_sliding_window(config)
+    fields = read_decoder(
+        config, rms_norm_eps=1e-5, rope_theta=_THETA, tie_embeddings=True, head_dim=head_dim
+    )
+    use_bias = config.boolean("use_bias", default=False)
+    return fields | {
+        "rope": replace(fields["rope"], interleaved=True),
+        "qkv_bias": use_bias,
+        "output_bias": use_bias,
+    }
+
+
+def _read_moe(config: Config, num_layers: int) -> MoeSpec | None:
+    """The mixture's part; None: all layers are dense."""
+    interval = config.integer("moe_layer_interval", default=1)
+    first = config.integer("moe_layer_start_index", default=1, minimum=0)
+    last = config.integer("moe_layer_end_index", default=-1, minimum=-1)
+    last = num_layers - 1 if last == -1 else min(last, num_layers - 1)
+    layers = tuple(number for number in range(first, last + 1) if (number + 1) % interval == 0)
+    if not layers:
+        return None
+    num_experts = config.integer("moe_num_experts")
+    return MoeSpec(
+        layers=layers,
+        num_experts=num_experts,
+        experts_per_token=config.integer("moe_k", maximum=num_experts),
+        intermediate_size=config.integer("moe_intermediate_size"),
+        num_shared=config.integer("moe_num_shared_experts", default=2, minimum=0),
+        has_bias=config.boolean("moe_use_aux_free", default=True),
+        norm_min=config.number("moe_norm_min", default=1e-12),
+        float32_gate=True,
+    )
+
+
+ERNIE4_5 = Family(
+    name="ernie4_5",
+    architectures=("Ernie4_5ForCausalLM",),
+    read=_read_dense,
+    names=NAMES,
+    mtp_tensors=_MTP_TENSORS,
+)
+
+ERNIE4_5_MOE = Family(
+    name="ernie4_5_moe",
+    architectures=("Ernie4_5_MoeForCausalLM",),
+    read=_read_mixture,
+    names=replace(
+        NAMES,
+        moe=MoeNames(
+            router="model.layers.{layer}.mlp.gate",
+            bias="model.layers.{layer}.mlp.moe_statics.e_score_correction_bias",
+            bias_is_row=True,
+            gate="model.layers.{layer}.mlp.experts.{expert}.gate_proj",
+            up="model.layers.{layer}.mlp.experts.{expert}.up_proj",
+            down="model.layers.{layer}.mlp.experts.{expert}.down_proj",
+            shared_gate="model.layers.{layer}.mlp.shared_experts.gate_proj",
+            shared_up="model.layers.{layer}.mlp.shared_experts.up_proj",
+            shared_down="model.layers.{layer}.mlp.shared_experts.down_proj",
+        ),
+    ),
+    mtp_tensors=_MTP_TENSORS,
+)

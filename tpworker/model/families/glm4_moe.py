@@ -1,0 +1,85 @@
+"""GLM-4.5 and GLM-4.5-Air (Glm4MoeForCausalLM; arXiv 2508.06471).
+
+Half of each head is rotated; the first layers are dense, the others mixtures with sigmoid scores, a
+correction bias, groups of experts and a shared expert (as in DeepSeek-V3, arXiv 2412.19437). Checkpoints hold
+the layers for multi-token prediction behind the last of the model's own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from tpworker.model.families.common import NAMES, read_decoder, refuse_sliding_window, refuse_unknown
+from tpworker.model.families.spec import Config, Family, MoeNames, MoeSpec
+
+_KNOWN: dict[str, tuple[Any, ...] | None] = {
+    "partial_rotary_factor": None,
+    "n_routed_experts": None,
+    "scoring_func": ("sigmoid",),
+    "topk_method": ("noaux_tc",),
+}
+
+
+def _read(config: Config) -> dict[str, Any]:
+    """The fields of `ModelSpec` that a config of this family determines. Raises ModelError."""
+    refuse_unknown(config, "Glm4MoeForCausalLM", _KNOWN)
+    refuse_sliding_window(config)
+    fields = read_decoder(config, rms_norm_eps=1e-5, partial_rotary=0.5)
+    return fields | {
+        "qkv_bias": config.boolean("attention_bias", default=False),
+        "qk_norm": config.boolean("use_qk_norm", default=False),
+        "moe": _read_moe(config, fields["num_layers"]),
+        "num_mtp_layers": config.integer("num_nextn_predict_layers", default=1, minimum=0),
+    }
+
+
+def _read_moe(config: Config, num_layers: int) -> MoeSpec | None:
+    """The mixture's part; None: all layers are dense."""
+    first = config.integer("first_k_dense_replace", default=1, minimum=0)
+    if first >= num_layers:
+        return None
+    num_experts = config.integer("n_routed_experts")
+    num_groups = config.integer("n_group", default=1)
+    top_groups = config.integer("topk_group", default=1)
+    if num_experts % num_groups or (num_groups > 1 and num_experts < 2 * num_groups):
+        config.fail("n_group", f"must divide n_routed_experts ({num_experts}) into groups of two or more")
+    if top_groups > num_groups:
+        config.fail("topk_group", f"must be at most n_group ({num_groups})")
+    return MoeSpec(
+        layers=tuple(range(first, num_layers)),
+        num_experts=num_experts,
+        experts_per_token=config.integer(
+            "num_experts_per_tok", maximum=num_experts // num_groups * top_groups
+        ),
+        intermediate_size=config.integer("moe_intermediate_size"),
+        num_shared=config.integer("n_shared_experts", default=1, minimum=0),
+        score="sigmoid",
+        has_bias=True,
+        normalise=config.boolean("norm_topk_prob", default=True),
+        norm_min=1e-20,  # transformers adds it to the sum, which comes to the same
+        scale=config.number("routed_scaling_factor", default=1.0),
+        num_groups=num_groups,
+        top_groups=top_groups,
+    )
+
+
+GLM4_MOE = Family(
+    name="glm4_moe",
+    architectures=("Glm4MoeForCausalLM",),
+    read=_read,
+    names=replace(
+        NAMES,
+        moe=MoeNames(
+            router="model.layers.{layer}.mlp.gate",
+            bias="model.layers.{layer}.mlp.gate.e_score_correction_bias",
+            gate="model.layers.{layer}.mlp.experts.{expert}.gate_proj",
+            up="model.layers.{layer}.mlp.experts.{expert}.up_proj",
+            down="model.layers.{layer}.mlp.experts.{expert}.down_proj",
+            shared_gate="model.layers.{layer}.mlp.shared_experts.gate_proj",
+            shared_up="model.layers.{layer}.mlp.shared_experts.up_proj",
+            shared_down="model.layers.{layer}.mlp.shared_experts.down_proj",
+        ),
+    ),
+    mtp_tensors=(r"model\.layers\.{layer}\..*",),
+)

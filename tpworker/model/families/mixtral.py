@@ -1,0 +1,42 @@
+"""Mixtral (MixtralForCausalLM; arXiv 2401.04088), without a sliding window: every layer is a mixture."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from tpworker.model.families.common import NAMES, read_decoder, refuse_sliding_window, refuse_unknown
+from tpworker.model.families.spec import Config, Family, MoeNames, MoeSpec
+
+_KNOWN: dict[str, tuple[Any, ...] | None] = {"num_local_experts": None}
+
+
+def _read(config: Config) -> dict[str, Any]:
+    """The fields of `ModelSpec` that a config of this family determines. Raises ModelError."""
+    refuse_unknown(config, "MixtralForCausalLM", _KNOWN)
+    refuse_sliding_window(config)
+    fields = read_decoder(config, rms_norm_eps=1e-5, rope_theta=1e6)
+    num_experts = config.integer("num_local_experts")
+    moe = MoeSpec(
+        layers=tuple(range(fields["num_layers"])),
+        num_experts=num_experts,
+        experts_per_token=config.integer("num_experts_per_tok", maximum=num_experts),
+        intermediate_size=fields["intermediate_size"],
+    )
+    return fields | {"moe": moe}
+
+
+MIXTRAL = Family(
+    name="mixtral",
+    architectures=("MixtralForCausalLM",),
+    read=_read,
+    names=replace(
+        NAMES,
+        moe=MoeNames(
+            router="model.layers.{layer}.block_sparse_moe.gate",
+            gate="model.layers.{layer}.block_sparse_moe.experts.{expert}.w1",
+            up="model.layers.{layer}.block_sparse_moe.experts.{expert}.w3",
+            down="model.layers.{layer}.block_sparse_moe.experts.{expert}.w2",
+        ),
+    ),
+)

@@ -1,0 +1,62 @@
+"""Qwen3's mixtures of experts, e.g. Qwen3-30B-A3B (Qwen3MoeForCausalLM; arXiv 2505.09388)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from tpworker.model.families.common import NAMES, read_decoder, refuse_sliding_window, refuse_unknown
+from tpworker.model.families.spec import Config, Family, MoeNames, MoeSpec
+
+_KNOWN: dict[str, tuple[Any, ...] | None] = {"num_experts": None, "num_local_experts": None}
+
+
+def _read(config: Config) -> dict[str, Any]:
+    """The fields of `ModelSpec` that a config of this family determines. Raises ModelError."""
+    refuse_unknown(config, "Qwen3MoeForCausalLM", _KNOWN)
+    refuse_sliding_window(config, used=False)
+    fields = read_decoder(config, rms_norm_eps=1e-6)
+    attention_bias = config.boolean("attention_bias", default=False)
+    return fields | {
+        "qkv_bias": attention_bias,
+        "output_bias": attention_bias,
+        "qk_norm": True,
+        "moe": _read_moe(config, fields["num_layers"]),
+    }
+
+
+def _read_moe(config: Config, num_layers: int) -> MoeSpec | None:
+    """The mixture's part; None: all layers are dense."""
+    step = config.integer("decoder_sparse_step", default=1)
+    dense = config.get("mlp_only_layers") or []
+    if not isinstance(dense, list) or not all(isinstance(number, int) for number in dense):
+        config.fail("mlp_only_layers", "must be a list of layer numbers")
+    layers = tuple(n for n in range(num_layers) if n not in dense and (n + 1) % step == 0)
+    # Published as num_experts; transformers 5 writes num_local_experts.
+    key = "num_local_experts" if config.get("num_experts") is None else "num_experts"
+    num_experts = config.integer(key, minimum=0)
+    if not layers or num_experts == 0:
+        return None
+    return MoeSpec(
+        layers=layers,
+        num_experts=num_experts,
+        experts_per_token=config.integer("num_experts_per_tok", maximum=num_experts),
+        intermediate_size=config.integer("moe_intermediate_size"),
+        normalise=config.boolean("norm_topk_prob", default=False),
+    )
+
+
+QWEN3_MOE = Family(
+    name="qwen3_moe",
+    architectures=("Qwen3MoeForCausalLM",),
+    read=_read,
+    names=replace(
+        NAMES,
+        moe=MoeNames(
+            router="model.layers.{layer}.mlp.gate",
+            gate="model.layers.{layer}.mlp.experts.{expert}.gate_proj",
+            up="model.layers.{layer}.mlp.experts.{expert}.up_proj",
+            down="model.layers.{layer}.mlp.experts.{expert}.down_proj",
+        ),
+    ),
+)
