@@ -1,40 +1,47 @@
 """Decode steps on GPUs: time per output token, and what of it is not the GPU's own work.
 
-Public models' shapes (benchmarks/configs) with dummy weights; every size of group that the GPUs here allow.
-Requests of 500 tokens in and 300 out, greedy, all at once; measured is the steady part, in which all decode.
+Public models' shapes (benchmarks/configs) with dummy weights; every size of group that the GPUs here allow,
+each with lookahead 2 and 0. Requests of 500 tokens in and 300 out, greedy, all at once; what is measured is
+all the steps in which all of them decode and none is admitted. Takes some 30 s for each shape and lookahead.
 
-TPOT      from a step's end to the next one's, by CUDA events, ms
-replay    the same step's graph alone, queued back to back, at the middle context length: the floor
-admitted  a request of 2000 tokens comes while others decode, as many as the largest batch less one: the
-          longest of the steps that hold a chunk of it, and the time to its first token. Steps have up to 575
-          tokens (512 of the prompt beside 63 that decode), or 2048 with more than 64 requests
+TPOT      from a step's end to the next one's, by one CUDA event a step, no profiler; median and p99, ms
+graph     the same steps' graphs alone, queued back to back, at the same lengths: the median, ms
+÷ graph   the median, over the steps, of TPOT by graph
+over      TPOT less graph, step by step, µs: the step gap in production, and what else makes a step longer
 gap       GPU idle time between the last kernel of a step and the first of the next, from a profiler's trace
-idle      the other GPU idle time in a step, between its kernels, from the same trace
+          of some hundred other steps, µs; the profiler adds about 2
+inside    the other GPU idle time in a step, between its kernels, from the same trace, µs
+kernels   in a step
+floor     what the bytes take that a step must read, weights and KV, at 4.3 TB/s, ms
 peer      vLLM 0.26.0's TPOT on this kind of machine, with its defaults
+
+A second table says, from the traces, what the kernels of a step are for, µs: matrix products, attention,
+norms (with rotation, KV writes and activations), experts, all-reduces, sampling. Of the all-reduces, 'own' is
+what that rank takes for each that comes last to it; the rest is waiting. 'skew': how long the first rank
+waits for the last in a step's first all-reduce.
+
+A request of 2000 tokens comes while others decode, as many as the largest batch less one: 'admitted', the
+longest of the steps that hold a chunk of it, and the time to its first token, ms. Steps have up to 575 tokens
+(512 of the prompt beside 63 that decode), or 2048 with more than 64 requests.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
-import random
 import sys
-import tempfile
-import time
-from itertools import pairwise
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.report import machine, quantile, save
-from tpworker import Runtime, SamplingParams
-from tpworker.outputs import StepRecord
+from benchmarks.gpu_run import Case, measure
+from benchmarks.gpu_trace import KINDS, OTHER
+from benchmarks.report import machine, save
 from tpworker.settings import count_gpus
 
-CONFIGS = Path(__file__).resolve().parent / "configs"
 PEER: dict[tuple[str, int], dict[int, tuple[float, float]]] = {
     ("qwen3-0.6b", 1): {1: (1.75, 0.8), 16: (1.94, 1.0), 64: (3.23, 2.1), 256: (7.35, 6.0)},
     ("qwen3-8b", 1): {1: (5.22, 4.4), 16: (5.62, 4.8), 64: (7.08, 6.1)},
@@ -43,12 +50,8 @@ PEER: dict[tuple[str, int], dict[int, tuple[float, float]]] = {
 }
 """By model and TP size, by batch: the peer's TPOT and the goal, ms."""
 
-_PROMPT, _OUTPUT = 500, 300
-_LONG_PROMPT = 2000
-_STEP_TOKENS = 575
-_MANY_TOKENS = 2048  # or the first requests would end before the last ones begin
-_SETTLED = 5  # steps of a batch that are not looked at first
-_UNTRACED = 50  # steps until ranks begin to trace (gpu_rank.TRACE_FROM), which slows them down
+TRACE_STEPS = {True: 150, False: 40}
+"""With overlap, and without, where gaps are a hundred times as long."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -58,145 +61,91 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shapes", nargs="+", default=shapes, help=told)
     parser.add_argument("--batch", type=int, nargs="+", help="default: those that have a figure of the peer")
     parser.add_argument("--lookahead", type=int, nargs="+", default=[2, 0], help="default: 2 0")
+    parser.add_argument("--timeline", metavar="FILE", help="write some traced steps of each row, to be drawn")
+    parser.add_argument("--commit", help="to be noted with the figures; default: what git says")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measures, prints a table, writes the JSON file."""
+    """Measures, prints the tables, writes the JSON files."""
     num_gpus = count_gpus()
     shapes = [(shape.split(":")[0], int(shape.split(":")[1])) for shape in options.shapes]
     shapes = [(model, ranks) for model, ranks in shapes if ranks <= num_gpus]
     if not shapes:
         print(f"{num_gpus} GPUs are not enough for any of these shapes", file=sys.stderr)
         return 1
+    where = machine(options.commit)
+    print(json.dumps(where), file=sys.stderr, flush=True)
     rows: list[dict[str, Any]] = []
     for model, ranks in shapes:
         batches = options.batch or list(PEER.get((model, ranks), {1: ()}))
+        graphs: dict[int, list[tuple[float, float]]] = {}
         for lookahead in options.lookahead:
-            rows += measure(model, ranks, lookahead, batches)
-            save(options.json, {"machine": machine(), "rows": rows})
-    Console(width=170).print(_table(rows))
+            first = lookahead == options.lookahead[0]
+            case = Case(
+                model, ranks, lookahead, batches, trace_steps=TRACE_STEPS[lookahead > 0], replays=first
+            )
+            rows += measure(case, graphs)
+            write(options, where, rows)
+    print_tables(rows)
     return 0
 
 
-def measure(model: str, ranks: int, lookahead: int, batches: list[int]) -> list[dict[str, Any]]:
-    """A runtime of its own; each batch in turn."""
-    with tempfile.TemporaryDirectory() as folder:
-        config = json.loads((CONFIGS / model / "config.json").read_text())
-        report = Path(folder) / "report"
-        config["tpworker_benchmark_report"] = str(report)
-        (Path(folder) / "config.json").write_text(json.dumps(config))
-        started = time.monotonic()
-        rows = asyncio.run(_serve(Path(folder), ranks, lookahead, batches))
-        measured = json.loads(Path(f"{report}.rank0").read_text())
-        for row in rows:
-            size = min(int(size) for size in measured["replay_ms"] if int(size) >= row["batch"])
-            row.update(model=model, ranks=ranks, lookahead=lookahead)
-            row["replay_ms"] = measured["replay_ms"][str(size)]
-            row.update(measured["traces"].get(str(row["batch"]), {}))
-            print(json.dumps(row), file=sys.stderr, flush=True)
-        print(f"{model} TP {ranks}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
-        return rows
+def write(options: argparse.Namespace, where: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
+    """The JSON files; steps to be drawn go into one of their own."""
+    without = [{key: value for key, value in row.items() if key != "timeline"} for row in rows]
+    save(options.json, {"machine": where, "rows": without})
+    if options.timeline:
+        keys = ("model", "ranks", "lookahead", "batch", "tpot_ms")
+        drawn = [{key: row.get(key) for key in keys} | row["timeline"] for row in rows if row.get("timeline")]
+        Path(options.timeline).write_text(json.dumps({"machine": where, "rows": drawn}) + "\n")
 
 
-async def _serve(folder: Path, ranks: int, lookahead: int, batches: list[int]) -> list[dict[str, Any]]:
-    rows = []
-    started = time.monotonic()
-    async with Runtime(
-        folder,
-        device="cuda",
-        tensor_parallel_size=ranks,
-        lookahead=lookahead,
-        load_format="dummy",
-        max_model_len=2304,
-        max_num_seqs=max(batches),
-        max_num_batched_tokens=_STEP_TOKENS if max(batches) <= 64 else _MANY_TOKENS,
-        prefix_caching=False,
-        rank_module="benchmarks.gpu_rank",
-    ) as runtime:
-        ready = time.monotonic() - started
-        admitted = await _admit(runtime, max(batches) - 1) if max(batches) > 1 else {}
-        for batch in batches:
-            steps = await _decode(runtime, batch)
-            periods = [
-                (step.ended_ns - before.ended_ns) / 1e6
-                for before, step in pairwise(steps)
-                if step.step == before.step + 1
-            ]
-            rows.append(
-                {
-                    "batch": batch,
-                    **(admitted if batch == max(batches) else {}),
-                    "ready_s": ready,
-                    "steps": len(periods),
-                    "tpot_ms": quantile(periods, 0.5),
-                    "tpot_p99_ms": quantile(periods, 0.99),
-                    "tpot_mean_ms": sum(periods) / len(periods),
-                }
-            )
-    return rows
+def number(row: dict[str, Any], key: str, digits: int) -> str:
+    """A cell."""
+    value = row.get(key)
+    return "–" if value is None else f"{value:.{digits}f}"
 
 
-async def _admit(runtime: Runtime, batch: int) -> dict[str, float]:
-    """A long prompt among requests that decode: milliseconds."""
-    draw = random.Random(0)
-
-    async def consume(num_prompt: int, num_output: int, out: list[int]) -> None:
-        sampling = SamplingParams(temperature=0.0, max_tokens=num_output, ignore_eos=True, detokenize=False)
-        async for output in runtime.generate(draw.choices(range(1000), k=num_prompt), sampling):
-            out.append(len(output.token_ids))
-
-    others = [asyncio.create_task(consume(_PROMPT, _OUTPUT, [])) for _ in range(batch)]
-    while not (records := runtime.stats().recent_steps) or records[-1].num_decodes < batch:
-        await asyncio.sleep(0.005)
-    await asyncio.sleep(0.1)
-    earlier, asked = runtime.stats().steps, time.monotonic()
-    await consume(_LONG_PROMPT, 1, [])
-    ttft = time.monotonic() - asked
-    stats = runtime.stats()
-    records = stats.recent_steps[-(stats.steps - earlier) :]
-    periods = [
-        (step.ended_ns - before.ended_ns) / 1e6
-        for before, step in pairwise(records)
-        if step.num_prefill_tokens and step.num_decodes
-    ]
-    await asyncio.gather(*others)
-    return {"admitted_tpot_ms": max(periods), "admitted_ttft_ms": 1000 * ttft, "admitted_steps": len(periods)}
+def pair(row: dict[str, Any], key: str, unit: str, digits: int) -> str:
+    """Median and p99 in one cell."""
+    return f"{number(row, f'{key}_p50{unit}', digits)} / {number(row, f'{key}_p99{unit}', digits)}"
 
 
-async def _decode(runtime: Runtime, batch: int) -> list[StepRecord]:
-    """The steps in which all requests decoded, and nothing else."""
-    draw = random.Random(batch)
-    sampling = SamplingParams(temperature=0.0, max_tokens=_OUTPUT, ignore_eos=True, detokenize=False)
-
-    async def consume() -> None:
-        async for _ in runtime.generate(draw.choices(range(1000), k=_PROMPT), sampling):
-            pass
-
-    earlier = runtime.stats().steps
-    await asyncio.gather(*(consume() for _ in range(batch)))
-    stats = runtime.stats()
-    records = stats.recent_steps[-(stats.steps - earlier) :]
-    steady = [step for step in records if step.num_decodes == batch and not step.num_prefill_tokens]
-    return steady[_SETTLED:_UNTRACED] + steady[-60:-5]
-
-
-def _table(rows: list[dict[str, Any]]) -> Table:
-    names = ("TP", "batch", "lookahead", "TPOT", "p99", "replay", "TPOT ÷ replay", "gap p50, µs", "gap p99",
-             "idle", "kernels", "admitted", "TTFT", "peer", "goal")  # fmt: skip
-    table = Table("model", title="Decode steps, ms where nothing is said")
+def print_tables(rows: Sequence[dict[str, Any]]) -> None:
+    """Both tables."""
+    names = ("TP", "batch", "ahead", "TPOT", "graph", "÷ graph", "over", "gap", "inside", "kernels",
+             "floor", "admitted", "TTFT", "peer", "goal")  # fmt: skip
+    steps = Table("model", title="Decode steps; 'a / b': median / p99")
+    kinds = (*KINDS, OTHER)
+    spent = Table("model", title="What the kernels of a step are for, µs")
     for name in names:
-        table.add_column(name, justify="right")
+        steps.add_column(name, justify="right", no_wrap=True)
+    for name in ("TP", "batch", "ahead", *kinds, "own", "skew"):
+        spent.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         peer, goal = PEER.get((row["model"], row["ranks"]), {}).get(row["batch"], ("–", "–"))
-        table.add_row(
-            row["model"],
-            *(str(row[key]) for key in ("ranks", "batch", "lookahead")),
-            *(f"{row[key]:.3f}" for key in ("tpot_ms", "tpot_p99_ms", "replay_ms")),
-            f"{row['tpot_ms'] / row['replay_ms']:.3f}",
-            *(f"{row.get(key, float('nan')):.1f}" for key in ("gap_p50_us", "gap_p99_us", "idle_inside_us")),
-            f"{row.get('kernels', float('nan')):.0f}",
-            *(f"{row.get(f'admitted_{what}_ms', float('nan')):.1f}" for what in ("tpot", "ttft")),
+        shape = [row["model"], *(str(row[key]) for key in ("ranks", "batch", "lookahead"))]
+        steps.add_row(
+            *shape,
+            f"{number(row, 'tpot_ms', 3)} / {number(row, 'tpot_p99_ms', 3)}",
+            number(row, "graph_ms", 3),
+            number(row, "tpot_over_graph", 3),
+            pair(row, "over", "_us", 0),
+            pair(row, "gap", "_us", 1),
+            number(row, "idle_inside_us", 0),
+            number(row, "kernels", 0),
+            number(row, "floor_ms", 3),
+            number(row, "admitted_tpot_ms", 1),
+            number(row, "admitted_ttft_ms", 1),
             str(peer),
             str(goal),
         )
-    return table
+        cells = [number(row.get("kinds_us", {}), kind, 0) for kind in kinds]
+        spent.add_row(*shape, *cells, number(row, "all_reduce_own_us", 0), pair(row, "skew", "_us", 1))
+    console = Console(width=170)
+    console.print(steps)
+    console.print(spent)
+    for row in rows:
+        if "trace_failed" in row:
+            shape = f"{row['model']} TP {row['ranks']} batch {row['batch']} lookahead {row['lookahead']}"
+            console.print(f"{shape}: no trace: {row['trace_failed']}")

@@ -1,135 +1,219 @@
-"""A CUDA rank that measures itself, for benchmarks/gpu.py: kernels by the profiler, and graphs alone.
+"""A rank that measures itself, for benchmarks/gpu_run.py: kernels by the profiler, and graphs alone.
 
-Where to write is a key of the model's config.json, since a rank is told nothing but its model.
+What it is to do is a key of the model's config.json (`Task`), since a rank is told nothing but its model.
+With which steps it is to do it, the requests' seeds say, which mean nothing else for greedy ones: each batch
+has a number of its own. In a batch with an even number steps are left alone, and only their lengths are
+noted, for the graphs alone at the same lengths; in one with an odd number they are traced. 0: neither.
 """
 
 from __future__ import annotations
 
 import json
-import statistics
 from collections import Counter
-from itertools import pairwise
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from benchmarks.report import quantile
 from tpworker.ipc.child import RankBoot, run_child
 from tpworker.ipc.messages import BatchPlan
-from tpworker.rank.cuda import CudaDevice
+from tpworker.rank.device import CpuDevice, Device
 from tpworker.rank.graphs import GREEDY
 from tpworker.rank.process import run_rank
 from tpworker.rank.runner import Launched, Runner
 
-REPORT = "tpworker_benchmark_report"
-"""The key: a file's path, to which '.rank0' is added."""
-TRACE_FROM = 60
-TRACE_STEPS = 100
-"""Which of the steps with an unchanged batch are traced."""
-LAST_KERNEL = "index_copy"
-REPLAYS = 50
+TASK = "tpworker_benchmark"
+"""The key."""
+TRACE_FROM = 12
+"""Steps of a batch after which the profiler starts."""
+POINTS = 8
+"""Lengths at which graphs alone are timed, over those that the batch had."""
+REPLAYS, WARM_REPLAYS = 12, 3
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What a rank of a benchmark does besides its work."""
+
+    report: str
+    """A file's path, to which '.rank0' is added."""
+    trace_steps: int
+    replays: bool
+    """Whether graphs alone are timed."""
+    lengths: list[int] = field(default_factory=list)
+    """Of the sequences, at which they are timed besides."""
+
+
+@dataclass(slots=True)
+class Noted:
+    """The steps of a batch that nothing disturbs."""
+
+    first_step: int
+    slots: list[int]
+    positions: Tensor  # int64 [num_slots + 1], when `first_step` begins
+    num_steps: int = 0
 
 
 class MeasuringRunner(Runner):
-    """Traces some steps of every steady batch."""
+    """Notes and traces steps, by the numbers of their batches."""
 
     made: MeasuringRunner
-    context = 650
-    traces: dict[int, dict[str, Any]]
+    task: Task
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         MeasuringRunner.made = self
-        self.traces = {}
-        self._steady = 0
+        self.noted: dict[int, Noted] = {}
+        self.traces: dict[int, dict[str, Any]] = {}
+        self._number = self._num_admitted = self._steady = self._first_traced = 0
         self._profiler: Any = None
 
     def launch(self, plan: BatchPlan) -> Launched:
         launched = super().launch(plan)
-        is_same = plan.decode is None and not plan.chunks and not plan.admitted
+        for admission in plan.admitted:
+            if admission.sampling.seed != self._number:
+                self._number, self._num_admitted = admission.sampling.seed, 0
+            self._num_admitted += 1
+        size = len(self._decode)
+        is_same = plan.decode is None and not plan.chunks and size == self._num_admitted
         self._steady = self._steady + 1 if is_same else 0
-        if self._steady == TRACE_FROM and len(self._decode) not in self.traces:
-            self._profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
-            self._profiler.start()
-        if self._profiler is not None and (self._steady == TRACE_FROM + TRACE_STEPS or not is_same):
-            self._profiler.stop()
-            if is_same:
-                self.traces[len(self._decode)] = idle_times(self._profiler) | waiting_calls(self._profiler)
-            self._profiler = None
+        if self._number % 2:
+            self._trace(plan.step, size)
+        elif self._number and self._steady:
+            self._note(plan.step, size)
         return launched
 
-    def replays(self) -> dict[int, float]:
-        """Milliseconds of one decode step by batch size: graphs queued back to back, nothing else."""
-        table, times = self._slots, {}
-        num_blocks = self._cache.num_blocks - 1
+    def _note(self, step: int, size: int) -> None:
+        if size not in self.noted:
+            positions = torch.empty_like(self._slots.position)
+            self.noted[size] = Noted(step + 1, list(self._decode), positions)
+            self._device.compute.run(lambda: positions.copy_(self._slots.position))
+        else:
+            self.noted[size].num_steps = step + 1 - self.noted[size].first_step
+
+    def _trace(self, step: int, size: int) -> None:
+        try:
+            if self._profiler is None and self._steady == TRACE_FROM and size not in self.traces:
+                self._profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+                self._first_traced = step + 1
+                self._profiler.start()
+            elif self._profiler is not None and self._steady in (0, TRACE_FROM + self.task.trace_steps):
+                profiler, self._profiler = self._profiler, None
+                self.traces[self._num_admitted] = {"error": "the profiler did not end"}
+                profiler.stop()
+                self.traces[self._num_admitted] = collect(profiler, self._first_traced)
+        except Exception as error:  # a trace may fail, and the steps go on
+            self.traces[self._num_admitted] = {"error": f"{type(error).__name__}: {error}"}
+
+    def report(self) -> dict[str, Any]:
+        """What was found, after the last step."""
         with torch.inference_mode():
-            entries = torch.arange(table.block_table.numel(), device=table.block_table.device) % num_blocks
-            table.block_table.copy_((entries + 1).view_as(table.block_table))
-            self._batch_slots.copy_(self._rows[:-1])
-            for size, mode in self._graphs._replays:
-                if mode != GREEDY:
-                    continue
-                replay = self._graphs.find(size, mode)
-                assert replay is not None
-                table.position.fill_(self.context - REPLAYS // 2 - 10)
-                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                for _ in range(10):
-                    replay()
-                begin.record()
-                for _ in range(REPLAYS):
-                    replay()
-                end.record()
-                end.synchronize()
-                times[size] = begin.elapsed_time(end) / REPLAYS
+            for layer in (*self._cache.keys, *self._cache.values):
+                layer.normal_()  # zeros would be read faster
+            noted = {
+                size: {
+                    "first_step": noted.first_step,
+                    "length": 1 + noted.positions[noted.slots].double().mean().item(),
+                    "graph_ms": self._replays(noted) if self.task.replays else [],
+                }
+                for size, noted in self.noted.items()
+            }
+        return {
+            "noted": noted,
+            "traces": self.traces,
+            "kv_blocks": self._cache.num_blocks,
+            "attention": type(self._decoder.attention).__name__,
+        }
+
+    def _replays(self, noted: Noted) -> list[tuple[float, float]]:
+        """(mean length, ms of a step alone) at this batch's lengths: steps queued back to back."""
+        table = self._slots
+        device = table.block_table.device
+        entries = torch.arange(table.block_table.numel(), device=device) % (self._cache.num_blocks - 1)
+        table.block_table.copy_((entries + 1).view_as(table.block_table))
+        self._batch_slots.fill_(table.num_slots)
+        self._batch_slots[: len(noted.slots)] = torch.tensor(noted.slots, device=device)
+        spread = max(0, noted.num_steps - REPLAYS - WARM_REPLAYS)
+        starts = [noted.positions + spread * point // (POINTS - 1) for point in range(POINTS)]
+        starts += [torch.full_like(noted.positions, length - WARM_REPLAYS) for length in self.task.lengths]
+        times = []
+        for start in starts:
+            start[-1] = 0  # the null slot
+            table.position.copy_(start)
+            milliseconds = self._time_of_a_step(len(noted.slots))
+            length = 1 + start[noted.slots].double().mean().item() + WARM_REPLAYS + (REPLAYS - 1) / 2
+            times.append((length, milliseconds))
         return times
 
+    def _time_of_a_step(self, size: int) -> float:
+        replay = self._graphs.find(size, GREEDY) or (lambda: self._decode_step(size, GREEDY))
+        compute = self._device.compute
+        for _ in range(WARM_REPLAYS):
+            compute.run(replay)
+        begin = compute.record()
+        for _ in range(REPLAYS):
+            compute.run(replay)
+        end = compute.record()
+        end.synchronize()
+        begun = begin.time_ns()  # times are asked for in the order of the events
+        return (end.time_ns() - begun) / 1e6 / REPLAYS
 
-def idle_times(profiler: Any) -> dict[str, float]:
-    """Microseconds of GPU idle time between the last kernel of a step and the first one of the next.
 
-    A step's last kernel is the one that writes the token ring, the only one of its kind in a decode step.
-    """
-    kernels = sorted(
-        (event.start_ns(), event.start_ns() + event.duration_ns(), event.name())
-        for event in profiler.profiler.kineto_results.events()
-        if "CUDA" in str(event.device_type()) and not event.name().startswith(("Mem", "Activity"))
-    )
-    ends = [number for number, kernel in enumerate(kernels[:-1]) if LAST_KERNEL in kernel[2]]
-    gaps = [max(0.0, (after[0] - before[1]) / 1e3) for before, after in pairwise(kernels)]
-    if len(ends) < 10:
-        return {}
-    between = [gaps[end] for end in ends]
-    inside = sum(gaps[ends[0] + 1 : ends[-1] + 1]) - sum(between[1:])
+class LastingCpuDevice(CpuDevice):
+    """One whose streams still run when the last step is over."""
+
+    def close(self) -> None:
+        """Not yet."""
+
+
+def collect(profiler: Any, first_step: int) -> dict[str, Any]:
+    """What gpu_trace.py wants to know; kernels of a graph bear the number of the call that launched it."""
+    launches: dict[int, tuple[int, int]] = {}
+    found = []
+    calls: Counter[str] = Counter()
+    on_gpu = torch.autograd.DeviceType.CUDA
+    for event in profiler.profiler.kineto_results.events():
+        name = event.name()
+        if event.device_type() == on_gpu:
+            if not name.startswith("Activity"):
+                found.append((event.correlation_id(), name, event.start_ns(), event.duration_ns()))
+        elif name.startswith("cu"):
+            calls[name] += 1
+            if name.startswith("cudaGraphLaunch"):
+                launches[event.correlation_id()] = (event.start_ns(), event.duration_ns())
+    order = sorted(launches, key=lambda number: launches[number])
+    index = {number: place for place, number in enumerate(order)}
+    # Copies between host and device have streams of their own, but for those in a graph.
+    found = [run for run in found if run[0] in index or not run[1].startswith("Mem")]
+    names = {name: place for place, name in enumerate(dict.fromkeys(run[1] for run in found))}
+    origin = min((run[2] for run in found), default=0)
     return {
-        "kernels": statistics.median(after - before for before, after in pairwise(ends)),
-        "gap_p50_us": quantile(between, 0.5),
-        "gap_p99_us": quantile(between, 0.99),
-        "idle_inside_us": inside / (len(ends) - 1),
+        "first_step": first_step,
+        "names": list(names),
+        "calls": dict(calls),
+        "launches": [(launches[number][0] - origin, launches[number][1]) for number in order],
+        "kernels": [
+            (index.get(number, -1), names[name], start - origin, duration)
+            for number, name, start, duration in found
+        ],
     }
-
-
-def waiting_calls(profiler: Any) -> dict[str, Any]:
-    """What was called of CUDA by any thread while steps were traced, and how often.
-
-    The profiler's own end, `cudaDeviceSynchronize`, is among what waits, once.
-    """
-    calls = Counter(
-        event.name()
-        for event in profiler.profiler.kineto_results.events()
-        if "CUDA" not in str(event.device_type()) and event.name().startswith("cu")
-    )
-    waits = {name: count for name, count in calls.items() if "Synchronize" in name or name == "cudaMemcpy"}
-    return {"calls": dict(calls), "waiting_calls": waits}
 
 
 def main(boot: RankBoot) -> None:
     """What the process does."""
     config = json.loads((Path(boot.model) / "config.json").read_text())
-    run_rank(boot, CudaDevice(boot.rank), MeasuringRunner)
-    runner = MeasuringRunner.made
-    report = {"replay_ms": runner.replays(), "traces": runner.traces}
-    Path(f"{config[REPORT]}.rank{boot.rank}").write_text(json.dumps(report))
+    MeasuringRunner.task = task = Task(**config[TASK])
+    device: Device
+    if boot.settings.device == "cuda":
+        from tpworker.rank.cuda import CudaDevice
+
+        device = CudaDevice(boot.rank)
+    else:
+        device = LastingCpuDevice()
+    run_rank(boot, device, MeasuringRunner)
+    Path(f"{task.report}.rank{boot.rank}").write_text(json.dumps(MeasuringRunner.made.report()))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks.floors import BYTES_PER_SECOND, floor_bytes
 from benchmarks.report import machine, save
 from tpworker.model import linear
 from tpworker.model.attention import Attention, flash
@@ -34,11 +35,10 @@ from tpworker.model.kv_cache import KVCache
 from tpworker.model.mlp import Mlp
 from tpworker.model.sampling import SamplingMode, SamplingRows, sample
 from tpworker.model.tp import Shard
-from tpworker.model.weights import dummy_weights, shard_bytes
+from tpworker.model.weights import dummy_weights
 from tpworker.rank.collectives import SoleRank
 
 CONFIGS = Path(__file__).parent / "configs"
-BYTES_PER_SECOND = 4.3e12
 # (peer ms, goal ms) of (model, batch); None: no goal was set.
 YARDSTICKS: dict[tuple[str, int], tuple[float, float | None]] = {
     ("qwen3-0.6b", 1): (1.75, 0.8),
@@ -91,7 +91,7 @@ def measure_model(name: str, options: argparse.Namespace, console: Console) -> l
         batch = decode_batch(count, options.context, width)
         row: dict[str, Any] = {"model": name, "batch": count, "context": options.context}
         print(f"{name}, batch {count}", flush=True)
-        row["floor_ms"] = 1000 * floor_bytes(spec, shard, count * options.context) / BYTES_PER_SECOND
+        row["floor_ms"] = 1000 * floor_bytes(spec, shard, count * options.context, count) / BYTES_PER_SECOND
         row["attention_us"], row["step_ms"] = {}, {}
         for backend, attention in backends(spec, shard, chosen).items():
             decoder.attention = attention
@@ -122,13 +122,6 @@ def backends(spec: ModelSpec, shard: Shard, chosen: Attention) -> dict[str, Atte
         found["flash"] = flash.FlashAttention(*sizes, torch.bfloat16, share_schedule=False)
         found["flash, shared schedule"] = flash.FlashAttention(*sizes, torch.bfloat16)
     return found
-
-
-def floor_bytes(spec: ModelSpec, shard: Shard, num_tokens: int) -> int:
-    """Bytes that a step cannot but read: every weight but an embedding table of its own, and the KV cache."""
-    embedding = 0 if spec.tie_embeddings else shard.vocab.local * spec.hidden_size * 2
-    weights = shard_bytes(spec, shard, torch.bfloat16, torch.device("cuda")) - embedding
-    return weights + num_tokens * KVCache.bytes_per_block(spec, shard, 1, torch.bfloat16)
 
 
 def decode_batch(count: int, context: int, width: int) -> Batch:

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -40,8 +41,8 @@ class Summary:
         )
 
 
-def machine() -> dict[str, Any]:
-    """Where and with what the numbers were taken."""
+def machine(commit: str | None = None) -> dict[str, Any]:
+    """Where and with what the numbers were taken. `commit`: of this repository; None: git is asked."""
     cpu = platform.machine()
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
@@ -53,9 +54,68 @@ def machine() -> dict[str, Any]:
         "kernel": platform.release(),
         "python": platform.python_version(),
         "torch": importlib.metadata.version("torch"),
+        **_gpus(),
+        "commit": commit or _commit(),
         "load": os.getloadavg()[0],
         "command": " ".join(["python -m benchmarks", *sys.argv[1:]]),
     }
+
+
+def _commit() -> str | None:
+    """Of the checkout that this file is in, with a + if files differ from it; None where there is no git."""
+    folder = Path(__file__).parent
+    try:
+        told = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+"],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return told.stdout.strip() or None
+
+
+def _gpus() -> dict[str, Any]:
+    """Nothing where there is none."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return {}
+    try:
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+        links = [_active_links(pynvml, handle) for handle in handles]
+        return {
+            "gpus": [pynvml.nvmlDeviceGetName(handle) for handle in handles],
+            "nvlinks": links,
+            "driver": pynvml.nvmlSystemGetDriverVersion(),
+            "triton": _version("triton"),
+            "fa3": _version("tokenspeed-fa3"),
+        }
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _active_links(pynvml: Any, handle: Any) -> int:
+    """NVLinks of a GPU that are up."""
+    active = 0
+    for link in range(pynvml.NVML_NVLINK_MAX_LINKS):
+        try:
+            active += pynvml.nvmlDeviceGetNvLinkState(handle, link) == pynvml.NVML_FEATURE_ENABLED
+        except pynvml.NVMLError:  # there are no more
+            break
+    return active
+
+
+def _version(package: str) -> str | None:
+    """None: not installed, or put on the path without its metadata."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def save(path: str | None, data: dict[str, Any]) -> None:

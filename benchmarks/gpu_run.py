@@ -1,0 +1,238 @@
+"""One model at one TP size and lookahead, measured: a runtime of its own, each batch in turn.
+
+Every batch runs twice. The first time nothing but the steps' own timing events is looked at; the second time
+a profiler runs. What ranks do for it: gpu_rank.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.floors import floor_ms
+from benchmarks.gpu_rank import TASK, TRACE_FROM, Task
+from benchmarks.gpu_trace import Trace, TraceFailed, figures, timeline
+from benchmarks.report import quantile
+from tpworker import Runtime, SamplingParams
+from tpworker.model.families import read_spec
+from tpworker.outputs import StepRecord
+
+CONFIGS = Path(__file__).resolve().parent / "configs"
+
+STEP_TOKENS = 575
+MANY_TOKENS = 2048  # or the first requests would end before the last ones begin
+LONG_PROMPT = 2000
+_SETTLED = 5  # steps of a batch that are not looked at first
+_AFTER_TRACE = 10
+_SLACK = 16
+_TOKENS = 256  # every vocabulary has as many
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """What is measured with one runtime."""
+
+    model: str
+    """A folder of configs/, or any folder with a config.json."""
+    ranks: int
+    lookahead: int
+    batches: Sequence[int]
+    num_prompt: int = 500
+    num_output: int = 300
+    trace_steps: int = 150
+    admit: bool = True
+    """Whether a long prompt is sent among as many requests as the largest batch has, less one."""
+    replays: bool = True
+    """Whether graphs alone are timed."""
+    lengths: Sequence[int] = ()
+    """At which they are timed besides."""
+    device: str = "cuda"
+
+    @property
+    def step_tokens(self) -> int:
+        """Token budget of a step."""
+        return STEP_TOKENS if max(self.batches) <= 64 else MANY_TOKENS
+
+    @property
+    def max_model_len(self) -> int:
+        """Room for every request of the benchmark."""
+        traced = max(self._num_traced(batch) for batch in self.batches)
+        longest = [self.num_prompt + max(self.num_output, traced), *self.lengths]
+        return max(longest + ([LONG_PROMPT + 1] if self.admit else [])) + _SLACK
+
+    def _num_traced(self, batch: int) -> int:
+        """Tokens of an answer that lasts until the last request is traced."""
+        prefill_steps = -(-batch * self.num_prompt // (self.step_tokens - batch))
+        return prefill_steps + TRACE_FROM + self.trace_steps + _AFTER_TRACE
+
+
+def measure(case: Case, graphs: dict[int, list[tuple[float, float]]]) -> list[dict[str, Any]]:
+    """A row for each batch; prints them as JSON on the way.
+
+    Args:
+        graphs: by batch, (length, ms of a graph alone); from earlier cases with the same model and TP size,
+            to which this one adds its own.
+    """
+    folder = Path(case.model) if Path(case.model).is_dir() else CONFIGS / case.model
+    with tempfile.TemporaryDirectory() as copy:
+        config = json.loads((folder / "config.json").read_text())
+        task = Task(f"{copy}/report", case.trace_steps, case.replays, list(case.lengths))
+        config[TASK] = asdict(task)
+        (Path(copy) / "config.json").write_text(json.dumps(config))
+        started = time.monotonic()
+        rows = asyncio.run(_serve(Path(copy), case))
+        reports = [json.loads(Path(f"{task.report}.rank{rank}").read_text()) for rank in range(case.ranks)]
+        spec = read_spec(Path(copy))
+    for row in rows:
+        noted = reports[0]["noted"].get(str(row["batch"]))
+        steps = row.pop("step_records")
+        if noted is not None:
+            graphs.setdefault(row["batch"], []).extend(noted["graph_ms"])
+            row.update(_compared(steps, noted, sorted(graphs[row["batch"]])))
+            row["floor_ms"] = floor_ms(spec, case.ranks, row["batch"], row["length"])
+        row.update(_traced([report["traces"].get(str(row["batch"])) for report in reports]))
+        row.update(model=case.model, ranks=case.ranks, lookahead=case.lookahead)
+        row.update(attention=reports[0]["attention"], kv_blocks=reports[0]["kv_blocks"])
+        told = {key: value for key, value in row.items() if key not in ("timeline", "slowest", "calls")}
+        print(json.dumps(told), file=sys.stderr, flush=True)
+    took = time.monotonic() - started
+    print(
+        f"{case.model} TP {case.ranks} lookahead {case.lookahead}: {took:.0f} s", file=sys.stderr, flush=True
+    )
+    return rows
+
+
+def _compared(
+    steps: Sequence[StepRecord], noted: dict[str, Any], graphs: Sequence[tuple[float, float]]
+) -> dict[str, Any]:
+    """Each step beside its graph alone at the same length.
+
+    Args:
+        steps: of one batch, in order; of those before `noted`'s first step nothing is said.
+        noted: 'first_step' and 'length', the mean length of the sequences in that step, which grows by one.
+        graphs: (length, ms), ascending.
+    """
+    timed = [
+        (noted["length"] + step.step - noted["first_step"], (step.ended_ns - before.ended_ns) / 1e6)
+        for before, step in pairwise(steps)
+        if step.step == before.step + 1 and step.step >= noted["first_step"] + _SETTLED
+    ]
+    if not timed:
+        return {}
+    lengths, periods = [length for length, _ in timed], [period for _, period in timed]
+    row: dict[str, Any] = {
+        "steps": len(timed),
+        "length": quantile(lengths, 0.5),
+        "tpot_ms": quantile(periods, 0.5),
+        "tpot_p99_ms": quantile(periods, 0.99),
+        "tpot_mean_ms": sum(periods) / len(periods),
+    }
+    if graphs:
+        alone = np.interp(lengths, *zip(*graphs, strict=True))
+        over = [1e3 * (period - graph) for period, graph in zip(periods, alone, strict=True)]
+        row["graph_ms"] = quantile(list(alone), 0.5)
+        row["tpot_over_graph"] = quantile([p / g for p, g in zip(periods, alone, strict=True)], 0.5)
+        row["over_p50_us"], row["over_p99_us"] = quantile(over, 0.5), quantile(over, 0.99)
+    return row
+
+
+def _traced(collected: Sequence[dict[str, Any] | None]) -> dict[str, Any]:
+    """The figures of a trace, or why there are none."""
+    try:
+        if None in collected:
+            return {"trace_failed": "the batch was not steady for long enough"}
+        traces = [Trace.of(one) for one in collected if one is not None]
+        return figures(traces) | {"timeline": timeline(traces[0])}
+    except TraceFailed as error:
+        return {"trace_failed": str(error)}
+
+
+# ---------------------------------------------------------------------------------------- the load
+
+
+async def _serve(folder: Path, case: Case) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    started = time.monotonic()
+    async with Runtime(
+        folder,
+        device=case.device,
+        tensor_parallel_size=case.ranks,
+        lookahead=case.lookahead,
+        load_format="dummy",
+        max_model_len=case.max_model_len,
+        max_num_seqs=max(case.batches),
+        max_num_batched_tokens=case.step_tokens,
+        prefix_caching=False,
+        rank_module="benchmarks.gpu_rank",
+    ) as runtime:
+        ready = time.monotonic() - started
+        admitted = await _admit(runtime, case) if case.admit and max(case.batches) > 1 else {}
+        for index, batch in enumerate(case.batches):
+            begun = time.monotonic()
+            steps = await _decode(runtime, case, batch, 2 * index + 2, case.num_output)
+            row = {"batch": batch, "ready_s": ready, "total_s": time.monotonic() - begun}
+            row["step_records"] = [step for step in steps if step.num_decodes == batch]
+            row["num_prompt"], row["num_output"] = case.num_prompt, case.num_output
+            rows.append(row | (admitted if batch == max(case.batches) else {}))
+        for index, batch in enumerate(case.batches):  # later, so that it disturbs nothing
+            await _decode(runtime, case, batch, 2 * index + 3, case._num_traced(batch))
+    return rows
+
+
+async def _request(runtime: Runtime, prompt: list[int], num_output: int, number: int) -> None:
+    sampling = SamplingParams(
+        temperature=0.0, seed=number, max_tokens=num_output, ignore_eos=True, detokenize=False
+    )
+    async for _ in runtime.generate(prompt, sampling):
+        pass
+
+
+async def _decode(runtime: Runtime, case: Case, batch: int, number: int, num_output: int) -> list[StepRecord]:
+    """Requests that all come at once; their steps without a prompt. `number`: see gpu_rank.py."""
+    draw = random.Random(number)
+    earlier = runtime.stats().steps
+    prompts = [draw.choices(range(_TOKENS), k=case.num_prompt) for _ in range(batch)]
+    await asyncio.gather(*(_request(runtime, prompt, num_output, number) for prompt in prompts))
+    stats = runtime.stats()
+    records = stats.recent_steps[-(stats.steps - earlier) :]
+    return [step for step in records if not step.num_prefill_tokens]
+
+
+async def _admit(runtime: Runtime, case: Case) -> dict[str, float]:
+    """A long prompt among requests that decode: milliseconds."""
+    draw = random.Random(0)
+    batch = max(case.batches) - 1
+
+    def prompt(length: int) -> list[int]:
+        return draw.choices(range(_TOKENS), k=length)
+
+    others = [
+        asyncio.create_task(_request(runtime, prompt(case.num_prompt), case.num_output, 0))
+        for _ in range(batch)
+    ]
+    while not (records := runtime.stats().recent_steps) or records[-1].num_decodes < batch:
+        await asyncio.sleep(0.005)
+    await asyncio.sleep(0.1)
+    earlier, asked = runtime.stats().steps, time.monotonic()
+    await _request(runtime, prompt(LONG_PROMPT), 1, 0)
+    ttft = time.monotonic() - asked
+    stats = runtime.stats()
+    records = stats.recent_steps[-(stats.steps - earlier) :]
+    periods = [
+        (step.ended_ns - before.ended_ns) / 1e6
+        for before, step in pairwise(records)
+        if step.num_prefill_tokens and step.num_decodes
+    ]
+    await asyncio.gather(*others)
+    return {"admitted_tpot_ms": max(periods), "admitted_ttft_ms": 1000 * ttft, "admitted_steps": len(periods)}
