@@ -1,10 +1,10 @@
-"""Which captured decode step serves a batch."""
+"""Which captured step serves a batch."""
 
 from __future__ import annotations
 
 from tpworker.model.sampling import SamplingMode
 from tpworker.rank.device import CpuDevice
-from tpworker.rank.graphs import GREEDY, MODES, DecodeGraphs, ladder
+from tpworker.rank.graphs import GREEDY, MODES, MOST_TOKENS, RowGraphs, TokenGraphs, ladder, token_ladder
 
 
 def test_the_ladder_ends_at_the_largest_batch() -> None:
@@ -20,7 +20,7 @@ def test_the_ladder_ends_at_the_largest_batch() -> None:
 def test_a_batch_takes_the_next_larger_size_and_a_mode_that_does_what_it_needs() -> None:
     device = CpuDevice()
     done: list[tuple[int, SamplingMode]] = []
-    graphs = DecodeGraphs(20)
+    graphs = RowGraphs(20)
     assert graphs.find(3, GREEDY) is None
     graphs.capture(device, lambda size, mode: done.append((size, mode)))
     assert [size for size, _ in done] == [], "the CPU has nothing to capture"
@@ -44,4 +44,32 @@ def test_a_batch_takes_the_next_larger_size_and_a_mode_that_does_what_it_needs()
             assert all(has >= needs for needs, has in needed)
             if not (truncate or suppress):
                 assert taken == mode, "sorting a vocabulary for nothing"
+    device.close()
+
+
+def test_the_ladder_of_tokens_ends_at_the_budget_or_where_graphs_no_longer_pay() -> None:
+    assert token_ladder(7) == [7]
+    assert token_ladder(16) == [16]
+    assert token_ladder(100) == [16, 32, 64, 100]
+    assert token_ladder(10**6)[-1] == MOST_TOKENS
+    for most in range(1, 2 * MOST_TOKENS):
+        sizes = token_ladder(most)
+        assert sizes == sorted(set(sizes))
+        assert sizes[-1] == min(most, MOST_TOKENS)
+
+
+def test_tokens_take_the_next_larger_size_if_there_is_one() -> None:
+    device = CpuDevice()
+    filled: list[int] = []
+    done: list[int] = []
+    graphs = TokenGraphs()
+    assert graphs.size_for(1) is None
+    graphs.capture(device, 100, filled.append, done.append)
+    assert filled == [100, 64, 32, 16]
+    assert [graphs.size_for(count) for count in (1, 16, 17, 64, 65, 100, 101)] == [
+        16, 16, 32, 64, 100, 100, None,
+    ]  # fmt: skip
+    for size in (16, 100):
+        graphs.replay(size)
+    assert done == [16, 100]
     device.close()

@@ -130,6 +130,47 @@ def test_the_ring_goes_round(rig: Rig) -> None:
         assert launched.ring_row.data_ptr() == rig.runner._ring[step % 3].data_ptr()
 
 
+def test_captured_mixed_steps_give_what_exact_ones_give(rig: Rig) -> None:
+    """Prompts in chunks beside a request that decodes; the prepared runner pads them all."""
+    prepared = Rig()
+    prepared.runner.prepare(20)
+    sizes: list[int] = []
+    replay = prepared.runner._forwards.replay
+    prepared.runner._forwards.replay = lambda size: (sizes.append(size), replay(size))[1]  # type: ignore[method-assign]
+    long = list(range(3, 24))
+    plans = [
+        first_plan(),
+        BatchPlan(
+            0, 1, admitted=(admission(0, long, [4, 5, 6, 7, 8, 9]),),
+            chunks=(Chunk(0, 0, 17, False),), decode=pack_int32([2]),
+        ),
+        BatchPlan(0, 2, chunks=(Chunk(0, 17, 2, False),), decode=b""),
+        BatchPlan(
+            0, 3, admitted=(admission(1, [7, 8, 9], [10, 11], temperature=0.9, top_k=9, seed=3),),
+            chunks=(Chunk(0, 19, 2, True), Chunk(1, 0, 3, True)), decode=pack_int32([2]),
+        ),
+        BatchPlan(0, 4, decode=pack_int32([2, 0, 1])),
+    ]  # fmt: skip
+    for plan in plans:
+        assert prepared.row(prepared.launch(plan)) == rig.row(rig.launch(plan))
+        for name in ("position", "last_token"):
+            ours, theirs = getattr(prepared.slots, name), getattr(rig.slots, name)
+            assert torch.equal(ours[:-1], theirs[:-1]), name
+        assert prepared.slots.position[-1] == 0, "padding stays where it is"
+    assert sizes == [16, 20, 16, 16]
+    cache = prepared.runner._cache
+    assert all(bool(values.isfinite().all()) for values in cache.keys + cache.values)
+    prepared.device.close()
+
+
+def test_a_mixed_step_of_more_tokens_than_were_captured_is_exact(rig: Rig) -> None:
+    prepared = Rig()
+    prepared.runner.prepare(8)
+    plan = BatchPlan(0, 0, admitted=(admission(0, [5] * 12, [1, 2, 3]),), chunks=(Chunk(0, 0, 12, True),))
+    assert prepared.row(prepared.launch(plan)) == rig.row(rig.launch(plan))
+    prepared.device.close()
+
+
 class Liar(SoleRank):
     """A peer that has computed something else."""
 

@@ -90,6 +90,7 @@ def test_the_mode_is_what_any_row_needs() -> None:
 def test_sampling_rows_are_gathered() -> None:
     table = SlotTable(4, 8, torch.device("cpu"))
     apply(table, [admission(slot, sampling=sampling(seed=slot)) for slot in range(4)], [])
-    rows = table.sampling_rows(torch.tensor([3, 1]), torch.tensor([10, 20]), SamplingMode(True, True, True))
+    table.position[1:4] = torch.tensor([20, 30, 10])
+    rows = table.sampling_rows(torch.tensor([3, 1]), SamplingMode(True, True, True))
     assert rows.seed.tolist() == [3, 1]
     assert rows.position.tolist() == [10, 20]

@@ -1,21 +1,20 @@
-"""Decode steps made ready for a few batch sizes: on CUDA each is a graph, replayed with one call.
+"""Steps made ready for a few sizes: on CUDA each is a graph, replayed with one call.
 
 A batch that is between two sizes is padded with the null slot, and what a batch's sampling needs is rounded
 up to a mode that has been captured: rows are not affected by what they do not need.
+
+    decode step    one graph, by number of slots and sampling mode
+    mixed step     two: the forward, by number of tokens; then sampling, by number of rows and mode
 """
 
 from __future__ import annotations
 
 import bisect
-import logging
-import time
 from collections.abc import Callable
 from functools import partial
 
 from tpworker.model.sampling import SamplingMode
 from tpworker.rank.device import Device
-
-logger = logging.getLogger(__name__)
 
 GREEDY = SamplingMode(False, False, False)
 MODES = (SamplingMode(True, True, True), SamplingMode(True, False, False), GREEDY)
@@ -28,11 +27,22 @@ def ladder(most: int) -> list[int]:
     return [*(size for size in sizes if size < most), most]
 
 
-class DecodeGraphs:
-    """Replays by batch size and sampling mode; none before `capture`.
+MOST_TOKENS = 1024
+"""A mixed step of more is launched kernel by kernel: it keeps the GPU busy for longer than the host needs."""
+
+
+def token_ladder(most: int) -> list[int]:
+    """Numbers of tokens to capture, ascending, up to `most` or MOST_TOKENS."""
+    most = min(most, MOST_TOKENS)
+    sizes = [16, 32, *range(64, 256, 64), *range(256, 512, 128), *range(512, most, 256)]
+    return [*(size for size in sizes if size < most), most]
+
+
+class RowGraphs:
+    """Replays by number of rows and sampling mode; none before `capture`.
 
     Args:
-        most: slots in the largest batch.
+        most: rows, which is to say slots, in the largest batch.
     """
 
     def __init__(self, most: int) -> None:
@@ -40,20 +50,48 @@ class DecodeGraphs:
         self._replays: dict[tuple[int, SamplingMode], Callable[[], None]] = {}
 
     def capture(self, device: Device, step: Callable[[int, SamplingMode], None]) -> None:
-        """Captures `step(size, mode)`, which decodes the first `size` slots of the batch, for all of them.
+        """Captures `step(size, mode)`, which samples for the first `size` slots of a batch, for all of them.
 
         The largest comes first: all share one pool of memory, and the others fit into what it has left.
         """
-        started = time.monotonic()
         for mode in MODES:
             for size in reversed(self._sizes):
                 self._replays[size, mode] = device.capture(partial(step, size, mode))
-        logger.info("%d decode steps captured in %.1f s", len(self._replays), time.monotonic() - started)
 
     def find(self, count: int, mode: SamplingMode) -> Callable[[], None] | None:
-        """What replays a step of `count` slots; None if nothing was captured."""
+        """What replays a step of `count` rows; None if nothing was captured."""
         if not self._replays:
             return None
         if mode.truncate or mode.suppress:
             mode = MODES[0]
         return self._replays[self._sizes[bisect.bisect_left(self._sizes, count)], mode]
+
+
+class TokenGraphs:
+    """Replays by number of tokens; none before `capture`."""
+
+    def __init__(self) -> None:
+        self._sizes: list[int] = []
+        self._replays: dict[int, Callable[[], None]] = {}
+
+    def capture(
+        self, device: Device, most: int, fill: Callable[[int], None], step: Callable[[int], None]
+    ) -> None:
+        """Captures `step(size)`, a forward of `size` tokens, for sizes up to `most`, the largest first.
+
+        Args:
+            fill: puts such a step's input where `step` will find it.
+        """
+        for size in reversed(token_ladder(most)):
+            fill(size)
+            self._replays[size] = device.capture(partial(step, size))
+        self._sizes = sorted(self._replays)
+
+    def size_for(self, count: int) -> int | None:
+        """The size to which `count` tokens are padded; None if none was captured that is large enough."""
+        index = bisect.bisect_left(self._sizes, count)
+        return self._sizes[index] if index < len(self._sizes) else None
+
+    def replay(self, size: int) -> None:
+        """A forward of a size that was captured."""
+        self._replays[size]()

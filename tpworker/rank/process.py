@@ -64,7 +64,7 @@ def run_rank(boot: RankBoot, device: Device, runner_class: type[Runner]) -> None
     runner = assemble(boot, device, plans, row, runner_class)
     if device.captures:
         started = time.monotonic()
-        runner.prepare(min(boot.settings.max_num_batched_tokens, boot.settings.max_model_len))
+        runner.prepare(boot.settings.max_num_batched_tokens)
         logger.info("warmed up in %.1f s", time.monotonic() - started)
 
     def fail(error: BaseException) -> NoReturn:

@@ -3,16 +3,18 @@
     launch thread                     compute stream, in plan order
     ─────────────                     ──────────────────────────────────────────────────────────────
     stage deltas, chunk tokens  ───►  apply deltas to the slot table, once they are uploaded
-    record the step's events          inputs from the slot table (decode) and staging (chunks)
+    record the step's events          inputs from the slot table and staging (mixed.py)
                                       forward, sample
                                       slot table and a row of the token ring are written
 
 A plan without chunks is a decode step: it reads device state alone, and is a graph replay where there are
-graphs (graphs.py).
+graphs (graphs.py). So are steps with chunks, up to a size: their staged input is copied to where the graph
+reads it.
 """
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass
 
@@ -29,9 +31,12 @@ from tpworker.model.kv_cache import KVCache
 from tpworker.model.sampling import SamplingMode, sample
 from tpworker.model.tp import Collectives
 from tpworker.rank.device import Device, Event
-from tpworker.rank.graphs import DecodeGraphs
+from tpworker.rank.graphs import MOST_TOKENS, RowGraphs, TokenGraphs
+from tpworker.rank.mixed import MixedInputs, MixedShape, pack
 from tpworker.rank.slots import SlotDeltas, SlotTable
 from tpworker.rank.staging import StagedArray, StagingBuffer, StagingPool
+
+logger = logging.getLogger(__name__)
 
 _WARM_UP = (
     Sampling(1.0, 0.9, 5, 0, 1, 1, pack_int32([0])),  # truncated, and stop ids suppressed
@@ -58,19 +63,13 @@ class Launched:
 
 
 @dataclass(frozen=True, slots=True)
-class _Chunks:
-    """The prefill part of a step: C chunks with P tokens in all, K of which end their prompt; staged."""
+class _Mixed:
+    """The input of a step with chunks, staged."""
 
-    tokens: StagedArray  # int64 [P]
-    positions: StagedArray  # int64 [P]
-    sequence_of: StagedArray  # int64 [P], rows of the batch's block tables
-    slots: StagedArray  # int64 [C]
-    lengths: StagedArray  # int64 [C]: context, this chunk included
-    query_starts: StagedArray  # int32 [S + 1], of the whole batch
-    sample_rows: StagedArray  # int64 [D + K], of the whole batch
-    sampled_slots: StagedArray  # int64 [K]
-    sampled_positions: StagedArray  # int64 [K]
-    longest: int
+    packed: StagedArray  # int64, see mixed.py
+    shape: MixedShape
+    longest: int  # tokens of one chunk
+    size: int | None  # of the graph that it is padded for
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +82,7 @@ class _Step:
     decode_slots: StagedArray | None  # int64 [num_slots], filled up with the null slot, where it has changed
     num_decodes: int
     num_sampled: int
-    chunks: _Chunks | None
+    mixed: _Mixed | None
     mode: SamplingMode
 
 
@@ -123,7 +122,12 @@ class Runner:
         self._batch_slots = torch.full((slots.num_slots,), slots.num_slots, device=device.torch_device)
         self._rows = torch.arange(slots.num_slots + 1, device=device.torch_device)
         self._starts = self._rows.int()
-        self._graphs = DecodeGraphs(slots.num_slots)
+        most = MixedShape.padded(MOST_TOKENS, slots.num_slots)
+        self._mixed_inputs = torch.full((sum(most.sections),), slots.num_slots, device=device.torch_device)
+        self._hidden = decoder.weights.embed.new_zeros(slots.num_slots, decoder.spec.hidden_size)
+        self._graphs = RowGraphs(slots.num_slots)
+        self._forwards = TokenGraphs()
+        self._samplings = RowGraphs(slots.num_slots)
         self._prompts: dict[int, NDArray[np.int32]] = {}
         self._decode: list[int] = []
         self._decode_mode = SamplingMode(False, False, False)
@@ -131,16 +135,17 @@ class Runner:
     # ------------------------------------------------------------------------------- beforehand
 
     def prepare(self, max_tokens: int) -> None:
-        """Runs every kind of step once, and captures the decode steps. Before the first plan; waits.
+        """Runs every kind of step once, and captures what can be. Before the first plan; waits.
 
         A kernel's first use takes milliseconds, some hundreds of them, and a capture needs kernels that are
         loaded. All of it happens in the null slot.
 
         Args:
-            max_tokens: of a step, and of one sequence.
+            max_tokens: of a step.
         """
         null = self._slots.num_slots
-        length = max_tokens
+        width = self._slots.block_table.shape[1]
+        length = min(max_tokens, max(1, (width - 1) * self._cache.block_size))  # of one sequence
         while length:
             for sampling in _WARM_UP:
                 admission = Admission(null, pack_int32([0] * length), length, 0, pack_int32([0]), sampling)
@@ -154,9 +159,33 @@ class Runner:
             self._device.captures and isinstance(self._decoder.attention, PagedAttention)
         )
         if not looks:
-            self._graphs.capture(self._device, self._decode_step)
+            self._capture(max_tokens)
         self._device.compute.run(self._begin)
         self._device.synchronize()
+
+    def _capture(self, max_tokens: int) -> None:
+        started = time.monotonic()
+        self._device.compute.run(self._begin)
+        self._forwards.capture(self._device, max_tokens, self._put_padding, self._forward_padded)
+        after_forwards = time.monotonic()
+        self._samplings.capture(self._device, self._sample_padded)
+        self._graphs.capture(self._device, self._decode_step)
+        ended = time.monotonic()
+        logger.info(
+            "captured mixed steps in %.1f s, decode steps in %.1f s",
+            after_forwards - started,
+            ended - after_forwards,
+        )
+
+    def _put_padding(self, size: int) -> None:
+        """The input of a mixed step that has nothing but padding."""
+        shape = MixedShape.padded(size, self._slots.num_slots)
+        packed = torch.from_numpy(pack((), (), {}, shape, self._slots.num_slots))
+
+        def copy() -> None:
+            self._mixed_inputs[: len(packed)].copy_(packed)
+
+        self._device.compute.run(copy)
 
     def _begin(self) -> None:
         """As if there had been no step."""
@@ -206,35 +235,20 @@ class Runner:
             decode_slots,
             len(self._decode),
             len(self._decode) + len(sampled),
-            self._stage_chunks(plan, staging) if plan.chunks else None,
+            self._stage_mixed(plan, staging) if plan.chunks else None,
             self._slots.sampling_mode(self._decode + sampled) if sampled else self._decode_mode,
         )
 
-    def _stage_chunks(self, plan: BatchPlan, staging: StagingBuffer) -> _Chunks:
-        chunks = plan.chunks
-        num_decodes = len(self._decode)
-        lengths = np.array([chunk.length for chunk in chunks], np.int64)
-        ends = np.array([chunk.start + chunk.length for chunk in chunks], np.int64)
-        slots = np.array([chunk.slot for chunk in chunks], np.int64)
-        samples = np.array([chunk.sample for chunk in chunks], np.bool_)
-        tokens = [self._prompts[chunk.slot][chunk.start : chunk.start + chunk.length] for chunk in chunks]
-        positions = [np.arange(chunk.start, chunk.start + chunk.length) for chunk in chunks]
-        row_ends = num_decodes + np.cumsum(lengths)
-        for chunk in chunks:
+    def _stage_mixed(self, plan: BatchPlan, staging: StagingBuffer) -> _Mixed:
+        shape = MixedShape.exact(len(self._decode), plan.chunks)
+        size = self._forwards.size_for(shape.num_tokens)
+        if size is not None:
+            shape = MixedShape.padded(size, self._slots.num_slots)
+        packed = pack(self._decode, plan.chunks, self._prompts, shape, self._slots.num_slots)
+        for chunk in plan.chunks:
             if chunk.sample:  # the prompt is on the device now
                 del self._prompts[chunk.slot]
-        return _Chunks(
-            staging.put(np.concatenate(tokens).astype(np.int64)),
-            staging.put(np.concatenate(positions).astype(np.int64)),
-            staging.put(np.repeat(np.arange(len(chunks), dtype=np.int64) + num_decodes, lengths)),
-            staging.put(slots),
-            staging.put(ends),
-            staging.put(np.concatenate([np.arange(num_decodes + 1), row_ends]).astype(np.int32)),
-            staging.put(np.concatenate([np.arange(num_decodes), row_ends[samples] - 1])),
-            staging.put(slots[samples]),
-            staging.put(ends[samples]),
-            int(lengths.max()),
-        )
+        return _Mixed(staging.put(packed), shape, max(chunk.length for chunk in plan.chunks), size)
 
     # -------------------------------------------------------------------------- compute stream
 
@@ -242,8 +256,8 @@ class Runner:
         self._slots.apply(step.deltas)
         if step.decode_slots is not None:
             self._batch_slots.copy_(step.decode_slots.get())
-        if step.chunks is not None:
-            self._mixed_step(step, step.chunks)
+        if step.mixed is not None:
+            self._mixed_step(step, step.mixed)
         elif (replay := self._graphs.find(step.num_decodes, step.mode)) is not None:
             replay()
         else:
@@ -251,54 +265,64 @@ class Runner:
 
     def _decode_step(self, count: int, mode: SamplingMode) -> None:
         """Decodes the first `count` slots of the batch, of which the last ones may be the null slot."""
-        self._counter += 1
         table = self._slots
         slots = self._batch_slots[:count]
         positions = table.position[slots]
+        ends = positions + 1
         batch = Batch(
             token_ids=table.last_token[slots],
             positions=positions,
             sequence_of=self._rows[:count],
             block_tables=table.block_table[slots],
-            lengths=(positions + 1).int(),
+            lengths=ends.int(),
             query_starts=self._starts[: count + 1],
             num_decodes=count,
             max_query=1,
             sample_rows=None,
         )
-        tokens = self._sample(self._decoder.forward(batch, self._cache), slots, positions + 1, mode)
-        table.last_token[slots] = tokens
-        table.position[slots] = positions + 1
-        table.position[-1:].zero_()  # padding rows stay where they are
-        self._write_ring(tokens)
-
-    def _mixed_step(self, step: _Step, chunks: _Chunks) -> None:
-        self._counter += 1
-        table = self._slots
-        decode_slots = self._batch_slots[: step.num_decodes]
-        decode_positions = table.position[decode_slots]
-        chunk_slots, chunk_lengths = chunks.slots.get(), chunks.lengths.get()
-        batch = Batch(
-            token_ids=torch.cat([table.last_token[decode_slots], chunks.tokens.get()]),
-            positions=torch.cat([decode_positions, chunks.positions.get()]),
-            sequence_of=torch.cat([self._rows[: step.num_decodes], chunks.sequence_of.get()]),
-            block_tables=table.block_table[torch.cat([decode_slots, chunk_slots])],
-            lengths=torch.cat([decode_positions + 1, chunk_lengths]).int(),
-            query_starts=chunks.query_starts.get(),
-            num_decodes=step.num_decodes,
-            max_query=chunks.longest,
-            sample_rows=chunks.sample_rows.get(),
-        )
         hidden = self._decoder.forward(batch, self._cache)
-        table.position[chunk_slots] = chunk_lengths
-        table.position[decode_slots] = decode_positions + 1
-        if not step.num_sampled:  # chunks in the middle of their prompts
-            self._write_ring(hidden.new_empty(0, dtype=torch.int64))
+        table.position[slots] = ends
+        table.position[-1:].zero_()  # padding rows stay where they are
+        self._sample_step(slots, hidden, mode)
+
+    def _mixed_step(self, step: _Step, mixed: _Mixed) -> None:
+        packed = mixed.packed.get()
+        if mixed.size is None:
+            inputs = MixedInputs.of(packed, mixed.shape)
+            hidden = self._mixed_forward(inputs, step.num_decodes, mixed.longest)
+            self._sample_step(inputs.sampled_slots, hidden, step.mode)
             return
-        slots = torch.cat([decode_slots, chunks.sampled_slots.get()])
-        positions = torch.cat([decode_positions + 1, chunks.sampled_positions.get()])
-        tokens = self._sample(hidden, slots, positions, step.mode)
-        table.last_token[slots] = tokens
+        self._mixed_inputs[: len(packed)].copy_(packed)
+        self._forwards.replay(mixed.size)
+        if not step.num_sampled:  # chunks in the middle of their prompts
+            self._sample_padded(0, step.mode)
+        elif (replay := self._samplings.find(step.num_sampled, step.mode)) is not None:
+            replay()
+
+    def _mixed_forward(self, inputs: MixedInputs, num_decodes: int, max_query: int) -> Tensor:
+        """Hidden states [R, hidden_size] of the rows to sample; the slots stand behind these tokens then."""
+        table = self._slots
+        ends = table.position[inputs.slots] + inputs.counts
+        hidden = self._decoder.forward(inputs.batch(table, ends, num_decodes, max_query), self._cache)
+        table.position[inputs.slots] = ends
+        return hidden
+
+    def _forward_padded(self, size: int) -> None:
+        inputs = MixedInputs.of(self._mixed_inputs, MixedShape.padded(size, self._slots.num_slots))
+        hidden = self._mixed_forward(inputs, 0, size)
+        self._hidden[: len(hidden)].copy_(hidden)
+
+    def _sample_padded(self, count: int, mode: SamplingMode) -> None:
+        """Samples from what `_forward_padded` has left, for the first `count` slots of its input."""
+        self._sample_step(self._mixed_inputs[:count], self._hidden[:count], mode)
+
+    def _sample_step(self, slots: Tensor, hidden: Tensor, mode: SamplingMode) -> None:
+        """The end of a step: tokens for where the slots stand now, and the ring's row."""
+        self._counter += 1
+        tokens = slots.new_empty(0)
+        if len(slots):  # if not: chunks in the middle of their prompts
+            tokens = self._sample(hidden, slots, mode)
+            self._slots.last_token[slots] = tokens
         self._write_ring(tokens)
 
     def _write_ring(self, tokens: Tensor) -> None:
@@ -306,10 +330,10 @@ class Runner:
         row = torch.cat([self._counter, tokens]).unsqueeze(0)
         self._ring[:, : row.shape[1]].index_copy_(0, self._counter % len(self._ring), row)
 
-    def _sample(self, hidden: Tensor, slots: Tensor, positions: Tensor, mode: SamplingMode) -> Tensor:
-        """The next token of each row: hidden [R, hidden_size], slots and positions int64 [R] -> int64 [R]."""
+    def _sample(self, hidden: Tensor, slots: Tensor, mode: SamplingMode) -> Tensor:
+        """The next token of each row: hidden [R, hidden_size] and slots int64 [R] -> int64 [R]."""
         logits = self._decoder.logits(hidden)
-        rows = self._slots.sampling_rows(slots, positions, mode)
+        rows = self._slots.sampling_rows(slots, mode)
         tokens = sample(logits, rows, mode, self._decoder.vocab_start, self._collectives)
         if self._check_agreement:
             self._compare_ranks("hidden states", hidden)

@@ -108,8 +108,8 @@ class SlotTable:
             self.temperature[slots] = floats[:, 0]
             self.top_p[slots] = floats[:, 1]
 
-    def sampling_rows(self, slots: Tensor, positions: Tensor, mode: SamplingMode) -> SamplingRows:
-        """The sampling parameters of rows whose tokens will stand at `positions` (int64 [R] both).
+    def sampling_rows(self, slots: Tensor, mode: SamplingMode) -> SamplingRows:
+        """The sampling parameters of slots (int64 [R]), whose tokens will stand where they stand now.
 
         What the mode does not look at is left empty: each is a kernel of its own on a GPU.
         """
@@ -122,7 +122,7 @@ class SlotTable:
             rows(self.top_p, mode.truncate),
             rows(self.top_k, mode.truncate),
             rows(self.seed, mode.random),
-            positions,
+            rows(self.position, mode.random or mode.suppress),
             rows(self.min_length, mode.suppress),
             rows(self.stop_ids, mode.suppress),
         )

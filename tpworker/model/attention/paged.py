@@ -67,8 +67,10 @@ class PagedAttention:
 
     def prepare(self, batch: Batch, block_size: int) -> _Plan:
         """Group the decoding sequences and find where everything lies. Reads lengths on the host."""
-        # A row of length 0 only pads the batch; it attends to the null block and harms nobody.
-        lengths = [max(1, length) for length in batch.lengths.tolist()]
+        # A sequence of length 0 only pads the batch. One that decodes attends to the null block and harms
+        # nobody; a chunk is left out.
+        real_lengths: list[int] = batch.lengths.tolist()
+        lengths = [max(1, length) for length in real_lengths]
         starts: list[int] = batch.query_starts.tolist()
         num_decodes = batch.num_decodes
         order = sorted(range(num_decodes), key=lambda sequence: lengths[sequence])
@@ -84,7 +86,7 @@ class PagedAttention:
         chunks = [
             self._chunk(batch.block_tables[s], slice(starts[s], starts[s + 1]), lengths[s], block_size)
             for s in range(num_decodes, len(lengths))
-            if starts[s + 1] > starts[s]
+            if real_lengths[s] and starts[s + 1] > starts[s]
         ]
         return _Plan(num_decodes, order_tensor, groups, chunks)
 
@@ -133,7 +135,7 @@ class PagedAttention:
 
     def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, plan: _Plan) -> Tensor:
         """See `Attention`."""
-        out = torch.empty_like(queries)
+        out = torch.zeros_like(queries)  # of padding it stays so
         if plan.groups:
             decodes = queries[: plan.num_decodes]
             if plan.order is None:

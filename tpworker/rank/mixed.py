@@ -1,0 +1,150 @@
+"""The input of steps that hold chunks of prompts ('mixed' steps: requests may decode beside them).
+
+    host                                     device
+    one packed array of integers ──upload──► MixedInputs ──► Batch
+    tokens of chunks, slots, counts          what decodes takes its token from the slot table; all take their
+                                             positions from it: a chunk begins where its slot stands
+
+Sizes are a step's own, or rounded up to those of a captured graph. Then padding tokens make up a sequence of
+the null slot, the last one, of length 0; and rows that are missing are sampled for the null slot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tpworker.ipc.messages import Chunk
+from tpworker.model.batch import Batch
+from tpworker.rank.slots import SlotTable
+
+
+@dataclass(frozen=True, slots=True)
+class MixedShape:
+    """T tokens of S sequences; R rows are picked for sampling, for P slots."""
+
+    num_tokens: int
+    num_sequences: int
+    num_rows: int
+    num_places: int
+
+    @classmethod
+    def exact(cls, num_decodes: int, chunks: Sequence[Chunk]) -> MixedShape:
+        """Of a step with so many decoding sequences, and these chunks."""
+        num_rows = num_decodes + sum(chunk.sample for chunk in chunks)
+        num_tokens = num_decodes + sum(chunk.length for chunk in chunks)
+        return cls(num_tokens, num_decodes + len(chunks), num_rows, num_rows)
+
+    @classmethod
+    def padded(cls, num_tokens: int, num_slots: int) -> MixedShape:
+        """For any step of up to `num_tokens` tokens: as many sequences as it can have, and one of padding."""
+        num_rows = min(num_tokens, num_slots)
+        return cls(num_tokens, num_rows + 1, num_rows, num_slots)
+
+    @property
+    def sections(self) -> list[int]:
+        """The length of each field of `MixedInputs`; they are packed one behind the other."""
+        tokens, sequences = self.num_tokens, self.num_sequences
+        return [self.num_places, self.num_rows, *[tokens] * 4, sequences, sequences, sequences + 1]
+
+
+@dataclass(frozen=True, slots=True)
+class MixedInputs:
+    """Views of a packed array on the device, int64."""
+
+    sampled_slots: Tensor  # [P], in the order of the plan: decoding slots, then chunks that end their prompts
+    sample_rows: Tensor  # [R], their last tokens
+    tokens: Tensor  # [T]; -1: the slot's last token
+    token_slots: Tensor  # [T]
+    offsets: Tensor  # [T], from where the slot stands
+    sequence_of: Tensor  # [T]
+    slots: Tensor  # [S]
+    counts: Tensor  # [S], tokens of each sequence; padding counts for nothing
+    starts: Tensor  # [S + 1], its first token, and T
+
+    @classmethod
+    def of(cls, packed: Tensor, shape: MixedShape) -> MixedInputs:
+        """What `pack` has put there."""
+        sections = shape.sections
+        return cls(*packed[: sum(sections)].split_with_sizes(sections))
+
+    def batch(self, table: SlotTable, ends: Tensor, num_decodes: int, max_query: int) -> Batch:
+        """The step's batch, with what the slot table says.
+
+        Args:
+            ends: int64 [S], where the slots stand after this step.
+            num_decodes: so many sequences, the first, are known on the host to have one token each.
+            max_query: no sequence has more tokens.
+        """
+        return Batch(
+            token_ids=torch.where(self.tokens < 0, table.last_token[self.token_slots], self.tokens),
+            positions=table.position[self.token_slots] + self.offsets,
+            sequence_of=self.sequence_of,
+            block_tables=table.block_table[self.slots],
+            lengths=ends.int(),
+            query_starts=self.starts.int(),
+            num_decodes=num_decodes,
+            max_query=max_query,
+            sample_rows=self.sample_rows,
+        )
+
+
+def pack(
+    decode: Sequence[int],
+    chunks: Sequence[Chunk],
+    prompts: Mapping[int, NDArray[np.int32]],
+    shape: MixedShape,
+    null_slot: int,
+) -> NDArray[np.int64]:
+    """A step's `MixedInputs`, one behind the other.
+
+    Args:
+        decode: slots with one token each.
+        chunks: behind them, in this order.
+        prompts: by slot, all tokens of those that have chunks.
+        shape: with room for all that.
+    """
+    num_decodes, num_sequences = len(decode), len(decode) + len(chunks)
+    sections = shape.sections
+    ends = list(accumulate(sections))
+    packed = np.empty(ends[-1], np.int64)
+    fields = (packed[end - length : end] for length, end in zip(sections, ends, strict=True))
+    sampled_slots, sample_rows, tokens, token_slots, offsets, sequence_of, slots, counts, starts = fields
+
+    slots[:num_sequences] = [*decode, *(chunk.slot for chunk in chunks)]
+    slots[num_sequences:] = null_slot
+    counts[:num_decodes] = 1
+    counts[num_decodes:num_sequences] = [chunk.length for chunk in chunks]
+    counts[num_sequences:] = 0
+    starts[0] = 0
+    counts.cumsum(out=starts[1:])
+    num_tokens = int(starts[-1])
+    starts[-1] = shape.num_tokens
+
+    real = slice(num_tokens)
+    sequence_of[real] = np.arange(num_sequences).repeat(counts[:num_sequences])
+    token_slots[real] = slots[sequence_of[real]]
+    offsets[real] = np.arange(num_tokens) - starts[sequence_of[real]]
+    tokens[:num_decodes] = -1
+    for chunk, start in zip(chunks, starts[num_decodes:].tolist(), strict=False):
+        tokens[start : start + chunk.length] = prompts[chunk.slot][chunk.start : chunk.start + chunk.length]
+    for field, padding in (
+        (tokens, 0),
+        (token_slots, null_slot),
+        (offsets, 0),
+        (sequence_of, shape.num_sequences - 1),
+    ):
+        field[num_tokens:] = padding
+
+    sampled = [*range(num_decodes), *(i for i, chunk in enumerate(chunks, num_decodes) if chunk.sample)]
+    sampled_slots[: len(sampled)] = slots[sampled]
+    sampled_slots[len(sampled) :] = null_slot
+    sample_rows[: len(sampled)] = starts[:-1][sampled] + counts[sampled] - 1
+    sample_rows[len(sampled) :] = shape.num_tokens - 1
+    return packed
