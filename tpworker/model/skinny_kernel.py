@@ -1,9 +1,10 @@
-"""The product of a weight with a single row. Imports Triton: import it on CUDA only.
+"""Products of a weight with few rows. Imports Triton: import it on CUDA only.
 
-With one row a product is the reading of its weight, and for the small matrices of small models the library's
-tiles leave much of the GPU idle (Qwen3-0.6B: 5 to 13 µs where the bytes need 1 to 3). Here each program reads
-whole rows of the weight, few enough that there are programs for every processor. For several rows, a kernel
-like this one with matrix units was not faster than the library.
+With up to 64 rows a product is the reading of its weight. What matters is that the memory is never idle: each
+program asks for the first part of its weight before it waits for the kernel that makes its input (see
+`tpworker.model.pdl`), so the weight comes in while norms, rotations and attention run, which need little of
+the memory's bandwidth. The library's products cannot do that, and its tiles leave much of the GPU idle for the
+small matrices of small models.
 """
 
 # Triton has no types, and is not installed where there is no GPU.
@@ -12,35 +13,58 @@ like this one with matrix units was not faster than the library.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-_OUTPUTS = 2  # rows of the weight that a program reads
-_WARPS = 4
+from tpworker.model import pdl
+from tpworker.model.pdl import prefetch, prefetch_rows, start_next, wait
+
+# ------------------------------------------------------------------------------------------------- one row
 
 
-def _step(size_in: int) -> int:
-    """Elements of each that a program reads at a time; in long rows shorter steps were faster (H200)."""
-    step: int = min(2048 if size_in <= 8192 else 1024, triton.next_power_of_2(size_in))
-    return step
+@dataclass(frozen=True, slots=True)
+class OneRow:
+    """How a product of one row is cut."""
+
+    outputs: int = 2  # rows of the weight that a program reads
+    warps: int = 4
+    step: int = 2048  # elements of each at a time
+    prefetch: bool = True
+
+
+def _one_row_rule(size_in: int) -> OneRow:
+    """In long rows shorter steps were faster (H200)."""
+    return OneRow(step=min(2048 if size_in <= 8192 else 1024, triton.next_power_of_2(size_in)))
 
 
 @triton.jit
 def _one_row(
     x, weight, bias, out, SIZE_IN: tl.constexpr, SIZE_OUT: tl.constexpr, HAS_BIAS: tl.constexpr,
-    OUTPUTS: tl.constexpr, STEP: tl.constexpr,
+    OUTPUTS: tl.constexpr, STEP: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program OUTPUTS rows of the weight; sums in float32."""
-    output = tl.program_id(0).to(tl.int64) * OUTPUTS + tl.arange(0, OUTPUTS)
+    start_next(PDL)
+    first = tl.program_id(0).to(tl.int64) * OUTPUTS
+    output = first + tl.arange(0, OUTPUTS)
     exists = output < SIZE_OUT
     column = tl.arange(0, STEP)
-    total = tl.zeros([OUTPUTS, STEP], tl.float32)
-    for start in tl.static_range(0, SIZE_IN, STEP):
+    source = weight + output[:, None] * SIZE_IN + column[None, :]
+    if PREFETCH and SIZE_IN > STEP:
+        width: tl.constexpr = SIZE_IN * (weight.dtype.element_ty.primitive_bitwidth // 8)
+        num_bytes = tl.minimum(OUTPUTS, SIZE_OUT - first).to(tl.int32) * width
+        prefetch(weight + first * SIZE_IN, num_bytes, PDL)
+    # The first step's weights are on their way before the input is there.
+    part = tl.load(source, mask=exists[:, None] & (column < SIZE_IN)[None, :], other=0.0)
+    wait(PDL)
+    value = tl.load(x + column, mask=column < SIZE_IN, other=0.0)
+    total = part.to(tl.float32) * value.to(tl.float32)[None, :]
+    for start in tl.static_range(STEP, SIZE_IN, STEP):
         inside = start + column < SIZE_IN
-        source = weight + output[:, None] * SIZE_IN + start + column[None, :]
-        part = tl.load(source, mask=exists[:, None] & inside[None, :], other=0.0)
+        part = tl.load(source + start, mask=exists[:, None] & inside[None, :], other=0.0)
         value = tl.load(x + start + column, mask=inside, other=0.0)
         total += part.to(tl.float32) * value.to(tl.float32)[None, :]
     result = tl.sum(total, axis=1)
@@ -49,14 +73,15 @@ def _one_row(
     tl.store(out + output, result.to(out.dtype.element_ty), mask=exists)
 
 
-def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, rule: OneRow | None = None) -> Tensor:
     """x [1, in] times weight [out, in] transposed, plus bias [out]: [1, out]."""
     assert len(x) == 1
     assert x.is_contiguous()
     assert weight.is_contiguous()
     size_out, size_in = weight.shape
+    rule = rule or _one_row_rule(size_in)
     out = torch.empty(1, size_out, dtype=x.dtype, device=x.device)
-    _one_row[(triton.cdiv(size_out, _OUTPUTS),)](
+    _one_row[(triton.cdiv(size_out, rule.outputs),)](
         x,
         weight,
         x if bias is None else bias,
@@ -64,8 +89,136 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         SIZE_IN=size_in,
         SIZE_OUT=size_out,
         HAS_BIAS=bias is not None,
-        OUTPUTS=_OUTPUTS,
-        STEP=_step(size_in),
-        num_warps=_WARPS,
+        OUTPUTS=rule.outputs,
+        STEP=min(rule.step, triton.next_power_of_2(size_in)),
+        PREFETCH=rule.prefetch and size_in % 8 == 0,
+        num_warps=rule.warps,
+        **pdl.options(),
+    )
+    return out
+
+
+# -------------------------------------------------------------------------------------------- several rows
+
+
+@dataclass(frozen=True, slots=True)
+class FewRows:
+    """How a product of several rows is cut."""
+
+    outputs: int = 64  # rows of the weight that a program reads
+    step: int = 128  # elements of each at a time
+    splits: int = 1  # programs that share them
+    warps: int = 4
+    stages: int = 4  # steps that are on their way
+    prefetch: int = 512  # elements of each row that are asked for beforehand
+
+
+@triton.jit
+def _few_rows(
+    x, weight, bias, out, partial, arrived, num_rows,
+    SIZE_IN: tl.constexpr, SIZE_OUT: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr,
+    OUTPUTS: tl.constexpr, STEP: tl.constexpr, SPLITS: tl.constexpr, PREFETCH: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """One program OUTPUTS rows of the weight, or their SPLITS-th part; sums in float32.
+
+    The product is computed transposed, out.T = weight @ x.T: the matrix units take 64 rows at a time of what
+    stands left, and that is the weight.
+    """
+    start_next(PDL)
+    tile = tl.program_id(0)
+    split = tl.program_id(1)
+    LENGTH: tl.constexpr = tl.cdiv(tl.cdiv(SIZE_IN, SPLITS), STEP) * STEP
+    begin = split * LENGTH
+    first = tile.to(tl.int64) * OUTPUTS
+    output = first + tl.arange(0, OUTPUTS)
+    if PREFETCH > 0:
+        width: tl.constexpr = PREFETCH * (weight.dtype.element_ty.primitive_bitwidth // 8)
+        prefetch_rows(weight + first * SIZE_IN + begin, SIZE_OUT - first, SIZE_IN, width, OUTPUTS, PDL)
+    # A row that does not exist is read as the last one, and not stored.
+    source = weight + tl.minimum(output, SIZE_OUT - 1)[:, None] * SIZE_IN
+    row = tl.arange(0, ROWS)
+    wait(PDL)
+    total = tl.zeros([OUTPUTS, ROWS], tl.float32)
+    end = tl.minimum(begin + LENGTH, SIZE_IN)
+    for start in range(begin, end, STEP):
+        column = start + tl.arange(0, STEP)
+        if SIZE_IN % (SPLITS * STEP) == 0:
+            part = tl.load(source + column[None, :])
+            value = tl.load(
+                x + row[:, None] * SIZE_IN + column[None, :], mask=(row < num_rows)[:, None], other=0.0
+            )
+        else:
+            inside = (column < SIZE_IN)[None, :]
+            part = tl.load(source + column[None, :], mask=inside, other=0.0)
+            value = tl.load(
+                x + row[:, None] * SIZE_IN + column[None, :],
+                mask=(row < num_rows)[:, None] & inside,
+                other=0.0,
+            )
+        total = tl.dot(part, tl.trans(value), total, input_precision="ieee")
+    is_real = (output < SIZE_OUT)[:, None] & (row < num_rows)[None, :]
+    target = row[None, :] * SIZE_OUT + output[:, None]
+    is_last = True
+    if SPLITS > 1:
+        place = output[:, None] * ROWS + row[None, :]
+        tl.store(partial + split.to(tl.int64) * (SIZE_OUT * ROWS) + place, total, mask=is_real)
+        # All of the program's threads have written before one of them says so.
+        tl.debug_barrier()
+        is_last = tl.atomic_add(arrived + tile, 1, sem="acq_rel") == SPLITS - 1
+        if is_last:
+            total = tl.zeros([OUTPUTS, ROWS], tl.float32)
+            for other in tl.static_range(SPLITS):  # always in the same order
+                total += tl.load(
+                    partial + other * (SIZE_OUT * ROWS) + place, mask=is_real, other=0.0, cache_modifier=".cg"
+                )
+            tl.store(arrived + tile, 0)  # for the next product
+    if is_last:
+        if HAS_BIAS:
+            added = tl.load(bias + output, mask=output < SIZE_OUT, other=0.0).to(tl.float32)
+            total += added[:, None]
+        tl.store(out + target, total.to(out.dtype.element_ty), mask=is_real)
+
+
+def multiply_few(
+    x: Tensor, weight: Tensor, bias: Tensor | None, rule: FewRows, arrived: Tensor | None = None
+) -> Tensor:
+    """x [R, in] times weight [out, in] transposed, plus bias [out]: [R, out].
+
+    arrived: int32 zeros, one for `rule.outputs` rows of the weight, if `rule.splits` > 1; zeros afterwards.
+    """
+    assert x.is_contiguous()
+    assert weight.is_contiguous()
+    assert rule.splits == 1 or arrived is not None
+    size_out, size_in = weight.shape
+    num_rows = len(x)
+    rows = max(16, triton.next_power_of_2(num_rows))
+    out = torch.empty(num_rows, size_out, dtype=x.dtype, device=x.device)
+    partial = arrived
+    if rule.splits > 1:
+        partial = torch.empty(rule.splits, size_out, rows, dtype=torch.float32, device=x.device)
+    length = triton.cdiv(triton.cdiv(size_in, rule.splits), rule.step) * rule.step
+    shortest = size_in - (rule.splits - 1) * length  # the last split's
+    assert shortest > 0, (rule, size_in)
+    num_tiles = triton.cdiv(size_out, rule.outputs)
+    _few_rows[(num_tiles, rule.splits)](
+        x,
+        weight,
+        x if bias is None else bias,
+        out,
+        partial if partial is not None else x,
+        arrived if arrived is not None else x,
+        num_rows,
+        SIZE_IN=size_in,
+        SIZE_OUT=size_out,
+        HAS_BIAS=bias is not None,
+        ROWS=rows,
+        OUTPUTS=rule.outputs,
+        STEP=rule.step,
+        SPLITS=rule.splits,
+        PREFETCH=min(rule.prefetch, shortest) if size_in % 8 == 0 else 0,
+        num_warps=rule.warps,
+        num_stages=rule.stages,
+        **pdl.options(),
     )
     return out

@@ -20,6 +20,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
+from tpworker.model import pdl
+from tpworker.model.pdl import start_next, wait
+
 _VOCAB_BLOCK = 2048  # logits of one program: 75 programs for one row of Qwen3's vocabulary
 _HEADS_TILE = 8  # heads of one program
 
@@ -28,13 +31,18 @@ _HEADS_TILE = 8  # heads of one program
 
 
 @triton.jit
-def _add_norm(x, delta, weight, out, eps, SIZE: tl.constexpr, HAS_DELTA: tl.constexpr, BLOCK: tl.constexpr):
+def _add_norm(
+    x, delta, weight, out, eps, SIZE: tl.constexpr, HAS_DELTA: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
     """One program a row: x += delta (rounded, as the reference does), out = RMSNorm(x) * weight."""
+    start_next(PDL)
     start = tl.program_id(0).to(tl.int64) * SIZE
     column = tl.arange(0, BLOCK)
     inside = column < SIZE
-    value = tl.load(x + start + column, mask=inside, other=0.0)
     scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    wait(PDL)
+    value = tl.load(x + start + column, mask=inside, other=0.0)
     if HAS_DELTA:
         added = tl.load(delta + start + column, mask=inside, other=0.0).to(tl.float32)
         value = (value.to(tl.float32) + added).to(x.dtype.element_ty)
@@ -61,6 +69,7 @@ def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Ten
         HAS_DELTA=delta is not None,
         BLOCK=block,
         num_warps=min(16, max(1, block // 256)),
+        **pdl.options(),
     )
     return out
 
@@ -72,8 +81,11 @@ def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Ten
 def _places(
     positions, sequence_of, block_tables, cos_table, sin_table, cos, sin, rows,
     table_stride, BLOCK_SIZE: tl.constexpr, ROTARY_DIM: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One program a token: its rows of the rotary tables, and its row of the KV cache."""
+    start_next(PDL)
+    wait(PDL)
     token = tl.program_id(0).to(tl.int64)
     position = tl.load(positions + token)
     sequence = tl.load(sequence_of + token)
@@ -113,6 +125,7 @@ def places(
         ROTARY_DIM=rotary_dim,
         BLOCK=triton.next_power_of_2(rotary_dim),
         num_warps=1,
+        **pdl.options(),
     )
     return cos, sin, rows
 
@@ -124,7 +137,7 @@ def places(
 def _norm_rotate_store(
     heads, query_norm, key_norm, cos, sin, rows, query, keys, values, eps,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr,
-    HAS_NORM: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr,
+    HAS_NORM: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program a token and TILE of its heads, each in two halves: queries, keys and values alike.
 
@@ -132,6 +145,8 @@ def _norm_rotate_store(
     rotated. The query goes to memory of its own: threads may hold copies of an element, and one that still
     loads must not meet what another has stored.
     """
+    start_next(PDL)
+    wait(PDL)
     half: tl.constexpr = ROTARY_DIM // 2
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * TILE + tl.arange(0, TILE)[:, None]
@@ -233,6 +248,7 @@ def norm_rotate_store(
         BLOCK=triton.next_power_of_2(rotary_dim // 2),
         REST=triton.next_power_of_2(max(1, head_dim - rotary_dim)),
         num_warps=4,
+        **pdl.options(),
     )
     return query
 
@@ -241,7 +257,9 @@ def norm_rotate_store(
 
 
 @triton.jit
-def _silu_mul(gate_up, out, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def _silu_mul(gate_up, out, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    start_next(PDL)
+    wait(PDL)
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < WIDTH
@@ -257,7 +275,9 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     num_tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty(num_tokens, width)
     block = min(1024, triton.next_power_of_2(width))
-    _silu_mul[(num_tokens, triton.cdiv(width, block))](gate_up, out, WIDTH=width, BLOCK=block, num_warps=4)
+    _silu_mul[(num_tokens, triton.cdiv(width, block))](
+        gate_up, out, WIDTH=width, BLOCK=block, num_warps=4, **pdl.options()
+    )
     return out
 
 

@@ -31,11 +31,20 @@ _PROGRAMS_PER_PROCESSOR = 2
 
 
 @dataclass(frozen=True, slots=True)
+class Cut:
+    """How the work of a layer is cut."""
+
+    num_parts: int  # of each sequence, at most
+    tile: int  # tokens that a program takes at a time, and the shortest part
+    warps: int = 4
+    stages: int = 3  # tiles that are on their way
+
+
+@dataclass(frozen=True, slots=True)
 class _SplitPlan:
     block_tables: Tensor  # int32 [S, W]
     lengths: Tensor  # int32 [S]
-    num_parts: int
-    tile: int
+    cut: Cut
     partial: tuple[Tensor, Tensor, Tensor, Tensor]
     """Of each pair of sequence and key-value head: float32 sums [S K, parts, H / K, head_dim], maxima and
     totals [S K, parts, H / K], and int32 [S K], how many parts are done."""
@@ -63,6 +72,7 @@ class SplitAttention:
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
         self.others = others
+        self.cut: Cut | None = None  # for measurements: instead of the rule's
         self._num_processors = num_processors
 
     def prepare(self, batch: Batch, block_size: int) -> Any:
@@ -70,19 +80,25 @@ class SplitAttention:
         count = len(batch.lengths)
         if batch.num_decodes < count:
             return self.others.prepare(batch, block_size)
-        pairs = count * self.num_kv_heads
-        wanted = -(-_PROGRAMS_PER_PROCESSOR * self._num_processors // pairs)
-        longest = batch.block_tables.shape[1] * block_size
-        group = self.num_heads // self.num_kv_heads
-        most = max(1, _MAX_SUMS // (_power_of_2(group) * _power_of_2(self.head_dim)))
-        num_parts = max(1, min(_MAX_PARTS, most, wanted, -(-longest // _TILE)))
-        tile = _SHORT_TILE if group < 4 and num_parts <= 2 else _TILE
+        cut = self.cut or self.choose_cut(count, batch.block_tables.shape[1] * block_size)
+        pairs, group = count * self.num_kv_heads, self.num_heads // self.num_kv_heads
         device = batch.lengths.device
-        sums = torch.empty(pairs, num_parts, group, self.head_dim, device=device)
-        maxima, totals = torch.empty(2, pairs, num_parts, group, device=device)
+        sums = torch.empty(pairs, cut.num_parts, group, self.head_dim, device=device)
+        maxima, totals = torch.empty(2, pairs, cut.num_parts, group, device=device)
         arrived = torch.zeros(pairs, dtype=torch.int32, device=device)
-        partial = (sums, maxima, totals, arrived)
-        return _SplitPlan(batch.block_tables, batch.lengths, num_parts, tile, partial)
+        return _SplitPlan(batch.block_tables, batch.lengths, cut, (sums, maxima, totals, arrived))
+
+    def choose_cut(self, count: int, longest: int) -> Cut:
+        """For `count` sequences of at most `longest` tokens."""
+        group = self.num_heads // self.num_kv_heads
+        wanted = -(-_PROGRAMS_PER_PROCESSOR * self._num_processors // (count * self.num_kv_heads))
+        num_parts = max(1, min(_MAX_PARTS, self.most_parts(), wanted, -(-longest // _TILE)))
+        return Cut(num_parts, _SHORT_TILE if group < 4 and num_parts <= 2 else _TILE)
+
+    def most_parts(self) -> int:
+        """More do not fit into the registers of the program that puts them together."""
+        group = self.num_heads // self.num_kv_heads
+        return max(1, _MAX_SUMS // (_power_of_2(group) * _power_of_2(self.head_dim)))
 
     def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, plan: Any) -> Tensor:
         """See `Attention`."""
@@ -99,8 +115,7 @@ class SplitAttention:
             plan.lengths,
             plan.partial,
             out,
-            plan.num_parts,
-            plan.tile,
+            plan.cut,
         )
         return out.flatten(1)
 

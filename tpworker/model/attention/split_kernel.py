@@ -10,15 +10,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tpworker.model import pdl
+from tpworker.model.attention.split import Cut
+from tpworker.model.pdl import start_next, wait
+
 
 @triton.jit
 def _attend(
     queries, keys, values, block_tables, lengths, sums, maxima, totals, arrived, out, scale, table_stride,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     NUM_PARTS: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr,
-    REAL_ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    REAL_ROWS: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program a sequence, key-value head and part of the sequence; online softmax (arXiv 1805.02867)."""
+    start_next(PDL)
+    wait(PDL)
     sequence = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
     part = tl.program_id(2)
@@ -111,14 +117,13 @@ def attend(
     lengths: Tensor,
     partial: tuple[Tensor, Tensor, Tensor, Tensor],
     out: Tensor,
-    num_parts: int,
-    tile: int,
+    cut: Cut,
 ) -> None:
     """Attention of one token a sequence: queries and out [S, H, head_dim]; see `SplitAttention`."""
     num_sequences, num_heads, head_dim = queries.shape
     _, block_size, num_kv_heads, _ = keys.shape
     group = num_heads // num_kv_heads
-    _attend[(num_sequences, num_kv_heads, num_parts)](
+    _attend[(num_sequences, num_kv_heads, cut.num_parts)](
         queries,
         keys,
         values,
@@ -132,12 +137,13 @@ def attend(
         GROUP=group,
         HEAD_DIM=head_dim,
         BLOCK_SIZE=block_size,
-        NUM_PARTS=num_parts,
-        PARTS=triton.next_power_of_2(num_parts),
-        TILE=tile,
+        NUM_PARTS=cut.num_parts,
+        PARTS=triton.next_power_of_2(cut.num_parts),
+        TILE=cut.tile,
         ROWS=max(16, triton.next_power_of_2(group)),  # what the matrix units take at least
         REAL_ROWS=triton.next_power_of_2(group),
         COLUMNS=max(16, triton.next_power_of_2(head_dim)),
-        num_warps=4,
-        num_stages=3,
+        num_warps=cut.warps,
+        num_stages=cut.stages,
+        **pdl.options(),
     )

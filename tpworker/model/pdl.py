@@ -1,0 +1,108 @@
+"""Programmatic dependent launch: a kernel begins while the one before it in the stream still runs.
+
+On Hopper and later a kernel launched so may start as soon as every program of the kernel before it has called
+`start_next` or ended. What it does then must not depend on earlier kernels: it loads weights, or has them brought
+into the L2 cache. `wait` returns when the kernel before has ended as a whole and its writes can be seen. Between
+short kernels this hides launches, and the memory is busy while nothing but latency would pass.
+
+What keeps it right, whatever the kernels around are:
+
+- Every kernel launched so calls `wait` in each program, before it reads what another kernel has written and
+  before it writes anything. So when a kernel has ended, all before it have, and `wait` waits for all of them.
+- Kernels of others are launched plainly: they start when all before them has ended, and ours behind them when
+  they have ended, since they never call `start_next`.
+
+Stream capture keeps the relation: it becomes a programmatic edge of the CUDA graph.
+
+Imports Triton: import it on CUDA only.
+"""
+
+# Triton has no types, and is not installed where there is no GPU.
+# mypy: disable-error-code="import-not-found, import-untyped, untyped-decorator, no-untyped-def"
+# mypy: disable-error-code="no-untyped-call"
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+ENABLED = False
+"""False launches everything plainly."""
+
+
+def options() -> dict[str, Any]:
+    """What a kernel with a parameter PDL is launched with, besides its own arguments."""
+    if ENABLED and is_supported():
+        return {"PDL": True, "launch_pdl": True}
+    return {"PDL": False}
+
+
+@cache
+def is_supported() -> bool:
+    """Whether this machine's GPUs can. (Triton's interpreter cannot.)"""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+
+
+@triton.jit
+def start_next(PDL: tl.constexpr):
+    """The kernel after this one may start, once all programs of this one have said so."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def wait(PDL: tl.constexpr):
+    """Until all kernels before this one have ended; then what they wrote can be read, and memory written."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def prefetch(address, num_bytes, PDL: tl.constexpr):
+    """Have memory brought into the L2 cache; address and num_bytes are multiples of 16. Returns at once.
+
+    One thread of the program issues it; it may end before the memory has come.
+    """
+    if PDL:
+        tl.inline_asm_elementwise(
+            """{
+            .reg .pred first;
+            .reg .u32 thread;
+            mov.u32 thread, %tid.x;
+            setp.eq.u32 first, thread, 0;
+            @first cp.async.bulk.prefetch.L2.global [$1], $2;
+            mov.u32 $0, 0;
+            }""",
+            "=r,l,r",
+            [address, num_bytes],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
+def prefetch_rows(
+    first, num_rows, STRIDE: tl.constexpr, NUM_BYTES: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr
+):
+    """The same for the first NUM_BYTES of `num_rows` rows, up to ROWS, that lie STRIDE elements apart.
+
+    A thread for each row issues it; with fewer rows than threads some are asked for twice, at no cost.
+    """
+    if PDL:
+        row = tl.minimum(tl.arange(0, ROWS), num_rows - 1)
+        tl.inline_asm_elementwise(
+            """{
+            cp.async.bulk.prefetch.L2.global [$1], $2;
+            mov.u32 $0, 0;
+            }""",
+            "=r,l,r",
+            [first + row.to(tl.int64) * STRIDE, tl.zeros_like(row) + NUM_BYTES],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
