@@ -13,6 +13,7 @@ import sys
 BENCHMARKS = {
     "gpu": "decode steps on GPUs, beside their graphs alone",
     "barrier": "the admission barrier, beside gloo's",
+    "collectives": "what GPUs do together: sums, choices, barriers",
     "kernels": "a decode step on a GPU, kernel by kernel, beside the peer and the bytes it must read",
     "host": "what a step costs the host, with a fake device",
     "serve": "a real model over HTTP, overlap off and on",

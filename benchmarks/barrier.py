@@ -87,10 +87,10 @@ def _measure(num_ranks: int, kinds: tuple[str, ...], options: argparse.Namespace
             barrier.close()
     if None in answers:
         raise SystemExit(f"rank {answers.index(None)} failed")
-    return {kind: _samples([answer[kind] for answer in answers]) for kind in kinds}
+    return {kind: samples([answer[kind] for answer in answers]) for kind in kinds}
 
 
-def _samples(answers: list[dict[str, Any]]) -> dict[str, list[list[float]]]:
+def samples(answers: list[dict[str, Any]]) -> dict[str, list[list[float]]]:
     """By measure and round, from what every rank noted of one kind."""
     num_rounds, num_steps = len(answers[0]["back"]), len(answers[0]["back"][0]["came"])
 

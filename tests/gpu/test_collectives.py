@@ -19,7 +19,7 @@ pytestmark = [
 ]
 
 ROOT = Path(__file__).resolve().parents[2]
-SECONDS = 60
+SECONDS = 50
 
 
 def run_ranks(size: int, *checks: str) -> list[dict[str, Any]]:
