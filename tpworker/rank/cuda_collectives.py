@@ -86,7 +86,8 @@ class InboxCollectives(NcclCollectives):
         torch.cuda.synchronize(device)
         # Here the ranks learn each other's addresses, so nobody writes before all have emptied theirs.
         self._handle = memory.rendezvous(self._inbox, _distributed.group.WORLD.group_name)
-        addresses: list[int] = self._handle.buffer_ptrs
+        inboxes = [self._handle.get_buffer(peer, self._inbox.shape, torch.uint8) for peer in range(size)]
+        addresses = [inbox.data_ptr() for inbox in inboxes]
         assert addresses[rank] == self._inbox.data_ptr()
         self.inboxes = symmetric_kernels.Inboxes.of(addresses, rank, device)
 

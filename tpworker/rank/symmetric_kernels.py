@@ -32,6 +32,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tpworker.model import pdl
+from tpworker.model.pdl import start_next, wait
+
 WIDTH = 8192
 """Most elements of a row."""
 
@@ -125,17 +128,21 @@ def _await_row(entry, expected):
 def _reduce_add_norm(
     x, part, weight, out, inboxes, uses, eps,
     RANK: tl.constexpr, SIZE: tl.constexpr, TWO_SHOT: tl.constexpr, HAS_NORM: tl.constexpr,
-    COLUMNS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program a row: out = the sum over ranks, or x += sum and out = RMSNorm(x) * weight.
 
     One shot: every rank sends its part to all, and adds up all parts. Two shots: to the row's owner, who adds
     up and sends the sum to all. The sum is made in float32, in the order of the ranks, and rounded once.
     """
+    start_next(PDL)
     dtype = part.dtype.element_ty
     row = tl.program_id(0)
     column = tl.arange(0, BLOCK)
     inside = column < COLUMNS
+    if HAS_NORM:
+        scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    wait(PDL)
     here = row.to(tl.int64) * COLUMNS + column
     use = tl.load(uses + row)
     mine = tl.load(part + here, mask=inside, other=0.0)
@@ -151,7 +158,6 @@ def _reduce_add_norm(
             tl.store(there, mine, mask=inside)
     if HAS_NORM:  # meanwhile
         value = tl.load(x + here, mask=inside, other=0.0)
-        scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     inbox = tl.multiple_of(inboxes[RANK].to(tl.pointer_type(dtype)), 16)
     source = tl.arange(0, SIZE)[:, None]
     expected = (source != RANK) & inside[None, :]
@@ -225,6 +231,7 @@ def _launch(
         ROWS=len(inboxes.row_uses),
         WIDTH=WIDTH,
         num_warps=min(16, max(1, block // 256)),
+        **pdl.options(),
     )
     return out
 
@@ -236,12 +243,15 @@ def _launch(
 def _argmax(
     best, token, out, inboxes, uses, num_rows,
     RANK: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One program BLOCK rows: each rank sends its pairs to all, all take the highest.
 
     A pair is one int64, written in one piece, and such that the highest has the highest score, and of equal
     scores the lowest token: the score's bits, made to order like integers, above 2**32 - 1 - token.
     """
+    start_next(PDL)
+    wait(PDL)
     block = tl.program_id(0)
     row = block * BLOCK + tl.arange(0, BLOCK)
     exists = row < num_rows
@@ -288,5 +298,6 @@ def argmax(best: Tensor, token: Tensor, inboxes: Inboxes) -> Tensor:
         ROWS=MAX_PAIRS,
         BLOCK=_PAIRS_BLOCK,
         num_warps=4,
+        **pdl.options(),
     )
     return out
