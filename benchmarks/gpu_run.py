@@ -139,9 +139,9 @@ def _compared(
         "tpot_mean_ms": sum(periods) / len(periods),
     }
     if graphs:
-        alone = np.interp(lengths, *zip(*graphs, strict=True))
+        alone = np.interp(lengths, *zip(*graphs, strict=True)).tolist()
         over = [1e3 * (period - graph) for period, graph in zip(periods, alone, strict=True)]
-        row["graph_ms"] = quantile(list(alone), 0.5)
+        row["graph_ms"] = quantile(alone, 0.5)
         row["tpot_over_graph"] = quantile([p / g for p, g in zip(periods, alone, strict=True)], 0.5)
         row["over_p50_us"], row["over_p99_us"] = quantile(over, 0.5), quantile(over, 0.99)
     return row

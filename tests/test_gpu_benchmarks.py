@@ -1,0 +1,196 @@
+"""What the GPU benchmarks make of what GPUs tell: on lists of kernels that are made up, and on CPU ranks."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.floors import BYTES_PER_SECOND, floor_bytes, floor_ms
+from benchmarks.gpu import pair, print_tables
+from benchmarks.gpu_run import Case, _compared, measure
+from benchmarks.gpu_trace import UNSETTLED, Trace, TraceFailed, covered, figures, kind_of, timeline
+from tests.conftest import TINY_CONFIG
+from tpworker.model.families import read_spec
+from tpworker.model.tp import Shard
+from tpworker.outputs import StepRecord
+
+ROOT = Path(__file__).resolve().parents[1]
+STEP = 100_000  # ns from a step's start to the next one's
+NAMES = ["_add_norm", "one_shot_all_reduce_kernel", "nvjet_sm90_gemm", "index_put"]
+NORM, SUM, PRODUCT, GRANT = range(4)
+
+
+def collected(num_steps: int, late: int = 0, grant_at: int = -1, gap: int = 10_000) -> dict[str, Any]:
+    """A rank's trace: each step a norm, two all-reduces and a product, 2 µs idle before the product.
+
+    Args:
+        late: ns that this rank is before the others at a step's first all-reduce, and waits there.
+        grant_at: the step before which a kernel of 3 µs applies a grant.
+    """
+    kernels, launches = [], []
+    for step in range(num_steps):
+        start = step * STEP
+        end = start + STEP - gap
+        kernels += [
+            (step, NORM, start, 1000),
+            (step, SUM, start + 1000, 5000 + late),
+            (step, SUM, start + 6000 + late, 7000),
+            (step, PRODUCT, start + 15_000 + late, end - start - 15_000 - late),
+        ]
+        launches.append((start - 150_000, 4000))
+        if step == grant_at:
+            kernels.append((-1, GRANT, start - 5000, 3000))
+    return {"first_step": 40, "names": NAMES, "calls": {"cudaGraphLaunch": num_steps}, "launches": launches,
+            "kernels": kernels}  # fmt: skip
+
+
+def test_figures_of_a_trace() -> None:
+    traces = [Trace.of(collected(31, late=2500)), Trace.of(collected(31))]
+    row = figures(traces)
+    assert row["traced_steps"] == 20
+    assert row["kernels"] == 4
+    assert row["gap_p50_us"] == row["gap_p99_us"] == 10
+    assert row["idle_inside_us"] == 2
+    assert row["kinds_us"] == {"all-reduce": 14.5, "products": 90 - 17.5, "norms": 1.0}
+    assert row["all_reduce_us"] == 14.5
+    assert row["all_reduce_own_us"] == 12
+    assert row["skew_p50_us"] == 2.5
+    assert row["last_rank"] == [0, 1]
+    assert row["slowest"][0] == ("nvjet_sm90_gemm", 1, 72.5)
+
+
+def test_what_applies_deltas_between_two_steps_is_not_idle_time() -> None:
+    row = figures([Trace.of(collected(31, grant_at=20))])
+    assert (row["gap_p50_us"], row["gap_p99_us"]) == (10, 10)
+    trace = Trace.of(collected(31, grant_at=20))
+    trace = replace(trace, others=[replace(other, end=other.end + 60_000) for other in trace.others])
+    assert figures([trace])["gap_p50_us"] == 10, "only what lies between the steps counts"
+    few = Trace.of(collected(21 + UNSETTLED, grant_at=UNSETTLED + 1))
+    gaps = sorted(
+        figures([replace(few, steps=dict(list(few.steps.items())[:count]))])["gap_p50_us"] for count in (2, 3)
+    )
+    assert gaps == [7, 7], "a grant before the second step leaves 7 of 10 µs"
+    assert "skew_p50_us" not in row, "one rank waits for nobody"
+
+
+def test_steps_bear_their_numbers_and_edges_are_left_out() -> None:
+    trace = Trace.of(collected(31))
+    assert list(trace.steps) == list(range(40 + UNSETTLED, 70))
+    assert trace.launches[55] == (15 * STEP - 150_000, 15 * STEP - 146_000)
+    with_a_small_graph = collected(31)
+    with_a_small_graph["launches"].append((0, 10))
+    with_a_small_graph["kernels"].append((31, GRANT, 5, 10))
+    assert list(Trace.of(with_a_small_graph).steps) == list(trace.steps), "it is no step"
+
+
+def test_a_trace_that_shows_nothing_says_so() -> None:
+    for bad in (collected(15), {"error": "no CUPTI"}, collected(31) | {"kernels": []}):
+        with pytest.raises(TraceFailed, match=r"no CUPTI|whole steps"):
+            Trace.of(bad)
+
+
+def test_kernels_that_overlap_are_counted_once() -> None:
+    kernels = Trace.of(collected(31)).steps[60]
+    assert covered(kernels) == 88_000
+    twice = sorted([*kernels, *kernels], key=lambda kernel: kernel.start)
+    assert covered(twice) == 88_000
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("one_shot_all_reduce_kernel<c10::BFloat16, 2>", "all-reduce"),
+        ("ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)", "all-reduce"),
+        ("void cutlass::device_kernel<flash::enable_sm90<flash::FlashAttnFwdSm90<...", "attention"),
+        ("_attend", "attention"),
+        ("nvjet_sm90_tst_64x8_64x16_2x1_v_bz_TNN", "products"),
+        ("_one_row", "products"),
+        ("_add_norm", "norms"),
+        ("_norm_rotate_store", "norms"),
+        ("_best_of_block", "sampling"),
+        ("void at::native::index_copy_kernel_impl", "other"),
+    ],
+)
+def test_kinds_of_kernels(name: str, kind: str) -> None:
+    assert kind_of(name) == kind
+
+
+def test_steps_to_be_drawn() -> None:
+    drawn = timeline(Trace.of(collected(31)), 4)["steps"]
+    assert [step["step"] for step in drawn] == [58, 59, 60, 61]
+    assert drawn[0]["kernels"][0] == ["norms", 0.0, 1.0]
+    assert drawn[1]["kernels"][0][1] == 100.0
+    assert drawn[1]["launch"] == [-50.0, 4.0]
+
+
+def steps(*ends_us: int) -> list[StepRecord]:
+    return [StepRecord(10 + i, 0, 2, 0, 0, end * 1000) for i, end in enumerate(ends_us)]
+
+
+def test_steps_beside_their_graphs_at_equal_lengths() -> None:
+    # Step 12 decodes sequences of 100 tokens; the first steps are left out until the batch has settled.
+    records = steps(*(1000 * i for i in range(20)))
+    row = _compared(records, {"first_step": 12, "length": 100.0}, [(100, 0.9), (110, 1.0), (120, 1.1)])
+    assert row["steps"] == 13
+    assert row["tpot_ms"] == 1.0
+    assert row["length"] == 111
+    assert row["graph_ms"] == pytest.approx(1.01)
+    assert row["over_p50_us"] == pytest.approx(-10)
+    assert row["over_p99_us"] == pytest.approx(50), "of step 17, of 105 tokens"
+    assert _compared(records[:4], {"first_step": 12, "length": 100.0}, []) == {}
+    assert "graph_ms" not in _compared(records, {"first_step": 12, "length": 100.0}, [])
+
+
+def test_the_floor_is_every_weight_once_but_the_embedding_and_the_keys_and_values(tmp_path: Path) -> None:
+    for tied in (False, True):
+        (tmp_path / "config.json").write_text(json.dumps(TINY_CONFIG | {"tie_word_embeddings": tied}))
+        spec = read_spec(tmp_path)
+        shard = Shard.of(spec, 0, 2)
+        size, heads, kv_heads = spec.hidden_size, shard.num_heads, shard.num_kv_heads
+        attention = size * (2 * heads + 2 * kv_heads) * spec.head_dim
+        layer = attention + 3 * size * shard.mlp.local + 2 * size
+        head = size * shard.vocab.local + size
+        keys_and_values = 2 * spec.num_layers * kv_heads * spec.head_dim
+        expected = 2 * (spec.num_layers * layer + head + 3 * size + 3 * 50 * keys_and_values)
+        assert floor_bytes(spec, shard, 3 * 50, 3) == expected
+        assert floor_ms(spec, 2, 3, 50) == pytest.approx(1e3 * expected / BYTES_PER_SECOND)
+
+
+def test_floors_of_the_models_measured() -> None:
+    """Those that docs/benchmarks.md's peer was given, from elsewhere: 0.3, 4.6, 5.0 and 1.8 ms."""
+    floors = [("qwen3-0.6b", 1, 1, 0.29), ("qwen3-0.6b", 1, 256, 4.72), ("qwen3-8b", 1, 64, 4.95),
+              ("qwen3-8b", 2, 1, 1.77)]  # fmt: skip
+    for model, ranks, batch, milliseconds in floors:
+        spec = read_spec(ROOT / "benchmarks/configs" / model)
+        assert floor_ms(spec, ranks, batch, 650) == pytest.approx(milliseconds, abs=0.01)
+
+
+def test_cells() -> None:
+    assert pair({"gap_p50_us": 4.44, "gap_p99_us": 10.0}, "gap", "_us", 1) == "4.4 / 10.0"
+    assert pair({}, "gap", "_us", 1) == "– / –"
+
+
+def test_cpu_ranks_are_measured_alike_but_for_the_trace(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(TINY_CONFIG))
+    graphs: dict[int, list[tuple[float, float]]] = {}
+    on = Case(str(tmp_path), 2, 1, [1, 3], num_prompt=20, num_output=40, trace_steps=20, admit=False,
+              lengths=[50], device="cpu")  # fmt: skip
+    rows = measure(on, graphs) + measure(replace(on, lookahead=0, replays=False), graphs)
+    assert [(row["batch"], row["lookahead"]) for row in rows] == [(1, 1), (3, 1), (1, 0), (3, 0)]
+    assert [len(points) for points in graphs.values()] == [9, 9], "graphs alone are timed once"
+    assert graphs[3][-1][0] == pytest.approx(50, abs=10)
+    for row in rows:
+        assert row["steps"] >= 20
+        assert 23 < row["length"] < 60
+        assert row["tpot_ms"] > 0
+        assert row["graph_ms"] > 0
+        assert row["trace_failed"], "no GPU, no trace"
+    print_tables(rows)
+    told = capsys.readouterr().out
+    assert told.count("no trace: ") == 4
