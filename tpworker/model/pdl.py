@@ -1,9 +1,9 @@
 """Programmatic dependent launch: a kernel begins while the one before it in the stream still runs.
 
 On Hopper and later a kernel launched so may start as soon as every program of the kernel before it has called
-`start_next` or ended. What it does then must not depend on earlier kernels: it loads weights, or has them brought
-into the L2 cache. `wait` returns when the kernel before has ended as a whole and its writes can be seen. Between
-short kernels this hides launches, and the memory is busy while nothing but latency would pass.
+`start_next` or ended. What it does then must not depend on earlier kernels: it loads weights, or has them
+brought into the L2 cache. `wait` returns when the kernel before has ended as a whole and its writes can be
+seen. Between short kernels this hides launches, and the memory is busy where only latency would pass.
 
 What keeps it right, whatever the kernels around are:
 

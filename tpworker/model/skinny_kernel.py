@@ -3,8 +3,8 @@
 With up to 64 rows a product is the reading of its weight. What matters is that the memory is never idle: each
 program asks for the first part of its weight before it waits for the kernel that makes its input (see
 `tpworker.model.pdl`), so the weight comes in while norms, rotations and attention run, which need little of
-the memory's bandwidth. The library's products cannot do that, and its tiles leave much of the GPU idle for the
-small matrices of small models.
+the memory's bandwidth. The library's products cannot do that, and its tiles leave much of the GPU idle where
+matrices are small.
 """
 
 # Triton has no types, and is not installed where there is no GPU.
@@ -111,6 +111,7 @@ class FewRows:
     warps: int = 4
     stages: int = 4  # steps that are on their way
     prefetch: int = 512  # elements of each row that are asked for beforehand
+    head: bool = False  # the first step's weights are loaded beforehand
 
 
 @triton.jit
@@ -118,7 +119,7 @@ def _few_rows(
     x, weight, bias, out, partial, arrived, num_rows,
     SIZE_IN: tl.constexpr, SIZE_OUT: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr,
     OUTPUTS: tl.constexpr, STEP: tl.constexpr, SPLITS: tl.constexpr, PREFETCH: tl.constexpr,
-    PDL: tl.constexpr,
+    HEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program OUTPUTS rows of the weight, or their SPLITS-th part; sums in float32.
 
@@ -138,9 +139,18 @@ def _few_rows(
     # A row that does not exist is read as the last one, and not stored.
     source = weight + tl.minimum(output, SIZE_OUT - 1)[:, None] * SIZE_IN
     row = tl.arange(0, ROWS)
+    end = tl.minimum(begin + LENGTH, SIZE_IN)
+    if HEAD:
+        column = begin + tl.arange(0, STEP)
+        part = tl.load(source + column[None, :])
     wait(PDL)
     total = tl.zeros([OUTPUTS, ROWS], tl.float32)
-    end = tl.minimum(begin + LENGTH, SIZE_IN)
+    if HEAD:
+        value = tl.load(
+            x + row[:, None] * SIZE_IN + column[None, :], mask=(row < num_rows)[:, None], other=0.0
+        )
+        total = tl.dot(part, tl.trans(value), total, input_precision="ieee")
+        begin += STEP
     for start in range(begin, end, STEP):
         column = start + tl.arange(0, STEP)
         if SIZE_IN % (SPLITS * STEP) == 0:
@@ -217,6 +227,7 @@ def multiply_few(
         STEP=rule.step,
         SPLITS=rule.splits,
         PREFETCH=min(rule.prefetch, shortest) if size_in % 8 == 0 else 0,
+        HEAD=rule.head and shortest >= rule.step,
         num_warps=rule.warps,
         num_stages=rule.stages,
         **pdl.options(),
