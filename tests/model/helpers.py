@@ -62,6 +62,7 @@ class ThreadCollectives(Collectives):
         return items
 
     def all_reduce(self, x: Tensor) -> Tensor:
+        assert x.is_contiguous()
         items = self._exchange(x)
         x.copy_(items[0])
         for item in items[1:]:

@@ -176,7 +176,7 @@ def _compute(
             outputs.index_copy_(0, choices, down[expert](kernels.silu_mul(gate_up[expert](rows))))
             start += count
     summands = outputs.view(-1, num_choices, x.shape[1]).float() * weights[..., None]
-    total = summands[:, 0]
+    total = summands[:, 0].contiguous()
     for choice in range(1, num_choices):
         total += summands[:, choice]
     return total.to(x.dtype)
