@@ -31,17 +31,17 @@ def gpus(count: int, problem: str | None = None) -> Found:
 
 def test_the_cpu_needs_no_look_at_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(settings, "find_gpus", lambda: pytest.fail("looked"))
-    assert settings.resolve_device(RuntimeConfig(device="cpu")) == "cpu"
+    assert settings.resolve_gpus(RuntimeConfig(device="cpu")) == ()
 
 
 @pytest.mark.parametrize(
-    ("num_gpus", "torch_cuda", "device", "why"),
+    ("num_gpus", "torch_cuda", "chosen", "why"),
     [
-        (0, (13, 0), "cpu", ""),
-        (1, (13, 0), "cpu", "1 GPUs found, but serving on the CPU: tensor_parallel_size=2"),
-        (2, None, "cpu", "its CPU build"),
-        (2, (13, 0), "cuda", ""),
-        (4, (12, 8), "cuda", ""),
+        (0, (13, 0), [], ""),
+        (1, (13, 0), [], "1 GPUs found, but serving on the CPU: tensor_parallel_size=2"),
+        (2, None, [], "its CPU build"),
+        (2, (13, 0), [0, 1], ""),
+        (4, (12, 8), [0, 1], ""),
     ],
 )
 def test_auto_takes_a_gpu_for_each_rank(
@@ -49,12 +49,13 @@ def test_auto_takes_a_gpu_for_each_rank(
     caplog: pytest.LogCaptureFixture,
     num_gpus: int,
     torch_cuda: tuple[int, int] | None,
-    device: str,
+    chosen: list[int],
     why: str,
 ) -> None:
     monkeypatch.setattr(settings, "find_gpus", lambda: gpus(num_gpus))
     monkeypatch.setattr(settings, "torch_cuda", lambda: torch_cuda)
-    assert settings.resolve_device(RuntimeConfig(tensor_parallel_size=2)) == device
+    resolved = settings.resolve_gpus(RuntimeConfig(tensor_parallel_size=2))
+    assert [gpu.index for gpu in resolved] == chosen
     assert why in caplog.text if why else not caplog.text
 
 
@@ -62,9 +63,9 @@ def test_cuda_is_refused_where_it_cannot_be(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(settings, "find_gpus", lambda: gpus(2, "the third one is hidden"))
     monkeypatch.setattr(settings, "torch_cuda", lambda: None)
     with pytest.raises(ConfigError, match=r"size=4 .* has 2 \(the third one is hidden\): use a smaller"):
-        settings.resolve_device(RuntimeConfig(device="cuda", tensor_parallel_size=4))
+        settings.resolve_gpus(RuntimeConfig(device="cuda", tensor_parallel_size=4))
     with pytest.raises(ConfigError, match="its CPU build: install one for CUDA, or use --device cpu"):
-        settings.resolve_device(RuntimeConfig(device="cuda", tensor_parallel_size=2))
+        settings.resolve_gpus(RuntimeConfig(device="cuda", tensor_parallel_size=2))
 
 
 def test_gpus_are_counted_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -222,6 +222,28 @@ def test_what_goes_wrong_while_stopping_is_logged(
     watched.close()
 
 
+def test_ranks_keep_to_the_cpus_that_they_are_told(model_folder: Path) -> None:
+    allowed = os.sched_getaffinity(0)
+    one = {min(allowed)}
+    watched = Watched(model_folder, num_ranks=3, rank_cpus=(None, one))
+    watched.ready()
+    names = ("tpworker-scheduler", "tpworker-rank0", "tpworker-rank1", "tpworker-rank2")
+    kept = [os.sched_getaffinity(watched.pid(name)) for name in names]
+    assert kept == [allowed, allowed, one, allowed]
+    pid = watched.pid("tpworker-rank1")
+    threads = [int(task) for task in os.listdir(f"/proc/{pid}/task")]
+    assert all(os.sched_getaffinity(thread) == one for thread in threads)
+    watched.close()
+
+
+def test_cpus_that_were_taken_away_are_no_fault(model_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        watched = Watched(model_folder, rank_cpus=({1023},))
+        watched.ready()
+    assert "tpworker-rank0 cannot be kept to its CPUs" in caplog.text
+    watched.close()
+
+
 def test_blame_ends_all_and_explains(watched: Watched) -> None:
     watched.ready()
     watched.supervisor.blame(Fault("tpworker-scheduler", "it hangs", hung=True))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import site
 import subprocess
 import sys
 import sysconfig
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +24,8 @@ from tpworker.ipc.child import (
     pack_boot,
     read_report,
 )
+
+logger = logging.getLogger(__name__)
 
 _STATES = {"R": "running", "S": "sleeping", "D": "in the kernel", "T": "stopped", "t": "traced", "Z": "dead"}
 
@@ -40,6 +44,8 @@ def child_environment(device: str) -> dict[str, str]:
     if device == "cpu":
         environment.setdefault("OMP_NUM_THREADS", "1")  # as many ranks as cores, or more: they would fight
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the ranks are on one host
+    else:
+        environment.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # so that we know which GPU a rank gets
     return environment
 
 
@@ -147,6 +153,14 @@ class Child:
     def kill(self) -> None:
         """SIGKILL; nothing if it is dead already."""
         self.process.kill()
+
+    def keep_to(self, cpus: AbstractSet[int]) -> None:
+        """Has it run on these CPUs alone. Of threads that it has already only the first one will: call it
+        right after `spawn`, while there is no other."""
+        try:
+            os.sched_setaffinity(self.process.pid, cpus)
+        except OSError as error:  # they were taken from us meanwhile; or it is dead, as will be seen
+            logger.warning("%s cannot be kept to its CPUs: %s", self.name, error)
 
     def ask_for_stacks(self) -> None:
         """It will write the stacks of its threads into its pipe, even if it hangs (not if it is stopped)."""

@@ -28,9 +28,10 @@ from tpworker.faults import Fault
 from tpworker.generation import Generation, StartFailed
 from tpworker.ipc.messages import Abort, SchedulerLoad, StepOutput, Submit, unpack_int32
 from tpworker.loading import FoundModel, Progress, find_model, in_daemon_thread, load_tokenizer
+from tpworker.observe.affinity import near_cpus
 from tpworker.outputs import Health, RequestOutput, RuntimeState, Stats, StepRecord
 from tpworker.requests import Request, Requests
-from tpworker.settings import rank_settings, resolve_device, resolve_max_model_len, scheduler_settings
+from tpworker.settings import rank_settings, resolve_gpus, resolve_max_model_len, scheduler_settings
 from tpworker.supervisor import Group
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ class Runtime:
         self._state = "ready"
 
     async def _start(self) -> None:
-        device = resolve_device(self.config)
+        gpus = resolve_gpus(self.config)
         loop = asyncio.get_running_loop()
 
         def progress(text: str, fraction: float | None) -> None:
@@ -148,7 +149,8 @@ class Runtime:
             num_ranks=self.config.tensor_parallel_size,
             model=str(found.folder),
             scheduler=scheduler_settings(self.config, self._max_model_len),
-            rank=rank_settings(self.config, found.spec, device, self._max_model_len),
+            rank=rank_settings(self.config, found.spec, "cuda" if gpus else "cpu", self._max_model_len),
+            rank_cpus=near_cpus(gpus),
             **self._modules,
         )
         self._generation = Generation(group, self._on_output, self._on_fault, self._requests.any_submitted)

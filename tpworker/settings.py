@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from tpworker.config import RuntimeConfig
 from tpworker.errors import ConfigError
 from tpworker.ipc.child import RankSettings, SchedulerSettings
 from tpworker.ipc.messages import MAX_SEQUENCE
 from tpworker.observe.libraries import torch_cuda
-from tpworker.observe.nvml import Found, find_gpus
+from tpworker.observe.nvml import Found, Gpu, find_gpus
 
 if TYPE_CHECKING:
     from tpworker.model.families import ModelSpec
@@ -18,23 +18,23 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def resolve_device(config: RuntimeConfig) -> Literal["cpu", "cuda"]:
-    """The kind of device that the ranks run on: GPUs, if there is one for each rank and torch can use them.
+def resolve_gpus(config: RuntimeConfig) -> tuple[Gpu, ...]:
+    """The ranks' GPUs, if there is one for each rank and torch can use them; none: they run on the CPU.
 
     Raises:
         ConfigError: device='cuda', and that is not so.
     """
     if config.device == "cpu":
-        return "cpu"
+        return ()
     found = find_gpus()
     reason = cuda_obstacle(config.tensor_parallel_size, found)
     if reason is None:
-        return "cuda"
+        return found.gpus[: config.tensor_parallel_size]
     if config.device == "cuda":
         raise ConfigError(reason)
     if found.gpus:
         logger.warning("%d GPUs found, but serving on the CPU: %s", len(found.gpus), reason)
-    return "cpu"
+    return ()
 
 
 def cuda_obstacle(num_ranks: int, found: Found) -> str | None:

@@ -18,6 +18,7 @@ import selectors
 import threading
 import time
 from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 
 from tpworker.children import Child, child_environment
@@ -63,6 +64,8 @@ class Group:
     rank: RankSettings
     scheduler_module: str = "tpworker.scheduler"
     rank_module: str = "tpworker.rank"
+    rank_cpus: Sequence[AbstractSet[int] | None] = ()
+    """By rank the CPUs that its process keeps to; None, and ranks beyond the end: the ones it inherits."""
 
 
 class Supervisor:
@@ -182,6 +185,7 @@ class Supervisor:
                         group.model, group.rank,
                     ),
                     [self.board.fd, self._barrier.fd, self._meeting.fd, store_fd],
+                    cpus=group.rank_cpus[rank] if rank < len(group.rank_cpus) else None,
                 )  # fmt: skip
         except OSError as error:
             return Fault("tpworker-supervisor", f"a process could not be started: {error}")
@@ -189,8 +193,16 @@ class Supervisor:
             os.close(store_fd)
         return None
 
-    def _spawn(self, module: str, boot: SchedulerBoot | RankBoot, descriptors: Sequence[int]) -> None:
+    def _spawn(
+        self,
+        module: str,
+        boot: SchedulerBoot | RankBoot,
+        descriptors: Sequence[int],
+        cpus: AbstractSet[int] | None = None,
+    ) -> None:
         child = Child.spawn(module, boot, descriptors, child_environment(self.group.rank.device))
+        if cpus is not None:
+            child.keep_to(cpus)
         self._children.append(child)
         for fd in (child.report_fd, child.pidfd):
             if fd is not None:

@@ -136,12 +136,15 @@ def test_mig_is_refused_by_name_where_it_would_be_used() -> None:
     assert uuids(found("0", *gpus)) == ["GPU-1"]
 
 
-def test_the_order_of_different_models_is_known_if_it_is_the_bus() -> None:
+def test_different_models_in_an_order_of_cudas_own_are_refused() -> None:
     gpus = ["GPU-1", FakeGpu("GPU-2", name="NVIDIA L4")]
-    assert found(None).order_is_certain
-    assert not found(None, *gpus).order_is_certain
-    assert found("1", *gpus).order_is_certain
-    assert found(None, *gpus, CUDA_DEVICE_ORDER="PCI_BUS_ID").order_is_certain
+    for order in ({}, {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}):
+        assert uuids(found(None, *gpus, **order)) == ["GPU-1", "GPU-2"]
+    assert uuids(found(None, CUDA_DEVICE_ORDER="FASTEST_FIRST")) == UUIDS, "all alike"
+    for visible in (None, "1"):  # which one is number 1 depends on the order too
+        result = found(visible, *gpus, CUDA_DEVICE_ORDER="FASTEST_FIRST")
+        assert not result.gpus
+        assert "CUDA_DEVICE_ORDER=FASTEST_FIRST nobody can tell" in str(result.problem)
 
 
 def test_links() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from tpworker.observe.affinity import ranges
 from tpworker.observe.check import Check, missing, ok, warning
 from tpworker.observe.libraries import check_cuda_versions, check_flash_attention, torch_cuda
 from tpworker.observe.nvml import Found, Gpu, Nvml, links
@@ -33,12 +34,6 @@ def check_gpus(nvml: Nvml | None, found: Found, num_ranks: int) -> Iterator[Chec
         return
     if found.problem and len(group) == num_ranks:
         yield warning("GPUs", found.problem, "correct CUDA_VISIBLE_DEVICES")
-    if not found.order_is_certain:
-        yield warning(
-            "order of GPUs",
-            "there are different models, and CUDA numbers them by speed: which rank gets which is not known",
-            "set CUDA_DEVICE_ORDER=PCI_BUS_ID",
-        )
     for gpu in group:
         yield from _check_gpu(nvml, gpu)
     yield from _check_links(nvml, group)
@@ -85,17 +80,6 @@ def describe(gpu: Gpu) -> str:
     if gpu.pci:
         parts.append(gpu.pci)
     return ", ".join(parts)
-
-
-def ranges(numbers: Sequence[int] | frozenset[int]) -> str:
-    """As the kernel writes sets of CPUs: 0-3,8."""
-    parts: list[list[int]] = []
-    for number in sorted(numbers):
-        if parts and parts[-1][1] == number - 1:
-            parts[-1][1] = number
-        else:
-            parts.append([number, number])
-    return ",".join(f"{low}-{high}" if high > low else str(low) for low, high in parts)
 
 
 def _check_links(nvml: Nvml, group: Sequence[Gpu]) -> Iterator[Check]:

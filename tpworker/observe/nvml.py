@@ -103,8 +103,6 @@ class Found:
     gpus: tuple[Gpu, ...] = ()
     problem: str | None = None
     """Why there are fewer than one might think."""
-    order_is_certain: bool = True
-    """Whether CUDA numbers them so. It does not tell how it orders different models by speed, its default."""
 
 
 class NvmlUnavailable(Exception):
@@ -336,8 +334,13 @@ def find_gpus(nvml: Nvml | None = None, environment: Mapping[str, str] | None = 
                 problem=f"GPU {gpu.index} ({gpu.name}, {gpu.uuid}) is in MIG mode, and a TP rank needs a "
                 "whole GPU: end that mode (nvidia-smi -mig 0), or leave it out of CUDA_VISIBLE_DEVICES"
             )
-    is_ordered = environment.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID" or len({gpu.name for gpu in gpus}) <= 1
-    return Found(gpus, problem, is_ordered)
+    order = environment.get("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # which children of ours get, see children.py
+    if order != "PCI_BUS_ID" and len({nvml.ask("nvmlDeviceGetName", h) for h in nvml.handles.values()}) > 1:
+        return Found(
+            problem=f"there are different models of GPU, and with CUDA_DEVICE_ORDER={order} nobody can tell "
+            "before CUDA starts which rank would get which: leave it out, or set it to PCI_BUS_ID"
+        )
+    return Found(gpus, problem)
 
 
 def _visible(value: str, uuids: list[str]) -> tuple[list[str], str | None]:
