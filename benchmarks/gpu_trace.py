@@ -23,16 +23,18 @@ from typing import Any
 from benchmarks.report import quantile
 
 KINDS = {
-    "all-reduce": r"all_?reduce|all_?gather|nccl|reduce_add_norm|exchange",
-    "attention": r"flash|fmha|attend|_combine|prepare_varlen",
-    "experts": r"expert|moe|grouped|route",
-    "products": r"gemm|gemv|nvjet|cutlass|cublas|splitk|xmma|_one_row|skinny",
+    "all-reduce": r"all_?reduce|all_?gather|nccl|reduce_add_norm|^_argmax$",
+    "attention": r"flash|fmha|attend|prepare_varlen",
+    "experts": r"^_(router_logits|choose|group|list_experts|gate_up|down|down_dense)$|expert|moe|grouped",
+    "products": r"gemm|gemv|nvjet|cutlass|cublas|splitk|xmma|_one_row|_few_rows",
     "norms": r"norm|rotate|silu|rope|_places",
-    "sampling": r"best_of|argmax|gumbel|sort|topk|softmax|ArgMax",
+    "sampling": r"best_of|argmax|gumbel|sort|topk|softmax",
 }
 """By kind, what a kernel's name holds; the first that fits counts, and the rest is 'other'. 'norms' are also
 rotation with the writing of keys and values, and activations. A sum over ranks and the norm in one kernel
-are an all-reduce; so is the exchange of the best tokens."""
+are an all-reduce; so is the choice of the best token of all ranks (`_argmax`)."""
+_CONTINUES = "_combine"
+"""Puts together what the kernel before it has left in parts: attention's, or the experts'."""
 OTHER = "other"
 
 UNSETTLED = 10
@@ -81,7 +83,10 @@ class Trace:
         others = []
         for launch, name, start, duration in sorted(collected["kernels"], key=lambda kernel: kernel[2]):
             kernel = Kernel(collected["names"][name], kinds[name], start, start + duration)
-            (others if launch < 0 else runs[launch]).append(kernel)
+            if launch < 0:
+                others.append(kernel)
+            else:
+                runs[launch].append(_after(runs[launch], kernel))
         # A graph of a few kernels would be no step, and a step at the edge of the trace may not be whole.
         most = max((len(run) for run in runs), default=0)
         whole = [index for index, run in enumerate(runs) if len(run) >= max(1, most // 2)]
@@ -98,6 +103,16 @@ class Trace:
             others,
             collected["calls"],
         )
+
+
+def _after(earlier: Sequence[Kernel], kernel: Kernel) -> Kernel:
+    """A step's next kernel, from the end of the one before: until then it is there to wait at most."""
+    if not earlier:
+        return kernel
+    before = earlier[-1]
+    kind = before.kind if kernel.name == _CONTINUES else kernel.kind
+    start = max(kernel.start, before.end)
+    return Kernel(kernel.name, kind, start, max(start, kernel.end))
 
 
 def figures(traces: Sequence[Trace]) -> dict[str, Any]:

@@ -100,6 +100,24 @@ def test_kernels_that_overlap_are_counted_once() -> None:
     assert covered(twice) == 88_000
 
 
+def test_a_kernel_that_starts_early_counts_from_the_end_of_the_one_before() -> None:
+    early = collected(31)
+    early["kernels"] = [
+        (step, name, start - 4000 if name == PRODUCT else start, length + 4000 if name == PRODUCT else length)
+        for step, name, start, length in early["kernels"]
+    ]
+    row = figures([Trace.of(early)])
+    assert row["kinds_us"] == {"all-reduce": 12, "products": 77, "norms": 1}
+    assert row["idle_inside_us"] == 0
+
+
+def test_what_puts_parts_together_is_of_the_kind_of_its_parts() -> None:
+    parts = collected(31)
+    parts["names"] = ["_attend", "_combine", "_down", "index_put"]
+    kernels = Trace.of(parts).steps[60]
+    assert [kernel.kind for kernel in kernels] == ["attention", "attention", "attention", "experts"]
+
+
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
@@ -109,6 +127,9 @@ def test_kernels_that_overlap_are_counted_once() -> None:
         ("_attend", "attention"),
         ("nvjet_sm90_tst_64x8_64x16_2x1_v_bz_TNN", "products"),
         ("_one_row", "products"),
+        ("_down_dense", "experts"),
+        ("_reduce_add_norm", "all-reduce"),
+        ("_argmax", "all-reduce"),
         ("_add_norm", "norms"),
         ("_norm_rotate_store", "norms"),
         ("_best_of_block", "sampling"),
