@@ -115,23 +115,11 @@ class Bench:
         )
         works["NCCL + norm"] = lambda: norm(NcclCollectives.all_reduce(self.ranks, swelling))
         if inboxes.takes(part):
-            works["fused, without PDL"] = self.plainly(works["fused, one shot"])
+            for name, enabled in (("with", True), ("without", False)):
+                works[f"fused, {name} PDL"] = _switched(works["fused, one shot"], enabled)
             works["sum alone, one shot"] = partial(symmetric_kernels.all_reduce, part, inboxes, False)
         works["norm alone"] = lambda: norm(part)
         return works
-
-    @staticmethod
-    def plainly(work: Callable[[], Any]) -> Callable[[], Any]:
-        """The same kernels, each launched when the one before has ended."""
-
-        def plain() -> None:
-            pdl.ENABLED = False
-            try:
-                work()
-            finally:
-                pdl.ENABLED = True
-
-        return plain
 
     def choices(self, rows: int) -> dict[str, Callable[[], Any]]:
         """Ways to find the best token of all ranks."""
@@ -203,6 +191,20 @@ class _Plain(NcclCollectives):
 
     def __init__(self, ranks: NcclCollectives) -> None:
         self.rank, self.size = ranks.rank, ranks.size
+
+
+def _switched(work: Callable[[], Any], enabled: bool) -> Callable[[], Any]:
+    """The same kernels, each launched before or when the one ahead of it has ended."""
+
+    def switched() -> None:
+        before = pdl.ENABLED
+        pdl.ENABLED = enabled
+        try:
+            work()
+        finally:
+            pdl.ENABLED = before
+
+    return switched
 
 
 def main() -> None:

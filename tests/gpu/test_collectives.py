@@ -46,7 +46,7 @@ def found(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     """Of each rank, all checks: starting the ranks takes longer than the checks."""
     if count_gpus() < request.param:
         pytest.skip(f"{request.param} GPUs are needed")
-    return run_ranks(request.param, "sums", "winners", "replays")
+    return run_ranks(request.param, "sums", "winners", "replays", "replays, early starts")
 
 
 def test_sums_with_and_without_the_norm(found: list[dict[str, Any]]) -> None:
@@ -64,7 +64,8 @@ def test_the_best_token_of_all_ranks(found: list[dict[str, Any]]) -> None:
         assert rank["winners"] == {"cases": 21, "wrong": [], "not alike": []}
 
 
-def test_thousands_of_replays_with_ranks_that_dawdle(found: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("how", ["", ", early starts"])
+def test_thousands_of_replays_with_ranks_that_dawdle(found: list[dict[str, Any]], how: str) -> None:
     for rank in found:
-        assert rank["replays"]["steps"] > 3000
-        assert rank["replays"]["wrong"] == 0
+        assert rank[f"replays{how}"]["steps"] > 3000
+        assert rank[f"replays{how}"]["wrong"] == 0

@@ -1,0 +1,76 @@
+"""One rank of the kernels of `tpworker.rank.symmetric_kernels`, in Triton's interpreter, without a GPU.
+
+The inboxes are memfds, and the ranks are processes that run, and wait for each other, at their own pace.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import random
+import sys
+import time
+
+import torch
+from torch import Tensor
+
+from tpworker.rank import symmetric_kernels
+from tpworker.rank.symmetric_kernels import Inboxes
+
+EPS = 1e-6
+COLUMNS = (24, 64, 136)
+
+
+def connect(fds: list[int], rank: int) -> tuple[Inboxes, list[Tensor]]:
+    """The inboxes and their memory."""
+    num_bytes = symmetric_kernels.inbox_bytes(len(fds))
+    memories = [torch.frombuffer(mmap.mmap(fd, num_bytes), dtype=torch.uint8) for fd in fds]
+    return Inboxes.of([memory.data_ptr() for memory in memories], rank, torch.device("cpu")), memories
+
+
+def is_right(inboxes: Inboxes, draw: random.Random, make: torch.Generator) -> bool:
+    """One exchange: all ranks draw the same one, with the same inputs, which each knows all of."""
+    rank, size, kind = inboxes.rank, inboxes.size, draw.random()
+    if kind < 0.3:
+        rows = draw.randint(1, 200)
+        scores = (torch.randn(size, rows, generator=make) * 2).round() / 2  # many are equal
+        scores[draw.randrange(size)] *= -1.0  # some zeros get a sign
+        scores[:, ::7] = -torch.inf
+        tokens = torch.randint(0, 1000, (size, rows), generator=make) + 1000 * torch.arange(size)[:, None]
+        best = scores.max(dim=0).values
+        expected = tokens.where(scores == best, 1 << 40).min(dim=0).values
+        return torch.equal(symmetric_kernels.argmax(scores[rank], tokens[rank], inboxes), expected)
+    rows, columns, two_shot = draw.randint(1, 5), draw.choice(COLUMNS), draw.random() < 0.5
+    parts = torch.randn(size, rows, columns, generator=make).half()  # bfloat16 would be truncated
+    parts[parts.abs() < 0.1] *= 0.0  # zeros of both signs; -0.0 is what marks an empty entry
+    total = torch.zeros(rows, columns)
+    for part in parts:
+        total += part.float()
+    total = total.half()
+    if kind < 0.5:
+        return torch.equal(symmetric_kernels.all_reduce(parts[rank], inboxes, two_shot), total)
+    x = torch.randn(rows, columns, generator=make).half()
+    weight = torch.randn(columns, generator=make).half()
+    expected = (x.float() + total.float()).half()
+    normed = symmetric_kernels.reduce_add_norm(x, parts[rank], weight, EPS, inboxes, two_shot)
+    reference = torch.nn.functional.rms_norm(expected.float(), (columns,), weight.float(), EPS)
+    return torch.equal(x, expected) and torch.allclose(normed.float(), reference, rtol=2e-3, atol=2e-3)
+
+
+def main() -> None:
+    """As told on the command line: fds, rank, exchanges."""
+    job = json.loads(sys.argv[1])
+    torch.set_num_threads(1)
+    inboxes, _memories = connect(job["fds"], job["rank"])
+    draw, dawdle, make = random.Random(3), random.Random(job["rank"]), torch.Generator().manual_seed(3)
+    wrong = []
+    for exchange in range(job["exchanges"]):
+        if dawdle.random() < 0.2:
+            time.sleep(dawdle.random() * 0.005)
+        if not is_right(inboxes, draw, make):
+            wrong.append(exchange)
+    print(json.dumps({"wrong": wrong, "uses": inboxes.row_uses[:5].tolist()}))
+
+
+if __name__ == "__main__":
+    main()
