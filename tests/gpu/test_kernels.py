@@ -183,7 +183,7 @@ def test_products_of_one_row(fused: Any, shape: Shape, has_bias: bool, dtype: to
         x = randn(1, size_in, dtype=dtype)
         weight = randn(size_out, size_in, dtype=dtype, scale=0.02)
         bias = randn(size_out, dtype=dtype) if has_bias else None
-        result = skinny_kernel.multiply(
+        result = skinny_kernel.multiply_one(
             x.to(DEVICE), weight.to(DEVICE), None if bias is None else bias.to(DEVICE)
         )
         expected = x.float() @ weight.float().T + (0 if bias is None else bias.float())

@@ -43,7 +43,7 @@ class Linear:
         if x.is_cuda and x.shape[0] == 1 and self.weight.nbytes <= SINGLE_ROW_BYTES:
             from tpworker.model import skinny_kernel
 
-            return skinny_kernel.multiply(x, self.weight, self.bias)
+            return skinny_kernel.multiply_one(x, self.weight, self.bias)
         if not self.is_packed:
             return F.linear(x, self.weight, self.bias)
         if self._doubles_a_row and x.shape[0] == 1:

@@ -86,22 +86,19 @@ def prefetch(address, num_bytes, PDL: tl.constexpr):
 
 
 @triton.jit
-def prefetch_rows(
-    first, num_rows, STRIDE: tl.constexpr, NUM_BYTES: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr
-):
-    """The same for the first NUM_BYTES of `num_rows` rows, up to ROWS, that lie STRIDE elements apart.
+def prefetch_rows(addresses, NUM_BYTES: tl.constexpr, PDL: tl.constexpr):
+    """The same for NUM_BYTES from each address of a vector on.
 
-    A thread for each row issues it; with fewer rows than threads some are asked for twice, at no cost.
+    A thread for each issues it; with fewer addresses than threads some are asked for twice, at no cost.
     """
     if PDL:
-        row = tl.minimum(tl.arange(0, ROWS), num_rows - 1)
         tl.inline_asm_elementwise(
             """{
             cp.async.bulk.prefetch.L2.global [$1], $2;
             mov.u32 $0, 0;
             }""",
             "=r,l,r",
-            [first + row.to(tl.int64) * STRIDE, tl.zeros_like(row) + NUM_BYTES],
+            [addresses, tl.full(addresses.shape, NUM_BYTES, tl.int32)],
             dtype=tl.int32,
             is_pure=False,
             pack=1,

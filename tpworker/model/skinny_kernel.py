@@ -44,18 +44,21 @@ def _one_row_rule(size_in: int) -> OneRow:
 @triton.jit
 def _one_row(
     x, weight, bias, out, SIZE_IN: tl.constexpr, SIZE_OUT: tl.constexpr, HAS_BIAS: tl.constexpr,
-    OUTPUTS: tl.constexpr, STEP: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr,
+    GATED: tl.constexpr, OUTPUTS: tl.constexpr, STEP: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program OUTPUTS rows of the weight; sums in float32."""
+    """One program OUTPUTS rows of the weight; sums in float32. GATED: see `_rows_of`."""
     start_next(PDL)
-    first = tl.program_id(0).to(tl.int64) * OUTPUTS
-    output = first + tl.arange(0, OUTPUTS)
+    output, first, second = _rows_of(tl.program_id(0), SIZE_OUT, OUTPUTS, GATED)
     exists = output < SIZE_OUT
     column = tl.arange(0, STEP)
     source = weight + output[:, None] * SIZE_IN + column[None, :]
     if PREFETCH and SIZE_IN > STEP:
         width: tl.constexpr = SIZE_IN * (weight.dtype.element_ty.primitive_bitwidth // 8)
-        num_bytes = tl.minimum(OUTPUTS, SIZE_OUT - first).to(tl.int32) * width
+        if GATED:
+            num_bytes = tl.minimum(OUTPUTS // 2, SIZE_OUT // 2 - first).to(tl.int32) * width
+            prefetch(weight + second * SIZE_IN, num_bytes, PDL)
+        else:
+            num_bytes = tl.minimum(OUTPUTS, SIZE_OUT - first).to(tl.int32) * width
         prefetch(weight + first * SIZE_IN, num_bytes, PDL)
     # The first step's weights are on their way before the input is there.
     part = tl.load(source, mask=exists[:, None] & (column < SIZE_IN)[None, :], other=0.0)
@@ -70,17 +73,57 @@ def _one_row(
     result = tl.sum(total, axis=1)
     if HAS_BIAS:
         result += tl.load(bias + output, mask=exists, other=0.0).to(tl.float32)
-    tl.store(out + output, result.to(out.dtype.element_ty), mask=exists)
+    result = result.to(out.dtype.element_ty)
+    if GATED:
+        gate, up = tl.split(result.reshape([2, OUTPUTS // 2]).permute(1, 0))
+        target = first + tl.arange(0, OUTPUTS // 2)
+        tl.store(out + target, _gate(gate, up), mask=target < SIZE_OUT // 2)
+    else:
+        tl.store(out + output, result, mask=exists)
 
 
-def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, rule: OneRow | None = None) -> Tensor:
-    """x [1, in] times weight [out, in] transposed, plus bias [out]: [1, out]."""
+@triton.jit
+def _rows_of(tile, SIZE_OUT: tl.constexpr, OUTPUTS: tl.constexpr, GATED: tl.constexpr):
+    """Rows of the weight of one tile, int64 [OUTPUTS], and the first one.
+
+    GATED: the weight's first half is gate and its second half up, and the result is silu(gate) * up: a tile
+    has OUTPUTS / 2 rows of gate and then the same ones of up, whose first one comes third. Rows that do not
+    exist are SIZE_OUT or more.
+    """
+    row = tl.arange(0, OUTPUTS)
+    if GATED:
+        half: tl.constexpr = SIZE_OUT // 2
+        first = tile.to(tl.int64) * (OUTPUTS // 2)
+        output = first + row % (OUTPUTS // 2)
+        output = tl.where(output < half, output + (row // (OUTPUTS // 2)) * half, SIZE_OUT)
+        second = first + half
+    else:
+        first = tile.to(tl.int64) * OUTPUTS
+        output = first + row
+        second = first
+    return output, first, second
+
+
+@triton.jit
+def _gate(gate, up):
+    """silu(gate) * up in float32, rounded once."""
+    wide = gate.to(tl.float32)
+    return (wide * tl.sigmoid(wide) * up.to(tl.float32)).to(gate.dtype)
+
+
+def multiply_one(
+    x: Tensor, weight: Tensor, bias: Tensor | None, gated: bool = False, rule: OneRow | None = None
+) -> Tensor:
+    """x [1, in] times weight [out, in] transposed, plus bias [out]: [1, out].
+
+    gated: the product is gate, then up; silu(gate) * up [1, out / 2] is returned.
+    """
     assert len(x) == 1
     assert x.is_contiguous()
     assert weight.is_contiguous()
     size_out, size_in = weight.shape
     rule = rule or _one_row_rule(size_in)
-    out = torch.empty(1, size_out, dtype=x.dtype, device=x.device)
+    out = torch.empty(1, size_out // 2 if gated else size_out, dtype=x.dtype, device=x.device)
     _one_row[(triton.cdiv(size_out, rule.outputs),)](
         x,
         weight,
@@ -89,6 +132,7 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, rule: OneRow | None
         SIZE_IN=size_in,
         SIZE_OUT=size_out,
         HAS_BIAS=bias is not None,
+        GATED=gated,
         OUTPUTS=rule.outputs,
         STEP=min(rule.step, triton.next_power_of_2(size_in)),
         PREFETCH=rule.prefetch and size_in % 8 == 0,
@@ -117,9 +161,9 @@ class FewRows:
 @triton.jit
 def _few_rows(
     x, weight, bias, out, partial, arrived, num_rows,
-    SIZE_IN: tl.constexpr, SIZE_OUT: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr,
-    OUTPUTS: tl.constexpr, STEP: tl.constexpr, SPLITS: tl.constexpr, PREFETCH: tl.constexpr,
-    HEAD: tl.constexpr, PDL: tl.constexpr,
+    SIZE_IN: tl.constexpr, SIZE_OUT: tl.constexpr, HAS_BIAS: tl.constexpr, GATED: tl.constexpr,
+    ROWS: tl.constexpr, OUTPUTS: tl.constexpr, STEP: tl.constexpr, SPLITS: tl.constexpr,
+    PREFETCH: tl.constexpr, HEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program OUTPUTS rows of the weight, or their SPLITS-th part; sums in float32.
 
@@ -131,13 +175,12 @@ def _few_rows(
     split = tl.program_id(1)
     LENGTH: tl.constexpr = tl.cdiv(tl.cdiv(SIZE_IN, SPLITS), STEP) * STEP
     begin = split * LENGTH
-    first = tile.to(tl.int64) * OUTPUTS
-    output = first + tl.arange(0, OUTPUTS)
-    if PREFETCH > 0:
-        width: tl.constexpr = PREFETCH * (weight.dtype.element_ty.primitive_bitwidth // 8)
-        prefetch_rows(weight + first * SIZE_IN + begin, SIZE_OUT - first, SIZE_IN, width, OUTPUTS, PDL)
+    output, first, _ = _rows_of(tile, SIZE_OUT, OUTPUTS, GATED)
     # A row that does not exist is read as the last one, and not stored.
-    source = weight + tl.minimum(output, SIZE_OUT - 1)[:, None] * SIZE_IN
+    start_of_row = weight + tl.minimum(output, SIZE_OUT - 1) * SIZE_IN
+    if PREFETCH > 0:
+        prefetch_rows(start_of_row + begin, PREFETCH * (weight.dtype.element_ty.primitive_bitwidth // 8), PDL)
+    source = start_of_row[:, None]
     row = tl.arange(0, ROWS)
     end = tl.minimum(begin + LENGTH, SIZE_IN)
     if HEAD:
@@ -168,7 +211,6 @@ def _few_rows(
             )
         total = tl.dot(part, tl.trans(value), total, input_precision="ieee")
     is_real = (output < SIZE_OUT)[:, None] & (row < num_rows)[None, :]
-    target = row[None, :] * SIZE_OUT + output[:, None]
     is_last = True
     if SPLITS > 1:
         place = output[:, None] * ROWS + row[None, :]
@@ -187,13 +229,26 @@ def _few_rows(
         if HAS_BIAS:
             added = tl.load(bias + output, mask=output < SIZE_OUT, other=0.0).to(tl.float32)
             total += added[:, None]
-        tl.store(out + target, total.to(out.dtype.element_ty), mask=is_real)
+        result = total.to(out.dtype.element_ty)
+        if GATED:
+            gate, up = tl.split(result.reshape([2, OUTPUTS // 2, ROWS]).permute(1, 2, 0))
+            target = first + tl.arange(0, OUTPUTS // 2)
+            is_wanted = (target < SIZE_OUT // 2)[:, None] & (row < num_rows)[None, :]
+            to_out = out + row[None, :] * (SIZE_OUT // 2) + target[:, None]
+            tl.store(to_out, _gate(gate, up), mask=is_wanted)
+        else:
+            tl.store(out + row[None, :] * SIZE_OUT + output[:, None], result, mask=is_real)
 
 
 def multiply_few(
-    x: Tensor, weight: Tensor, bias: Tensor | None, rule: FewRows, arrived: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rule: FewRows,
+    arrived: Tensor | None = None,
+    gated: bool = False,
 ) -> Tensor:
-    """x [R, in] times weight [out, in] transposed, plus bias [out]: [R, out].
+    """x [R, in] times weight [out, in] transposed, plus bias [out]: [R, out]. gated: see `multiply_one`.
 
     arrived: int32 zeros, one for `rule.outputs` rows of the weight, if `rule.splits` > 1; zeros afterwards.
     """
@@ -203,7 +258,7 @@ def multiply_few(
     size_out, size_in = weight.shape
     num_rows = len(x)
     rows = max(16, triton.next_power_of_2(num_rows))
-    out = torch.empty(num_rows, size_out, dtype=x.dtype, device=x.device)
+    out = torch.empty(num_rows, size_out // 2 if gated else size_out, dtype=x.dtype, device=x.device)
     partial = arrived
     if rule.splits > 1:
         partial = torch.empty(rule.splits, size_out, rows, dtype=torch.float32, device=x.device)
@@ -222,6 +277,7 @@ def multiply_few(
         SIZE_IN=size_in,
         SIZE_OUT=size_out,
         HAS_BIAS=bias is not None,
+        GATED=gated,
         ROWS=rows,
         OUTPUTS=rule.outputs,
         STEP=rule.step,
