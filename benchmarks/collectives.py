@@ -2,6 +2,7 @@
 
 sums      from a part of a sum on every rank to the normed residual stream, several ways, in turns; µs of one
           in a CUDA graph of 16, the slower rank's
+layers    the same behind the product that makes the part: 4096 x 4096 weights, split over ranks, not in cache
 choices   the best token of all ranks, from each rank's best
 barriers  the admission barrier, on the host, beside NCCL's and a wait for the device: see 'bench barrier'
 skew      a step comes to its barrier: from the first rank to the last, and how often each rank is the last;
@@ -30,6 +31,11 @@ from benchmarks.report import Summary, machine, quantile, save
 from tpworker.ipc.barrier import Barrier
 from tpworker.settings import count_gpus
 
+TITLES = {
+    "sums": "sum, residual and norm",
+    "layers": "a product, and the sum of its results",
+    "choices": "choice among ranks",
+}
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -75,8 +81,7 @@ def run(options: argparse.Namespace) -> int:
     for size in sizes:
         answers = _measure(size, options)
         results[size] = {
-            "sums": {shape: _summaries(answers, "sums", shape) for shape in answers[0]["sums"]},
-            "choices": {rows: _summaries(answers, "choices", rows) for rows in answers[0]["choices"]},
+            **{what: {key: _summaries(answers, what, key) for key in answers[0][what]} for what in TITLES},
             "barriers": {
                 name: {
                     measure: Summary.of(rounds)
@@ -152,7 +157,7 @@ def _skew(came: list[list[int]]) -> dict[str, Any]:
 
 def _print(size: int, result: dict[str, Any]) -> None:
     console = Console(width=None if sys.stdout.isatty() else 160)
-    for what, title in (("sums", "sum, residual and norm"), ("choices", "choice among ranks")):
+    for what, title in TITLES.items():
         ways = list(dict.fromkeys(way for by_way in result[what].values() for way in by_way))
         table = Table("rows", *ways, title=f"{size} ranks: {title}, µs median / p99 (rounds)")
         for key, by_way in result[what].items():

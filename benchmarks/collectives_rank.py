@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from itertools import pairwise
+from itertools import cycle, pairwise
 from typing import Any
 
 import torch
@@ -18,7 +18,8 @@ from torch import Tensor, distributed
 from benchmarks.barrier_rank import phase
 from benchmarks.collectives import Job
 from tpworker.ipc.barrier import Barrier
-from tpworker.model import pdl, triton_kernels
+from tpworker.model import kernels, pdl, triton_kernels
+from tpworker.model.linear import Linear
 from tpworker.model.tp import argmax_ranks
 from tpworker.rank import symmetric_kernels
 from tpworker.rank.cuda_collectives import InboxCollectives, NcclCollectives
@@ -29,6 +30,8 @@ CALLS = 16  # of a collective in one graph
 SETTLE = 3  # replays at the beginning of a round that are not looked at
 STEP_LAYERS = 24  # matrix products and sums in a step of `skew`, about 0.5 ms
 SAMPLED_ROWS = (1, 16, 64, 256)
+LAYER_ROWS = (1, 16, 64)
+PRODUCT = 4096  # rows of the weight, and times the number of ranks its columns
 
 _distributed: Any = distributed
 _memory: Any = symmetric_memory
@@ -119,6 +122,25 @@ class Bench:
                 works[f"fused, {name} PDL"] = _switched(works["fused, one shot"], enabled)
             works["sum alone, one shot"] = partial(symmetric_kernels.all_reduce, part, inboxes, False)
         works["norm alone"] = lambda: norm(part)
+        return works
+
+    def layers(self, rows: int) -> dict[str, Callable[[], Any]]:
+        """A product that makes the part, and the sum: how much of it is seen beside the weights."""
+        square = partial(torch.randn, PRODUCT, PRODUCT // self.ranks.size, device=self.device)
+        linears = [Linear(square(dtype=torch.bfloat16) / 64) for _ in range(CALLS)]
+        x = torch.randn(rows, PRODUCT, device=self.device, dtype=torch.bfloat16)
+        own = x[:, : PRODUCT // self.ranks.size].contiguous()
+        weight = torch.ones(PRODUCT, dtype=torch.bfloat16, device=self.device)
+        turn = cycle(linears)
+        ranks = {"fused": self.ranks, "NCCL + norm": _Plain(self.ranks)}
+
+        def layer(how: str) -> None:
+            kernels.reduce_add_norm(x, next(turn)(own), weight, EPS, ranks[how])
+
+        works: dict[str, Callable[[], Any]] = {how: partial(layer, how) for how in ranks}
+        works["fused, with PDL"] = _switched(works["fused"], True)
+        works["product alone"] = lambda: next(turn)(own)
+        works["product alone, with PDL"] = _switched(works["product alone"], True)
         return works
 
     def choices(self, rows: int) -> dict[str, Callable[[], Any]]:
@@ -212,15 +234,18 @@ def main() -> None:
     job = Job(**json.loads(sys.argv[1]))
     gc.freeze()  # a capture collects garbage
     gc.disable()
-    sums, choices = {}, {}
+    sums, layers, choices = {}, {}, {}
     with torch.inference_mode():
         bench = Bench(job)
         for columns in job.columns:
             for rows in job.rows:
                 sums[f"{rows} x {columns}"] = bench.times(bench.sums(rows, columns))
+        for rows in LAYER_ROWS:
+            layers[str(rows)] = bench.times(bench.layers(rows))
         for rows in SAMPLED_ROWS:
             choices[str(rows)] = bench.times(bench.choices(rows))
-        answer = {"sums": sums, "choices": choices, "barriers": bench.barriers(), "came": bench.skew()}
+        answer = {"sums": sums, "layers": layers, "choices": choices}
+        answer |= {"barriers": bench.barriers(), "came": bench.skew()}
     bench.meet()
     print(json.dumps(answer), flush=True)
 
