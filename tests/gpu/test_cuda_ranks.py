@@ -8,16 +8,30 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from tests.model.helpers import tiny_model
 from tpworker import Runtime, RuntimeFailed, SamplingParams
+from tpworker.ipc.messages import Admission, BatchPlan, Chunk, Sampling, pack_int32
+from tpworker.model.decoder import Decoder
+from tpworker.model.families import read_spec
+from tpworker.model.kv_cache import KVCache
+from tpworker.model.sampling import SamplingMode
+from tpworker.model.tp import Shard
+from tpworker.model.weights import load_weights
+from tpworker.rank.collectives import SoleRank
+from tpworker.rank.cuda import CudaDevice
+from tpworker.rank.graphs import TokenGraphs
+from tpworker.rank.runner import Runner
+from tpworker.rank.slots import SlotTable
 from tpworker.settings import count_gpus
 
 pytestmark = [
@@ -133,6 +147,86 @@ def test_sampling_of_every_kind_waits_for_nothing(folder: Path) -> None:
             )
 
     asyncio.run(asyncio.wait_for(main(), 120))
+
+
+def cuda_runners(folder: Path, count: int) -> list[Runner]:
+    """Runners of one rank on GPU 0, with the same weights, and slots and KV of their own."""
+    device = CudaDevice(0)
+    spec = read_spec(folder)
+    shard = Shard.of(spec, 0, 1)
+    with torch.inference_mode():
+        weights = load_weights(folder, spec, shard, torch.bfloat16, device.torch_device)
+        decoder = Decoder(spec, weights, shard, SoleRank(), 512)
+        runners = []
+        for _ in range(count):
+            cache = KVCache(spec, shard, 12 * 32 + 1, 16, torch.bfloat16, device.torch_device)
+            table = SlotTable(12, 32, device.torch_device)
+            runners.append(Runner(decoder, cache, table, device, SoleRank(), 4))
+    return runners
+
+
+def mixed_plans(number: int) -> Iterator[BatchPlan]:
+    """Requests come in chunks while others decode: slot after slot, two chunks each, of many lengths."""
+    draw = random.Random(5)
+    for slot in range(12):
+        prompt = draw.choices(range(VOCAB), k=draw.randint(2, 90))
+        blocks = pack_int32(range(32 * slot + 1, 32 * slot + 33))
+        greedy = Sampling(0.0, 1.0, 0, 0, 9, 0, b"")
+        cut = len(prompt) // 2
+        step = 3 * slot
+        admitted = (Admission(slot, pack_int32(prompt), len(prompt), 0, blocks, greedy),)
+        first, second = Chunk(slot, 0, cut, False), Chunk(slot, cut, len(prompt) - cut, True)
+        yield BatchPlan(0, step, admitted=admitted, chunks=(first,), decode=pack_int32(range(slot)))
+        yield BatchPlan(0, step + 1, chunks=(second,))
+        yield BatchPlan(0, step + 2, decode=pack_int32(range(slot + 1)))
+        if slot == number:
+            return
+
+
+def test_captured_mixed_steps_give_what_eager_ones_give(folder: Path) -> None:
+    captured, eager = cuda_runners(folder, 2)
+    captured.prepare(64)  # chunks of up to 45 tokens beside 11 that decode
+    eager.prepare(64)
+    assert captured._forwards.size_for(60) == 64
+    eager._forwards = TokenGraphs()
+    seen: list[Tensor] = []
+    sample = eager._sample
+
+    def remember(hidden: Tensor, slots: Tensor, mode: SamplingMode) -> Tensor:
+        seen.append(hidden.clone())
+        return sample(hidden, slots, mode)
+
+    eager._sample = remember  # type: ignore[method-assign]
+    same = total = 0
+    for plan in mixed_plans(11):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            launched = [runner.launch(plan) for runner in (captured, eager)]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        rows = []
+        for step in launched:
+            step.done.synchronize()
+            rows.append(step.ring_row.tolist())
+        for runner, step in zip((captured, eager), launched, strict=True):
+            runner.staging.give_back(step.staging)
+        assert rows[0][0] == rows[1][0] == plan.step
+        same += sum(a == b for a, b in zip(*rows, strict=True))
+        total += len(rows[0])
+        with torch.inference_mode():
+            assert torch.equal(captured._slots.position, eager._slots.position)
+            assert captured._slots.position[-1] == 0
+            if plan.chunks and launched[0].num_sampled:
+                expected = seen[-1].float()
+                error = (captured._hidden[: len(expected)].float() - expected).abs().max()
+                assert error < 0.05 * expected.abs().max()
+            captured._slots.last_token.copy_(eager._slots.last_token)  # one that differs would spread
+            ours = captured._cache.keys + captured._cache.values
+            theirs = eager._cache.keys + eager._cache.values
+            for mine, other in zip(ours, theirs, strict=True):
+                assert mine.isfinite().all(), "padding has left something in the null block"
+                mine.copy_(other)
+    assert same > 0.9 * total
 
 
 def test_ranks_agree_bit_by_bit(folder: Path) -> None:
