@@ -8,7 +8,8 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from itertools import cycle, pairwise
+from itertools import chain, cycle, pairwise
+from statistics import median
 from typing import Any
 
 import torch
@@ -69,8 +70,8 @@ class Bench:
                 work()
         return graph
 
-    def times(self, works: dict[str, Callable[[], Any]]) -> dict[str, list[list[float]]]:
-        """µs of one call, by name, round and replay: the works in turns."""
+    def times(self, what: str, works: dict[str, Callable[[], Any]]) -> dict[str, list[list[float]]]:
+        """µs of one call, by name, round and replay: the works in turns. Rank 0 says what it found."""
         graphs = {name: self.graph(work, CALLS) for name, work in works.items()}
         found: dict[str, list[list[float]]] = {name: [] for name in works}
         for _ in range(self.job.rounds):
@@ -86,6 +87,9 @@ class Bench:
                 events[-1].synchronize()
                 spans = [a.elapsed_time(b) for a, b in pairwise(events)]
                 found[name].append([1000 * span / CALLS for span in spans[SETTLE:]])
+        if self.job.rank == 0:
+            medians = [f"{name} {median(chain(*found[name])):.1f}" for name in found]
+            print(what, *medians, sep=", ", file=sys.stderr, flush=True)
         return found
 
     # ------------------------------------------------------------------------------------- on the GPU
@@ -239,11 +243,12 @@ def main() -> None:
         bench = Bench(job)
         for columns in job.columns:
             for rows in job.rows:
-                sums[f"{rows} x {columns}"] = bench.times(bench.sums(rows, columns))
+                shape = f"{rows} x {columns}"
+                sums[shape] = bench.times(shape, bench.sums(rows, columns))
         for rows in LAYER_ROWS:
-            layers[str(rows)] = bench.times(bench.layers(rows))
+            layers[str(rows)] = bench.times(f"layer, {rows}", bench.layers(rows))
         for rows in SAMPLED_ROWS:
-            choices[str(rows)] = bench.times(bench.choices(rows))
+            choices[str(rows)] = bench.times(f"choice, {rows}", bench.choices(rows))
         answer = {"sums": sums, "layers": layers, "choices": choices}
         answer |= {"barriers": bench.barriers(), "came": bench.skew()}
     bench.meet()
