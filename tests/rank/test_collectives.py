@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, distributed
 
 from tpworker.ipc.barrier import Barrier, BarrierTimeout
-from tpworker.model.tp import Collectives
+from tpworker.model import kernels
+from tpworker.model.tp import Collectives, argmax_ranks
 from tpworker.rank import collectives
 from tpworker.rank.collectives import GlooCollectives, SharedMemoryCollectives, SoleRank
 
@@ -100,3 +101,37 @@ def test_alone() -> None:
     x = torch.arange(4.0)
     assert torch.equal(SoleRank().all_reduce(x), x)
     assert torch.equal(SoleRank().all_gather(x), x[None])
+
+
+class Fusing(SoleRank):
+    """Has a kernel of its own for sums of up to 4 rows; every choice is its own."""
+
+    size = 2
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        return x.mul_(2)
+
+    def reduce_add_norm(self, x: Tensor, part: Tensor, weight: Tensor, eps: float) -> Tensor | None:
+        return None if len(x) > 4 else torch.full_like(x, 7)
+
+    def argmax(self, best: Tensor, token: Tensor) -> Tensor | None:
+        return token + 1
+
+
+def test_what_is_offered_in_one_kernel_is_taken_and_the_rest_goes_step_by_step() -> None:
+    weight = torch.ones(8)
+    for rows in (3, 5):
+        x, part = torch.randn(rows, 8), torch.randn(rows, 8)
+        expected = x + 2 * part
+        normed = kernels.reduce_add_norm(x, part, weight, 1e-6, Fusing())
+        if rows <= 4:
+            assert (normed == 7).all()
+        else:
+            assert torch.equal(x, expected)
+            assert torch.equal(normed, kernels.norm(expected, weight, 1e-6))
+    x = torch.randn(2, 8)
+    normed = kernels.reduce_add_norm(x, None, weight, 1e-6, Fusing())
+    assert torch.equal(normed, kernels.norm(x, weight, 1e-6)), "there is nothing to exchange"
+    token = torch.tensor([3, 4])
+    assert argmax_ranks(torch.zeros(2), token, Fusing()).tolist() == [4, 5]
+    assert argmax_ranks(torch.zeros(2), token, SoleRank()).tolist() == [3, 4]
