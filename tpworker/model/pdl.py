@@ -7,8 +7,9 @@ seen. Between short kernels this hides launches, and the memory is busy where on
 
 What keeps it right, whatever the kernels around are:
 
-- Every kernel launched so calls `wait` in each program, before it reads what another kernel has written and
-  before it writes anything. So when a kernel has ended, all before it have, and `wait` waits for all of them.
+- Every program of a kernel launched so calls `wait` before it reads what another kernel has written and
+  before it writes anything, and at least one program does call it. So when a kernel has ended, all before it
+  have, and `wait` waits for all of them.
 - Kernels of others are launched plainly: they start when all before them has ended, and ours behind them when
   they have ended, since they never call `start_next`.
 
