@@ -12,6 +12,7 @@ import sys
 
 BENCHMARKS = {
     "gpu": "decode steps on GPUs, beside their graphs alone",
+    "table": "GLM-4.5-Air and ERNIE-4.5-21B-A3B on GPUs, overlap off and on",
     "barrier": "the admission barrier, beside gloo's",
     "collectives": "what GPUs do together: sums, choices, barriers",
     "kernels": "a decode step on a GPU, kernel by kernel, beside the peer and the bytes it must read",

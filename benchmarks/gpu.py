@@ -112,21 +112,17 @@ def pair(row: dict[str, Any], key: str, unit: str, digits: int) -> str:
 
 
 def print_tables(rows: Sequence[dict[str, Any]]) -> None:
-    """Both tables."""
+    """Everything that there is to say of these rows."""
     names = ("TP", "batch", "ahead", "TPOT", "graph", "÷ graph", "over", "gap", "inside", "kernels",
              "floor", "admitted", "TTFT", "peer", "goal")  # fmt: skip
-    steps = Table("model", title="Decode steps; 'a / b': median / p99")
-    kinds = (*KINDS, OTHER)
-    spent = Table("model", title="What the kernels of a step are for, µs")
+    table = Table("model", title="Decode steps; 'a / b': median / p99")
     for name in names:
-        steps.add_column(name, justify="right", no_wrap=True)
-    for name in ("TP", "batch", "ahead", *kinds, "own", "skew"):
-        spent.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         peer, goal = PEER.get((row["model"], row["ranks"]), {}).get(row["batch"], ("–", "–"))
-        shape = [row["model"], *(str(row[key]) for key in ("ranks", "batch", "lookahead"))]
-        steps.add_row(
-            *shape,
+        table.add_row(
+            row["model"],
+            *(str(row[key]) for key in ("ranks", "batch", "lookahead")),
             f"{number(row, 'tpot_ms', 3)} / {number(row, 'tpot_p99_ms', 3)}",
             number(row, "graph_ms", 3),
             number(row, "tpot_over_graph", 3),
@@ -140,11 +136,28 @@ def print_tables(rows: Sequence[dict[str, Any]]) -> None:
             str(peer),
             str(goal),
         )
-        cells = [number(row.get("kinds_us", {}), kind, 0) for kind in kinds]
-        spent.add_row(*shape, *cells, number(row, "all_reduce_own_us", 0), pair(row, "skew", "_us", 1))
     console = Console(width=170)
-    console.print(steps)
-    console.print(spent)
+    console.print(table)
+    print_kinds(rows, console)
+    print_failures(rows, console)
+
+
+def print_kinds(rows: Sequence[dict[str, Any]], console: Console) -> None:
+    """Where the time of a step's kernels goes."""
+    kinds = (*KINDS, OTHER)
+    table = Table("model", title="What the kernels of a step are for, µs")
+    for name in ("TP", "batch", "ahead", *kinds, "own", "skew"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        cells = [number(row.get("kinds_us", {}), kind, 0) for kind in kinds]
+        shape = [str(row[key]) for key in ("ranks", "batch", "lookahead")]
+        own, skew = number(row, "all_reduce_own_us", 0), pair(row, "skew", "_us", 1)
+        table.add_row(row["model"], *shape, *cells, own, skew)
+    console.print(table)
+
+
+def print_failures(rows: Sequence[dict[str, Any]], console: Console) -> None:
+    """Rows of which nothing could be traced, and why."""
     for row in rows:
         if "trace_failed" in row:
             shape = f"{row['model']} TP {row['ranks']} batch {row['batch']} lookahead {row['lookahead']}"

@@ -17,8 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.routing import UniformRouting
 from tpworker.ipc.child import RankBoot, run_child
 from tpworker.ipc.messages import BatchPlan
+from tpworker.model.moe import Moe
 from tpworker.rank.device import CpuDevice, Device
 from tpworker.rank.graphs import GREEDY
 from tpworker.rank.process import run_rank
@@ -69,6 +71,8 @@ class MeasuringRunner(Runner):
         self.traces: dict[int, dict[str, Any]] = {}
         self._number = self._num_admitted = self._steady = self._first_traced = 0
         self._profiler: Any = None
+        mixtures = [layer.mlp for layer in self._decoder.weights.layers if isinstance(layer.mlp, Moe)]
+        self._routing = UniformRouting(mixtures, self._counter) if mixtures else None
 
     def launch(self, plan: BatchPlan) -> Launched:
         launched = super().launch(plan)
@@ -117,6 +121,7 @@ class MeasuringRunner(Runner):
                     "first_step": noted.first_step,
                     "length": 1 + noted.positions[noted.slots].double().mean().item(),
                     "graph_ms": self._replays(noted) if self.task.replays else [],
+                    "touched": self._routing.touched(size) if self._routing else None,
                 }
                 for size, noted in self.noted.items()
             }

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -62,7 +63,7 @@ class Case:
     @property
     def step_tokens(self) -> int:
         """Token budget of a step."""
-        return STEP_TOKENS if max(self.batches) <= 64 else MANY_TOKENS
+        return STEP_TOKENS if max(self.batches) * self.num_prompt <= 64 * 500 else MANY_TOKENS
 
     @property
     def max_model_len(self) -> int:
@@ -99,12 +100,16 @@ def measure(case: Case, graphs: dict[int, list[tuple[float, float]]]) -> list[di
         steps = row.pop("step_records")
         if noted is not None:
             graphs.setdefault(row["batch"], []).extend(noted["graph_ms"])
-            row.update(_compared(steps, noted, sorted(graphs[row["batch"]])))
-            row["floor_ms"] = floor_ms(spec, case.ranks, row["batch"], row["length"])
+            row["graphs"] = sorted(graphs[row["batch"]])
+            row.update(_compared(steps, noted, row["graphs"]))
+            row["touched"] = noted["touched"]
+            row["floor_ms"] = floor_ms(spec, case.ranks, row["batch"], row["length"], noted["touched"])
         row.update(_traced([report["traces"].get(str(row["batch"])) for report in reports]))
         row.update(model=case.model, ranks=case.ranks, lookahead=case.lookahead)
         row.update(attention=reports[0]["attention"], kv_blocks=reports[0]["kv_blocks"])
-        told = {key: value for key, value in row.items() if key not in ("timeline", "slowest", "calls")}
+        told = {
+            key: value for key, value in row.items() if key not in ("timeline", "slowest", "calls", "graphs")
+        }
         print(json.dumps(told), file=sys.stderr, flush=True)
     took = time.monotonic() - started
     print(
@@ -179,34 +184,48 @@ async def _serve(folder: Path, case: Case) -> list[dict[str, Any]]:
         ready = time.monotonic() - started
         admitted = await _admit(runtime, case) if case.admit and max(case.batches) > 1 else {}
         for index, batch in enumerate(case.batches):
-            begun = time.monotonic()
-            steps = await _decode(runtime, case, batch, 2 * index + 2, case.num_output)
-            row = {"batch": batch, "ready_s": ready, "total_s": time.monotonic() - begun}
+            steps, seen = await _decode(runtime, case, batch, 2 * index + 2, case.num_output)
+            row = {"batch": batch, "num_prompt": case.num_prompt, "num_output": case.num_output}
             row["step_records"] = [step for step in steps if step.num_decodes == batch]
-            row["num_prompt"], row["num_output"] = case.num_prompt, case.num_output
-            rows.append(row | (admitted if batch == max(case.batches) else {}))
+            rows.append(row | seen | {"ready_s": ready} | (admitted if batch == max(case.batches) else {}))
         for index, batch in enumerate(case.batches):  # later, so that it disturbs nothing
             await _decode(runtime, case, batch, 2 * index + 3, case._num_traced(batch))
     return rows
 
 
-async def _request(runtime: Runtime, prompt: list[int], num_output: int, number: int) -> None:
+async def _request(runtime: Runtime, prompt: list[int], num_output: int, number: int) -> tuple[float, float]:
+    """Seconds to the first token and to the last."""
     sampling = SamplingParams(
         temperature=0.0, seed=number, max_tokens=num_output, ignore_eos=True, detokenize=False
     )
+    first, started = 0.0, time.monotonic()
     async for _ in runtime.generate(prompt, sampling):
-        pass
+        first = first or time.monotonic()
+    return first - started, time.monotonic() - started
 
 
-async def _decode(runtime: Runtime, case: Case, batch: int, number: int, num_output: int) -> list[StepRecord]:
-    """Requests that all come at once; their steps without a prompt. `number`: see gpu_rank.py."""
+async def _decode(
+    runtime: Runtime, case: Case, batch: int, number: int, num_output: int
+) -> tuple[list[StepRecord], dict[str, float]]:
+    """Requests that all come at once: their steps without a prompt, and what their clients see.
+
+    Args:
+        number: see gpu_rank.py.
+    """
     draw = random.Random(number)
     earlier = runtime.stats().steps
     prompts = [draw.choices(range(_TOKENS), k=case.num_prompt) for _ in range(batch)]
-    await asyncio.gather(*(_request(runtime, prompt, num_output, number) for prompt in prompts))
+    began = time.monotonic()
+    times = await asyncio.gather(*(_request(runtime, prompt, num_output, number) for prompt in prompts))
+    seen = {
+        "total_s": time.monotonic() - began,
+        "tokens_per_s": fmean(num_output / last for _, last in times),
+        "client_tpot_ms": 1e3 * fmean((last - first) / max(1, num_output - 1) for first, last in times),
+        "client_ttft_ms": 1e3 * fmean(first for first, _ in times),
+    }
     stats = runtime.stats()
     records = stats.recent_steps[-(stats.steps - earlier) :]
-    return [step for step in records if not step.num_prefill_tokens]
+    return [step for step in records if not step.num_prefill_tokens], seen
 
 
 async def _admit(runtime: Runtime, case: Case) -> dict[str, float]:

@@ -8,14 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks.floors import BYTES_PER_SECOND, floor_bytes, floor_ms
 from benchmarks.gpu import pair, print_tables
 from benchmarks.gpu_run import Case, _compared, measure
 from benchmarks.gpu_trace import UNSETTLED, Trace, TraceFailed, covered, figures, kind_of, timeline
+from benchmarks.routing import UniformRouting
+from benchmarks.table import gain, later, print_table
 from tests.conftest import TINY_CONFIG
 from tpworker.model.families import read_spec
+from tpworker.model.moe import Moe
 from tpworker.model.tp import Shard
+from tpworker.model.weights import dummy_weights
 from tpworker.outputs import StepRecord
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -193,6 +198,87 @@ def test_floors_of_the_models_measured() -> None:
 def test_cells() -> None:
     assert pair({"gap_p50_us": 4.44, "gap_p99_us": 10.0}, "gap", "_us", 1) == "4.4 / 10.0"
     assert pair({}, "gap", "_us", 1) == "– / –"
+
+
+def tiny_glm(folder: Path) -> None:
+    """GLM-4.5-Air's config with 8 experts and small numbers."""
+    config = json.loads((ROOT / "benchmarks/configs/glm-4.5-air/config.json").read_text())
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "moe_intermediate_size": 16, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 3}
+    experts = {"n_routed_experts": 8, "num_experts_per_tok": 2, "num_nextn_predict_layers": 0}
+    words = {"vocab_size": 300, "torch_dtype": "float32", "pad_token_id": 0, "eos_token_id": [1]}
+    config |= sizes | heads | experts | words
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_experts_that_nobody_goes_to_are_not_read(tmp_path: Path) -> None:
+    tiny_glm(tmp_path)
+    spec = read_spec(tmp_path)
+    shard = Shard.of(spec, 0, 1)
+    saved = floor_bytes(spec, shard, 0, 1) - floor_bytes(spec, shard, 0, 1, touched=4.5)
+    assert spec.moe is not None
+    idle = 8 + spec.moe.num_shared - 4.5
+    assert saved == pytest.approx(2 * idle * 3 * 16 * 32 * 2), "in two layers; the first one is dense"
+
+
+def test_uniform_routing(tmp_path: Path) -> None:
+    tiny_glm(tmp_path)
+    spec = read_spec(tmp_path)
+    step = torch.zeros(1, dtype=torch.int64)
+    chosen = []
+    for rank in range(2):
+        weights = dummy_weights(spec, Shard.of(spec, rank, 2), torch.float32, torch.device("cpu"))
+        mixtures = [layer.mlp for layer in weights.layers if isinstance(layer.mlp, Moe)]
+        routing = UniformRouting(mixtures, step)
+        step.zero_()
+        ids = []
+        for _ in range(300):
+            ids.append(torch.stack([moe.router(torch.randn(4, 32))[0] for moe in mixtures]))
+            step += 1
+        chosen.append(torch.stack(ids))  # [steps, layers, rows, k + S]
+    assert torch.equal(chosen[0], chosen[1]), "whatever a rank's own router says, all choose alike"
+    routed = chosen[0][..., :2]
+    assert (routed[..., 0] != routed[..., 1]).all(), "no expert twice for one token"
+    assert (chosen[0][..., 2] == 8).all(), "the shared expert, always"
+    share = torch.bincount(routed.flatten(), minlength=8) / routed.numel()
+    assert share.sub(1 / 8).abs().max() < 0.02
+    layers = chosen[0].unbind(1)
+    assert not torch.equal(layers[0], layers[1])
+    expected = 8 * (1 - (6 / 8) ** 4) + 1
+    assert routing.touched(4) == pytest.approx(expected, abs=0.4)
+    out = mixtures[0](torch.randn(4, 32))
+    assert out.shape == (4, 32)
+
+
+def table_row(lookahead: int, tpot_ms: float) -> dict[str, Any]:
+    return {"model": "glm-4.5-air", "ranks": 8, "batch": 4, "num_prompt": 500, "num_output": 400,
+            "whole_output": 10_000, "lookahead": lookahead, "tpot_ms": tpot_ms, "trace_failed": "no GPU",
+            "graphs": [(600.0, 4.0), (5500.0, 4.4)]}  # fmt: skip
+
+
+def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [table_row(2, 4.0), table_row(0, 6.0)]
+    assert gain(rows[0], rows) == 1.5
+    assert gain(rows[1], rows) is None
+    assert gain(rows[0], rows[:1]) is None
+    assert later(rows[0]) == 4.4
+    assert later(rows[0] | {"graphs": [(700.0, 4.0)]}) is None
+    print_table(rows)
+    told = capsys.readouterr().out
+    assert "11.36 → 10.11" in told
+    assert "output cut at 400 tokens of 10000" in told
+
+
+def test_cpu_ranks_with_experts_are_measured(tmp_path: Path) -> None:
+    tiny_glm(tmp_path)
+    graphs: dict[int, list[tuple[float, float]]] = {}
+    case = Case(str(tmp_path), 2, 2, [4], num_prompt=20, num_output=40, trace_steps=5, admit=False,
+                lengths=[80], device="cpu")  # fmt: skip
+    (row,) = measure(case, graphs)
+    assert row["steps"] >= 20
+    assert 4 < row["touched"] < 9
+    assert row["total_s"] > 0
+    assert row["tokens_per_s"] > 0
 
 
 def test_cpu_ranks_are_measured_alike_but_for_the_trace(
