@@ -1,13 +1,14 @@
 """The status board: what every process is doing, in shared memory, for anybody to look at.
 
-One row a process, written by that process alone, two cache lines long; a field is one aligned 64-bit word,
-so that what is read is a value that was written (see SharedWords). Fields of one row are not read at one
-instant. It costs a writer some tens of nanoseconds a field, and nobody is told: a board is for progress
+One row a process, written by that process alone, on cache lines of its own; a field is one aligned 64-bit
+word, so that what is read is a value that was written (see SharedWords). Fields of one row are not read at
+one instant. It costs a writer some tens of nanoseconds a field, and nobody is told: a board is for progress
 displays, statistics and post-mortems; and for the two watchdogs, which end what has not moved for long.
 """
 
 from __future__ import annotations
 
+import time
 import zlib
 from collections.abc import Sequence
 from enum import IntEnum
@@ -15,7 +16,8 @@ from enum import IntEnum
 from tpworker.ipc.memory import LINE, SharedWords
 
 _SIGNATURE = int.from_bytes(b"tpwb", "little")
-_ROW = 2 * LINE  # words; two lines, as CPUs prefetch lines in pairs
+_ROW = 4 * LINE  # words; an even number of lines, as CPUs prefetch them in pairs
+_ENTERED = 2 * LINE  # the word that says when phase 0 was entered; those of the other phases follow
 
 
 class Field(IntEnum):
@@ -25,7 +27,7 @@ class Field(IntEnum):
     PHASE = 1
     """A `Phase`."""
     PROGRESS_DONE = 2
-    """How much of the phase is done, of PROGRESS_TOTAL (0: not known), in units of the phase's own."""
+    """How much of the phase is done, of PROGRESS_TOTAL (0: not known), in bytes."""
     PROGRESS_TOTAL = 3
     RECEIVED = 4
     """Last step whose plan has come, + 1."""
@@ -37,17 +39,29 @@ class Field(IntEnum):
     """Last step that the device has finished, and on rank 0 whose result was sent, + 1."""
     BEAT = 8
     """When the process last said that it is alive: time.monotonic_ns(), one clock for all processes."""
+    WEIGHTS = 9
+    """Bytes of weights that the process holds."""
 
 
 class Phase(IntEnum):
-    """What a process is at."""
+    """What a process is at. It goes through them in this order; some have not all of them."""
 
     STARTING = 0
     IMPORTING = 1
-    LOADING = 2
-    ALLOCATING = 3
-    READY = 4
-    STOPPING = 5
+    OPENING = 2
+    """Its device."""
+    LOADING = 3
+    """Weights."""
+    MEETING = 4
+    """The other ranks, for collectives."""
+    ALLOCATING = 5
+    """KV blocks, once all ranks have said how many they can hold."""
+    WARMING_UP = 6
+    """Every kind of step runs once."""
+    CAPTURING = 7
+    """Graphs."""
+    READY = 8
+    STOPPING = 9
 
 
 class Row:
@@ -72,6 +86,16 @@ class Row:
     def phase(self) -> Phase:
         """Field.PHASE as a `Phase`."""
         return Phase(self._words[Field.PHASE])
+
+    def enter(self, phase: Phase) -> None:
+        """The process has come to another phase, now."""
+        self._words[Field.PROGRESS_DONE] = self._words[Field.PROGRESS_TOTAL] = 0
+        self._words[_ENTERED + phase] = time.monotonic_ns()
+        self._words[Field.PHASE] = phase
+
+    def entered(self, phase: Phase) -> int:
+        """When the process came to a phase: time.monotonic_ns(), 0 if it has not."""
+        return self._words[_ENTERED + phase]
 
 
 class Board:

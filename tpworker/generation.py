@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable
 
 from tpworker.faults import Fault
-from tpworker.ipc.board import Field, Phase
+from tpworker.ipc.board import Field, Phase, Row
 from tpworker.ipc.channels import Channel, ChannelError, new_address
 from tpworker.ipc.child import SCHEDULER_NAME
 from tpworker.ipc.messages import Message, MessageError, SchedulerReady, StepOutput, Stop
@@ -40,8 +40,12 @@ machine that was suspended, or a runtime stopped by Ctrl-Z, must not end in a fa
 _PHASES = {
     Phase.STARTING: "starting processes",
     Phase.IMPORTING: "importing torch",
+    Phase.OPENING: "opening devices",
     Phase.LOADING: "loading the model",
+    Phase.MEETING: "connecting the ranks",
     Phase.ALLOCATING: "allocating KV blocks",
+    Phase.WARMING_UP: "warming up",
+    Phase.CAPTURING: "capturing graphs",
 }
 
 
@@ -111,6 +115,11 @@ class Generation:
                 deadline = float("inf")
             await asyncio.wait([self._ready], timeout=POLL_SECONDS)
         return self._ready.result()
+
+    @property
+    def ranks(self) -> list[Row]:
+        """The ranks' rows of the status board. Only until `stop`."""
+        return self._supervisor.board.rows()[1:]
 
     def send(self, message: Message) -> None:
         """Sends to the scheduler; nothing happens once the generation has failed or is stopping."""
@@ -242,9 +251,8 @@ class Generation:
 
     def _progress(self) -> tuple[str, float | None]:
         """What the slowest rank does, and how far all are with it."""
-        ranks = self._supervisor.board.rows()[1:]
-        phase = min(row[Field.PHASE] for row in ranks)
-        here = [row for row in ranks if row[Field.PHASE] == phase]
+        phase = min(row[Field.PHASE] for row in self.ranks)
+        here = [row for row in self.ranks if row[Field.PHASE] == phase]
         total = sum(row[Field.PROGRESS_TOTAL] for row in here)
         done = sum(row[Field.PROGRESS_DONE] for row in here)
         text = _PHASES.get(Phase(phase), "waiting for the scheduler")

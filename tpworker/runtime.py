@@ -15,6 +15,7 @@ import logging
 import os
 import random
 import secrets
+import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +30,7 @@ from tpworker.generation import Generation, StartFailed
 from tpworker.ipc.messages import Abort, SchedulerLoad, StepOutput, Submit, unpack_int32
 from tpworker.loading import FoundModel, Progress, find_model, in_daemon_thread, load_tokenizer
 from tpworker.observe.affinity import near_cpus
+from tpworker.observe.start import StartTimes
 from tpworker.outputs import Health, RequestOutput, RuntimeState, Stats, StepRecord
 from tpworker.requests import Request, Requests
 from tpworker.settings import rank_settings, resolve_gpus, resolve_max_model_len, scheduler_settings
@@ -80,6 +82,8 @@ class Runtime:
             options["model"] = os.fspath(model)
         self.config = dataclasses.replace(config or RuntimeConfig(), **options)
         """As it was given; `max_model_len` is what came of it."""
+        self.start_times: StartTimes | None = None
+        """Where the time of the start went, once it is ready."""
         self._progress = progress or _no_progress
         self._modules = {"rank_module": rank_module, "scheduler_module": scheduler_module}
         self._state: RuntimeState = "stopped"
@@ -134,6 +138,7 @@ class Runtime:
         self._state = "ready"
 
     async def _start(self) -> None:
+        began_ns = time.monotonic_ns()
         gpus = resolve_gpus(self.config)
         loop = asyncio.get_running_loop()
 
@@ -153,6 +158,7 @@ class Runtime:
             rank_cpus=near_cpus(gpus),
             **self._modules,
         )
+        spawned_ns = time.monotonic_ns()
         self._generation = Generation(group, self._on_output, self._on_fault, self._requests.any_submitted)
         ready = asyncio.ensure_future(self._generation.ready(self.config.start_timeout, self._progress))
         tokenizer = in_daemon_thread(lambda: load_tokenizer(found.folder))
@@ -170,6 +176,9 @@ class Runtime:
             self._max_model_len, found.spec.max_model_len, self._total_blocks * self.config.block_size
         )
         self._load = dataclasses.replace(self._load, free_blocks=self._total_blocks)
+        ranks = self._generation.ranks
+        self.start_times = StartTimes.of(ranks, began_ns, spawned_ns, time.monotonic_ns())
+        logger.info("%s", self.start_times)
 
     def _start_error(self, fault: Fault) -> Exception:
         """What a process said of the model or the configuration is for the user; the rest is a failure."""

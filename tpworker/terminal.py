@@ -83,8 +83,11 @@ def ready_text(runtime: Runtime, host: str, port: int, name: str | None, has_key
     ranks = "1 TP rank" if num_ranks == 1 else f"{num_ranks} TP ranks"
     path, body = _example(runtime)
     key = " -H 'Authorization: Bearer '\"$API_KEY\"" if has_key else ""
+    times = runtime.start_times
+    start = "" if times is None else f"Start, seconds for each stage and in all:\n\n{times.table()}\n\n"
     return (
         f"\ntpworker is ready: {name or runtime.served_name} on {ranks}, {url}\n\n"
+        f"{start}"
         f"  curl {url}{path} -H 'Content-Type: application/json'{key} \\\n"
         f"    -d {shlex.quote(body)}\n\n"
         "Ctrl-C ends it."

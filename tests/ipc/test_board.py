@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import time
 from contextlib import closing
 
 import pytest
@@ -34,6 +35,23 @@ def test_a_new_board_says_nothing_yet() -> None:
         assert all(row.phase is Phase.STARTING and row[Field.LAUNCHED] == 0 for row in board.rows())
         board.row("tpworker-rank1")[Field.PHASE] = Phase.READY
         assert [row.phase for row in board.rows()] == [Phase.STARTING, Phase.STARTING, Phase.READY]
+
+
+def test_when_a_process_came_to_a_phase() -> None:
+    with closing(Board.create(NAMES)) as board, closing(Board.attach(board.fd, NAMES)) as other:
+        row = board.row("tpworker-rank0")
+        for field in Field:
+            row[field] = 7
+        before = time.monotonic_ns()
+        for phase in (Phase.LOADING, Phase.READY):
+            row.enter(phase)
+        seen = other.row("tpworker-rank0")
+        assert seen.phase is Phase.READY
+        assert before <= seen.entered(Phase.LOADING) <= seen.entered(Phase.READY) <= time.monotonic_ns()
+        assert not any(seen.entered(phase) for phase in Phase if phase not in (Phase.LOADING, Phase.READY))
+        changed = {Field.PHASE, Field.PROGRESS_DONE, Field.PROGRESS_TOTAL}
+        assert {field for field in Field if seen[field] != 7} == changed
+        assert not any(other.row("tpworker-rank1").entered(phase) for phase in Phase)
 
 
 def test_what_a_killed_process_wrote_stays() -> None:
@@ -79,7 +97,8 @@ def test_a_field_is_64_bits(value: int) -> None:
 
 def test_rows_lie_on_lines_of_their_own() -> None:
     assert max(Field) < 16
+    assert len(Phase) <= 16
     with closing(Board.create(NAMES)) as board:
         assert board._memory.address % 128 == 0
         for row in board.rows():
-            assert len(row._words) == 16
+            assert len(row._words) == 32

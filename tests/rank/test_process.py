@@ -10,7 +10,6 @@ import torch
 
 from tests.model.helpers import SPEC
 from tpworker.errors import ConfigError
-from tpworker.ipc.board import Board
 from tpworker.ipc.messages import Allocate, Message, RankLoaded
 from tpworker.model.kv_cache import KVCache
 from tpworker.model.tp import Shard
@@ -43,12 +42,8 @@ def agree(wire: Wire, free_bytes: int, **changes: Any) -> KVCache:
     boot: Any = SimpleNamespace(generation=0, rank=0, num_ranks=1, settings=SimpleNamespace(**fields))
     decoder: Any = SimpleNamespace(spec=SPEC, shard=Shard.of(SPEC, 0, 1))
     device: Any = SimpleNamespace(torch_device=CPU, free_bytes=lambda num_ranks: free_bytes)
-    board = Board.create(["rank"])
     plans: Any = wire
-    try:
-        return agree_on_cache(boot, plans, decoder, torch.float32, device, board.row("rank"))
-    finally:
-        board.close()
+    return agree_on_cache(boot, plans, decoder, torch.float32, device)
 
 
 def test_the_offer_is_what_fits_into_its_share_of_the_free_memory() -> None:

@@ -92,6 +92,7 @@ class FakeRuntime:
 
     def __post_init__(self) -> None:
         self.config = RuntimeConfig()
+        self.start_times = None
         self.output_tokens = self.prompt_tokens = 0
         self._fault = asyncio.Event()
         self._idle = asyncio.Event()

@@ -11,10 +11,12 @@ import gc
 import logging
 import os
 import sys
-import time
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import torch
 
@@ -28,7 +30,7 @@ from tpworker.model.decoder import Decoder
 from tpworker.model.families import ModelSpec, read_spec
 from tpworker.model.kv_cache import KVCache
 from tpworker.model.tp import Collectives, Shard
-from tpworker.model.weights import dummy_weights, load_weights
+from tpworker.model.weights import DecoderWeights, dummy_weights, load_weights
 from tpworker.rank.collectives import connect
 from tpworker.rank.device import CpuDevice, Device, StreamBroken, usable_cores
 from tpworker.rank.loop import RankLoop
@@ -43,9 +45,12 @@ SWITCH_INTERVAL = 50e-6
 
 LINGER_SECONDS = 1.0
 
+T = TypeVar("T")
+
 
 def rank_main(boot: RankBoot) -> None:
     """What a rank's process does."""
+    own_row(boot).enter(Phase.OPENING)
     if boot.settings.device != "cuda":
         run_rank(boot, CpuDevice(), Runner)
         return
@@ -56,16 +61,14 @@ def rank_main(boot: RankBoot) -> None:
 
 def run_rank(boot: RankBoot, device: Device, runner_class: type[Runner]) -> None:
     """Meets the others, loads this rank's shard, agrees on sizes, then executes plans until told to stop."""
-    row = Board.attach(boot.board_fd, board_names(boot.num_ranks)).row(boot.name)
+    row = own_row(boot)
     row[Field.PID] = os.getpid()
-    row[Field.PHASE] = Phase.LOADING
     plans = Channel.connect(boot.plan_address, boot.name, boot.generation)
     torch.set_num_threads(max(1, usable_cores() // boot.num_ranks))
     runner = assemble(boot, device, plans, row, runner_class)
     if device.captures:
-        started = time.monotonic()
-        runner.prepare(boot.settings.max_num_batched_tokens)
-        logger.info("warmed up in %.1f s", time.monotonic() - started)
+        row.enter(Phase.WARMING_UP)
+        runner.prepare(boot.settings.max_num_batched_tokens, partial(row.enter, Phase.CAPTURING))
 
     def fail(error: BaseException) -> NoReturn:
         while isinstance(error, StreamBroken) and error.__cause__ is not None:
@@ -76,29 +79,50 @@ def run_rank(boot: RankBoot, device: Device, runner_class: type[Runner]) -> None
     publisher, loop = connect_loop(boot, device, plans, row, runner, fail)
     with uninterrupted():
         loop.run()
-    row[Field.PHASE] = Phase.STOPPING
+    row.enter(Phase.STOPPING)
     publisher.close()
     device.close()
     close_all(LINGER_SECONDS)
 
 
+def own_row(boot: RankBoot) -> Row:
+    """This rank's row of the status board."""
+    return Board.attach(boot.board_fd, board_names(boot.num_ranks)).row(boot.name)
+
+
 def assemble(
     boot: RankBoot, device: Device, plans: Channel, row: Row, runner_class: type[Runner] = Runner
 ) -> Runner:
-    """From a device to the runner on it: collectives, this rank's shard, a KV cache of the agreed size."""
+    """From a device to the runner on it: this rank's shard, collectives, a KV cache of the agreed size."""
     settings = boot.settings
-    collectives = meet(boot, device)
+    meeting = in_thread(partial(meet, boot, device))  # the first collectives take as long as reading does
     with torch.inference_mode():
-        started = time.monotonic()
-        decoder, dtype = load_decoder(boot, device, collectives, row)
-        logger.info("loaded in %.1f s", time.monotonic() - started)
-        cache = agree_on_cache(boot, plans, decoder, dtype, device, row)
+        row.enter(Phase.LOADING)
+        spec, shard, weights, dtype = load_shard(boot, device, row)
+        row.enter(Phase.MEETING)
+        decoder = Decoder(spec, weights, shard, meeting.result(), settings.max_model_len)
+        row.enter(Phase.ALLOCATING)
+        cache = agree_on_cache(boot, plans, decoder, dtype, device)
         slots = SlotTable(
             settings.max_num_seqs, -(-settings.max_model_len // settings.block_size), device.torch_device
         )
         return runner_class(
-            decoder, cache, slots, device, collectives, ring_rows(settings), settings.check_ranks_agree
+            decoder, cache, slots, device, meeting.result(), ring_rows(settings), settings.check_ranks_agree
         )
+
+
+def in_thread(work: Callable[[], T]) -> Future[T]:
+    """Does something in a thread of its own, which does not keep the process alive."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="tpworker-meeting", daemon=True).start()
+    return future
 
 
 def connect_loop(
@@ -134,12 +158,13 @@ def connect_loop(
     barrier = Barrier.attach(boot.barrier_fd, boot.num_ranks, spin=spin)
     loop = RankLoop(boot.rank, boot.generation, plans, barrier, row, runner, publisher, settings.step_timeout)
     plans.send(RankReady(boot.generation, boot.rank))
-    row[Field.PHASE] = Phase.READY
+    row.enter(Phase.READY)
     return publisher, loop
 
 
 def meet(boot: RankBoot, device: Device) -> Collectives:
     """The collectives of this rank's kind of device."""
+    device.adopt_thread()
     timeout = boot.settings.step_timeout
     if device.torch_device.type == "cpu":
         return connect(boot.meeting_fd, boot.store_fd, boot.rank, boot.num_ranks, timeout)
@@ -153,16 +178,16 @@ def ring_rows(settings: RankSettings) -> int:
     return settings.lookahead + 2
 
 
-def load_decoder(
-    boot: RankBoot, device: Device, collectives: Collectives, row: Row
-) -> tuple[Decoder, torch.dtype]:
+def load_shard(
+    boot: RankBoot, device: Device, row: Row
+) -> tuple[ModelSpec, Shard, DecoderWeights, torch.dtype]:
     """This rank's shard of the model, and its dtype.
 
     Raises:
         ModelError: the folder is not a model that is supported, or is broken.
     """
     folder, settings = Path(boot.model), boot.settings
-    spec: ModelSpec = read_spec(folder)
+    spec = read_spec(folder)
     shard = Shard.of(spec, boot.rank, boot.num_ranks)
     dtype: torch.dtype = getattr(torch, spec.dtype if settings.dtype == "auto" else settings.dtype)
 
@@ -174,11 +199,13 @@ def load_decoder(
         weights = dummy_weights(spec, shard, dtype, device.torch_device, settings.seed)
     else:
         weights = load_weights(folder, spec, shard, dtype, device.torch_device, progress)
-    return Decoder(spec, weights, shard, collectives, settings.max_model_len), dtype
+        row[Field.WEIGHTS] = row[Field.PROGRESS_TOTAL]
+    device.synchronize()  # or the copies would count as part of what comes next
+    return spec, shard, weights, dtype
 
 
 def agree_on_cache(
-    boot: RankBoot, plans: Channel, decoder: Decoder, dtype: torch.dtype, device: Device, row: Row
+    boot: RankBoot, plans: Channel, decoder: Decoder, dtype: torch.dtype, device: Device
 ) -> KVCache:
     """Offers what fits, allocates what all can hold.
 
@@ -204,7 +231,6 @@ def agree_on_cache(
         raise ChannelError(
             f"no answer from the scheduler within {settings.start_timeout:g} s (start_timeout)"
         )
-    row[Field.PHASE] = Phase.ALLOCATING
     num_blocks = expect(answer, Allocate).num_kv_blocks
     return KVCache(spec, shard, num_blocks, settings.block_size, dtype, device.torch_device)
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -134,7 +135,7 @@ class Runner:
 
     # ------------------------------------------------------------------------------- beforehand
 
-    def prepare(self, max_tokens: int) -> None:
+    def prepare(self, max_tokens: int, capturing: Callable[[], None] = lambda: None) -> None:
         """Runs every kind of step once, and captures what can be. Before the first plan; waits.
 
         A kernel's first use takes milliseconds, some hundreds of them, and a capture needs kernels that are
@@ -142,6 +143,7 @@ class Runner:
 
         Args:
             max_tokens: of a step.
+            capturing: called when everything has run once.
         """
         null = self._slots.num_slots
         width = self._slots.block_table.shape[1]
@@ -154,6 +156,7 @@ class Runner:
                 launched.done.synchronize()
                 self.staging.give_back(launched.staging)
             length //= 2
+        capturing()
         # The debug mode looks at values, and so does the reference attention at lengths.
         looks = self._check_agreement or (
             self._device.captures and isinstance(self._decoder.attention, PagedAttention)

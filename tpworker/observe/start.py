@@ -1,0 +1,103 @@
+"""Where the time of a start went, from what the ranks wrote on the status board.
+
+Ranks wait for each other time and again, so a stage ends when the last of them has come through it: the
+stages follow each other without gaps, and add up to the whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tpworker.ipc.board import Field, Phase, Row
+
+_STAGES = {
+    Phase.STARTING: "processes started",
+    Phase.IMPORTING: "torch imported",
+    Phase.OPENING: "devices opened",
+    Phase.LOADING: "weights loaded",
+    Phase.MEETING: "ranks connected",
+    Phase.ALLOCATING: "KV cache allocated",
+    Phase.WARMING_UP: "kernels warmed up",
+    Phase.CAPTURING: "graphs captured",
+}
+"""What has been reached when the last rank has left a phase."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A part of a start."""
+
+    name: str
+    seconds: float
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class StartTimes:
+    """The stages of a start, in their order."""
+
+    stages: tuple[Stage, ...]
+
+    @classmethod
+    def of(cls, ranks: Sequence[Row], began_ns: int, spawned_ns: int, ready_ns: int) -> StartTimes:
+        """From the rows of all ranks, which are ready.
+
+        Args:
+            began_ns: when somebody asked for the start; CLOCK_MONOTONIC, as the other two.
+            spawned_ns: when the first process was about to be started.
+            ready_ns: when requests could come.
+        """
+        stages = [Stage("model found", (spawned_ns - began_ns) / 1e9)]
+        last = spawned_ns
+        for phase, name in _STAGES.items():
+            ends = [_left(row, phase) for row in ranks]
+            end = max(ends, default=0)
+            if end > last:
+                note = _which(ends)
+                if phase is Phase.LOADING:
+                    note = ", ".join(part for part in (_speed(ranks, (end - last) / 1e9), note) if part)
+                stages.append(Stage(name, (end - last) / 1e9, note))
+                last = end
+        stages.append(Stage("ready", (ready_ns - last) / 1e9))
+        return cls(tuple(stages))
+
+    @property
+    def total(self) -> float:
+        """Seconds."""
+        return sum(stage.seconds for stage in self.stages)
+
+    def __str__(self) -> str:
+        parts = [f"{stage.name} {stage.seconds:.2f}" for stage in self.stages]
+        return f"ready in {self.total:.1f} s: {', '.join(parts)}"
+
+    def table(self) -> str:
+        """A line a stage: its name, how long it took, and when it was over, in seconds."""
+        width = max(len(stage.name) for stage in self.stages)
+        lines, at = [], 0.0
+        for stage in self.stages:
+            at += stage.seconds
+            note = f"  ({stage.note})" if stage.note else ""
+            lines.append(f"  {stage.name:{width}}  {stage.seconds:6.2f}  {at:6.2f}{note}")
+        return "\n".join(lines)
+
+
+def _left(row: Row, phase: Phase) -> int:
+    """When a rank went on to whatever came after a phase; 0 if it was never in it."""
+    if phase is not Phase.STARTING and not row.entered(phase):
+        return 0
+    return next((at for later in Phase if later > phase and (at := row.entered(later))), 0)
+
+
+def _which(ends: Sequence[int]) -> str:
+    """Who was late, where that was one rank by more than a tenth of a second."""
+    if len(ends) < 2:
+        return ""
+    second, last = sorted(ends)[-2:]
+    late = (last - second) / 1e9
+    return f"rank {ends.index(last)} last, by {late:.1f} s" if late > 0.1 else ""
+
+
+def _speed(ranks: Sequence[Row], seconds: float) -> str:
+    num_bytes = sum(row[Field.WEIGHTS] for row in ranks)
+    return f"{num_bytes / 1e9:.1f} GB, {num_bytes / 1e9 / seconds:.1f} GB/s" if num_bytes else ""
