@@ -50,10 +50,10 @@ class Phase(IntEnum):
     IMPORTING = 1
     OPENING = 2
     """Its device."""
-    LOADING = 3
-    """Weights."""
-    MEETING = 4
+    MEETING = 3
     """The other ranks, for collectives."""
+    LOADING = 4
+    """Weights."""
     ALLOCATING = 5
     """KV blocks, once all ranks have said how many they can hold."""
     WARMING_UP = 6
