@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tpworker.errors import ModelError
-from tpworker.model.families import Llama3Scaling, RopeSpec, read_spec
+from tpworker.model.families import Llama3Scaling, MoeSpec, RopeSpec, read_spec
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -37,6 +37,34 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+
+
+DECODER: dict[str, Any] = {
+    "vocab_size": 1000,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "moe_intermediate_size": 24,
+}
+GLM = DECODER | {
+    "architectures": ["Glm4MoeForCausalLM"],
+    "head_dim": 16,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+}
+ERNIE = DECODER | {"architectures": ["Ernie4_5_MoeForCausalLM"], "moe_num_experts": 8, "moe_k": 2}
+ERNIE_DENSE = DECODER | {"architectures": ["Ernie4_5ForCausalLM"]}
+QWEN = DECODER | {"architectures": ["Qwen3MoeForCausalLM"], "num_experts": 8, "num_experts_per_tok": 2}
+MIXTRAL = DECODER | {
+    "architectures": ["MixtralForCausalLM"],
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+}
+
+CONFIGS = Path(__file__).parents[2] / "benchmarks" / "configs"
 
 
 def folder(path: Path, config: dict[str, Any], generation: dict[str, Any] | None = None) -> Path:
@@ -100,6 +128,119 @@ def test_a_llama_config(tmp_path: Path) -> None:
 def test_variants(tmp_path: Path, change: dict[str, Any], expected: dict[str, Any]) -> None:
     spec = read_spec(folder(tmp_path, LLAMA | change))
     assert {key: getattr(spec, key) for key in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (
+            GLM,
+            {
+                "rope": RopeSpec(theta=1e4, rotary_dim=8),
+                "qkv_bias": False,
+                "qk_norm": False,
+                "rms_norm_eps": 1e-5,
+                "num_mtp_layers": 1,
+                "moe": MoeSpec(
+                    layers=(1, 2, 3),
+                    num_experts=8,
+                    experts_per_token=2,
+                    intermediate_size=24,
+                    num_shared=1,
+                    score="sigmoid",
+                    has_bias=True,
+                    norm_min=1e-20,
+                ),
+            },
+        ),
+        (GLM | {"attention_bias": True}, {"qkv_bias": True, "output_bias": False, "mlp_bias": False}),
+        (GLM | {"first_k_dense_replace": 4}, {"moe": None}),
+        (GLM | {"partial_rotary_factor": 0.25}, {"rope": RopeSpec(theta=1e4, rotary_dim=4)}),
+        (GLM | {"partial_rotary_factor": 1}, {"rope": RopeSpec(theta=1e4)}),
+        (
+            GLM | {"rope_parameters": {"rope_theta": 1e6, "partial_rotary_factor": 0.5}},
+            {"rope": RopeSpec(theta=1e6, rotary_dim=8)},
+        ),
+        (GLM | {"num_nextn_predict_layers": 0}, {"num_mtp_layers": 0}),
+        (
+            ERNIE,
+            {
+                "rope": RopeSpec(theta=5e5, interleaved=True),
+                "tie_embeddings": True,
+                "head_dim": 8,
+                "moe": MoeSpec(
+                    layers=(1, 2, 3),
+                    num_experts=8,
+                    experts_per_token=2,
+                    intermediate_size=24,
+                    num_shared=2,
+                    has_bias=True,
+                    norm_min=1e-12,
+                    float32_gate=True,
+                ),
+            },
+        ),
+        (ERNIE | {"moe_layer_start_index": 4}, {"moe": None}),
+        (ERNIE | {"tie_word_embeddings": False}, {"tie_embeddings": False}),
+        (ERNIE_DENSE, {"head_dim": 128, "moe": None, "qkv_bias": False, "tie_embeddings": True}),
+        (ERNIE_DENSE | {"head_dim": None}, {"head_dim": 8}),
+        (ERNIE_DENSE | {"use_bias": True}, {"qkv_bias": True, "output_bias": True, "mlp_bias": True}),
+        (
+            QWEN,
+            {
+                "rope": RopeSpec(theta=1e4),
+                "qk_norm": True,
+                "moe": MoeSpec(
+                    layers=(0, 1, 2, 3),
+                    num_experts=8,
+                    experts_per_token=2,
+                    intermediate_size=24,
+                    normalise=False,
+                ),
+            },
+        ),
+        (QWEN | {"mlp_only_layers": [0, 1, 2, 3]}, {"moe": None}),
+        (QWEN | {"attention_bias": True}, {"qkv_bias": True, "output_bias": True}),
+        (
+            MIXTRAL,
+            {
+                "rope": RopeSpec(theta=1e6),
+                "moe": MoeSpec(
+                    layers=(0, 1, 2, 3), num_experts=8, experts_per_token=2, intermediate_size=128
+                ),
+            },
+        ),
+    ],
+)
+def test_mixtures_and_their_relatives(
+    tmp_path: Path, config: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    spec = read_spec(folder(tmp_path, config))
+    assert {key: getattr(spec, key) for key in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("config", "layers"),
+    [
+        (ERNIE | {"moe_layer_start_index": 0, "moe_layer_end_index": 2}, (0, 1, 2)),
+        (ERNIE | {"moe_layer_start_index": 0, "moe_layer_interval": 2}, (1, 3)),
+        (ERNIE | {"moe_layer_end_index": 99}, (1, 2, 3)),
+        (QWEN | {"decoder_sparse_step": 2}, (1, 3)),
+        (QWEN | {"mlp_only_layers": [0, 3]}, (1, 2)),
+        (GLM | {"first_k_dense_replace": 3}, (3,)),
+    ],
+)
+def test_which_layers_are_mixtures(tmp_path: Path, config: dict[str, Any], layers: tuple[int, ...]) -> None:
+    spec = read_spec(folder(tmp_path, config))
+    assert spec.moe is not None
+    assert spec.moe.layers == layers
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*/config.json")), ids=lambda path: path.parent.name)
+def test_configs_of_benchmarks_are_supported(path: Path) -> None:
+    spec = read_spec(path.parent)
+    assert spec.dtype == "bfloat16"
+    assert (spec.moe is None) == (path.parent.name in ("qwen3-0.6b", "qwen3-8b"))
 
 
 @pytest.mark.parametrize(
@@ -185,6 +326,52 @@ def test_what_cannot_be_served_is_refused_by_name(
     with pytest.raises(ModelError, match=message) as caught:
         read_spec(folder(tmp_path, LLAMA | change))
     assert str(tmp_path / "config.json") in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "change", "message"),
+    [
+        (LLAMA, {"num_local_experts": 8}, "num_local_experts=8: is not supported in a Llama"),
+        (GLM, {"n_group": 3}, r"n_group=3: must divide n_routed_experts \(8\)"),
+        (GLM, {"n_group": 8}, "n_group=8: must divide .* into groups of two or more"),
+        (GLM, {"n_group": 4, "topk_group": 5}, r"topk_group=5: must be at most n_group \(4\)"),
+        (
+            GLM,
+            {"n_group": 4, "topk_group": 1, "num_experts_per_tok": 3},
+            "num_experts_per_tok=3: must be at most 2",
+        ),
+        (GLM, {"num_experts_per_tok": 9}, "num_experts_per_tok=9: must be at most 8"),
+        (GLM, {"n_routed_experts": None}, "n_routed_experts=None: is required"),
+        (GLM, {"scoring_func": "softmax"}, "scoring_func='softmax': is not supported"),
+        (GLM, {"topk_method": "greedy"}, "topk_method='greedy': is not supported"),
+        (GLM, {"partial_rotary_factor": 0.2}, "partial_rotary_factor=0.2: must leave an even part .* of 16"),
+        (GLM, {"partial_rotary_factor": 2.0}, "partial_rotary_factor=2.0: must leave"),
+        (GLM, {"hidden_act": "gelu"}, "hidden_act='gelu': is not supported in a Glm4MoeForCausalLM"),
+        (GLM, {"routed_scaling_factor": 0}, "routed_scaling_factor=0: must be a finite number above 0"),
+        (GLM, {"norm_topk_prob": 1}, "norm_topk_prob=1: must be true or false"),
+        (GLM, {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type='yarn': .*only llama3"),
+        (ERNIE, {"use_bias": True}, "use_bias=True: biases are not supported"),
+        (ERNIE, {"moe_k": 9}, "moe_k=9: must be at most 8"),
+        (ERNIE, {"moe_gate_act": "sigmoid"}, "moe_gate_act='sigmoid': is not supported"),
+        (ERNIE, {"moe_gate": "top2"}, "moe_gate='top2': is not supported"),
+        (ERNIE, {"moe_num_experts": [64, 64]}, r"moe_num_experts=\[64, 64\]: must be an integer"),
+        (ERNIE, {"moe_layer_end_index": [1, 2]}, "moe_layer_end_index=.*must be an integer"),
+        (ERNIE, {"use_rmsnorm": False}, "use_rmsnorm=False: is not supported"),
+        (ERNIE, {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5: is not supported"),
+        (ERNIE_DENSE, {"moe_num_experts": 8}, "moe_num_experts=8: is not supported in a Ernie4_5ForCausalLM"),
+        (QWEN, {"num_experts_per_tok": None}, "num_experts_per_tok=None: is required"),
+        (QWEN, {"mlp_only_layers": 3}, "mlp_only_layers=3: must be a list"),
+        (QWEN, {"shared_expert_intermediate_size": 8}, "shared_expert_intermediate_size=8: is not supported"),
+        (QWEN, {"sliding_window": 64, "use_sliding_window": True}, "sliding-window attention"),
+        (MIXTRAL, {"sliding_window": 64}, "sliding_window=64: sliding-window attention"),
+        (MIXTRAL, {"num_local_experts": None}, "num_local_experts=None: is required"),
+    ],
+)
+def test_mixtures_that_cannot_be_served_are_refused_by_name(
+    tmp_path: Path, config: dict[str, Any], change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ModelError, match=message):
+        read_spec(folder(tmp_path, config | change))
 
 
 @pytest.mark.parametrize(

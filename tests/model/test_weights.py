@@ -13,12 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import LlamaConfig
+from transformers import Ernie4_5_MoeConfig, Glm4MoeConfig, LlamaConfig
 
 from tests.model.helpers import CPU, SPEC, tiny_model
 from tpworker.errors import ModelError
 from tpworker.model import checkpoint
-from tpworker.model.families import ModelSpec, read_spec
+from tpworker.model.families import ModelSpec, MoeSpec, read_spec
 from tpworker.model.linear import Linear, can_pack
 from tpworker.model.mlp import Mlp
 from tpworker.model.moe import Moe
@@ -42,6 +42,10 @@ TINY: dict[str, Any] = {
     "head_dim": 8,
     "max_position_embeddings": 128,
 }
+
+
+GLM = Glm4MoeConfig(**TINY, moe_intermediate_size=32, n_routed_experts=4, num_experts_per_tok=2)
+ERNIE = Ernie4_5_MoeConfig(**TINY, moe_intermediate_size=32, moe_num_experts=4, moe_k=2)
 
 
 @pytest.fixture
@@ -115,10 +119,15 @@ class CountingFile:
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-@pytest.mark.usefixtures("unpacked")
+@pytest.mark.parametrize("config", [LlamaConfig(**TINY), GLM, ERNIE], ids=["llama", "glm", "ernie"])
+@pytest.mark.parametrize("packs", [False, True])
 def test_a_rank_reads_its_slices_and_no_more(
-    folder: Path, size: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, config: Any, packs: bool, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    folder = tmp_path
+    tiny_model(folder, config)
+    if not packs:
+        monkeypatch.setattr("tpworker.model.weights.can_pack", lambda device, dtype: False)
     real = checkpoint.safe_open
     counts: list[Counter[str]] = []
     for rank in range(size):
@@ -130,7 +139,8 @@ def test_a_rank_reads_its_slices_and_no_more(
     full = {name: tensor.nbytes for name, tensor in load_file(folder / "model.safetensors").items()}
     for count in counts:
         for name, nbytes in full.items():
-            assert count[name] == (nbytes if "norm" in name else nbytes // size), name
+            is_whole = "norm" in name or "mlp.gate." in name or "correction" in name
+            assert count[name] == (nbytes if is_whole else nbytes // size), name
 
 
 @pytest.mark.usefixtures("unpacked")
@@ -342,11 +352,16 @@ def test_a_broken_index(folder: Path, text: str) -> None:
 
 # ------------------------------------------------------------------------------ sizes and dummies
 
+MOE = MoeSpec(
+    layers=(1,), num_experts=4, experts_per_token=2, intermediate_size=20, num_shared=2, has_bias=True
+)
 VARIANTS = [
     SPEC,
     dataclasses.replace(SPEC, tie_embeddings=True),
     dataclasses.replace(SPEC, qkv_bias=True, output_bias=True, mlp_bias=True, qk_norm=True),
     dataclasses.replace(SPEC, vocab_size=61, intermediate_size=45, num_heads=9, num_kv_heads=3),
+    dataclasses.replace(SPEC, family="glm4_moe", moe=MOE),
+    dataclasses.replace(SPEC, family="ernie4_5_moe", moe=dataclasses.replace(MOE, float32_gate=True)),
 ]
 
 
@@ -371,23 +386,48 @@ def test_packed_tied_embeddings_are_held_twice() -> None:
     assert saved == embedding
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_shard_bytes_are_transformers_parameters(tmp_path: Path, tied: bool) -> None:
-    config = LlamaConfig(**TINY, tie_word_embeddings=tied, attention_bias=True, mlp_bias=True)
+@pytest.mark.parametrize(
+    "config",
+    [
+        LlamaConfig(**TINY, tie_word_embeddings=False, attention_bias=True, mlp_bias=True),
+        LlamaConfig(**TINY, tie_word_embeddings=True, attention_bias=True, mlp_bias=True),
+        GLM,
+        ERNIE,
+    ],
+    ids=["untied", "tied", "glm", "ernie"],
+)
+def test_shard_bytes_are_transformers_parameters(tmp_path: Path, config: Any) -> None:
     model = tiny_model(tmp_path, config)
     spec = read_spec(tmp_path)
-    total = shard_bytes(spec, Shard.of(spec, 0, 1), torch.float32, META)
-    assert total == 4 * sum(parameter.numel() for parameter in model.parameters())
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    if spec.family == "glm4_moe":  # its correction biases are buffers
+        assert spec.moe is not None
+        num_parameters += len(spec.moe.layers) * spec.moe.num_experts
+    assert shard_bytes(spec, Shard.of(spec, 0, 1), torch.float32, META) == 4 * num_parameters
+
+
+def test_routers_are_in_float32_where_they_are_published_so_and_on_the_cpu() -> None:
+    for wide in (False, True):
+        spec = dataclasses.replace(SPEC, family="glm4_moe", moe=dataclasses.replace(MOE, float32_gate=wide))
+        shard = Shard.of(spec, 0, 1)
+        layer = dummy_weights(spec, shard, torch.bfloat16, CPU).layers[1]
+        assert isinstance(layer.mlp, Moe)
+        assert layer.mlp.gate.weight.dtype == torch.float32
+        gate_entries = 4 * SPEC.hidden_size
+        extra = shard_bytes(spec, shard, torch.bfloat16) - shard_bytes(spec, shard, torch.bfloat16, META)
+        assert extra == (0 if wide else 2 * gate_entries)
 
 
 @pytest.mark.usefixtures("unpacked")
 def test_dummy_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tpworker.model.weights._DUMMY_PERIOD", 1009)
-    spec = dataclasses.replace(SPEC, qkv_bias=True, output_bias=True, mlp_bias=True, qk_norm=True)
+    spec = dataclasses.replace(
+        SPEC, family="glm4_moe", moe=MOE, qkv_bias=True, output_bias=True, mlp_bias=True, qk_norm=True
+    )
     shard = Shard.of(spec, 0, 2)
     tensors = tensors_of(dummy_weights(spec, shard, torch.float32, CPU, seed=3))
     for name, tensor in tensors.items():
-        if name.endswith(".bias"):
+        if name.endswith("bias"):
             assert not tensor.any()
         elif "norm" in name:
             assert torch.equal(tensor, torch.ones_like(tensor))
