@@ -80,10 +80,9 @@ def run(options: argparse.Namespace) -> int:
         batches = options.batch or list(PEER.get((model, ranks), {1: ()}))
         graphs: dict[int, list[tuple[float, float]]] = {}
         for lookahead in options.lookahead:
-            first = lookahead == options.lookahead[0]
-            case = Case(
-                model, ranks, lookahead, batches, trace_steps=TRACE_STEPS[lookahead > 0], replays=first
-            )
+            overlap = lookahead > 0
+            case = Case(model, ranks, lookahead, batches, trace_steps=TRACE_STEPS[overlap], admit=overlap,
+                        replays=lookahead == options.lookahead[0])  # fmt: skip
             rows += measure(case, graphs)
             write(options, where, rows)
     print_tables(rows)

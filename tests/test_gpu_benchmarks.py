@@ -13,9 +13,11 @@ import torch
 from benchmarks.floors import BYTES_PER_SECOND, floor_bytes, floor_ms
 from benchmarks.gpu import pair, print_tables
 from benchmarks.gpu_run import Case, _compared, measure
-from benchmarks.gpu_trace import UNSETTLED, Trace, TraceFailed, covered, figures, kind_of, timeline
+from benchmarks.gpu_trace import UNSETTLED, Trace, TraceFailed, covered, figures, kind_of
+from benchmarks.gpu_trace import timeline as timeline_of
 from benchmarks.routing import UniformRouting
 from benchmarks.table import gain, later, print_table
+from benchmarks.timeline import main as draw
 from tests.conftest import TINY_CONFIG
 from tpworker.model.families import read_spec
 from tpworker.model.moe import Moe
@@ -146,11 +148,26 @@ def test_kinds_of_kernels(name: str, kind: str) -> None:
 
 
 def test_steps_to_be_drawn() -> None:
-    drawn = timeline(Trace.of(collected(31)), 4)["steps"]
+    drawn = timeline_of(Trace.of(collected(31)), 4)["steps"]
     assert [step["step"] for step in drawn] == [58, 59, 60, 61]
     assert drawn[0]["kernels"][0] == ["norms", 0.0, 1.0]
     assert drawn[1]["kernels"][0][1] == 100.0
     assert drawn[1]["launch"] == [-50.0, 4.0]
+
+
+def test_a_picture_of_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        {"model": "qwen3-8b", "ranks": 2, "batch": 64, "lookahead": lookahead, "tpot_ms": 0.1}
+        | timeline_of(Trace.of(collected(31, gap=gap)))
+        for lookahead, gap in ((2, 5_000), (0, 40_000))
+    ]
+    file, picture = tmp_path / "steps.json", tmp_path / "steps.png"
+    file.write_text(json.dumps({"machine": {"gpus": ["NVIDIA H200"]}, "rows": rows}))
+    shape = ["--model", "qwen3-8b", "--tp", "2", "--batch"]
+    assert draw([str(file), str(picture), *shape, "64"]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert draw([str(file), str(picture), *shape, "16"]) == 1
+    assert "holds no such row" in capsys.readouterr().err
 
 
 def steps(*ends_us: int) -> list[StepRecord]:
