@@ -173,6 +173,24 @@ def test_norm_rotate_store(fused: Any, shape: Shape, count: int, block_size: int
     assert torch.equal(caches[1].values[0].cpu(), caches[0].values[0])
 
 
+def product_case(
+    count: int, size_in: int, size_out: int, has_bias: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Input, weight, bias, and the product in float32."""
+    x, weight = randn(count, size_in, dtype=dtype), randn(size_out, size_in, dtype=dtype, scale=0.05)
+    bias = randn(size_out, dtype=dtype) if has_bias else None
+    x, weight, bias = (None if y is None else y.to(DEVICE) for y in (x, weight, bias))
+    assert x is not None
+    assert weight is not None
+    expected = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+    return x, weight, bias, expected.float()
+
+
+def gate(product: Tensor) -> Tensor:
+    """The reference on the CPU."""
+    return kernels.silu_mul(product.cpu())
+
+
 @every_shape
 @pytest.mark.parametrize("has_bias", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -180,14 +198,42 @@ def test_products_of_one_row(fused: Any, shape: Shape, has_bias: bool, dtype: to
     from tpworker.model import skinny_kernel
 
     for size_in, size_out in ((shape.hidden, 2 * shape.width), (shape.width, shape.hidden)):
-        x = randn(1, size_in, dtype=dtype)
-        weight = randn(size_out, size_in, dtype=dtype, scale=0.02)
-        bias = randn(size_out, dtype=dtype) if has_bias else None
-        result = skinny_kernel.multiply_one(
-            x.to(DEVICE), weight.to(DEVICE), None if bias is None else bias.to(DEVICE)
-        )
-        expected = x.float() @ weight.float().T + (0 if bias is None else bias.float())
-        near(result, expected.to(dtype))
+        x, weight, bias, expected = product_case(1, size_in, size_out, has_bias, dtype)
+        near(skinny_kernel.multiply_one(x, weight, bias), expected.to(dtype))
+        for rule in (None, skinny_kernel.OneRow(outputs=4, step=256)):
+            result = skinny_kernel.multiply_one(x, weight, bias, gated=True, rule=rule)
+            near(result, gate(expected.to(dtype)))
+
+
+@pytest.mark.parametrize("shape", [SHAPES[name] for name in ("qwen3-0.6b", "smollm2-tp2", "odd")])
+@pytest.mark.parametrize("count", [2, 5] if IS_INTERPRETED else [1, 2, 16, 23, 64])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "cut",
+    [
+        {"outputs": 64, "step": 64},
+        {"outputs": 32, "step": 64, "splits": 3, "head": True},
+        {"outputs": 16, "step": 128, "splits": 2, "stages": 3, "prefetch": 0},
+    ],
+    ids=str,
+)
+def test_products_of_few_rows(
+    fused: Any, shape: Shape, count: int, cut: dict[str, Any], dtype: torch.dtype
+) -> None:
+    """Parts of a row of the weight included; what is not a multiple of anything, too."""
+    from tpworker.model import skinny_kernel
+
+    for size_in, size_out, has_bias in ((shape.hidden, 2 * shape.width, False), (shape.width, 72, True)):
+        rule = skinny_kernel.FewRows(**cut)
+        if (rule.splits - 1) * rule.step >= size_in // rule.splits:
+            rule = dataclasses.replace(rule, splits=1)
+        x, weight, bias, expected = product_case(count, size_in, size_out, has_bias, dtype)
+        arrived = torch.zeros(-(-size_out // rule.outputs), dtype=torch.int32, device=DEVICE)
+        for _ in range(2):
+            near(skinny_kernel.multiply_few(x, weight, bias, rule, arrived), expected.to(dtype))
+            result = skinny_kernel.multiply_few(x, weight, bias, rule, arrived, gated=True)
+            near(result, gate(expected.to(dtype)))
+        assert not arrived.any()
 
 
 def on_device(rows: SamplingRows) -> SamplingRows:
