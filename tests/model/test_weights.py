@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import threading
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -18,11 +20,12 @@ from transformers import Ernie4_5_MoeConfig, Glm4MoeConfig, LlamaConfig
 from tests.model.helpers import CPU, SPEC, tiny_model
 from tpworker.errors import ModelError
 from tpworker.model import checkpoint
+from tpworker.model.checkpoint import Checkpoint
 from tpworker.model.families import ModelSpec, MoeSpec, read_spec
 from tpworker.model.linear import Linear, can_pack
 from tpworker.model.mlp import Mlp
 from tpworker.model.moe import Moe
-from tpworker.model.tp import Shard
+from tpworker.model.tp import Shard, Split
 from tpworker.model.weights import (
     DecoderWeights,
     dummy_weights,
@@ -225,6 +228,41 @@ def test_progress_counts_bytes_up_to_the_end(folder: Path) -> None:
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
     assert seen[-1][0] == seen[-1][1]
     assert 0 < seen[0][0] < seen[0][1]
+
+
+@pytest.mark.usefixtures("unpacked")
+def test_several_threads_read_a_layer_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the same time, the same weights; progress never goes back."""
+    tiny_model(tmp_path, LlamaConfig(**TINY | {"num_hidden_layers": 6}))
+    alone = tensors_of(load(tmp_path, 1, 2))
+    meeting = threading.Barrier(4, timeout=30)
+    real = Checkpoint.read_into
+
+    def read_into(self: Checkpoint, out: Tensor, name: str, dim: int, split: Split) -> None:
+        if re.fullmatch(r"model\.layers\.[0-3]\.input_layernorm\.weight", name):
+            meeting.wait()
+        real(self, out, name, dim, split)
+
+    monkeypatch.setattr(Checkpoint, "read_into", read_into)
+    torch.set_num_threads(4)
+    spec = read_spec(tmp_path)
+    seen: list[int] = []
+    shard = Shard.of(spec, 1, 2)
+    weights = load_weights(tmp_path, spec, shard, torch.float32, CPU, lambda done, total: seen.append(done))
+    together = tensors_of(weights)
+    assert together.keys() == alone.keys()
+    assert all(torch.equal(together[name], tensor) for name, tensor in alone.items())
+    assert seen == sorted(seen)
+    assert seen[-1] == shard_bytes(spec, shard, torch.float32)
+
+
+def test_of_several_broken_layers_the_first_is_named(tmp_path: Path) -> None:
+    tiny_model(tmp_path, LlamaConfig(**TINY | {"num_hidden_layers": 6}))
+    change(tmp_path, lambda t: {name: tensor for name, tensor in t.items() if "q_proj" not in name})
+    torch.set_num_threads(4)
+    for _ in range(5):
+        with pytest.raises(ModelError, match=r"has no tensor model\.layers\.0\.self_attn\.q_proj\.weight"):
+            load(tmp_path)
 
 
 # --------------------------------------------------------------------------- what is wrong with it

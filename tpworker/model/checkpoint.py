@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,15 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 class Checkpoint:
-    """The safetensors files of a folder, opened as they are needed; knows what was read and what was not."""
+    """The safetensors files of a folder, opened as they are needed; knows what was read and what was not.
+
+    Several threads may read at once: a slice is a view of the mapped file, and copying it releases the GIL.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._open: dict[str, Any] = {}
+        self._opening = threading.Lock()
         self._read: set[str] = set()
         self._file_of = self._locate()
 
@@ -48,15 +53,18 @@ class Checkpoint:
 
     def _file(self, name: str) -> Any:
         """The open file. Raises ModelError if it is missing, truncated or no safetensors."""
-        if name not in self._open:
-            path = self.folder / name
-            try:
-                self._open[name] = safe_open(path, framework="pt", device="cpu")
-            except FileNotFoundError:
-                raise ModelError(f"{path} is missing, although {_INDEX} names it; fetch it again") from None
-            except (SafetensorError, OSError) as error:
-                raise ModelError(_what_is_wrong(path, str(error))) from error
-        return self._open[name]
+        path = self.folder / name
+        with self._opening:
+            if name not in self._open:
+                try:
+                    self._open[name] = safe_open(path, framework="pt", device="cpu")
+                except FileNotFoundError:
+                    raise ModelError(
+                        f"{path} is missing, although {_INDEX} names it; fetch it again"
+                    ) from None
+                except (SafetensorError, OSError) as error:
+                    raise ModelError(_what_is_wrong(path, str(error))) from error
+            return self._open[name]
 
     def read_into(self, out: Tensor, name: str, dim: int, split: Split) -> None:
         """Read the runs of `split` along `dim` into `out` [.., split.local at dim, ..], casting to its dtype.

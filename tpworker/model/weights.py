@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +24,9 @@ from tpworker.model.tp import Shard, Split
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all, of this rank's weights
+
+MAX_READERS = 4
+"""Threads that read weights; on the CPU no more than it has cores for this rank."""
 
 _DUMMY_STD = 0.02
 _DUMMY_PERIOD = 4_194_301  # a prime: no two rows of a matrix are alike, although the values repeat
@@ -60,6 +65,8 @@ def load_weights(
 ) -> DecoderWeights:
     """Read one rank's slices of model.safetensors, or of the files of model.safetensors.index.json.
 
+    Several threads read, each a layer at a time: at most so many layers are held that are not packed yet.
+
     Raises:
         ModelError: a file is missing, truncated or no safetensors; a tensor is missing, has another shape
             than config.json says, is not of a float type, or is one that this decoder has no use for.
@@ -68,15 +75,18 @@ def load_weights(
     family = FAMILIES[spec.family]
     total = shard_bytes(spec, shard, dtype, device)
     done = 0
+    lock = threading.Lock()
 
     def fill(out: Tensor, name: str, dim: int, split: Split) -> None:
         nonlocal done
         checkpoint.read_into(out, name, dim, split)
-        done += out.nbytes
-        progress(min(done, total), total)
+        with lock:
+            done += out.nbytes
+            progress(min(done, total), total)
 
-    with torch.no_grad():
-        weights = _assemble(spec, shard, dtype, device, fill)
+    num_readers = MAX_READERS if device.type == "cuda" else min(MAX_READERS, torch.get_num_threads())
+    with torch.no_grad(), ThreadPoolExecutor(num_readers, "weights") as pool:
+        weights = _assemble(spec, shard, dtype, device, fill, layers=pool.map)
     tied = (re.escape(f"{family.names.lm_head}.weight"),) if spec.tie_embeddings else ()
     mtp = family.mtp_patterns(spec)
     checkpoint.refuse_unread(ignored=family.ignored_tensors + tied + mtp, architecture=spec.architecture)
@@ -118,7 +128,8 @@ def dummy_weights(
 def shard_bytes(spec: ModelSpec, shard: Shard, dtype: torch.dtype, device: torch.device | None = None) -> int:
     """Bytes of one rank's weights on `device` (None: the CPU), for sizing; nothing is allocated."""
     device = device or torch.device("cpu")
-    weights = _assemble(spec, shard, dtype, torch.device("meta"), lambda out, name, dim, split: None, device)
+    meta = torch.device("meta")
+    weights = _assemble(spec, shard, dtype, meta, lambda out, name, dim, split: None, sized_for=device)
     total = sum(tensor.nbytes for tensor in _tensors(weights))
     if spec.tie_embeddings and not can_pack(device, dtype):
         total -= weights.embed.nbytes  # one tensor for both; packed, the output head is a copy
@@ -139,6 +150,8 @@ def _tensors(weights: DecoderWeights) -> Iterator[Tensor]:
 Fill = Callable[[Tensor, str, int, Split], None]
 """fill(out, name, dim, split): write this rank's part of a published tensor into `out`, which holds zeros."""
 
+EachLayer = Callable[[Callable[[int], LayerWeights], Iterable[int]], Iterable[LayerWeights]]
+
 
 def _assemble(
     spec: ModelSpec,
@@ -146,20 +159,23 @@ def _assemble(
     dtype: torch.dtype,
     device: torch.device,
     fill: Fill,
+    *,
+    layers: EachLayer = map,
     sized_for: torch.device | None = None,
 ) -> DecoderWeights:
     """Build every tensor of a rank; `fill` is called for each published tensor that it is made of.
 
     Args:
+        layers: as `map`, and may run several at once.
         sized_for: where the weights would be, if `device` is the meta device.
     """
     names = FAMILIES[spec.family].names
     build = _Builder(spec, shard, dtype, device, sized_for or device, fill)
     embed = build.rows([(f"{names.embed}.weight", shard.vocab)])
-    layers = tuple(build.layer(number) for number in range(spec.num_layers))
+    built = tuple(layers(build.layer, range(spec.num_layers)))
     final_norm = build.vector(f"{names.final_norm}.weight", spec.hidden_size)
     head = embed if spec.tie_embeddings else build.rows([(f"{names.lm_head}.weight", shard.vocab)])
-    return DecoderWeights(embed, layers, final_norm, Linear(head))
+    return DecoderWeights(embed, built, final_norm, Linear(head))
 
 
 @dataclass(frozen=True, slots=True)
