@@ -27,9 +27,10 @@ from tpworker.model.decoder import Decoder, KVCache, rope_tables
 from tpworker.model.families import RopeSpec, read_spec
 from tpworker.model.sampling import SamplingMode, SamplingRows, gumbel_noise, sample
 from tpworker.model.tp import Shard
-from tpworker.model.weights import load_weights
+from tpworker.model.weights import dummy_weights, load_weights
 from tpworker.rank.collectives import SoleRank
 
+CONFIG_FOLDER = Path(__file__).parents[2] / "benchmarks" / "configs"
 HAS_GPU = torch.cuda.is_available()
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and not HAS_GPU
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
@@ -234,6 +235,46 @@ def test_products_of_few_rows(
             result = skinny_kernel.multiply_few(x, weight, bias, rule, arrived, gated=True)
             near(result, gate(expected.to(dtype)))
         assert not arrived.any()
+
+
+@pytest.mark.parametrize("width", [7, 2500])
+def test_begin_decode(fused: Any, width: int) -> None:
+    """Against indexing; padding rows share the null slot, which stays where it is."""
+    from tpworker.rank import slot_kernels
+
+    num_slots = 300
+    last_token, position = torch.randint(0, 1 << 40, (2, num_slots + 1))
+    block_table = torch.randint(0, 1 << 30, (num_slots + 1, width), dtype=torch.int32)
+    position[-1] = 0
+    real = torch.randperm(num_slots)[:20]
+    slots = torch.cat([real, torch.full((12,), num_slots)])
+    there = [x.to(DEVICE, copy=True) for x in (slots, last_token, position, block_table)]
+    token_ids, positions, lengths, block_tables = (x.cpu() for x in slot_kernels.begin_decode(*there))
+    assert torch.equal(token_ids, last_token[slots])
+    assert torch.equal(positions, position[slots])
+    assert torch.equal(lengths, (position[slots] + 1).int())
+    assert torch.equal(block_tables, block_table[slots])
+    position[real] += 1
+    assert torch.equal(there[2].cpu(), position)
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 300, 1500])
+def test_finish_step(fused: Any, count: int) -> None:
+    from tpworker.rank import slot_kernels
+
+    num_slots = 2000
+    last_token = torch.randint(0, 9, (num_slots + 1,), device=DEVICE)
+    counter, ring = torch.tensor([-1], device=DEVICE), torch.full((3, num_slots + 1), -1, device=DEVICE)
+    expected = last_token.clone()
+    for step in range(5):
+        slots = torch.randperm(num_slots)[:count].to(DEVICE)
+        tokens = torch.randint(0, 1 << 40, (count,), device=DEVICE)
+        slot_kernels.finish_step(slots, tokens, last_token, counter, ring)
+        expected[slots] = tokens
+        assert torch.equal(last_token, expected)
+        assert counter.tolist() == [step]
+        assert torch.equal(ring[step % 3, : 1 + count].cpu(), torch.tensor([step, *tokens.tolist()]))
+        assert (ring[step % 3, 1 + count :] == -1).all()
 
 
 def on_device(rows: SamplingRows) -> SamplingRows:
@@ -450,6 +491,67 @@ def test_flash_attention_is_chosen_where_it_runs(caplog: pytest.LogCaptureFixtur
     with pytest.raises(ValueError, match="--block-size 128"):
         flash.FlashAttention(16, 8, 128, torch.bfloat16).prepare(attention_case(
             SHAPES["qwen3-8b"], 128, [5], [])[0], 128)  # fmt: skip
+
+
+# ------------------------------------------------------------- kernels that start before others have ended
+
+
+def differing_replays(work: Callable[[], Tensor], monkeypatch: pytest.MonkeyPatch, replays: int) -> int:
+    """How many replays with early starts gave other bits than kernels launched one after the other."""
+    from tpworker.model import pdl
+
+    monkeypatch.setattr(pdl, "ENABLED", False)
+    plain, expected = captured(work)
+    monkeypatch.setattr(pdl, "ENABLED", True)
+    early, result = captured(work)
+    plain.replay()
+    assert expected.isfinite().all()
+    differing = torch.zeros((), dtype=torch.int64, device=DEVICE)
+    for _ in range(replays):
+        early.replay()
+        differing += (result != expected).any()
+    return int(differing)
+
+
+@on_hopper
+def test_early_starts_beside_copies_and_joins(fused: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before and after copies, fills and another stream's work, which are launched plainly."""
+    weight, source = randn(4096).to(DEVICE), randn(8, 4096).to(DEVICE)
+    x, zeros, side = torch.empty_like(source), torch.empty_like(source), torch.cuda.Stream()
+
+    def work() -> Tensor:
+        x.copy_(source)
+        first = fused.add_norm(x, None, weight, 1e-6)
+        zeros.zero_()
+        second = fused.add_norm(first, zeros, weight, 1e-6)
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            doubled = second * 2
+        torch.cuda.current_stream().wait_stream(side)
+        return fused.silu_mul(fused.add_norm(doubled, second, weight, 1e-6))
+
+    assert differing_replays(work, monkeypatch, 2000) == 0
+
+
+@on_hopper
+@pytest.mark.parametrize("count", [1, 3, 16, 64])
+@pytest.mark.parametrize("name", ["qwen3-0.6b", "qwen3-8b"])
+def test_early_starts_change_no_bit(name: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few layers of a model, over and over: a kernel that did not wait would be seen."""
+    spec = dataclasses.replace(read_spec(CONFIG_FOLDER / name), num_layers=3)
+    shard = Shard.of(spec, 0, 1)
+    decoder = Decoder(spec, dummy_weights(spec, shard, torch.bfloat16, DEVICE), shard, SoleRank(), 1024)
+    cache = KVCache(spec, shard, 1 + 32 * count, 16, torch.bfloat16, DEVICE)
+    for layer in (*cache.keys, *cache.values):
+        layer.normal_()
+    lengths = torch.randint(1, 500, (count,)).tolist()
+    plan = [Work(slot, length - 1, [slot + 5], True) for slot, length in enumerate(lengths)]
+    batch = batch_to(make_batch(plan, shuffled_tables(count, 512, 16, 1 + 32 * count), 16), DEVICE)
+
+    def work() -> Tensor:
+        return decoder.logits(decoder.forward(batch, cache))
+
+    assert differing_replays(work, monkeypatch, 1000) == 0
 
 
 CONFIGS: dict[str, Callable[[], Any]] = {

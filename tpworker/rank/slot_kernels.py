@@ -1,0 +1,126 @@
+"""What a step reads from the slot table and writes to it, in one kernel each. Imports Triton: on CUDA only.
+
+In torch these are some dozen kernels of 2 µs, of which each moves a few bytes.
+"""
+
+# Triton has no types, and is not installed where there is no GPU.
+# mypy: disable-error-code="import-not-found, import-untyped, untyped-decorator, no-untyped-def"
+# mypy: disable-error-code="no-untyped-call"
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tpworker.model import pdl
+from tpworker.model.pdl import start_next, wait
+
+_ENTRIES = 1024  # of a block table that a program copies
+
+
+@triton.jit
+def _begin_decode(
+    slots, last_token, position, block_table, token_ids, positions, lengths, block_tables, null_slot,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One program a row and BLOCK entries of its block table; the first of a row does the rest."""
+    start_next(PDL)
+    wait(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots + row)
+    entry = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    values = tl.load(block_table + slot * WIDTH + entry, mask=entry < WIDTH)
+    tl.store(block_tables + row * WIDTH + entry, values, mask=entry < WIDTH)
+    if tl.program_id(1) == 0:
+        stands = tl.load(position + slot)
+        tl.store(token_ids + row, tl.load(last_token + slot))
+        tl.store(positions + row, stands)
+        tl.store(lengths + row, (stands + 1).to(tl.int32))
+        # Padding rows stay where they are: at 0, all in one slot. The others' slots are all different.
+        if slot != null_slot:
+            tl.store(position + slot, stands + 1)
+
+
+def begin_decode(
+    slots: Tensor, last_token: Tensor, position: Tensor, block_table: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The input of a decode step, and its slots moved on by one token.
+
+    Args:
+        slots: int64 [R], all different but for the null slot, which is the tables' last one and stays at 0.
+        last_token, position: int64 [num_slots + 1], of the slot table.
+        block_table: int32 [num_slots + 1, W].
+
+    Returns:
+        Token ids and positions int64 [R], lengths int32 [R], block tables int32 [R, W].
+    """
+    num_rows, width = len(slots), block_table.shape[1]
+    assert block_table.is_contiguous()
+    token_ids, positions = torch.empty_like(slots), torch.empty_like(slots)
+    lengths = torch.empty(num_rows, dtype=torch.int32, device=slots.device)
+    block_tables = block_table.new_empty(num_rows, width)
+    _begin_decode[(num_rows, triton.cdiv(width, _ENTRIES))](
+        slots,
+        last_token,
+        position,
+        block_table,
+        token_ids,
+        positions,
+        lengths,
+        block_tables,
+        len(position) - 1,
+        WIDTH=width,
+        BLOCK=min(_ENTRIES, triton.next_power_of_2(width)),
+        num_warps=1,
+        **pdl.options(),
+    )
+    return token_ids, positions, lengths, block_tables
+
+
+@triton.jit
+def _finish_step(
+    slots, tokens, last_token, counter, ring, num_rows, NUM_RING_ROWS: tl.constexpr, STRIDE: tl.constexpr,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One program."""
+    start_next(PDL)
+    wait(PDL)
+    step = tl.load(counter) + 1
+    to_row = ring + (step % NUM_RING_ROWS) * STRIDE
+    for start in range(0, num_rows, BLOCK):
+        row = start + tl.arange(0, BLOCK)
+        exists = row < num_rows
+        token = tl.load(tokens + row, mask=exists)
+        slot = tl.load(slots + row, mask=exists)
+        tl.store(last_token + slot, token, mask=exists)
+        tl.store(to_row + 1 + row, token, mask=exists)
+    tl.store(to_row, step)
+    tl.debug_barrier()  # every thread has read the counter
+    tl.store(counter, step)
+
+
+def finish_step(slots: Tensor, tokens: Tensor, last_token: Tensor, counter: Tensor, ring: Tensor) -> None:
+    """Count a step, keep its tokens for the next one, and write the row of the ring that the count decides.
+
+    Args:
+        slots, tokens: int64 [R]; the null slot may be there more than once.
+        last_token: int64, of the slot table.
+        counter: int64 [1], the number of the step before, -1 or more.
+        ring: int64 [ring rows, 1 + most slots]; the row gets the step's number and its tokens.
+    """
+    assert ring.stride(1) == 1
+    _finish_step[(1,)](
+        slots,
+        tokens,
+        last_token,
+        counter,
+        ring,
+        len(tokens),
+        NUM_RING_ROWS=len(ring),
+        STRIDE=ring.stride(0),
+        BLOCK=min(1024, triton.next_power_of_2(max(1, len(tokens)))),
+        num_warps=4,
+        **pdl.options(),
+    )
