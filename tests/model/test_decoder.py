@@ -266,7 +266,7 @@ def real_answers(real_model: Path) -> list[tuple[list[int], list[int]]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", [1, 2, 8])
 def test_the_real_model_says_what_it_says_in_transformers(
     real_model: Path, real_answers: list[tuple[list[int], list[int]]], size: int
 ) -> None:
