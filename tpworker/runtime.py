@@ -31,6 +31,7 @@ from tpworker.ipc.messages import Abort, SchedulerLoad, StepOutput, Submit, unpa
 from tpworker.loading import FoundModel, Progress, find_model, in_daemon_thread, load_tokenizer
 from tpworker.observe.affinity import near_cpus
 from tpworker.observe.start import StartTimes
+from tpworker.observe.watch import GpuState, GpuWatch
 from tpworker.outputs import Health, RequestOutput, RuntimeState, Stats, StepRecord
 from tpworker.requests import Request, Requests
 from tpworker.settings import rank_settings, resolve_gpus, resolve_max_model_len, scheduler_settings
@@ -95,6 +96,7 @@ class Runtime:
         self._limits: Limits | None = None
         self._total_blocks = 0
         self._generation: Generation | None = None
+        self._gpu_watch: GpuWatch | None = None
         self._tokenisers = ThreadPoolExecutor(NUM_TOKENISERS, thread_name_prefix="tpworker-tokenise")
         self._seeds = random.Random(self.config.seed)
         self._requests = Requests()  # those that the scheduler may still say something about
@@ -158,6 +160,8 @@ class Runtime:
             rank_cpus=near_cpus(gpus),
             **self._modules,
         )
+        if gpus:
+            self._gpu_watch = GpuWatch(gpus)
         spawned_ns = time.monotonic_ns()
         self._generation = Generation(group, self._on_output, self._on_fault, self._requests.any_submitted)
         ready = asyncio.ensure_future(self._generation.ready(self.config.start_timeout, self._progress))
@@ -200,6 +204,8 @@ class Runtime:
             self._state = "stopped"
         self._requests.fail_all(lambda: RuntimeStopped("the runtime was stopped"))
         self._tokenisers.shutdown(wait=False)
+        if self._gpu_watch is not None:
+            self._gpu_watch.close()
         if self._generation is not None:
             await self._generation.stop()
 
@@ -428,6 +434,10 @@ class Runtime:
             aborted=self._num_aborted,
             recent_steps=tuple(self._records),
         )
+
+    def gpus(self) -> tuple[GpuState, ...]:
+        """How the ranks' GPUs do, at most a second old; none on the CPU, and before the start."""
+        return () if self._gpu_watch is None else self._gpu_watch.states()
 
     @property
     def tokenizer(self) -> Tokenizer:

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer as Backend
 
 from tpworker.config import RuntimeConfig, SamplingParams
 from tpworker.errors import InvalidRequest, PromptTooLong, QueueFull, RuntimeFailed, RuntimeStopped
+from tpworker.observe.watch import GpuState
 from tpworker.outputs import Health, RequestOutput, RuntimeState, Stats, StepRecord
 from tpworker.text import TextStream, Tokenizer
 
@@ -84,6 +85,7 @@ class FakeRuntime:
     start_gate: asyncio.Event | None = None
     served_name: str = "fake-model"
     the_tokenizer: Tokenizer | None = field(default_factory=byte_tokenizer)
+    gpu_states: tuple[GpuState, ...] = ()
     requests: list[tuple[str, SamplingParams, str | None]] = field(default_factory=list)
     aborted: list[str | None] = field(default_factory=list)
     num_open: int = 0
@@ -134,6 +136,9 @@ class FakeRuntime:
         if self.the_tokenizer is None:
             raise InvalidRequest("there is no tokenizer", "prompt")
         return self.the_tokenizer
+
+    def gpus(self) -> tuple[GpuState, ...]:
+        return self.gpu_states
 
     def health(self) -> Health:
         return Health(self.state, self.error)

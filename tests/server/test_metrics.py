@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from dataclasses import replace
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.observe.fake_nvml import GIB, FakeGpu, FakeNvml
 from tests.server.conftest import LiveServer
 from tests.server.fake_runtime import FakeRuntime
+from tpworker.observe.nvml import Nvml, find_gpus
+from tpworker.observe.watch import GpuState, GpuWatch
 from tpworker.outputs import RequestOutput, StepRecord
 from tpworker.server.metrics import Metrics, Timing, step_gaps
 
@@ -47,6 +52,45 @@ def test_the_page_tells_how_the_runtime_does(start: Start) -> None:
         "tpworker_request_duration_seconds_count": 2,
     }
     assert {name: server.metric(name) for name in expected} == expected
+
+
+def gpu_states(library: FakeNvml) -> tuple[GpuState, ...]:
+    watch = GpuWatch(find_gpus(Nvml(library), {}).gpus, Nvml(library))
+    try:
+        return watch.states()
+    finally:
+        watch.close()
+
+
+def test_without_gpus_there_is_nothing_of_them(start: Start) -> None:
+    assert "tpworker_gpu" not in start().get("/metrics").text
+
+
+def test_the_ranks_gpus(start: Start) -> None:
+    library = FakeNvml(["GPU-a", FakeGpu("GPU-b", temperature=70, ecc=(5, 1))])
+    states = gpu_states(library)
+    server = start(FakeRuntime(gpu_states=(states[0], replace(states[1], num_xids=2))))
+    second = 'gpu="1",rank="1",uuid="GPU-b"'
+    expected = {
+        'tpworker_gpu_temperature_celsius{gpu="0",rank="0",uuid="GPU-a"}': 34,
+        f"tpworker_gpu_temperature_celsius{{{second}}}": 70,
+        f"tpworker_gpu_power_watts{{{second}}}": 75.5,
+        f"tpworker_gpu_memory_used_bytes{{{second}}}": GIB,
+        f"tpworker_gpu_memory_bytes{{{second}}}": 141 * GIB,
+        'tpworker_gpu_ecc_errors_total{gpu="1",kind="corrected",rank="1",uuid="GPU-b"}': 5,
+        'tpworker_gpu_ecc_errors_total{gpu="1",kind="uncorrected",rank="1",uuid="GPU-b"}': 1,
+        f"tpworker_gpu_xid_errors_total{{{second}}}": 2,
+    }
+    assert {name: server.metric(name) for name in expected} == expected
+
+
+def test_what_a_gpu_does_not_tell_has_no_sample(start: Start) -> None:
+    refused = ["nvmlDeviceGetPowerUsage", "nvmlDeviceGetTotalEccErrors", "nvmlEventSetCreate"]
+    server = start(FakeRuntime(gpu_states=gpu_states(FakeNvml(["GPU-a"], refused=refused))))
+    names = set(re.findall(r"^tpworker_gpu_\w+", server.get("/metrics").text, re.MULTILINE))
+    assert names == {
+        "tpworker_gpu_temperature_celsius", "tpworker_gpu_memory_used_bytes", "tpworker_gpu_memory_bytes",
+    }  # fmt: skip
 
 
 def output(text: str, finish: str | None, count: int) -> RequestOutput:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from tpworker.observe.watch import GpuState
 from tpworker.outputs import RequestOutput, StepRecord
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ class Timing:
 
 
 class _RuntimeCollector(Collector):
-    """Reads `Runtime.stats()` when it is scraped."""
+    """Reads `Runtime.stats()` and `Runtime.gpus()` when it is scraped."""
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
@@ -120,6 +121,45 @@ class _RuntimeCollector(Collector):
         for quantile in (0.5, 0.99) if gaps else ():
             gap.add_metric([str(quantile)], gaps[int(quantile * (len(gaps) - 1))])
         yield gap
+        yield from _gpu_metrics(self._runtime.gpus())
+
+
+def _gpu_metrics(states: Sequence[GpuState]) -> Iterable[Metric]:
+    """How the ranks' GPUs do. A GPU that does not tell something has no sample of it."""
+    if not states:
+        return
+    labels = ["rank", "gpu", "uuid"]
+    gauges: dict[str, tuple[str, Callable[[GpuState], float | None]]] = {
+        "temperature_celsius": ("Temperature of the GPU.", lambda state: state.reading.temperature),
+        "power_watts": ("Power that it draws.", lambda state: state.reading.power),
+        "memory_used_bytes": ("Its memory in use, by all processes.", lambda s: s.reading.memory_used),
+        "memory_bytes": ("Its memory in all.", lambda state: state.gpu.memory),
+    }
+    for name, (text, value) in gauges.items():
+        gauge = GaugeMetricFamily(f"tpworker_gpu_{name}", text, labels=labels)
+        for state in states:
+            if (number := value(state)) is not None:
+                gauge.add_metric(_gpu_labels(state), number)
+        yield gauge
+    ecc = CounterMetricFamily(
+        "tpworker_gpu_ecc_errors", "Memory errors since the driver was loaded.", labels=[*labels, "kind"]
+    )
+    xid = CounterMetricFamily(
+        "tpworker_gpu_xid_errors", "Critical errors (Xid) since the start; the log has them.", labels=labels
+    )
+    for state in states:
+        reading = state.reading
+        for kind, count in (("corrected", reading.ecc_corrected), ("uncorrected", reading.ecc_uncorrected)):
+            if count is not None:
+                ecc.add_metric([*_gpu_labels(state), kind], count)
+        if state.num_xids is not None:
+            xid.add_metric(_gpu_labels(state), state.num_xids)
+    yield ecc
+    yield xid
+
+
+def _gpu_labels(state: GpuState) -> list[str]:
+    return [str(state.rank), str(state.gpu.index), state.gpu.uuid]
 
 
 def step_gaps(steps: Sequence[StepRecord]) -> list[float]:
