@@ -49,19 +49,21 @@ class SlotTable:
             return torch.zeros(num_slots + 1, *shape, dtype=dtype, device=device)
 
         self.num_slots = num_slots
+        self._integers = zeros(_STOP_IDS + MAX_STOP_IDS)
+        self._floats = zeros(2, dtype=torch.float32)
         self.last_token = zeros()
         """int64 [num_slots + 1]: the token that the next decode step is fed."""
-        self.position = zeros()
-        """int64: where that token stands, which is the number of tokens whose KV is computed."""
         self.block_table = zeros(max_blocks, dtype=torch.int32)
         """int32 [num_slots + 1, max_blocks]: entries beyond a slot's length are stale or 0."""
-        self.temperature = zeros(dtype=torch.float32)
-        self.top_p = zeros(dtype=torch.float32)
-        self.top_k = zeros()
-        self.seed = zeros()
-        self.min_length = zeros()
+        # What an admission sets are columns of two tables: so it is two kernels.
+        self.position = self._integers[:, _POSITION]
+        """int64: where the last token stands, which is the number of tokens whose KV is computed."""
+        self.temperature, self.top_p = self._floats.unbind(1)
+        self.top_k = self._integers[:, _TOP_K]
+        self.seed = self._integers[:, _SEED]
+        self.min_length = self._integers[:, _MIN_LENGTH]
         """int64: stop ids are suppressed for tokens at positions below it."""
-        self.stop_ids = zeros(MAX_STOP_IDS).fill_(-1)
+        self.stop_ids = self._integers[:, _STOP_IDS:].fill_(-1)
         """int64 [num_slots + 1, MAX_STOP_IDS], filled up with -1."""
         self._needs = np.zeros((num_slots + 1, 3), np.bool_)  # on the host: random, truncate, suppress
 
@@ -99,14 +101,9 @@ class SlotTable:
         if deltas.block_places is not None and deltas.blocks is not None:
             self.block_table.view(-1)[deltas.block_places.get()] = deltas.blocks.get()
         if deltas.slots is not None and deltas.integers is not None and deltas.floats is not None:
-            slots, integers, floats = deltas.slots.get(), deltas.integers.get(), deltas.floats.get()
-            self.position[slots] = integers[:, _POSITION]
-            self.top_k[slots] = integers[:, _TOP_K]
-            self.seed[slots] = integers[:, _SEED]
-            self.min_length[slots] = integers[:, _MIN_LENGTH]
-            self.stop_ids[slots] = integers[:, _STOP_IDS:]
-            self.temperature[slots] = floats[:, 0]
-            self.top_p[slots] = floats[:, 1]
+            slots = deltas.slots.get()
+            self._integers[slots] = deltas.integers.get()
+            self._floats[slots] = deltas.floats.get()
 
     def sampling_rows(self, slots: Tensor, mode: SamplingMode) -> SamplingRows:
         """The sampling parameters of slots (int64 [R]), whose tokens will stand where they stand now.
