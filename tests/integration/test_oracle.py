@@ -92,13 +92,25 @@ def test_every_lookahead_and_tp_size(
         assert sum(output.num_cached for output in group.outputs.values()) > 0, "no prefix hit"
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2])
-@pytest.mark.parametrize("lookahead", [0, 2])
+@pytest.mark.parametrize(
+    ("num_ranks", "lookahead", "tokens"), [(1, 0, 32), (1, 2, 100), (2, 2, 40), (2, 0, 9)]
+)
 def test_batches_padded_to_the_sizes_of_graphs(
-    folder: Path, oracle: dict[int, tuple[list[int], str | None]], num_ranks: int, lookahead: int
+    folder: Path,
+    oracle: dict[int, tuple[list[int], str | None]],
+    num_ranks: int,
+    lookahead: int,
+    tokens: int,
 ) -> None:
-    """What CUDA ranks capture, run as it is; and the warm-up before it leaves no trace."""
-    with InProcessGroup(folder, num_ranks, lookahead=lookahead, max_num_seqs=7, prepare=True) as group:
+    """What CUDA ranks capture, run as it is, steps with chunks too; and the warm-up leaves no trace."""
+    with InProcessGroup(
+        folder,
+        num_ranks,
+        lookahead=lookahead,
+        max_num_seqs=7,
+        max_num_batched_tokens=tokens,
+        prepare=True,
+    ) as group:
         group.run(requests())
         compare(group, oracle)
 
