@@ -57,6 +57,22 @@ def unit_table(layout: HeadLayout) -> list[tuple[int | None, list[int | None]]]:
     return [(key, queries[unit * group : (unit + 1) * group]) for unit, key in enumerate(keys)]
 
 
+@given(
+    width=st.integers(1, 300), number=st.integers(1, 4), size=st.integers(1, 9), alignment=st.integers(1, 16)
+)
+def test_parts_of_a_longer_axis_are_split_alike(width: int, number: int, size: int, alignment: int) -> None:
+    """As shared experts are, which are published as one."""
+    for start in range(0, number * width, width):
+        seen = []
+        for rank in range(size):
+            part = Split.even(width, rank, size, alignment)
+            split = part.at(start, number * width)
+            assert (split.full, split.local, split.num_real) == (number * width, part.local, part.num_real)
+            assert [run.target for run in split.runs] == [run.target for run in part.runs]
+            seen += [run.source + i for run in split.runs for i in range(run.length)]
+        assert seen == list(range(start, start + width))
+
+
 @settings(deadline=None)
 @given(num_kv_heads=st.integers(1, 16), group=st.integers(1, 16), size=st.integers(1, 64))
 def test_every_query_head_is_computed_once_beside_its_key_head(
