@@ -157,27 +157,26 @@ class Runner:
                 self.staging.give_back(launched.staging)
             length //= 2
         capturing()
-        # The debug mode looks at values, and so does the reference attention at lengths.
-        looks = self._check_agreement or (
-            self._device.captures and isinstance(self._decoder.attention, PagedAttention)
-        )
-        if not looks:
+        if not self._check_agreement:  # which looks at values
             self._capture(max_tokens)
         self._device.compute.run(self._begin)
         self._device.synchronize()
 
     def _capture(self, max_tokens: int) -> None:
+        attention, captures = self._decoder.attention, self._device.captures
         started = time.monotonic()
         self._device.compute.run(self._begin)
-        self._forwards.capture(self._device, max_tokens, self._put_padding, self._forward_padded)
-        after_forwards = time.monotonic()
-        self._samplings.capture(self._device, self._sample_padded)
-        self._graphs.capture(self._device, self._decode_step)
+        if not (captures and attention.reads_lengths):
+            self._forwards.capture(self._device, max_tokens, self._put_padding, self._forward_padded)
+            self._samplings.capture(self._device, self._sample_padded)
+        after_mixed = time.monotonic()
+        if not (captures and isinstance(attention, PagedAttention)):
+            self._graphs.capture(self._device, self._decode_step)
         ended = time.monotonic()
         logger.info(
             "captured mixed steps in %.1f s, decode steps in %.1f s",
-            after_forwards - started,
-            ended - after_forwards,
+            after_mixed - started,
+            ended - after_mixed,
         )
 
     def _put_padding(self, size: int) -> None:

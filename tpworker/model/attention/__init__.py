@@ -21,6 +21,11 @@ logger = logging.getLogger(__name__)
 class Attention(Protocol):
     """A way to compute attention. Chosen once, when the decoder is built."""
 
+    @property
+    def reads_lengths(self) -> bool:
+        """Whether it looks at lengths on the host in steps with chunks, which cannot be captured then."""
+        ...
+
     def prepare(self, batch: Batch, block_size: int) -> Any:
         """What all layers of a step share. Called once a step, before the first layer."""
         ...

@@ -60,6 +60,8 @@ class FlashAttention:
         share_schedule: False: let every layer prepare for itself.
     """
 
+    reads_lengths = False
+
     def __init__(
         self,
         num_heads: int,

@@ -58,6 +58,8 @@ class PagedAttention:
         dtype: of queries, keys and values.
     """
 
+    reads_lengths = True
+
     def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads

@@ -75,6 +75,11 @@ class SplitAttention:
         self.cut: Cut | None = None  # for measurements: instead of the rule's
         self._num_processors = num_processors
 
+    @property
+    def reads_lengths(self) -> bool:
+        """See `Attention`."""
+        return self.others.reads_lengths
+
     def prepare(self, batch: Batch, block_size: int) -> Any:
         """See `Attention`."""
         count = len(batch.lengths)
