@@ -29,7 +29,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -61,6 +64,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shapes", nargs="+", default=shapes, help=told)
     parser.add_argument("--batch", type=int, nargs="+", help="default: those that have a figure of the peer")
     parser.add_argument("--lookahead", type=int, nargs="+", default=[2, 0], help="default: 2 0")
+    parser.add_argument(
+        "--together", action="store_true", help="shapes of one GPU at a time, each on its own"
+    )
     parser.add_argument("--timeline", metavar="FILE", help="write some traced steps of each row, to be drawn")
     parser.add_argument("--commit", help="to be noted with the figures; default: what git says")
 
@@ -76,7 +82,11 @@ def run(options: argparse.Namespace) -> int:
     where = machine(options.commit)
     print(json.dumps(where), file=sys.stderr, flush=True)
     rows: list[dict[str, Any]] = []
-    for model, ranks in shapes:
+    alone = shapes
+    if options.together:
+        alone = [shape for shape in shapes if shape[1] > 1]
+        rows += together([model for model, ranks in shapes if ranks == 1], options, num_gpus)
+    for model, ranks in alone:
         batches = options.batch or list(PEER.get((model, ranks), {1: ()}))
         graphs: dict[int, list[tuple[float, float]]] = {}
         for lookahead in options.lookahead:
@@ -87,6 +97,33 @@ def run(options: argparse.Namespace) -> int:
             write(options, where, rows)
     print_tables(rows)
     return 0
+
+
+def together(models: Sequence[str], options: argparse.Namespace, num_gpus: int) -> list[dict[str, Any]]:
+    """The rows of several models at TP 1, each on a GPU of its own, by processes of their own."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(str(gpu) for gpu in range(num_gpus))
+    gpus = visible.split(",")
+    rows: list[dict[str, Any]] = []
+    same = ["--lookahead", *(str(lookahead) for lookahead in options.lookahead)]
+    same += ["--batch", *(str(batch) for batch in options.batch)] if options.batch else []
+    with tempfile.TemporaryDirectory() as folder:
+        for first in range(0, len(models), len(gpus)):
+            processes = []
+            for gpu, model in zip(gpus, models[first:], strict=False):
+                files = ["--json", f"{folder}/{model}.rows", "--timeline", f"{folder}/{model}.steps"]
+                command = [sys.executable, "-m", "benchmarks", "gpu", "--shapes", f"{model}:1", *same, *files]
+                environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpu}
+                output = subprocess.DEVNULL  # its tables; what it measures it says on stderr too
+                processes.append(subprocess.Popen(command, env=environment, stdout=output))
+            for process in processes:
+                if process.wait():
+                    raise SystemExit(f"{' '.join(map(str, process.args))}: status {process.returncode}")
+        for model in models:
+            measured = json.loads(Path(f"{folder}/{model}.rows").read_text())["rows"]
+            steps = json.loads(Path(f"{folder}/{model}.steps").read_text())["rows"]
+            drawn = {(row["lookahead"], row["batch"]): {"steps": row["steps"]} for row in steps}
+            rows += [row | {"timeline": drawn.get((row["lookahead"], row["batch"]))} for row in measured]
+    return rows
 
 
 def write(options: argparse.Namespace, where: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:

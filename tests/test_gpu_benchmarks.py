@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from benchmarks import gpu
 from benchmarks.floors import BYTES_PER_SECOND, floor_bytes, floor_ms
 from benchmarks.gpu import pair, print_tables
 from benchmarks.gpu_run import Case, _compared, measure
@@ -265,6 +268,33 @@ def test_uniform_routing(tmp_path: Path) -> None:
     assert routing.touched(4) == pytest.approx(expected, abs=0.4)
     out = mixtures[0](torch.randn(4, 32))
     assert out.shape == (4, 32)
+
+
+def test_shapes_of_one_gpu_are_measured_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[tuple[str, str]] = []
+
+    class Child:
+        """Writes what `bench gpu` of one model would."""
+
+        def __init__(self, command: list[str], env: dict[str, str], stdout: int) -> None:
+            self.args = command
+            options = dict(pairwise(command))
+            started.append((options["--shapes"], env["CUDA_VISIBLE_DEVICES"]))
+            assert options["--batch"] == "16"
+            row = {"model": options["--shapes"], "lookahead": 2, "batch": 16}
+            Path(options["--json"]).write_text(json.dumps({"rows": [row, row | {"lookahead": 0}]}))
+            Path(options["--timeline"]).write_text(json.dumps({"rows": [row | {"steps": [1]}]}))
+
+        def wait(self) -> int:
+            return 0
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    monkeypatch.setattr(gpu.subprocess, "Popen", Child)
+    options = argparse.Namespace(lookahead=[2, 0], batch=[16])
+    rows = gpu.together(["a", "b", "c"], options, 2)
+    assert started == [("a:1", "2"), ("b:1", "3"), ("c:1", "2")]
+    assert [row["model"] for row in rows] == ["a:1", "a:1", "b:1", "b:1", "c:1", "c:1"]
+    assert [row["timeline"] for row in rows[:2]] == [{"steps": [1]}, None]
 
 
 def table_row(lookahead: int, tpot_ms: float) -> dict[str, Any]:
