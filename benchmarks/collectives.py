@@ -3,6 +3,7 @@
 sums      from a part of a sum on every rank to the normed residual stream, several ways, in turns; µs of one
           in a CUDA graph of 16, the slower rank's
 layers    the same behind the product that makes the part: 4096 x 4096 weights, split over ranks, not in cache
+lookups   rows of an embedding of 151936 x 4096, split over the ranks
 choices   the best token of all ranks, from each rank's best
 barriers  the admission barrier, on the host, beside NCCL's and a wait for the device: see 'bench barrier'
 skew      a step comes to its barrier: from the first rank to the last, and how often each rank is the last;
@@ -34,6 +35,7 @@ from tpworker.settings import count_gpus
 TITLES = {
     "sums": "sum, residual and norm",
     "layers": "a product, and the sum of its results",
+    "lookups": "rows of a split embedding",
     "choices": "choice among ranks",
 }
 ROOT = Path(__file__).resolve().parents[1]
@@ -61,7 +63,7 @@ class Job:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """This benchmark's options."""
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8], help="default: 2 4 8")
-    rows = [1, 4, 16, 64, 128, 256, 512]
+    rows = [1, 4, 16, 64, 128, 256, 512, 1024, 2048]
     parser.add_argument("--rows", type=int, nargs="+", default=rows, help=f"default: {rows}")
     parser.add_argument("--columns", type=int, nargs="+", default=[2560, 4096], help="default: 2560 4096")
     parser.add_argument("--rounds", type=int, default=5, help="of each way, in turns; default: 5")

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from itertools import chain, cycle, pairwise
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -20,10 +21,11 @@ from benchmarks.barrier_rank import phase
 from benchmarks.collectives import Job
 from tpworker.ipc.barrier import Barrier
 from tpworker.model import kernels, pdl, triton_kernels
+from tpworker.model.families import read_spec
 from tpworker.model.linear import Linear
-from tpworker.model.tp import argmax_ranks
+from tpworker.model.tp import Shard, argmax_ranks, embed
 from tpworker.rank import symmetric_kernels
-from tpworker.rank.cuda_collectives import InboxCollectives, NcclCollectives
+from tpworker.rank.cuda_collectives import NcclCollectives, SymmetricCollectives
 
 TIMEOUT = 60.0
 EPS = 1e-6
@@ -32,6 +34,7 @@ SETTLE = 3  # replays at the beginning of a round that are not looked at
 STEP_LAYERS = 24  # matrix products and sums in a step of `skew`, about 0.5 ms
 SAMPLED_ROWS = (1, 16, 64, 256)
 LAYER_ROWS = (1, 16, 64)
+MODEL = Path(__file__).parent / "configs" / "qwen3-8b"
 PRODUCT = 4096  # rows of the weight, and times the number of ranks its columns
 
 _distributed: Any = distributed
@@ -46,7 +49,7 @@ class Bench:
         self.job = job
         self.device = torch.device("cuda", job.rank)
         torch.cuda.set_device(self.device)
-        self.ranks = InboxCollectives(job.store_fd, job.rank, job.size, TIMEOUT, self.device)
+        self.ranks = SymmetricCollectives(job.store_fd, job.rank, job.size, TIMEOUT, self.device)
         self.barrier = Barrier.attach(job.barrier_fd, job.size)
         self.step = -1
         self.stream = torch.cuda.Stream()
@@ -147,6 +150,15 @@ class Bench:
         works["product alone, with PDL"] = _switched(works["product alone"], True)
         return works
 
+    def lookups(self, rows: int) -> dict[str, Callable[[], Any]]:
+        """Ways to get rows of an embedding that is split over the ranks."""
+        spec = read_spec(MODEL)
+        shard = Shard.of(spec, self.ranks.rank, self.ranks.size)
+        table = torch.randn(shard.vocab.local, spec.hidden_size, device=self.device, dtype=torch.bfloat16)
+        ids = torch.randint(0, spec.vocab_size, (rows,), device=self.device)
+        ranks = {"one kernel": self.ranks, "torch + NCCL": _Plain(self.ranks)}
+        return {how: partial(embed, ids, table, shard, ranks[how]) for how in ranks}
+
     def choices(self, rows: int) -> dict[str, Callable[[], Any]]:
         """Ways to find the best token of all ranks."""
         best = torch.randn(rows, device=self.device)
@@ -238,7 +250,7 @@ def main() -> None:
     job = Job(**json.loads(sys.argv[1]))
     gc.freeze()  # a capture collects garbage
     gc.disable()
-    sums, layers, choices = {}, {}, {}
+    sums, layers, lookups, choices = {}, {}, {}, {}
     with torch.inference_mode():
         bench = Bench(job)
         for columns in job.columns:
@@ -248,8 +260,9 @@ def main() -> None:
         for rows in LAYER_ROWS:
             layers[str(rows)] = bench.times(f"layer, {rows}", bench.layers(rows))
         for rows in SAMPLED_ROWS:
+            lookups[str(rows)] = bench.times(f"lookup, {rows}", bench.lookups(rows))
             choices[str(rows)] = bench.times(f"choice, {rows}", bench.choices(rows))
-        answer = {"sums": sums, "layers": layers, "choices": choices}
+        answer = {"sums": sums, "layers": layers, "lookups": lookups, "choices": choices}
         answer |= {"barriers": bench.barriers(), "came": bench.skew()}
     bench.meet()
     print(json.dumps(answer), flush=True)

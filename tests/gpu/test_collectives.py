@@ -46,7 +46,7 @@ def found(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     """Of each rank, all checks: starting the ranks takes longer than the checks."""
     if count_gpus() < request.param:
         pytest.skip(f"{request.param} GPUs are needed")
-    return run_ranks(request.param, "sums", "winners", "replays", "replays, early starts")
+    return run_ranks(request.param, "sums", "lookups", "winners", "replays", "replays, early starts")
 
 
 def test_sums_with_and_without_the_norm(found: list[dict[str, Any]]) -> None:
@@ -57,6 +57,11 @@ def test_sums_with_and_without_the_norm(found: list[dict[str, Any]]) -> None:
         assert result["inexact"] == []
         assert result["error"] < 5e-3
         assert result["unlike NCCL"] == []
+
+
+def test_rows_of_a_table_that_is_split(found: list[dict[str, Any]]) -> None:
+    for rank in found:
+        assert rank["lookups"] == {"cases": 24, "wrong": []}
 
 
 def test_the_best_token_of_all_ranks(found: list[dict[str, Any]]) -> None:

@@ -20,13 +20,16 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 60
+ROW_BYTES = 1 << 19
+"""Of an inbox: room for a few rows, so that some sums take two launches."""
 
 
 @pytest.mark.parametrize(("size", "exchanges"), [(2, 100), (4, 20)])
-def test_exchanges_of_ranks_that_dawdle(size: int, exchanges: int) -> None:
+def test_exchanges_of_ranks_that_dawdle(size: int, exchanges: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of changing number and width, one shot and two, choices in between: all right on all ranks."""
     from tpworker.rank import symmetric_kernels
 
+    monkeypatch.setattr(symmetric_kernels, "_ROW_BYTES", ROW_BYTES)
     fds = [os.memfd_create("inbox") for _ in range(size)]
     ranks: list[subprocess.Popen[bytes]] = []
     num_bytes = symmetric_kernels.inbox_bytes(size)
@@ -35,7 +38,7 @@ def test_exchanges_of_ranks_that_dawdle(size: int, exchanges: int) -> None:
             os.ftruncate(fd, num_bytes)
             symmetric_kernels.empty_inbox(torch.frombuffer(mmap.mmap(fd, num_bytes), dtype=torch.uint8))
         for rank in range(size):
-            job = json.dumps({"fds": fds, "rank": rank, "exchanges": exchanges})
+            job = json.dumps({"fds": fds, "row_bytes": ROW_BYTES, "rank": rank, "exchanges": exchanges})
             command = [sys.executable, "-m", "tests.children.interpreted_rank", job]
             environment = {**os.environ, "TRITON_INTERPRET": "1"}
             ranks.append(

@@ -50,6 +50,10 @@ class Collectives(Protocol):
         """`tpworker.model.kernels.reduce_add_norm`, in one kernel."""
         return None
 
+    def look_up(self, token_ids: Tensor, table: Tensor, vocab_start: int) -> Tensor | None:
+        """`embed`, in one kernel; vocab_start: the token of the table's first row."""
+        return None
+
     def argmax(self, best: Tensor, token: Tensor) -> Tensor | None:
         """`argmax_ranks`, in one kernel."""
         return None
@@ -213,6 +217,9 @@ def embed(token_ids: Tensor, table: Tensor, shard: Shard, collectives: Collectiv
     """
     if shard.size == 1:
         return table.index_select(0, token_ids)
+    fused = collectives.look_up(token_ids, table, shard.vocab_start)
+    if fused is not None:
+        return fused
     local_ids = token_ids - shard.vocab_start
     elsewhere = (local_ids < 0) | (local_ids >= shard.vocab.local)
     rows = table.index_select(0, local_ids.masked_fill_(elsewhere, 0))

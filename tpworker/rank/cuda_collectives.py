@@ -19,12 +19,13 @@ _distributed: Any = distributed  # typed without its stores
 
 logger = logging.getLogger(__name__)
 
-SYMMETRIC_BYTES = {2: 2 << 20, 4: 1 << 19, 8: 1 << 18}
+ONE_SHOT_BYTES = {2: 16 << 20, 4: 3 << 17, 8: 1 << 17}
+"""By TP size, the largest sum of which each rank sends its part to all others; for these sizes alone.
 
-ONE_SHOT_BYTES = {2: 2 << 20, 4: 1 << 19, 8: 1 << 18}
-"""By TP size, the largest tensor that every rank sends to all others; for groups of these sizes only."""
+2 ranks: always (two H200, 1 … 512 rows of 4096 bfloat16: 3.4 … 15.1 µs with the norm, two shots 1.5 to 2
+more, NCCL and the norm 8.7 … 36). 4 and 8 are reckoned from that: 360 GB/s, 1.6 µs for the second shot."""
 
-TWO_SHOT_BYTES = {2: 2 << 20, 4: 2 << 20, 8: 2 << 20}
+TWO_SHOT_BYTES = {2: 16 << 20, 4: 4 << 20, 8: 4 << 20}
 """The largest one whose rows are added up by one rank each; what is larger goes through NCCL."""
 
 
@@ -65,7 +66,7 @@ class NcclCollectives(Collectives):
         return gathered.view(self.size, *x.shape)
 
 
-class InboxCollectives(NcclCollectives):
+class SymmetricCollectives(NcclCollectives):
     """Small sums in one kernel over peer memory, with the norm that follows them; the rest by NCCL.
 
     The ranks meet in the kernel: one whose peer never comes spins for ever, and is killed with the group.
@@ -93,48 +94,36 @@ class InboxCollectives(NcclCollectives):
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """Sums over the ranks; bitwise the same on all of them. Any shape; x, or a new tensor."""
-        if not self._is_small(x):
+        two_shot = self._shots(len(x), x)
+        if two_shot is None:
             return super().all_reduce(x)
-        return self._kernels.all_reduce(x, self.inboxes, two_shot=x.nbytes > ONE_SHOT_BYTES[self.size])
+        return self._kernels.all_reduce(x, self.inboxes, two_shot)
 
     def reduce_add_norm(self, x: Tensor, part: Tensor, weight: Tensor, eps: float) -> Tensor | None:
-        if not self._is_small(part):
+        two_shot = self._shots(len(part), part)
+        if two_shot is None:
             return None
-        two_shot = part.nbytes > ONE_SHOT_BYTES[self.size]
         return self._kernels.reduce_add_norm(x, part, weight, eps, self.inboxes, two_shot)
+
+    def look_up(self, token_ids: Tensor, table: Tensor, vocab_start: int) -> Tensor | None:
+        two_shot = self._shots(len(token_ids), table)
+        if two_shot is None:
+            return None
+        return self._kernels.look_up(token_ids, table, vocab_start, self.inboxes, two_shot)
 
     def argmax(self, best: Tensor, token: Tensor) -> Tensor | None:
         if len(best) > self._kernels.MAX_PAIRS:
             return None
         return self._kernels.argmax(best, token, self.inboxes)
 
-    def _is_small(self, x: Tensor) -> bool:
-        return x.nbytes <= TWO_SHOT_BYTES[self.size] and self.inboxes.takes(x)
-
-
-class SymmetricCollectives(NcclCollectives):
-    """Small sums in one kernel over peer memory, the rest by NCCL. The sum is a new tensor.
-
-    The ranks meet in the kernel: one whose peer never comes spins for ever, and is killed with the group.
-    """
-
-    def __init__(self, store_fd: int, rank: int, size: int, timeout: float, device: torch.device) -> None:
-        super().__init__(store_fd, rank, size, timeout, device)
-        import torch.distributed._symmetric_memory as symmetric_memory
-
-        memory: Any = symmetric_memory
-        self._group: str = _distributed.group.WORLD.group_name
-        self._buffer: Tensor = memory.empty(SYMMETRIC_BYTES[size], dtype=torch.uint8, device=device)
-        memory.rendezvous(self._buffer, self._group)
-
-    def all_reduce(self, x: Tensor) -> Tensor:
-        """Sums over the ranks; bitwise the same on all of them. Any shape; x, or a new tensor."""
-        if x.nbytes > self._buffer.nbytes or x.nbytes % 16 or x.dtype not in (torch.bfloat16, torch.float32):
-            return super().all_reduce(x)
-        flat = x.view(-1)
-        place = self._buffer.view(x.dtype)[: flat.numel()]
-        total: Tensor = torch.ops.symm_mem.one_shot_all_reduce_copy(place, flat, "sum", self._group)
-        return total.view(x.shape)
+    def _shots(self, num_rows: int, rows: Tensor) -> bool | None:
+        """Whether a sum of so many rows as `rows` has goes in two shots; None: through NCCL."""
+        if not self.inboxes.takes(rows):
+            return None
+        num_bytes = num_rows * rows[0].nbytes
+        if num_bytes > TWO_SHOT_BYTES[self.size]:
+            return None
+        return num_bytes > ONE_SHOT_BYTES[self.size]
 
 
 def connect_cuda(store_fd: int, rank: int, size: int, timeout: float, device: torch.device) -> Collectives:

@@ -41,7 +41,7 @@ WIDTH = 8192
 MAX_PAIRS = 1024
 """Most rows of `argmax`."""
 
-_ROW_BYTES = 32 << 20  # of an inbox, for rows of sums; whatever the number of ranks
+_ROW_BYTES = 64 << 20  # of an inbox, for rows of sums; whatever the number of ranks
 _PAIRS_BLOCK = 128  # rows of one program of `argmax`
 
 EMPTY_BITS = -32768
@@ -81,20 +81,20 @@ class Inboxes:
             pair_uses=zeros[-MAX_PAIRS:],
         )
 
-    def takes(self, part: Tensor) -> bool:
-        """Whether a sum of such tensors fits: [T, D] of 16-bit floats."""
+    @staticmethod
+    def takes(rows: Tensor) -> bool:
+        """Whether sums of such rows can be made: [any, D] of 16-bit floats."""
         return (
-            part.ndim == 2
-            and part.dtype in (torch.bfloat16, torch.float16)
-            and part.is_contiguous()
-            and len(part) <= len(self.row_uses)
-            and part.shape[1] <= WIDTH
-            and part.shape[1] % 8 == 0
+            rows.ndim == 2
+            and rows.dtype in (torch.bfloat16, torch.float16)
+            and rows.is_contiguous()
+            and rows.shape[1] <= WIDTH
+            and rows.shape[1] % 8 == 0
         )
 
 
 def rows_of(size: int) -> int:
-    """Most rows of a sum over `size` ranks."""
+    """Most rows of one launch, with `size` ranks; larger sums take several."""
     return _ROW_BYTES // (2 * size * WIDTH * 2)
 
 
@@ -126,11 +126,14 @@ def _await_row(entry, expected):
 
 @triton.jit
 def _reduce_add_norm(
-    x, part, weight, out, inboxes, uses, eps,
+    x, part, weight, out, tokens, vocab_start, vocab_size, inboxes, uses, eps,
     RANK: tl.constexpr, SIZE: tl.constexpr, TWO_SHOT: tl.constexpr, HAS_NORM: tl.constexpr,
+    IS_LOOKUP: tl.constexpr,
     COLUMNS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program a row: out = the sum over ranks, or x += sum and out = RMSNorm(x) * weight.
+
+    A lookup: a rank's part is the token's row of its part of a table, or zeros.
 
     One shot: every rank sends its part to all, and adds up all parts. Two shots: to the row's owner, who adds
     up and sends the sum to all. The sum is made in float32, in the order of the ranks, and rounded once.
@@ -145,7 +148,12 @@ def _reduce_add_norm(
     wait(PDL)
     here = row.to(tl.int64) * COLUMNS + column
     use = tl.load(uses + row)
-    mine = tl.load(part + here, mask=inside, other=0.0)
+    if IS_LOOKUP:
+        entry = tl.load(tokens + row) - vocab_start
+        is_here = (entry >= 0) & (entry < vocab_size)
+        mine = tl.load(part + entry * COLUMNS + column, mask=inside & is_here, other=0.0)
+    else:
+        mine = tl.load(part + here, mask=inside, other=0.0)
     mine = tl.where(mine == 0.0, tl.zeros_like(mine), mine)  # -0.0 is not sent
     entries = ((use % 2) * ROWS + row) * (SIZE * WIDTH) + column
     owner = row % SIZE
@@ -194,45 +202,66 @@ def _reduce_add_norm(
 def reduce_add_norm(
     x: Tensor, part: Tensor, weight: Tensor, eps: float, inboxes: Inboxes, two_shot: bool
 ) -> Tensor:
-    """See `tpworker.model.kernels.reduce_add_norm`; `inboxes.takes(part)`."""
+    """See `tpworker.model.kernels.reduce_add_norm`; `inboxes.takes`."""
     assert x.is_contiguous()
     assert x.shape == part.shape
     assert x.dtype == part.dtype
-    return _launch(x, part, weight, eps, inboxes, two_shot)
+    return _launch(part, inboxes, two_shot, len(part), x=x, weight=weight, eps=eps)
 
 
 def all_reduce(part: Tensor, inboxes: Inboxes, two_shot: bool) -> Tensor:
-    """The sum over ranks, a new tensor; `inboxes.takes(part)`."""
-    return _launch(None, part, None, 0.0, inboxes, two_shot)
+    """The sum over ranks, a new tensor; `inboxes.takes`."""
+    return _launch(part, inboxes, two_shot, len(part))
+
+
+def look_up(token_ids: Tensor, table: Tensor, vocab_start: int, inboxes: Inboxes, two_shot: bool) -> Tensor:
+    """See `tpworker.model.tp.embed`; vocab_start: token of the first row of this rank's table."""
+    assert token_ids.is_contiguous()
+    assert table.is_contiguous()
+    return _launch(table, inboxes, two_shot, len(token_ids), tokens=token_ids, vocab_start=vocab_start)
 
 
 def _launch(
-    x: Tensor | None, part: Tensor, weight: Tensor | None, eps: float, inboxes: Inboxes, two_shot: bool
+    part: Tensor,
+    inboxes: Inboxes,
+    two_shot: bool,
+    num_rows: int,
+    *,
+    x: Tensor | None = None,
+    weight: Tensor | None = None,
+    eps: float = 0.0,
+    tokens: Tensor | None = None,
+    vocab_start: int = 0,
 ) -> Tensor:
-    out = torch.empty_like(part)
-    num_rows, columns = part.shape
-    if num_rows == 0:
-        return out
+    columns = part.shape[1]
+    out = part.new_empty(num_rows, columns)
     block = triton.next_power_of_2(columns)
-    _reduce_add_norm[(num_rows,)](
-        part if x is None else x,
-        part,
-        part if weight is None else weight,
-        out,
-        inboxes.rows,
-        inboxes.row_uses,
-        eps,
-        RANK=inboxes.rank,
-        SIZE=inboxes.size,
-        TWO_SHOT=two_shot,
-        HAS_NORM=x is not None,
-        COLUMNS=columns,
-        BLOCK=block,
-        ROWS=len(inboxes.row_uses),
-        WIDTH=WIDTH,
-        num_warps=min(16, max(1, block // 256)),
-        **pdl.options(),
-    )
+    most = len(inboxes.row_uses)
+    for start in range(0, num_rows, most):
+        end = min(start + most, num_rows)
+        _reduce_add_norm[(end - start,)](
+            part if x is None else x[start:end],
+            part if tokens is not None else part[start:end],
+            part if weight is None else weight,
+            out[start:end],
+            inboxes.row_uses if tokens is None else tokens[start:end],
+            vocab_start,
+            len(part),
+            inboxes.rows,
+            inboxes.row_uses,
+            eps,
+            RANK=inboxes.rank,
+            SIZE=inboxes.size,
+            TWO_SHOT=two_shot,
+            HAS_NORM=x is not None,
+            IS_LOOKUP=tokens is not None,
+            COLUMNS=columns,
+            BLOCK=block,
+            ROWS=most,
+            WIDTH=WIDTH,
+            num_warps=min(16, max(1, block // 256)),
+            **pdl.options(),
+        )
     return out
 
 
