@@ -50,7 +50,7 @@ def test_a_batch_takes_the_next_larger_size_and_a_mode_that_does_what_it_needs()
 def test_the_ladder_of_tokens_ends_at_the_budget_or_where_graphs_no_longer_pay() -> None:
     assert token_ladder(7) == [7]
     assert token_ladder(16) == [16]
-    assert token_ladder(100) == [16, 32, 64, 100]
+    assert token_ladder(100) == [16, 32, 64, 96, 100]
     assert token_ladder(10**6)[-1] == MOST_TOKENS
     for most in range(1, 2 * MOST_TOKENS):
         sizes = token_ladder(most)
@@ -65,9 +65,9 @@ def test_tokens_take_the_next_larger_size_if_there_is_one() -> None:
     graphs = TokenGraphs()
     assert graphs.size_for(1) is None
     graphs.capture(device, 100, filled.append, done.append)
-    assert filled == [100, 64, 32, 16]
+    assert filled == [100, 96, 64, 32, 16]
     assert [graphs.size_for(count) for count in (1, 16, 17, 64, 65, 100, 101)] == [
-        16, 16, 32, 64, 100, 100, None,
+        16, 16, 32, 64, 96, 100, None,
     ]  # fmt: skip
     for size in (16, 100):
         graphs.replay(size)

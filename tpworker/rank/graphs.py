@@ -34,7 +34,7 @@ MOST_TOKENS = 1024
 def token_ladder(most: int) -> list[int]:
     """Numbers of tokens to capture, ascending, up to `most` or MOST_TOKENS."""
     most = min(most, MOST_TOKENS)
-    sizes = [16, 32, *range(64, 256, 64), *range(256, 512, 128), *range(512, most, 256)]
+    sizes = [16, 32, 64, 96, *range(128, 512, 64), *range(512, most, 128)]
     return [*(size for size in sizes if size < most), most]
 
 
