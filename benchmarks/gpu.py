@@ -20,9 +20,9 @@ norms (with rotation, KV writes and activations), experts, all-reduces, sampling
 what that rank takes for each that comes last to it; the rest is waiting. 'skew': how long the first rank
 waits for the last in a step's first all-reduce.
 
-A request of 2000 tokens comes while others decode, as many as the largest batch less one: 'admitted', the
-longest of the steps that hold a chunk of it, and the time to its first token, ms. Steps have up to 575 tokens
-(512 of the prompt beside 63 that decode), or 2048 with more than 64 requests.
+A request of 2000 tokens comes while others decode, as many as the largest batch less one: 'admitted', what
+the steps that hold a chunk of it take, mean and longest, and the time to its first token, ms. Steps have up to
+575 tokens (512 of the prompt beside 63 that decode), or 2048 with more than 64 requests.
 """
 
 from __future__ import annotations
@@ -167,12 +167,12 @@ def print_tables(rows: Sequence[dict[str, Any]]) -> None:
             number(row, "idle_inside_us", 0),
             number(row, "kernels", 0),
             number(row, "floor_ms", 3),
-            number(row, "admitted_tpot_ms", 1),
+            f"{number(row, 'admitted_mean_ms', 1)} / {number(row, 'admitted_max_ms', 1)}",
             number(row, "admitted_ttft_ms", 1),
             str(peer),
             str(goal),
         )
-    console = Console(width=170)
+    console = Console(width=180)
     console.print(table)
     print_kinds(rows, console)
     print_failures(rows, console)

@@ -254,4 +254,9 @@ async def _admit(runtime: Runtime, case: Case) -> dict[str, float]:
         if step.num_prefill_tokens and step.num_decodes
     ]
     await asyncio.gather(*others)
-    return {"admitted_tpot_ms": max(periods), "admitted_ttft_ms": 1000 * ttft, "admitted_steps": len(periods)}
+    return {
+        "admitted_mean_ms": fmean(periods),
+        "admitted_max_ms": max(periods),
+        "admitted_steps": len(periods),
+        "admitted_ttft_ms": 1000 * ttft,
+    }
