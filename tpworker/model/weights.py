@@ -85,7 +85,7 @@ def load_weights(
             progress(min(done, total), total)
 
     num_readers = MAX_READERS if device.type == "cuda" else min(MAX_READERS, torch.get_num_threads())
-    with torch.no_grad(), ThreadPoolExecutor(num_readers, "weights") as pool:
+    with torch.no_grad(), ThreadPoolExecutor(num_readers, "weights", _use, (device,)) as pool:
         weights = _assemble(spec, shard, dtype, device, fill, layers=pool.map)
     tied = (re.escape(f"{family.names.lm_head}.weight"),) if spec.tie_embeddings else ()
     mtp = family.mtp_patterns(spec)
@@ -95,6 +95,12 @@ def load_weights(
         logger.info("not read: %d tensors for multi-token prediction (%s, …)", len(skipped), skipped[0])
     progress(total, total)
     return weights
+
+
+def _use(device: torch.device) -> None:
+    """What is current on CUDA is so for a thread: another device's context costs hundreds of MB."""
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
 
 
 def dummy_weights(
