@@ -16,6 +16,8 @@ from torch import Tensor
 
 from tpworker.model.batch import Batch
 
+_ops: Any = torch.ops
+
 MODULE = "flash_attn_interface"
 MAX_BLOCK_SIZE = 64
 """Blocks of 128 tokens ended in an illegal memory access (tokenspeed-fa3 3.0.0.post20260810, H200)."""
@@ -110,16 +112,18 @@ class FlashAttention:
     def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, plan: _Plan) -> Tensor:
         """See `Attention`."""
         is_decode = plan.query_starts is None
-        attended: Tensor = self._library.flash_attn_with_kvcache(
+        # Not the library's own `flash_attn_with_kvcache`, a Python operator around this one: the first call
+        # of such an operator imports torch's compiler, which takes seconds, and each one takes 10 µs more.
+        attended: Tensor = _ops.flash_attn_3.fwd(
             queries[:, None] if is_decode else queries,
             keys,
             values,
-            cache_seqlens=plan.lengths,
+            seqused_k=plan.lengths,
             page_table=plan.block_tables,
             cu_seqlens_q=plan.query_starts,
             max_seqlen_q=None if is_decode else plan.max_query,
             softmax_scale=self.head_dim**-0.5,
-            causal=True,
+            is_causal=True,
             scheduler_metadata=plan.schedule,
-        )
+        )[0]
         return attended.view(len(queries), -1)
