@@ -21,8 +21,8 @@ what that rank takes for each that comes last to it; the rest is waiting. 'skew'
 waits for the last in a step's first all-reduce.
 
 A request of 2000 tokens comes while others decode, as many as the largest batch less one: 'admitted', what
-the steps that hold a chunk of it take, mean and longest, and the time to its first token, ms. Steps have up to
-575 tokens (512 of the prompt beside 63 that decode), or 2048 with more than 64 requests.
+the steps that hold a chunk of it take, mean and longest, and the time to its first token, ms. Steps have up
+to 575 tokens (512 of the prompt beside 63 that decode), or 2048 with more than 64 requests.
 """
 
 from __future__ import annotations
@@ -142,9 +142,14 @@ def number(row: dict[str, Any], key: str, digits: int) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
-def pair(row: dict[str, Any], key: str, unit: str, digits: int) -> str:
-    """Median and p99 in one cell."""
-    return f"{number(row, f'{key}_p50{unit}', digits)} / {number(row, f'{key}_p99{unit}', digits)}"
+def pair(first: str, second: str) -> str:
+    """Two cells in one."""
+    return first if (first, second) == ("–", "–") else f"{first} / {second}"
+
+
+def quantiles(row: dict[str, Any], key: str, digits: int) -> str:
+    """Median and p99, µs."""
+    return pair(number(row, f"{key}_p50_us", digits), number(row, f"{key}_p99_us", digits))
 
 
 def print_tables(rows: Sequence[dict[str, Any]]) -> None:
@@ -159,15 +164,15 @@ def print_tables(rows: Sequence[dict[str, Any]]) -> None:
         table.add_row(
             row["model"],
             *(str(row[key]) for key in ("ranks", "batch", "lookahead")),
-            f"{number(row, 'tpot_ms', 3)} / {number(row, 'tpot_p99_ms', 3)}",
+            pair(number(row, "tpot_ms", 3), number(row, "tpot_p99_ms", 3)),
             number(row, "graph_ms", 3),
             number(row, "tpot_over_graph", 3),
-            pair(row, "over", "_us", 0),
-            pair(row, "gap", "_us", 1),
+            quantiles(row, "over", 0),
+            quantiles(row, "gap", 1),
             number(row, "idle_inside_us", 0),
             number(row, "kernels", 0),
             number(row, "floor_ms", 3),
-            f"{number(row, 'admitted_mean_ms', 1)} / {number(row, 'admitted_max_ms', 1)}",
+            pair(number(row, "admitted_mean_ms", 1), number(row, "admitted_max_ms", 1)),
             number(row, "admitted_ttft_ms", 1),
             str(peer),
             str(goal),
@@ -187,7 +192,7 @@ def print_kinds(rows: Sequence[dict[str, Any]], console: Console) -> None:
     for row in rows:
         cells = [number(row.get("kinds_us", {}), kind, 0) for kind in kinds]
         shape = [str(row[key]) for key in ("ranks", "batch", "lookahead")]
-        own, skew = number(row, "all_reduce_own_us", 0), pair(row, "skew", "_us", 1)
+        own, skew = number(row, "all_reduce_own_us", 0), quantiles(row, "skew", 1)
         table.add_row(row["model"], *shape, *cells, own, skew)
     console.print(table)
 

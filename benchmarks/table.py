@@ -25,7 +25,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.gpu import number, pair, print_failures, print_kinds, write
+from benchmarks.gpu import number, print_failures, print_kinds, quantiles, write
 from benchmarks.gpu_run import Case, measure
 from benchmarks.report import machine
 from tpworker.settings import count_gpus
@@ -131,8 +131,8 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
             number(row, "total_s", 2),
             number(row, "tokens_per_s", 1),
             number(row, "tpot_ms", 2),
-            pair(row, "gap", "_us", 1),
-            pair(row, "over", "_us", 0),
+            quantiles(row, "gap", 1),
+            quantiles(row, "over", 0),
             number(row, "graph_ms", 2),
             number(row, "tpot_over_graph", 3),
             number({"ms": later(row)}, "ms", 2),

@@ -14,7 +14,7 @@ import torch
 
 from benchmarks import gpu
 from benchmarks.floors import BYTES_PER_SECOND, floor_bytes, floor_ms
-from benchmarks.gpu import pair, print_tables
+from benchmarks.gpu import print_tables
 from benchmarks.gpu_run import Case, _compared, measure
 from benchmarks.gpu_trace import UNSETTLED, Trace, TraceFailed, covered, figures, kind_of
 from benchmarks.gpu_trace import timeline as timeline_of
@@ -216,8 +216,8 @@ def test_floors_of_the_models_measured() -> None:
 
 
 def test_cells() -> None:
-    assert pair({"gap_p50_us": 4.44, "gap_p99_us": 10.0}, "gap", "_us", 1) == "4.4 / 10.0"
-    assert pair({}, "gap", "_us", 1) == "– / –"
+    assert gpu.quantiles({"gap_p50_us": 4.44, "gap_p99_us": 10.0}, "gap", 1) == "4.4 / 10.0"
+    assert gpu.quantiles({}, "gap", 1) == "–"
 
 
 def tiny_glm(folder: Path) -> None:
