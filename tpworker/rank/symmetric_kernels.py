@@ -42,6 +42,7 @@ MAX_PAIRS = 1024
 """Most rows of `argmax`."""
 
 _ROW_BYTES = 64 << 20  # of an inbox, for rows of sums; whatever the number of ranks
+_ELEMENTS = 8  # of a row, of one thread: 16 bytes at a time
 _PAIRS_BLOCK = 128  # rows of one program of `argmax`
 
 EMPTY_BITS = -32768
@@ -259,7 +260,7 @@ def _launch(
             BLOCK=block,
             ROWS=most,
             WIDTH=WIDTH,
-            num_warps=min(16, max(1, block // 256)),
+            num_warps=min(16, max(1, block // (32 * _ELEMENTS))),
             **pdl.options(),
         )
     return out
