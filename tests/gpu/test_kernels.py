@@ -200,9 +200,9 @@ def test_products_of_one_row(fused: Any, shape: Shape, has_bias: bool, dtype: to
 
     for size_in, size_out in ((shape.hidden, 2 * shape.width), (shape.width, shape.hidden)):
         x, weight, bias, expected = product_case(1, size_in, size_out, has_bias, dtype)
-        near(skinny_kernel.multiply_one(x, weight, bias), expected.to(dtype))
-        for rule in (None, skinny_kernel.OneRow(outputs=4, step=256)):
-            result = skinny_kernel.multiply_one(x, weight, bias, gated=True, rule=rule)
+        for rule in (skinny_kernel.OneRow(), skinny_kernel.OneRow(outputs=4, step=256)):
+            near(skinny_kernel.multiply(x, weight, bias, rule), expected.to(dtype))
+            result = skinny_kernel.multiply(x, weight, bias, rule, gated=True)
             near(result, gate(expected.to(dtype)))
 
 
@@ -229,12 +229,11 @@ def test_products_of_few_rows(
         if (rule.splits - 1) * rule.step >= size_in // rule.splits:
             rule = dataclasses.replace(rule, splits=1)
         x, weight, bias, expected = product_case(count, size_in, size_out, has_bias, dtype)
-        arrived = torch.zeros(-(-size_out // rule.outputs), dtype=torch.int32, device=DEVICE)
         for _ in range(2):
-            near(skinny_kernel.multiply_few(x, weight, bias, rule, arrived), expected.to(dtype))
-            result = skinny_kernel.multiply_few(x, weight, bias, rule, arrived, gated=True)
+            near(skinny_kernel.multiply(x, weight, bias, rule), expected.to(dtype))
+            result = skinny_kernel.multiply(x, weight, bias, rule, gated=True)
             near(result, gate(expected.to(dtype)))
-        assert not arrived.any()
+        assert not skinny_kernel.counters(x.device).any()
 
 
 @pytest.mark.parametrize("width", [7, 2500])

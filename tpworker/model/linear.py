@@ -8,12 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tpworker.model import kernels
+
 _PACK_ROWS = 64  # the number of input rows that a packed layout is chosen for; others run well in it too
 _SHORT_ROW = 768  # inputs; for one row of more (1536, not 768) oneDNN sums in another order than for several
-
-SINGLE_ROW_BYTES = 128 << 20
-"""On CUDA, the product of one row with a weight up to this size goes to a kernel of our own: it took
-Qwen3-0.6B's step from 1.37 to 1.04 ms. For the larger ones of Qwen3-8B the library is as fast. (One H200.)"""
 
 
 class Linear:
@@ -24,6 +22,9 @@ class Linear:
     weights at every call, half the speed for one row. What is more, a row's result then does not depend on
     how many rows are computed with it, bit by bit, which MKL's does: a request's tokens cannot depend on what
     else is in the batch.
+
+    On CUDA it is left as it is, and few rows are multiplied by kernels of our own where they are faster than
+    the library's.
 
     Args:
         weight: [out, in]; dropped after packing.
@@ -36,19 +37,36 @@ class Linear:
         self._doubles_a_row = self.is_packed and weight.shape[1] > _SHORT_ROW
         if self.is_packed:
             weight = torch.ops.mkldnn._reorder_linear_weight(weight, _PACK_ROWS)
+        elif weight.is_cuda:
+            from tpworker.model import skinny_kernel
+
+            skinny_kernel.counters(weight.device)
         self.weight = weight
 
     def __call__(self, x: Tensor) -> Tensor:
         """[T, in] to [T, out]."""
-        if x.is_cuda and x.shape[0] == 1 and self.weight.nbytes <= SINGLE_ROW_BYTES:
-            from tpworker.model import skinny_kernel
-
-            return skinny_kernel.multiply_one(x, self.weight, self.bias)
+        if x.is_cuda:
+            return self._multiply_on_cuda(x, gated=False)
         if not self.is_packed:
             return F.linear(x, self.weight, self.bias)
         if self._doubles_a_row and x.shape[0] == 1:
             return self._multiply_packed(x.repeat(2, 1))[:1]
         return self._multiply_packed(x)
+
+    def gated(self, x: Tensor) -> Tensor:
+        """silu(gate) * up, [T, F], of a product [T, 2 F], gate then up."""
+        if x.is_cuda:
+            return self._multiply_on_cuda(x, gated=True)
+        return kernels.silu_mul(self(x))
+
+    def _multiply_on_cuda(self, x: Tensor, gated: bool) -> Tensor:
+        from tpworker.model import skinny_kernel
+
+        rule = skinny_kernel.choose(len(x), self.weight, gated)
+        if rule is not None:
+            return skinny_kernel.multiply(x, self.weight, self.bias, rule, gated)
+        y = F.linear(x, self.weight, self.bias)
+        return kernels.silu_mul(y) if gated else y
 
     def tensors(self) -> Iterator[Tensor]:
         """Every tensor that it holds."""

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from tpworker.model import kernels
 from tpworker.model.linear import Linear
 
 
@@ -20,7 +19,7 @@ class Mlp:
 
     def __call__(self, x: Tensor) -> Tensor:
         """From [T, D] to this rank's summand of the output, [T, D]."""
-        return self.down(kernels.silu_mul(self.gate_up(x)))
+        return self.down(self.gate_up.gated(x))
 
     def tensors(self) -> Iterator[Tensor]:
         """Every tensor that it holds."""

@@ -31,7 +31,7 @@ import torch
 import triton
 import triton.language as tl
 
-ENABLED = False
+ENABLED = True
 """False launches everything plainly."""
 
 

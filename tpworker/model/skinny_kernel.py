@@ -14,6 +14,7 @@ matrices are small.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -23,7 +24,7 @@ from torch import Tensor
 from tpworker.model import pdl
 from tpworker.model.pdl import prefetch, prefetch_rows, start_next, wait
 
-# ------------------------------------------------------------------------------------------------- one row
+# ------------------------------------------------------------------------------------- which one, and how
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +37,50 @@ class OneRow:
     prefetch: bool = True
 
 
-def _one_row_rule(size_in: int) -> OneRow:
-    """In long rows shorter steps were faster (H200)."""
-    return OneRow(step=min(2048 if size_in <= 8192 else 1024, triton.next_power_of_2(size_in)))
+@dataclass(frozen=True, slots=True)
+class FewRows:
+    """How a product of several rows is cut."""
+
+    outputs: int = 64  # rows of the weight that a program reads
+    step: int = 128  # elements of each at a time
+    splits: int = 1  # programs that share them
+    warps: int = 4
+    stages: int = 4  # steps that are on their way
+    prefetch: int = 512  # elements of each row that are asked for beforehand
+    head: bool = False  # the first step's weights are loaded beforehand
+
+
+MOST_ROWS = 64
+
+
+def choose(num_rows: int, weight: Tensor, gated: bool) -> OneRow | FewRows | None:
+    """How to multiply so many rows with the weight [out, in]; None: the library does it.
+
+    gated: see `multiply`.
+    """
+    if weight.element_size() != 2 or not 0 < num_rows <= MOST_ROWS:
+        return None
+    size_out, size_in = weight.shape
+    if num_rows == 1:
+        outputs = 8 if size_in <= 2048 and size_out >= 1 << 16 else 2
+        return OneRow(outputs, step=min(2048 if size_in <= 8192 else 1024, triton.next_power_of_2(size_in)))
+    return None
+
+
+def multiply(
+    x: Tensor, weight: Tensor, bias: Tensor | None, rule: OneRow | FewRows, gated: bool = False
+) -> Tensor:
+    """x [R, in] times weight [out, in] transposed, plus bias [out]: [R, out].
+
+    gated: the product is gate, then up, and silu(gate) * up [R, out / 2] is returned; gate and up are rounded
+    as if they were stored in between.
+    """
+    if isinstance(rule, OneRow):
+        return multiply_one(x, weight, bias, rule, gated)
+    return multiply_few(x, weight, bias, rule, gated)
+
+
+# ------------------------------------------------------------------------------------------------- one row
 
 
 @triton.jit
@@ -83,19 +125,19 @@ def _one_row(
 
 
 @triton.jit
-def _rows_of(tile, SIZE_OUT: tl.constexpr, OUTPUTS: tl.constexpr, GATED: tl.constexpr):
+def _rows_of(tile, size_out, OUTPUTS: tl.constexpr, GATED: tl.constexpr):
     """Rows of the weight of one tile, int64 [OUTPUTS], and the first one.
 
     GATED: the weight's first half is gate and its second half up, and the result is silu(gate) * up: a tile
     has OUTPUTS / 2 rows of gate and then the same ones of up, whose first one comes third. Rows that do not
-    exist are SIZE_OUT or more.
+    exist are size_out or more.
     """
     row = tl.arange(0, OUTPUTS)
     if GATED:
-        half: tl.constexpr = SIZE_OUT // 2
+        half = size_out // 2
         first = tile.to(tl.int64) * (OUTPUTS // 2)
         output = first + row % (OUTPUTS // 2)
-        output = tl.where(output < half, output + (row // (OUTPUTS // 2)) * half, SIZE_OUT)
+        output = tl.where(output < half, output + (row // (OUTPUTS // 2)) * half, size_out)
         second = first + half
     else:
         first = tile.to(tl.int64) * OUTPUTS
@@ -111,18 +153,12 @@ def _gate(gate, up):
     return (wide * tl.sigmoid(wide) * up.to(tl.float32)).to(gate.dtype)
 
 
-def multiply_one(
-    x: Tensor, weight: Tensor, bias: Tensor | None, gated: bool = False, rule: OneRow | None = None
-) -> Tensor:
-    """x [1, in] times weight [out, in] transposed, plus bias [out]: [1, out].
-
-    gated: the product is gate, then up; silu(gate) * up [1, out / 2] is returned.
-    """
+def multiply_one(x: Tensor, weight: Tensor, bias: Tensor | None, rule: OneRow, gated: bool) -> Tensor:
+    """See `multiply`; R is 1."""
     assert len(x) == 1
     assert x.is_contiguous()
     assert weight.is_contiguous()
     size_out, size_in = weight.shape
-    rule = rule or _one_row_rule(size_in)
     out = torch.empty(1, size_out // 2 if gated else size_out, dtype=x.dtype, device=x.device)
     _one_row[(triton.cdiv(size_out, rule.outputs),)](
         x,
@@ -145,76 +181,54 @@ def multiply_one(
 # -------------------------------------------------------------------------------------------- several rows
 
 
-@dataclass(frozen=True, slots=True)
-class FewRows:
-    """How a product of several rows is cut."""
-
-    outputs: int = 64  # rows of the weight that a program reads
-    step: int = 128  # elements of each at a time
-    splits: int = 1  # programs that share them
-    warps: int = 4
-    stages: int = 4  # steps that are on their way
-    prefetch: int = 512  # elements of each row that are asked for beforehand
-    head: bool = False  # the first step's weights are loaded beforehand
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _few_rows(
-    x, weight, bias, out, partial, arrived, num_rows,
-    SIZE_IN: tl.constexpr, SIZE_OUT: tl.constexpr, HAS_BIAS: tl.constexpr, GATED: tl.constexpr,
-    ROWS: tl.constexpr, OUTPUTS: tl.constexpr, STEP: tl.constexpr, SPLITS: tl.constexpr,
-    PREFETCH: tl.constexpr, HEAD: tl.constexpr, PDL: tl.constexpr,
+    x, weight, bias, out, partial, arrived, num_rows, size_in, size_out, length,
+    EVEN: tl.constexpr, HAS_BIAS: tl.constexpr, GATED: tl.constexpr, ROWS: tl.constexpr,
+    OUTPUTS: tl.constexpr, STEP: tl.constexpr, SPLITS: tl.constexpr, PREFETCH: tl.constexpr,
+    HEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program OUTPUTS rows of the weight, or their SPLITS-th part; sums in float32.
+    """One program OUTPUTS rows of the weight, or `length` elements of each; sums in float32. See `_rows_of`.
 
     The product is computed transposed, out.T = weight @ x.T: the matrix units take 64 rows at a time of what
-    stands left, and that is the weight.
+    stands left, and that is the weight. EVEN: all programs have whole steps.
     """
     start_next(PDL)
     tile = tl.program_id(0)
-    split = tl.program_id(1)
-    LENGTH: tl.constexpr = tl.cdiv(tl.cdiv(SIZE_IN, SPLITS), STEP) * STEP
-    begin = split * LENGTH
-    output, first, _ = _rows_of(tile, SIZE_OUT, OUTPUTS, GATED)
+    begin = tl.program_id(1) * length
+    end = tl.minimum(begin + length, size_in)
+    output, first, _ = _rows_of(tile, size_out, OUTPUTS, GATED)
     # A row that does not exist is read as the last one, and not stored.
-    start_of_row = weight + tl.minimum(output, SIZE_OUT - 1) * SIZE_IN
+    start_of_row = weight + tl.minimum(output, size_out - 1) * size_in
     if PREFETCH > 0:
         prefetch_rows(start_of_row + begin, PREFETCH * (weight.dtype.element_ty.primitive_bitwidth // 8), PDL)
     source = start_of_row[:, None]
     row = tl.arange(0, ROWS)
-    end = tl.minimum(begin + LENGTH, SIZE_IN)
+    is_row = (row < num_rows)[:, None]
+    start_of_x = x + row[:, None] * size_in
     if HEAD:
-        column = begin + tl.arange(0, STEP)
-        part = tl.load(source + column[None, :])
+        column = (begin + tl.arange(0, STEP))[None, :]
+        part = tl.load(source + column)
     wait(PDL)
     total = tl.zeros([OUTPUTS, ROWS], tl.float32)
     if HEAD:
-        value = tl.load(
-            x + row[:, None] * SIZE_IN + column[None, :], mask=(row < num_rows)[:, None], other=0.0
-        )
+        value = tl.load(start_of_x + column, mask=is_row, other=0.0)
         total = tl.dot(part, tl.trans(value), total, input_precision="ieee")
         begin += STEP
     for start in range(begin, end, STEP):
-        column = start + tl.arange(0, STEP)
-        if SIZE_IN % (SPLITS * STEP) == 0:
-            part = tl.load(source + column[None, :])
-            value = tl.load(
-                x + row[:, None] * SIZE_IN + column[None, :], mask=(row < num_rows)[:, None], other=0.0
-            )
+        column = (start + tl.arange(0, STEP))[None, :]
+        if EVEN:
+            part = tl.load(source + column)
+            value = tl.load(start_of_x + column, mask=is_row, other=0.0)
         else:
-            inside = (column < SIZE_IN)[None, :]
-            part = tl.load(source + column[None, :], mask=inside, other=0.0)
-            value = tl.load(
-                x + row[:, None] * SIZE_IN + column[None, :],
-                mask=(row < num_rows)[:, None] & inside,
-                other=0.0,
-            )
+            part = tl.load(source + column, mask=column < end, other=0.0)
+            value = tl.load(start_of_x + column, mask=is_row & (column < end), other=0.0)
         total = tl.dot(part, tl.trans(value), total, input_precision="ieee")
-    is_real = (output < SIZE_OUT)[:, None] & (row < num_rows)[None, :]
+    is_real = (output < size_out)[:, None] & (row < num_rows)[None, :]
     is_last = True
     if SPLITS > 1:
         place = output[:, None] * ROWS + row[None, :]
-        tl.store(partial + split.to(tl.int64) * (SIZE_OUT * ROWS) + place, total, mask=is_real)
+        tl.store(partial + tl.program_id(1).to(tl.int64) * (size_out * ROWS) + place, total, mask=is_real)
         # All of the program's threads have written before one of them says so.
         tl.debug_barrier()
         is_last = tl.atomic_add(arrived + tile, 1, sem="acq_rel") == SPLITS - 1
@@ -222,60 +236,53 @@ def _few_rows(
             total = tl.zeros([OUTPUTS, ROWS], tl.float32)
             for other in tl.static_range(SPLITS):  # always in the same order
                 total += tl.load(
-                    partial + other * (SIZE_OUT * ROWS) + place, mask=is_real, other=0.0, cache_modifier=".cg"
+                    partial + other * (size_out * ROWS) + place, mask=is_real, other=0.0, cache_modifier=".cg"
                 )
             tl.store(arrived + tile, 0)  # for the next product
     if is_last:
         if HAS_BIAS:
-            added = tl.load(bias + output, mask=output < SIZE_OUT, other=0.0).to(tl.float32)
+            added = tl.load(bias + output, mask=output < size_out, other=0.0).to(tl.float32)
             total += added[:, None]
         result = total.to(out.dtype.element_ty)
         if GATED:
             gate, up = tl.split(result.reshape([2, OUTPUTS // 2, ROWS]).permute(1, 2, 0))
             target = first + tl.arange(0, OUTPUTS // 2)
-            is_wanted = (target < SIZE_OUT // 2)[:, None] & (row < num_rows)[None, :]
-            to_out = out + row[None, :] * (SIZE_OUT // 2) + target[:, None]
+            is_wanted = (target < size_out // 2)[:, None] & (row < num_rows)[None, :]
+            to_out = out + row[None, :] * (size_out // 2) + target[:, None]
             tl.store(to_out, _gate(gate, up), mask=is_wanted)
         else:
-            tl.store(out + row[None, :] * SIZE_OUT + output[:, None], result, mask=is_real)
+            tl.store(out + row[None, :] * size_out + output[:, None], result, mask=is_real)
 
 
-def multiply_few(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    rule: FewRows,
-    arrived: Tensor | None = None,
-    gated: bool = False,
-) -> Tensor:
-    """x [R, in] times weight [out, in] transposed, plus bias [out]: [R, out]. gated: see `multiply_one`.
-
-    arrived: int32 zeros, one for `rule.outputs` rows of the weight, if `rule.splits` > 1; zeros afterwards.
-    """
+def multiply_few(x: Tensor, weight: Tensor, bias: Tensor | None, rule: FewRows, gated: bool) -> Tensor:
+    """See `multiply`."""
     assert x.is_contiguous()
     assert weight.is_contiguous()
-    assert rule.splits == 1 or arrived is not None
     size_out, size_in = weight.shape
     num_rows = len(x)
     rows = max(16, triton.next_power_of_2(num_rows))
     out = torch.empty(num_rows, size_out // 2 if gated else size_out, dtype=x.dtype, device=x.device)
-    partial = arrived
-    if rule.splits > 1:
-        partial = torch.empty(rule.splits, size_out, rows, dtype=torch.float32, device=x.device)
+    num_tiles = triton.cdiv(size_out, rule.outputs)
     length = triton.cdiv(triton.cdiv(size_in, rule.splits), rule.step) * rule.step
     shortest = size_in - (rule.splits - 1) * length  # the last split's
     assert shortest > 0, (rule, size_in)
-    num_tiles = triton.cdiv(size_out, rule.outputs)
+    partial = arrived = x
+    if rule.splits > 1:
+        partial = torch.empty(rule.splits, size_out, rows, dtype=torch.float32, device=x.device)
+        arrived = counters(x.device)
+        assert num_tiles <= len(arrived)
     _few_rows[(num_tiles, rule.splits)](
         x,
         weight,
         x if bias is None else bias,
         out,
-        partial if partial is not None else x,
-        arrived if arrived is not None else x,
+        partial,
+        arrived,
         num_rows,
-        SIZE_IN=size_in,
-        SIZE_OUT=size_out,
+        size_in,
+        size_out,
+        length,
+        EVEN=size_in == rule.splits * length,
         HAS_BIAS=bias is not None,
         GATED=gated,
         ROWS=rows,
@@ -289,3 +296,12 @@ def multiply_few(
         **pdl.options(),
     )
     return out
+
+
+@cache
+def counters(device: torch.device) -> Tensor:
+    """int32 zeros, which every product leaves zeros again, for products one after the other.
+
+    To be called before a graph is captured.
+    """
+    return torch.zeros(8192, dtype=torch.int32, device=device)

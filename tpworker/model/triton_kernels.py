@@ -145,8 +145,8 @@ def _norm_rotate_store(
     rotated. The query goes to memory of its own: threads may hold copies of an element, and one that still
     loads must not meet what another has stored.
     """
+    start_next(PDL)
     wait(PDL)
-    start_next(PDL)  # not before: see `split_kernel.EARLY`
     half: tl.constexpr = ROTARY_DIM // 2
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * TILE + tl.arange(0, TILE)[:, None]

@@ -12,11 +12,7 @@ from torch import Tensor
 
 from tpworker.model import pdl
 from tpworker.model.attention.split import Cut
-from tpworker.model.pdl import prefetch_rows, start_next, wait
-
-EARLY = True
-"""Whether lengths and block tables are complete when the kernel before `attend` starts its successor: that is
-`norm_rotate_store`, which does so only when all kernels before itself have ended."""
+from tpworker.model.pdl import start_next, wait
 
 
 @triton.jit
@@ -24,16 +20,11 @@ def _attend(
     queries, keys, values, block_tables, lengths, sums, maxima, totals, arrived, out, scale, table_stride,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     NUM_PARTS: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr,
-    REAL_ROWS: tl.constexpr, COLUMNS: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
+    REAL_ROWS: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program a sequence, key-value head and part of the sequence; online softmax (arXiv 1805.02867).
-
-    EARLY: lengths and block tables can be read before the kernel before this one has ended, which writes
-    queries and the newest token's keys and values. The first tile is then asked for beforehand.
-    """
+    """One program a sequence, key-value head and part of the sequence; online softmax (arXiv 1805.02867)."""
     start_next(PDL)
-    if not EARLY:
-        wait(PDL)
+    wait(PDL)
     sequence = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
     part = tl.program_id(2)
@@ -49,15 +40,6 @@ def _attend(
     place = (sequence * NUM_KV_HEADS + kv_head) * (GROUP * HEAD_DIM)
     place += row[:, None] * HEAD_DIM + column[None, :]
     end = tl.minimum(part * part_length + part_length, length)
-    if EARLY:
-        which = tl.arange(0, 2 * TILE)
-        first_position = tl.maximum(tl.minimum(part * part_length + which % TILE, end - 1), 0)
-        first_block = tl.load(block_tables + sequence * table_stride + first_position // BLOCK_SIZE)
-        first_token = first_block.to(tl.int64) * BLOCK_SIZE + first_position % BLOCK_SIZE
-        base = tl.where(which < TILE, keys.to(tl.int64), values.to(tl.int64))
-        width: tl.constexpr = HEAD_DIM * (keys.dtype.element_ty.primitive_bitwidth // 8)
-        prefetch_rows(base + (first_token * NUM_KV_HEADS + kv_head) * width, width, PDL)
-        wait(PDL)
     query = tl.load(queries + place, mask=is_real, other=0.0)
     maximum = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -161,7 +143,6 @@ def attend(
         ROWS=max(16, triton.next_power_of_2(group)),  # what the matrix units take at least
         REAL_ROWS=triton.next_power_of_2(group),
         COLUMNS=max(16, triton.next_power_of_2(head_dim)),
-        EARLY=EARLY and head_dim % 8 == 0,
         num_warps=cut.warps,
         num_stages=cut.stages,
         **pdl.options(),
