@@ -143,24 +143,28 @@ class Runner:
 
         Args:
             max_tokens: of a step.
-            capturing: called when everything has run once.
+            capturing: called when most kernels are loaded.
         """
-        null = self._slots.num_slots
         width = self._slots.block_table.shape[1]
         length = min(max_tokens, max(1, (width - 1) * self._cache.block_size))  # of one sequence
-        while length:
-            for sampling in _WARM_UP:
-                admission = Admission(null, pack_int32([0] * length), length, 0, pack_int32([0]), sampling)
-                chunk = Chunk(null, 0, length, True)
-                launched = self.launch(BatchPlan(0, 0, admitted=(admission,), chunks=(chunk,), decode=b""))
-                launched.done.synchronize()
-                self.staging.give_back(launched.staging)
-            length //= 2
+        self._run_once(length)
         capturing()
         if not self._check_agreement:  # which looks at values
             self._capture(max_tokens)
+        while (length := length // 2) and self._forwards.size_for(length) is None:
+            self._run_once(length)
         self._device.compute.run(self._begin)
         self._device.synchronize()
+
+    def _run_once(self, length: int) -> None:
+        """A step with a chunk of this length, for each kind of sampling."""
+        null = self._slots.num_slots
+        for sampling in _WARM_UP:
+            admission = Admission(null, pack_int32([0] * length), length, 0, pack_int32([0]), sampling)
+            chunk = Chunk(null, 0, length, True)
+            launched = self.launch(BatchPlan(0, 0, admitted=(admission,), chunks=(chunk,), decode=b""))
+            launched.done.synchronize()
+            self.staging.give_back(launched.staging)
 
     def _capture(self, max_tokens: int) -> None:
         attention, captures = self._decoder.attention, self._device.captures
