@@ -28,7 +28,7 @@ KINDS = {
     "experts": r"^_(router_logits|choose|group|list_experts|gate_up|down|down_dense)$|expert|moe|grouped",
     "products": r"gemm|gemv|nvjet|cutlass|cublas|splitk|xmma|_one_row|_few_rows",
     "norms": r"norm|rotate|silu|rope|_places",
-    "sampling": r"best_of|argmax|gumbel|sort|topk|softmax",
+    "sampling": r"best_of|argmax|gumbel|_sample_row|sort|topk|softmax",
 }
 """By kind, what a kernel's name holds; the first that fits counts, and the rest is 'other'. 'norms' are also
 rotation with the writing of keys and values, and activations. A sum over ranks and the norm in one kernel
