@@ -50,10 +50,10 @@ class Phase(IntEnum):
     IMPORTING = 1
     OPENING = 2
     """Its device."""
-    MEETING = 3
-    """The other ranks, for collectives."""
-    LOADING = 4
+    LOADING = 3
     """Weights."""
+    MEETING = 4
+    """The other ranks, for collectives, as far as that is not done while weights are loaded."""
     ALLOCATING = 5
     """KV blocks, once all ranks have said how many they can hold."""
     WARMING_UP = 6

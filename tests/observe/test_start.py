@@ -38,7 +38,7 @@ def of(ranks: list[Row], began: float, spawned: float, ready: float) -> StartTim
 
 
 def test_a_stage_ends_when_the_last_rank_has_left_it(ranks: list[Row], enter: Enter) -> None:
-    for rank, seconds in enumerate(([2, 3, 4, 4, 7, 10, 12, 13], [1.95, 3.5, 4, 4, 9, 10, 12, 13])):
+    for rank, seconds in enumerate(([2, 3, 4, 7, 9, 10, 12, 13], [1.95, 3.5, 4, 9, 9, 10, 12, 13])):
         for phase, second in zip(Phase, [0, *seconds], strict=False):
             if phase is not Phase.STARTING:
                 enter(ranks[rank], phase, second)

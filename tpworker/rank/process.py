@@ -11,10 +11,12 @@ import gc
 import logging
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import torch
 
@@ -42,6 +44,8 @@ SWITCH_INTERVAL = 50e-6
 """Seconds after which a thread must let another have the GIL: launch thread and publisher take turns."""
 
 LINGER_SECONDS = 1.0
+
+T = TypeVar("T")
 
 
 def rank_main(boot: RankBoot) -> None:
@@ -91,11 +95,12 @@ def assemble(
 ) -> Runner:
     """From a device to the runner on it: this rank's shard, collectives, a KV cache of the agreed size."""
     settings = boot.settings
-    row.enter(Phase.MEETING)
-    collectives = meet(boot, device)
+    meeting = in_thread(partial(meet, boot, device))  # it takes a second or more, and so does loading
     with torch.inference_mode():
         row.enter(Phase.LOADING)
         spec, shard, weights, dtype = load_shard(boot, device, row)
+        row.enter(Phase.MEETING)
+        collectives = meeting.result()
         decoder = Decoder(spec, weights, shard, collectives, settings.max_model_len)
         row.enter(Phase.ALLOCATING)
         cache = agree_on_cache(boot, plans, decoder, dtype, device)
@@ -105,6 +110,20 @@ def assemble(
         return runner_class(
             decoder, cache, slots, device, collectives, ring_rows(settings), settings.check_ranks_agree
         )
+
+
+def in_thread(work: Callable[[], T]) -> Future[T]:
+    """Does something in a thread of its own, which does not keep the process alive."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="tpworker-meeting", daemon=True).start()
+    return future
 
 
 def connect_loop(
@@ -146,6 +165,7 @@ def connect_loop(
 
 def meet(boot: RankBoot, device: Device) -> Collectives:
     """The collectives of this rank's kind of device."""
+    device.adopt_thread()
     timeout = boot.settings.step_timeout
     if device.torch_device.type == "cpu":
         return connect(boot.meeting_fd, boot.store_fd, boot.rank, boot.num_ranks, timeout)
