@@ -80,8 +80,9 @@ class SymmetricCollectives(NcclCollectives):
 
         self._kernels = symmetric_kernels
         memory: Any = symmetric_memory
-        self._inbox: Tensor = memory.empty(
-            symmetric_kernels.inbox_bytes(size), dtype=torch.uint8, device=device
+        # As `memory.empty`, which imports sympy to work out the stride: two seconds of the start.
+        self._inbox: Tensor = memory._SymmetricMemory.empty_strided_p2p(
+            (symmetric_kernels.inbox_bytes(size),), (1,), torch.uint8, device
         )
         symmetric_kernels.empty_inbox(self._inbox)
         torch.cuda.synchronize(device)
