@@ -273,23 +273,19 @@ class Runner:
         """Decodes the first `count` slots of the batch, of which the last ones may be the null slot."""
         table = self._slots
         slots = self._batch_slots[:count]
-        positions = table.position[slots]
-        ends = positions + 1
+        token_ids, positions, lengths, block_tables = table.begin_decode(slots)
         batch = Batch(
-            token_ids=table.last_token[slots],
+            token_ids=token_ids,
             positions=positions,
             sequence_of=self._rows[:count],
-            block_tables=table.block_table[slots],
-            lengths=ends.int(),
+            block_tables=block_tables,
+            lengths=lengths,
             query_starts=self._starts[: count + 1],
             num_decodes=count,
             max_query=1,
             sample_rows=None,
         )
-        hidden = self._decoder.forward(batch, self._cache)
-        table.position[slots] = ends
-        table.position[-1:].zero_()  # padding rows stay where they are
-        self._sample_step(slots, hidden, mode)
+        self._sample_step(slots, self._decoder.forward(batch, self._cache), mode)
 
     def _mixed_step(self, step: _Step, mixed: _Mixed) -> None:
         packed = mixed.packed.get()
@@ -324,17 +320,10 @@ class Runner:
 
     def _sample_step(self, slots: Tensor, hidden: Tensor, mode: SamplingMode) -> None:
         """The end of a step: tokens for where the slots stand now, and the ring's row."""
-        self._counter += 1
         tokens = slots.new_empty(0)
         if len(slots):  # if not: chunks in the middle of their prompts
             tokens = self._sample(hidden, slots, mode)
-            self._slots.last_token[slots] = tokens
-        self._write_ring(tokens)
-
-    def _write_ring(self, tokens: Tensor) -> None:
-        """The step's number and tokens (int64 [R]) into its row, which device state alone decides."""
-        row = torch.cat([self._counter, tokens]).unsqueeze(0)
-        self._ring[:, : row.shape[1]].index_copy_(0, self._counter % len(self._ring), row)
+        self._slots.finish_step(slots, tokens, self._counter, self._ring)
 
     def _sample(self, hidden: Tensor, slots: Tensor, mode: SamplingMode) -> Tensor:
         """The next token of each row: hidden [R, hidden_size] and slots int64 [R] -> int64 [R]."""

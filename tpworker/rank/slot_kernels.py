@@ -46,16 +46,7 @@ def _begin_decode(
 def begin_decode(
     slots: Tensor, last_token: Tensor, position: Tensor, block_table: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The input of a decode step, and its slots moved on by one token.
-
-    Args:
-        slots: int64 [R], all different but for the null slot, which is the tables' last one and stays at 0.
-        last_token, position: int64 [num_slots + 1], of the slot table.
-        block_table: int32 [num_slots + 1, W].
-
-    Returns:
-        Token ids and positions int64 [R], lengths int32 [R], block tables int32 [R, W].
-    """
+    """See `SlotTable.begin_decode`."""
     num_rows, width = len(slots), block_table.shape[1]
     assert block_table.is_contiguous()
     token_ids, positions = torch.empty_like(slots), torch.empty_like(slots)
@@ -102,14 +93,7 @@ def _finish_step(
 
 
 def finish_step(slots: Tensor, tokens: Tensor, last_token: Tensor, counter: Tensor, ring: Tensor) -> None:
-    """Count a step, keep its tokens for the next one, and write the row of the ring that the count decides.
-
-    Args:
-        slots, tokens: int64 [R]; the null slot may be there more than once.
-        last_token: int64, of the slot table.
-        counter: int64 [1], the number of the step before, -1 or more.
-        ring: int64 [ring rows, 1 + most slots]; the row gets the step's number and its tokens.
-    """
+    """See `SlotTable.finish_step`; the null slot may be among the slots more than once."""
     assert ring.stride(1) == 1
     _finish_step[(1,)](
         slots,

@@ -105,6 +105,43 @@ class SlotTable:
             self._integers[slots] = deltas.integers.get()
             self._floats[slots] = deltas.floats.get()
 
+    def begin_decode(self, slots: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The input of a decode step, and its slots moved on by one token.
+
+        Args:
+            slots: int64 [R], all different but for the null slot, which stays where it is.
+
+        Returns:
+            Token ids and positions int64 [R], lengths int32 [R], block tables int32 [R, max_blocks].
+        """
+        if slots.is_cuda:
+            from tpworker.rank import slot_kernels
+
+            return slot_kernels.begin_decode(slots, self.last_token, self.position, self.block_table)
+        positions = self.position[slots]
+        ends = positions + 1
+        self.position[slots] = ends
+        self.position[-1:].zero_()
+        return self.last_token[slots], positions, ends.int(), self.block_table[slots]
+
+    def finish_step(self, slots: Tensor, tokens: Tensor, counter: Tensor, ring: Tensor) -> None:
+        """Count a step, keep its tokens for the next one, and write the row of the ring that the count says.
+
+        Args:
+            slots, tokens: int64 [R].
+            counter: int64 [1], the number of the step before, which becomes this one's.
+            ring: int64 [ring rows, 1 + num_slots]; the row gets the step's number and its tokens.
+        """
+        if slots.is_cuda:
+            from tpworker.rank import slot_kernels
+
+            slot_kernels.finish_step(slots, tokens, self.last_token, counter, ring)
+            return
+        counter += 1
+        self.last_token[slots] = tokens
+        row = torch.cat([counter, tokens]).unsqueeze(0)
+        ring[:, : row.shape[1]].index_copy_(0, counter % len(ring), row)
+
     def sampling_rows(self, slots: Tensor, mode: SamplingMode) -> SamplingRows:
         """The sampling parameters of slots (int64 [R]), whose tokens will stand where they stand now.
 
