@@ -23,7 +23,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from tests.model.helpers import CPU, Rank, Reference, Work, run_ranks, shuffled_tables, tiny_model
+from tests.model.helpers import CPU, Rank, Reference, Work, run_ranks, shuffled_tables
 from tpworker.errors import ModelError
 from tpworker.model import moe
 from tpworker.model.families import MoeSpec, read_spec
@@ -202,27 +202,55 @@ def test_a_sequence_does_not_depend_on_the_batch(models: Models, name: str, dtyp
     run_ranks(2, main)
 
 
-def test_experts_that_are_the_dense_mlp_in_another_order_change_nothing(tmp_path: Path) -> None:
-    dense, mixture = tmp_path / "dense", tmp_path / "mixture"
-    reference = Reference.make(dense, LlamaConfig(**BASE))
-    tiny_model(mixture, MixtralConfig(**BASE, num_local_experts=4, rope_parameters={"rope_theta": 10000.0}))
-    tensors = load_file(mixture / "model.safetensors")
-    generator = torch.Generator().manual_seed(3)
+def to_mixture(dense: Path, mixture: Path, num_experts: int) -> None:
+    """Write a Mixtral whose experts are a Llama's MLP, each with its hidden units in another order."""
+    config = json.loads((dense / "config.json").read_text())
+    config |= {
+        "architectures": ["MixtralForCausalLM"],
+        "num_local_experts": num_experts,
+        "num_experts_per_tok": 2,
+    }
+    (mixture / "config.json").write_text(json.dumps(config))
+    tensors: dict[str, Tensor] = {}
+    generator = torch.Generator()
     for name, tensor in load_file(dense / "model.safetensors").items():
         if ".mlp." not in name:
             tensors[name] = tensor
             continue
-        published = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}[name.split(".")[-2]]
-        prefix = name.split(".mlp.")[0]
-        for expert in range(4):
+        part = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}[name.split(".")[-2]]
+        prefix = name.split(".mlp.")[0] + ".block_sparse_moe"
+        for expert in range(num_experts):
             generator.manual_seed(expert)  # one order for all three
-            order = torch.randperm(BASE["intermediate_size"], generator=generator)
-            permuted = tensor[:, order] if published == "w2" else tensor[order]
-            tensors[f"{prefix}.block_sparse_moe.experts.{expert}.{published}.weight"] = permuted.contiguous()
+            order = torch.randperm(config["intermediate_size"], generator=generator)
+            permuted = tensor[:, order] if part == "w2" else tensor[order]
+            tensors[f"{prefix}.experts.{expert}.{part}.weight"] = permuted.contiguous()
+        tensors[f"{prefix}.gate.weight"] = torch.randn(
+            num_experts, config["hidden_size"], generator=generator
+        )
     save_file(tensors, mixture / "model.safetensors")
-    config = json.loads((mixture / "config.json").read_text())
-    (mixture / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-6}))
+
+
+def test_experts_that_are_the_dense_mlp_in_another_order_change_nothing(tmp_path: Path) -> None:
+    dense, mixture = tmp_path / "dense", tmp_path / "mixture"
+    mixture.mkdir()
+    reference = Reference.make(dense, LlamaConfig(**BASE))
+    to_mixture(dense, mixture, 4)
     dataclasses.replace(reference, folder=mixture).check(2)
+
+
+@pytest.mark.slow
+def test_the_default_model_as_a_mixture(real_model: Path, tmp_path: Path) -> None:
+    to_mixture(real_model, tmp_path, 3)
+    ids = [504, 3575, 282, 4649, 314, 260, 1165, 9353, 411, 5109]
+
+    def logits(folder: Path) -> list[Tensor]:
+        def main(collectives: Collectives) -> Tensor:
+            rank = Rank.load(folder, collectives, max_model_len=32)
+            return rank.step([Work(0, 0, ids)], shuffled_tables(1, 32, 4, 64))
+
+        return run_ranks(2, main)
+
+    torch.testing.assert_close(logits(tmp_path)[0], logits(real_model)[0], rtol=1e-3, atol=1e-3)
 
 
 # ------------------------------------------------------------------------------------- checkpoints
