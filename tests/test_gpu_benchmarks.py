@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ import torch
 from benchmarks import gpu
 from benchmarks.floors import BYTES_PER_SECOND, floor_bytes, floor_ms
 from benchmarks.gpu import print_tables
+from benchmarks.gpu_rank import collect
 from benchmarks.gpu_run import Case, _compared, measure
 from benchmarks.gpu_trace import UNSETTLED, Trace, TraceFailed, covered, figures, kind_of
 from benchmarks.gpu_trace import timeline as timeline_of
@@ -56,6 +58,63 @@ def collected(num_steps: int, late: int = 0, grant_at: int = -1, gap: int = 10_0
             kernels.append((-1, GRANT, start - 5000, 3000))
     return {"first_step": 40, "names": NAMES, "calls": {"cudaGraphLaunch": num_steps}, "launches": launches,
             "kernels": kernels}  # fmt: skip
+
+
+@dataclass
+class Event:
+    """Of the profiler, as torch gives it."""
+
+    what: str
+    on_gpu: bool
+    start: int
+    duration: int
+    correlation: int
+
+    def name(self) -> str:
+        return self.what
+
+    def device_type(self) -> Any:
+        return torch.autograd.DeviceType.CUDA if self.on_gpu else torch.autograd.DeviceType.CPU
+
+    def start_ns(self) -> int:
+        return self.start
+
+    def duration_ns(self) -> int:
+        return self.duration
+
+    def correlation_id(self) -> int:
+        return self.correlation
+
+
+def test_what_a_rank_collects_of_a_profiler() -> None:
+    events = [
+        Event("cudaGraphLaunch", False, 900, 5, 12),
+        Event("cudaGraphLaunch", False, 500, 5, 11),
+        Event("cudaLaunchKernel", False, 950, 5, 13),
+        Event("aten::add", False, 950, 5, 0),
+        Event("_attend", True, 1100, 10, 11),
+        Event("_add_norm", True, 1000, 50, 11),
+        Event("Memset (Device)", True, 1060, 5, 11),
+        Event("index_put", True, 1200, 5, 13),
+        Event("Memcpy DtoH (Device -> Pinned)", True, 1300, 5, 14),
+        Event("Activity Buffer Request", True, 1400, 5, 0),
+        Event("_add_norm", True, 2000, 50, 12),
+    ]
+    profiler = SimpleNamespace(
+        profiler=SimpleNamespace(kineto_results=SimpleNamespace(events=lambda: events))
+    )
+    found = collect(profiler, 7)
+    assert found["first_step"] == 7
+    assert found["calls"] == {"cudaGraphLaunch": 2, "cudaLaunchKernel": 1}
+    assert found["launches"] == [(-500, 5), (-100, 5)]
+    kernels = sorted((launch, found["names"][name], *times) for launch, name, *times in found["kernels"])
+    assert kernels == [
+        (-1, "index_put", 200, 5),
+        (0, "Memset (Device)", 60, 5),
+        (0, "_add_norm", 0, 50),
+        (0, "_attend", 100, 10),
+        (1, "_add_norm", 1000, 50),
+    ]
 
 
 def test_figures_of_a_trace() -> None:
