@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,12 +15,14 @@ from transformers import Ernie4_5_MoeConfig, Glm4MoeConfig
 
 from tests.gpu.test_kernels import DEVICE, batch_to, captured, near
 from tests.model.helpers import CPU, Work, make_batch, shuffled_tables, tiny_model
+from tpworker import Runtime, SamplingParams
 from tpworker.model.decoder import Decoder, KVCache
 from tpworker.model.families import read_spec
 from tpworker.model.moe import Moe, Router
 from tpworker.model.tp import Shard
 from tpworker.model.weights import load_weights
 from tpworker.rank.collectives import SoleRank
+from tpworker.settings import count_gpus
 
 pytestmark = [
     pytest.mark.gpu,
@@ -40,7 +44,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "glm": lambda: Glm4MoeConfig(
         **BASE, n_routed_experts=32, num_experts_per_tok=6, n_group=4, topk_group=2, attention_bias=True
     ),
-    "ernie": lambda: Ernie4_5_MoeConfig(**BASE, moe_num_experts=16, moe_k=4),
+    "ernie": lambda: Ernie4_5_MoeConfig(**BASE, moe_num_experts=16, moe_k=4, tie_word_embeddings=False),
 }
 Choices = list[tuple[Tensor, Tensor]]
 
@@ -141,3 +145,28 @@ def test_a_decoder_with_mixtures(name: str, dtype: torch.dtype, tmp_path: Path) 
         check(logits, *decode(position))
     share = torch.cat(agreed).float().mean()
     assert share > (0.85 if dtype == torch.bfloat16 else 0.99)
+
+
+async def _answers(folder: Path, device: str, num_ranks: int) -> list[list[int]]:
+    """Greedy outputs of ten requests at once."""
+    draw = random.Random(3)
+    prompts = [draw.choices(range(VOCAB), k=draw.randint(1, 90)) for _ in range(10)]
+    params = SamplingParams(detokenize=False, ignore_eos=True, temperature=0.0, max_tokens=40)
+    options: dict[str, Any] = {"max_num_seqs": 6, "max_num_batched_tokens": 64, "dtype": "float32"}
+    async with Runtime(folder, device=device, tensor_parallel_size=num_ranks, **options) as runtime:
+
+        async def collect(prompt: list[int]) -> list[int]:
+            return [token async for output in runtime.generate(prompt, params) for token in output.token_ids]
+
+        return list(await asyncio.gather(*map(collect, prompts)))
+
+
+@pytest.mark.parametrize(("name", "num_ranks"), [("ernie", 1), ("glm", 2)])
+def test_cuda_ranks_answer_as_cpu_ranks(name: str, num_ranks: int, tmp_path: Path) -> None:
+    """In float32, through scheduler, graphs and collectives."""
+    if count_gpus() < num_ranks:
+        pytest.skip(f"{num_ranks} GPUs are needed")
+    tiny_model(tmp_path, CONFIGS[name]())
+    expected = asyncio.run(asyncio.wait_for(_answers(tmp_path, "cpu", 1), 120))
+    answers = asyncio.run(asyncio.wait_for(_answers(tmp_path, "cuda", num_ranks), 120))
+    assert answers == expected
