@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Sequence
@@ -189,6 +190,7 @@ def _add_probes(app: FastAPI, runtime: Runtime, metrics: Metrics) -> None:
     @app.get("/metrics")
     async def metrics_page() -> Response:
         """For Prometheus."""
+        await asyncio.to_thread(runtime.gpus)  # asking takes milliseconds, which no stream shall wait for
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     def probe(good: set[str]) -> Response:
