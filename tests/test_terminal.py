@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import io
 import sys
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from tpworker import terminal
+from tpworker.config import RuntimeConfig
+from tpworker.observe.start import Stage, StartTimes
 from tpworker.terminal import StartProgress
 
 
@@ -63,3 +67,20 @@ def test_nothing_is_shown_that_nobody_asked_for(capsys: pytest.CaptureFixture[st
 )
 def test_the_address_to_try(host: str, address: str) -> None:
     assert terminal._reachable(host) == address
+
+
+def test_what_is_ready_is_told_with_where_the_time_went() -> None:
+    times = StartTimes((Stage("model found", 0.25), Stage("weights loaded", 2.0, "4.0 GB, 2.0 GB/s")))
+    runtime: Any = SimpleNamespace(
+        config=RuntimeConfig(tensor_parallel_size=2),
+        start_times=times,
+        served_name="model",
+        tokenizer=SimpleNamespace(has_chat_template=True),
+    )
+    text = terminal.ready_text(runtime, "0.0.0.0", 81, None, False)
+    assert text.startswith("\ntpworker is ready: model on 2 TP ranks, http://127.0.0.1:81\n")
+    assert (
+        "\n  weights loaded    2.00    2.25  (4.0 GB, 2.0 GB/s)\n\n  curl http://127.0.0.1:81/v1/chat" in text
+    )
+    runtime.start_times = None
+    assert "Start" not in terminal.ready_text(runtime, "0.0.0.0", 81, None, False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -91,6 +92,20 @@ def test_what_a_gpu_does_not_tell_has_no_sample(start: Start) -> None:
     assert names == {
         "tpworker_gpu_temperature_celsius", "tpworker_gpu_memory_used_bytes", "tpworker_gpu_memory_bytes",
     }  # fmt: skip
+
+
+def test_gpus_are_asked_beside_the_event_loop(start: Start) -> None:
+    threads: list[threading.Thread] = []
+
+    class Watched(FakeRuntime):
+        def gpus(self) -> tuple[GpuState, ...]:
+            threads.append(threading.current_thread())
+            return ()
+
+    server = start(Watched())
+    server.get("/metrics")
+    loop = server.call(threading.current_thread)
+    assert threads[0] is not loop, "what follows there finds fresh readings"
 
 
 def output(text: str, finish: str | None, count: int) -> RequestOutput:
