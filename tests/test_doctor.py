@@ -358,7 +358,7 @@ def test_a_model_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     import tpworker.rank.device
 
     for available, state in ((64 * GIB, "ok"), (15 * GIB, "missing")):
-        monkeypatch.setattr(tpworker.rank.device, "_available_bytes", lambda available=available: available)
+        monkeypatch.setattr(tpworker.rank.device, "available_bytes", lambda available=available: available)
         assert model_checks("cpu", tensor_parallel_size=2)["memory"].state == state
 
 

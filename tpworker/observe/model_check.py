@@ -85,9 +85,9 @@ def _memory(config: RuntimeConfig, spec: ModelSpec, length: int, device: str, gp
         room = int((min(free) - CONTEXT_BYTES - weights) * config.gpu_memory_utilization)
         place = f"{min(free) / _GIB:.1f} GiB free on the GPU that has least"
     else:
-        from tpworker.rank.device import _available_bytes
+        from tpworker.rank.device import available_bytes
 
-        available = _available_bytes()
+        available = available_bytes()
         room = int((available - num_ranks * weights) // 2 // num_ranks * config.gpu_memory_utilization)
         place = f"{available / _GIB:.1f} GiB available for {num_ranks} ranks"
     tokens = max(0, room // block - 1) * config.block_size

@@ -188,7 +188,7 @@ class CpuDevice:
 
     def free_bytes(self, num_ranks: int) -> int:
         """A rank's share of half of what is available: the other half stays with the rest of the machine."""
-        return _available_bytes() // 2 // num_ranks
+        return available_bytes() // 2 // num_ranks
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         return work
@@ -202,7 +202,7 @@ class CpuDevice:
             stream.close()
 
 
-def _available_bytes() -> int:
+def available_bytes() -> int:
     """What the kernel says can be had without swapping, within this process's control group."""
     with open("/proc/meminfo") as meminfo:
         fields = dict(line.split(":", 1) for line in meminfo)
