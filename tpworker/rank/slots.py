@@ -55,9 +55,9 @@ class SlotTable:
         """int64 [num_slots + 1]: the token that the next decode step is fed."""
         self.block_table = zeros(max_blocks, dtype=torch.int32)
         """int32 [num_slots + 1, max_blocks]: entries beyond a slot's length are stale or 0."""
-        # What an admission sets are columns of two tables: so it is two kernels.
-        self.position = self._integers[:, _POSITION]
+        self.position = zeros()
         """int64: where the last token stands, which is the number of tokens whose KV is computed."""
+        # What else an admission sets are columns of two tables: two writes, not six.
         self.temperature, self.top_p = self._floats.unbind(1)
         self.top_k = self._integers[:, _TOP_K]
         self.seed = self._integers[:, _SEED]
@@ -102,7 +102,9 @@ class SlotTable:
             self.block_table.view(-1)[deltas.block_places.get()] = deltas.blocks.get()
         if deltas.slots is not None and deltas.integers is not None and deltas.floats is not None:
             slots = deltas.slots.get()
-            self._integers[slots] = deltas.integers.get()
+            integers = deltas.integers.get()
+            self.position[slots] = integers[:, _POSITION]
+            self._integers[slots] = integers
             self._floats[slots] = deltas.floats.get()
 
     def begin_decode(self, slots: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
