@@ -17,8 +17,9 @@ _THETA = 500000.0
 _KNOWN: dict[str, tuple[Any, ...] | None] = {"use_rmsnorm": (True,)}
 _KNOWN_OF_MIXTURES: dict[str, tuple[Any, ...] | None] = _KNOWN | {
     "moe_num_experts": None,
-    "moe_gate": ("topk", "topk_fused"),
     "moe_gate_act": ("softmax",),
+    "moe_norm_gate_logits": (True,),
+    "moe_group_experts": (False,),
 }
 
 # What checkpoints hold for multi-token prediction, whatever their config says of it.
