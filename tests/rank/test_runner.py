@@ -194,3 +194,14 @@ def test_a_plan_is_not_changed_by_launching_it(rig: Rig) -> None:
     copy = dataclasses.replace(plan)
     rig.row(rig.launch(plan))
     assert plan == copy
+
+
+def test_it_says_when_graphs_are_about_to_be_captured(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    launch = rig.runner.launch
+    monkeypatch.setattr(rig.runner, "launch", lambda plan: events.append("run") or launch(plan))
+    monkeypatch.setattr(rig.device, "capture", lambda work: events.append("capture") or work)
+    rig.runner.prepare(8, lambda: events.append("capturing"))
+    at = events.index("capturing")
+    assert events[:at] == ["run"] * 3
+    assert set(events[at + 1 :]) == {"capture"}
