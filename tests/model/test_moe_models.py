@@ -48,7 +48,12 @@ GLM: dict[str, Any] = BASE | {
     "attention_bias": True,
     "routed_scaling_factor": 1.5,
 }
-ERNIE: dict[str, Any] = BASE | {"moe_intermediate_size": 40, "moe_num_experts": 8, "moe_k": 3}
+ERNIE: dict[str, Any] = BASE | {
+    "num_attention_heads": 10,  # five for each key, as published: padded where they are shared out
+    "moe_intermediate_size": 40,
+    "moe_num_experts": 8,
+    "moe_k": 3,
+}
 QWEN: dict[str, Any] = BASE | {"moe_intermediate_size": 40, "num_experts": 8, "num_experts_per_tok": 3}
 
 CONFIGS: dict[str, Callable[[], Any]] = {
