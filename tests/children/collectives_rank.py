@@ -66,6 +66,17 @@ def sums(ranks: SymmetricCollectives) -> dict[str, Any]:
     return found
 
 
+def nothing(ranks: SymmetricCollectives) -> dict[str, Any]:
+    """A step in which no row is sampled."""
+    rows = torch.zeros(0, 1024, device=ranks.device, dtype=torch.bfloat16)
+    weight = torch.ones(1024, device=ranks.device, dtype=torch.bfloat16)
+    summed = ranks.all_reduce(rows)
+    normed = kernels.reduce_add_norm(rows, rows, weight, EPS, ranks)
+    ids = torch.zeros(0, device=ranks.device, dtype=torch.int64)
+    chosen = argmax_ranks(ids.float(), ids, ranks)
+    return {"shapes": [list(result.shape) for result in (summed, normed, chosen)]}
+
+
 def lookups(ranks: SymmetricCollectives) -> dict[str, Any]:
     """Rows of a table that is split over the ranks, against the whole table."""
     found: dict[str, Any] = {"cases": 0, "wrong": []}
@@ -188,7 +199,7 @@ def replays(ranks: SymmetricCollectives, count: int = 3000, kinds: int = 16) -> 
     return {"steps": int(step), "wrong": int(wrong)}
 
 
-CHECKS = {"sums": sums, "lookups": lookups, "winners": winners, "replays": replays}
+CHECKS = {"sums": sums, "nothing": nothing, "lookups": lookups, "winners": winners, "replays": replays}
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ pytestmark = [
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 50
+CHECKS = ("sums", "nothing", "lookups", "winners", "replays", "replays, early starts")
 
 
 def run_ranks(size: int, *checks: str) -> list[dict[str, Any]]:
@@ -46,7 +47,9 @@ def found(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     """Of each rank, all checks: starting the ranks takes longer than the checks."""
     if count_gpus() < request.param:
         pytest.skip(f"{request.param} GPUs are needed")
-    return run_ranks(request.param, "sums", "lookups", "winners", "replays", "replays, early starts")
+    return run_ranks(
+        request.param, "sums", "nothing", "lookups", "winners", "replays", "replays, early starts"
+    )
 
 
 def test_sums_with_and_without_the_norm(found: list[dict[str, Any]]) -> None:
@@ -57,6 +60,11 @@ def test_sums_with_and_without_the_norm(found: list[dict[str, Any]]) -> None:
         assert result["inexact"] == []
         assert result["error"] < 5e-3
         assert result["unlike NCCL"] == []
+
+
+def test_no_rows_at_all(found: list[dict[str, Any]]) -> None:
+    for rank in found:
+        assert rank["nothing"] == {"shapes": [[0, 1024], [0, 1024], [0]]}
 
 
 def test_rows_of_a_table_that_is_split(found: list[dict[str, Any]]) -> None:

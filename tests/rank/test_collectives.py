@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from torch import Tensor, distributed
 from tpworker.ipc.barrier import Barrier, BarrierTimeout
 from tpworker.model import kernels
 from tpworker.model.tp import Collectives, argmax_ranks
-from tpworker.rank import collectives
+from tpworker.rank import collectives, cuda_collectives
 from tpworker.rank.collectives import GlooCollectives, SharedMemoryCollectives, SoleRank
 
 _distributed: Any = distributed
@@ -135,3 +136,11 @@ def test_what_is_offered_in_one_kernel_is_taken_and_the_rest_goes_step_by_step()
     token = torch.tensor([3, 4])
     assert argmax_ranks(torch.zeros(2), token, Fusing()).tolist() == [4, 5]
     assert argmax_ranks(torch.zeros(2), token, SoleRank()).tolist() == [3, 4]
+
+
+def test_small_sums_go_in_one_shot_and_large_ones_through_nccl() -> None:
+    for size in cuda_collectives.ONE_SHOT_BYTES:
+        shots = [cuda_collectives.choose_shots(size, 1 << power) for power in range(10, 30)]
+        assert shots[0] == 1
+        assert shots[-1] == 0
+        assert [one for one, _ in itertools.groupby(shots)] == ([1, 0] if size == 2 else [1, 2, 0])

@@ -95,36 +95,40 @@ class SymmetricCollectives(NcclCollectives):
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """Sums over the ranks; bitwise the same on all of them. Any shape; x, or a new tensor."""
-        two_shot = self._shots(len(x), x)
-        if two_shot is None:
+        shots = self._shots(len(x), x) if x.ndim == 2 else 0
+        if not shots:
             return super().all_reduce(x)
-        return self._kernels.all_reduce(x, self.inboxes, two_shot)
+        return self._kernels.all_reduce(x, self.inboxes, two_shot=shots == 2)
 
     def reduce_add_norm(self, x: Tensor, part: Tensor, weight: Tensor, eps: float) -> Tensor | None:
-        two_shot = self._shots(len(part), part)
-        if two_shot is None:
+        shots = self._shots(len(part), part)
+        if not shots:
             return None
-        return self._kernels.reduce_add_norm(x, part, weight, eps, self.inboxes, two_shot)
+        return self._kernels.reduce_add_norm(x, part, weight, eps, self.inboxes, two_shot=shots == 2)
 
     def look_up(self, token_ids: Tensor, table: Tensor, vocab_start: int) -> Tensor | None:
-        two_shot = self._shots(len(token_ids), table)
-        if two_shot is None:
+        shots = self._shots(len(token_ids), table)
+        if not shots:
             return None
-        return self._kernels.look_up(token_ids, table, vocab_start, self.inboxes, two_shot)
+        return self._kernels.look_up(token_ids, table, vocab_start, self.inboxes, two_shot=shots == 2)
 
     def argmax(self, best: Tensor, token: Tensor) -> Tensor | None:
         if len(best) > self._kernels.MAX_PAIRS:
             return None
         return self._kernels.argmax(best, token, self.inboxes)
 
-    def _shots(self, num_rows: int, rows: Tensor) -> bool | None:
-        """Whether a sum of so many rows as `rows` has goes in two shots; None: through NCCL."""
+    def _shots(self, num_rows: int, rows: Tensor) -> int:
+        """See `choose_shots`, of a sum of so many rows like those of `rows`."""
         if not self.inboxes.takes(rows):
-            return None
-        num_bytes = num_rows * rows[0].nbytes
-        if num_bytes > TWO_SHOT_BYTES[self.size]:
-            return None
-        return num_bytes > ONE_SHOT_BYTES[self.size]
+            return 0
+        return choose_shots(self.size, num_rows * rows.shape[1] * rows.element_size())
+
+
+def choose_shots(size: int, num_bytes: int) -> int:
+    """How a sum of so many bytes is made by `size` ranks: in one shot, in two, or 0: through NCCL."""
+    if num_bytes > TWO_SHOT_BYTES[size]:
+        return 0
+    return 1 if num_bytes <= ONE_SHOT_BYTES[size] else 2
 
 
 def connect_cuda(store_fd: int, rank: int, size: int, timeout: float, device: torch.device) -> Collectives:
