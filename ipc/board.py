@@ -41,6 +41,10 @@ class Field(IntEnum):
     """When the process last said that it is alive: time.monotonic_ns(), one clock for all processes."""
     WEIGHTS = 9
     """Bytes of weights that the process holds."""
+    COMPILED = 10
+    """Kernels that it had to compile."""
+    COMPILE_US = 11
+    """Time that took, in µs."""
 
 
 class Phase(IntEnum):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,7 @@ from tpworker.errors import ConfigError
 from tpworker.ipc.messages import Allocate, Message, RankLoaded
 from tpworker.model.kv_cache import KVCache
 from tpworker.model.tp import Shard
-from tpworker.rank.process import agree_on_cache
+from tpworker.rank.process import agree_on_cache, in_thread
 
 CPU = torch.device("cpu")
 BLOCK_BYTES = KVCache.bytes_per_block(SPEC, Shard.of(SPEC, 0, 1), 16, torch.float32)
@@ -74,3 +75,10 @@ def test_no_memory_is_said_with_the_remedy(blocks: int) -> None:
     with pytest.raises(ConfigError, match=r"no memory for the KV cache .* --gpu-memory-utilization"):
         agree(wire, free_bytes=2 * blocks * BLOCK_BYTES)
     assert not wire.offers
+
+
+def test_what_is_done_in_a_thread_comes_back() -> None:
+    here = threading.current_thread()
+    assert in_thread(threading.current_thread).result(10) is not here
+    with pytest.raises(KeyError, match="nobody"):
+        in_thread(lambda: {}["nobody"]).result(10)

@@ -54,9 +54,12 @@ class StartTimes:
             ends = [_left(row, phase) for row in ranks]
             end = max(ends, default=0)
             if end > last:
-                note = _which(ends)
+                parts = [_which(ends)]
                 if phase is Phase.LOADING:
-                    note = ", ".join(part for part in (_speed(ranks, (end - last) / 1e9), note) if part)
+                    parts.insert(0, _speed(ranks, (end - last) / 1e9))
+                elif phase is Phase.CAPTURING:
+                    parts.insert(0, _compiled(ranks))
+                note = ", ".join(part for part in parts if part)
                 stages.append(Stage(name, (end - last) / 1e9, note))
                 last = end
         stages.append(Stage("ready", (ready_ns - last) / 1e9))
@@ -96,6 +99,14 @@ def _which(ends: Sequence[int]) -> str:
     second, last = sorted(ends)[-2:]
     late = (last - second) / 1e9
     return f"rank {ends.index(last)} last, by {late:.1f} s" if late > 0.1 else ""
+
+
+def _compiled(ranks: Sequence[Row]) -> str:
+    """What the rank that compiled longest has compiled, here and while it warmed up."""
+    slowest = max(ranks, key=lambda row: row[Field.COMPILE_US])
+    if not slowest[Field.COMPILED]:
+        return ""
+    return f"{slowest[Field.COMPILED]} kernels compiled so far, {slowest[Field.COMPILE_US] / 1e6:.1f} s"
 
 
 def _speed(ranks: Sequence[Row], seconds: float) -> str:

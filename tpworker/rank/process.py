@@ -54,8 +54,10 @@ def rank_main(boot: RankBoot) -> None:
     if boot.settings.device != "cuda":
         run_rank(boot, CpuDevice(), Runner)
         return
+    from tpworker.rank.compilations import count_compilations
     from tpworker.rank.cuda import CudaDevice
 
+    count_compilations(own_row(boot))
     run_rank(boot, CudaDevice(boot.rank), Runner)
 
 
