@@ -21,7 +21,7 @@ from tests.model.test_sampling import logits_of, rows_of
 from tpworker.model import kernels
 from tpworker.model.attention import choose, flash
 from tpworker.model.attention.paged import PagedAttention
-from tpworker.model.attention.split import SplitAttention
+from tpworker.model.attention.split import NewTokens, SplitAttention
 from tpworker.model.batch import Batch
 from tpworker.model.decoder import Decoder, KVCache, rope_tables
 from tpworker.model.families import RopeSpec, read_spec
@@ -406,6 +406,49 @@ def test_split_attention(
     plan = attention.prepare(there, block_size)
     for _ in range(2):  # as two layers would
         near(attention(queries.to(DEVICE), keys.to(DEVICE), values.to(DEVICE), plan), expected)
+
+
+@every_shape
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("lengths", [[650], [1, 2, 17, 300, 64, 63, 65, 31], [5] * 40])
+def test_store_and_attend(fused: Any, shape: Shape, dtype: torch.dtype, lengths: list[int]) -> None:
+    """Heads as the product leaves them: attention and what the cache holds then, against the reference."""
+    batch, _, keys, values = attention_case(shape, 16, lengths, [])
+    heads = randn(len(lengths), shape.heads + 2 * shape.kv_heads, shape.head_dim, dtype=dtype)
+    norms = (randn(shape.head_dim, dtype=dtype), randn(shape.head_dim, dtype=dtype))
+    cos, sin = rope_tables(RopeSpec(theta=1e4), shape.rotary_dim or shape.head_dim, 1024, CPU)
+    spec = dataclasses.replace(
+        SPEC, num_layers=1, num_heads=shape.heads, num_kv_heads=shape.kv_heads, head_dim=shape.head_dim
+    )
+    results = []
+    for device in (CPU, DEVICE):
+        cache = KVCache(spec, Shard.of(spec, 0, 1), len(keys), 16, dtype, device)
+        cache.keys[0].copy_(keys)
+        cache.values[0].copy_(values)
+        there = batch_to(batch, device)
+        others = PagedAttention(shape.heads, shape.kv_heads, shape.head_dim, dtype)
+        attention = SplitAttention(
+            shape.heads, shape.kv_heads, shape.head_dim, others, 20 if IS_INTERPRETED else 132
+        )
+        here = (heads.to(device), tuple(norm.to(device) for norm in norms) if shape.has_norm else None)
+        if device == DEVICE and len(results):
+            places = kernels.Places(
+                *fused.places(there.positions, there.sequence_of, there.block_tables, cos.to(device),
+                              sin.to(device), 16)
+            )  # fmt: skip
+            plan = attention.prepare(there, 16)
+            tokens = NewTokens(here[1], 1e-6, places.cos, places.sin, places.rows)
+            for _ in range(2):
+                out = attention.store_and_attend(here[0], cache.keys[0], cache.values[0], plan, tokens)
+        else:
+            places = kernels.places(batch, cache, cos, sin)
+            plan = others.prepare(there, 16)
+            out = kernels.store_and_attend(others, plan, *here, 1e-6, places, cache, 0)
+        assert out is not None
+        results.append((out, cache.keys[0], cache.values[0]))
+    for result, reference in zip(results[1], results[0], strict=True):
+        near(result, reference)
+    assert torch.equal(results[1][2].cpu(), results[0][2])
 
 
 @on_hopper

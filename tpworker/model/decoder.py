@@ -73,8 +73,10 @@ class Decoder:
         for number, layer in enumerate(weights.layers):
             normed = kernels.reduce_add_norm(x, part, layer.attention_norm, eps, self.collectives)
             heads = layer.qkv(normed).view(len(x), -1, self.spec.head_dim)  # [T, H + 2 K, head_dim]
-            query = kernels.norm_rotate_store(heads, _norms(layer), eps, places, cache, number)
-            part = layer.output(self.attention(query, cache.keys[number], cache.values[number], plan))
+            attended = kernels.store_and_attend(
+                self.attention, plan, heads, _norms(layer), eps, places, cache, number
+            )
+            part = layer.output(attended)
             normed = kernels.reduce_add_norm(x, part, layer.mlp_norm, eps, self.collectives)
             part = layer.mlp(normed)
         if batch.sample_rows is not None:

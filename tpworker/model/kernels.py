@@ -6,6 +6,7 @@ plain torch, so each function is one kernel there:
 
     add_norm            x += summand; RMSNorm(x)                         twice a layer
     norm_rotate_store   norm of query and key heads, rotation, KV write  once a layer
+    store_and_attend    the same, and attention: one kernel in decode steps
     silu_mul            silu(gate) * up                                  once a layer
     places              rotary angles and cache rows of the tokens       once a step
 """
@@ -13,11 +14,14 @@ plain torch, so each function is one kernel there:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tpworker.model.attention import Attention
+from tpworker.model.attention.split import NewTokens, SplitAttention
 from tpworker.model.batch import Batch
 from tpworker.model.kv_cache import KVCache
 from tpworker.model.tp import Collectives
@@ -126,6 +130,35 @@ def norm_rotate_store(
     rotated = rotate(rotated, places.cos, places.sin)
     cache.write(layer, places.rows, rotated[:, num_heads:], heads[:, num_rotated:])
     return rotated[:, :num_heads]
+
+
+def store_and_attend(
+    attention: Attention,
+    plan: Any,
+    heads: Tensor,
+    norms: tuple[Tensor, Tensor] | None,
+    eps: float,
+    places: Places,
+    cache: KVCache,
+    layer: int,
+) -> Tensor:
+    """`norm_rotate_store`, and the attention of its queries to what the cache then holds.
+
+    Args:
+        plan: what `attention.prepare` returned.
+        heads, norms, cache: see `norm_rotate_store`.
+
+    Returns:
+        [T, H * head_dim].
+    """
+    keys, values = cache.keys[layer], cache.values[layer]
+    if isinstance(attention, SplitAttention):
+        tokens = NewTokens(norms, eps, places.cos, places.sin, places.rows)
+        attended = attention.store_and_attend(heads, keys, values, plan, tokens)
+        if attended is not None:
+            return attended
+    query = norm_rotate_store(heads, norms, eps, places, cache, layer)
+    return attention(query, keys, values, plan)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -41,6 +41,17 @@ class Cut:
 
 
 @dataclass(frozen=True, slots=True)
+class NewTokens:
+    """What it takes to norm, rotate and store heads; see `kernels.norm_rotate_store`."""
+
+    norms: tuple[Tensor, Tensor] | None  # of queries and keys, [head_dim] each
+    eps: float
+    cos: Tensor  # float32 [S, 1, rotary_dim]
+    sin: Tensor
+    rows: Tensor  # int64 [S], of the cache
+
+
+@dataclass(frozen=True, slots=True)
 class _SplitPlan:
     block_tables: Tensor  # int32 [S, W]
     lengths: Tensor  # int32 [S]
@@ -109,20 +120,27 @@ class SplitAttention:
         """See `Attention`."""
         if not isinstance(plan, _SplitPlan):
             return self.others(queries, keys, values, plan)
+        return self._attend(queries, keys, values, plan, None)
+
+    def store_and_attend(
+        self, heads: Tensor, keys: Tensor, values: Tensor, plan: Any, tokens: NewTokens
+    ) -> Tensor | None:
+        """Norm, rotate and store the newest tokens, and attend, in one kernel: heads [S, H + 2 K, head_dim].
+
+        Returns:
+            As `__call__`; None if a kernel each must do it.
+        """
+        if not isinstance(plan, _SplitPlan):
+            return None
+        return self._attend(heads, keys, values, plan, tokens)
+
+    def _attend(
+        self, queries: Tensor, keys: Tensor, values: Tensor, plan: _SplitPlan, tokens: NewTokens | None
+    ) -> Tensor:
         from tpworker.model.attention.split_kernel import attend
 
-        out = torch.empty_like(queries)
-        attend(
-            queries,
-            keys,
-            values,
-            plan.block_tables,
-            plan.lengths,
-            plan.partial,
-            out,
-            plan.cut,
-        )
-        return out.flatten(1)
+        tables, lengths, partial = plan.block_tables, plan.lengths, plan.partial
+        return attend(queries, keys, values, tables, lengths, partial, plan.cut, tokens).flatten(1)
 
 
 def _power_of_2(value: int) -> int:

@@ -11,24 +11,35 @@ import triton.language as tl
 from torch import Tensor
 
 from tpworker.model import pdl
-from tpworker.model.attention.split import Cut
+from tpworker.model.attention.split import Cut, NewTokens
 from tpworker.model.pdl import start_next, wait
 
 
 @triton.jit
 def _attend(
-    queries, keys, values, block_tables, lengths, sums, maxima, totals, arrived, out, scale, table_stride,
-    NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    NUM_PARTS: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr,
-    REAL_ROWS: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
+    queries, query_norm, key_norm, cos, sin, rows, keys, values, block_tables, lengths, sums, maxima, totals,
+    arrived, out, scale, eps, table_stride,
+    FUSED: tl.constexpr, HAS_NORM: tl.constexpr, ROTARY_DIM: tl.constexpr, NUM_KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, NUM_PARTS: tl.constexpr,
+    PARTS: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, REAL_ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program a sequence, key-value head and part of the sequence; online softmax (arXiv 1805.02867)."""
+    """One program a sequence, key-value head and part of the sequence; online softmax (arXiv 1805.02867).
+
+    FUSED: `queries` is the whole product, [S, H + 2 K, HEAD_DIM]. Queries and keys are normed and rotated
+    here, as by `kernels.norm_rotate_store`; the last part begins with the newest token, and stores its key
+    and value. Lengths, tables, angles and rows are read before the wait: all layers have the same, and
+    between what makes them and the first layer `prepare` launches a kernel plainly.
+    """
     start_next(PDL)
-    wait(PDL)
     sequence = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
     part = tl.program_id(2)
+    if not FUSED:
+        wait(PDL)
     length = tl.load(lengths + sequence)
+    if FUSED:
+        length = tl.maximum(length - 1, 0)  # in the cache
     # Parts are whole tiles. Those beyond the end have nothing to do and are not waited for.
     part_length = tl.cdiv(tl.cdiv(length, NUM_PARTS), TILE) * TILE
     num_active = tl.maximum(tl.cdiv(length, tl.maximum(part_length, 1)), 1)
@@ -37,13 +48,42 @@ def _attend(
     row = tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
     is_real = (row < GROUP)[:, None] & (column < HEAD_DIM)[None, :]
-    place = (sequence * NUM_KV_HEADS + kv_head) * (GROUP * HEAD_DIM)
-    place += row[:, None] * HEAD_DIM + column[None, :]
-    end = tl.minimum(part * part_length + part_length, length)
-    query = tl.load(queries + place, mask=is_real, other=0.0)
+    head = sequence * NUM_KV_HEADS + kv_head
+    place = head * (GROUP * HEAD_DIM) + row[:, None] * HEAD_DIM + column[None, :]
     maximum = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     attended = tl.zeros([ROWS, COLUMNS], tl.float32)
+    if FUSED:
+        angle = sequence * ROTARY_DIM + column
+        rotated = column < ROTARY_DIM
+        cosine = tl.load(cos + angle, mask=rotated, other=1.0)[None, :]
+        sine = tl.load(sin + angle, mask=rotated, other=0.0)[None, :]
+        partner = tl.where(rotated, (column + ROTARY_DIM // 2) % ROTARY_DIM, column)
+        inside = column < HEAD_DIM
+        heads = queries + sequence * ((GROUP + 2) * NUM_KV_HEADS * HEAD_DIM)
+        row_of_new = tl.load(rows + sequence)
+        wait(PDL)
+        query = _normed_rotated(
+            heads + (kv_head * GROUP + row[:, None]) * HEAD_DIM, query_norm, column, partner, is_real, inside,
+            cosine, sine, eps, HAS_NORM, HEAD_DIM,
+        )  # fmt: skip
+        if part == num_active - 1:
+            new_head = GROUP * NUM_KV_HEADS + kv_head + tl.zeros([1, 1], tl.int32)
+            key = _normed_rotated(
+                heads + new_head * HEAD_DIM, key_norm, column, partner, inside[None, :], inside,
+                cosine, sine, eps, HAS_NORM, HEAD_DIM,
+            )  # fmt: skip
+            to_value = ((GROUP + 1) * NUM_KV_HEADS + kv_head) * HEAD_DIM + column
+            value = tl.load(heads + to_value[None, :], mask=inside[None, :], other=0.0)
+            to_cache = (row_of_new * NUM_KV_HEADS + kv_head) * HEAD_DIM + column[None, :]
+            tl.store(keys + to_cache, key, mask=inside[None, :])
+            tl.store(values + to_cache, value, mask=inside[None, :])
+            maximum = tl.sum(query.to(tl.float32) * key.to(tl.float32), axis=1) * scale
+            total = tl.full([ROWS], 1.0, tl.float32)
+            attended = tl.zeros([ROWS, COLUMNS], tl.float32) + value.to(tl.float32)
+    else:
+        query = tl.load(queries + place, mask=is_real, other=0.0)
+    end = tl.minimum(part * part_length + part_length, length)
     for start in range(part * part_length, end, TILE):
         position = start + tl.arange(0, TILE)
         exists = position < end
@@ -66,7 +106,6 @@ def _attend(
         result = attended / tl.where(total > 0, total, 1.0)[:, None]
         tl.store(out + place, result.to(out.dtype.element_ty), mask=is_real)
     else:
-        head = sequence * NUM_KV_HEADS + kv_head
         place_of_part = (head * NUM_PARTS + part) * GROUP + row
         tl.store(maxima + place_of_part, maximum, mask=row < GROUP)
         tl.store(totals + place_of_part, total, mask=row < GROUP)
@@ -81,6 +120,24 @@ def _attend(
                 GROUP, HEAD_DIM, PARTS, REAL_ROWS, COLUMNS,
             )  # fmt: skip
             tl.store(arrived + head, 0)  # for the next layer
+
+
+@triton.jit
+def _normed_rotated(
+    heads, norm, column, partner, exists, inside, cosine, sine, eps, HAS_NORM: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """The heads at these addresses [n, 1]; partner: the column that each column turns with."""
+    dtype = heads.dtype.element_ty
+    value = tl.load(heads + column[None, :], mask=exists, other=0.0).to(tl.float32)
+    other = tl.load(heads + partner[None, :], mask=exists, other=0.0).to(tl.float32)
+    if HAS_NORM:
+        weight = tl.load(norm + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+        other_weight = tl.load(norm + partner, mask=inside, other=0.0).to(tl.float32)[None, :]
+        scale = tl.rsqrt(tl.sum(value * value, axis=1, keep_dims=True) / HEAD_DIM + eps)
+        value = (value * scale * weight).to(dtype).to(tl.float32)
+        other = (other * scale * other_weight).to(dtype).to(tl.float32)
+    return (value * cosine + other * sine).to(dtype)
 
 
 @triton.jit
@@ -116,15 +173,28 @@ def attend(
     block_tables: Tensor,
     lengths: Tensor,
     partial: tuple[Tensor, Tensor, Tensor, Tensor],
-    out: Tensor,
     cut: Cut,
-) -> None:
-    """Attention of one token a sequence: queries and out [S, H, head_dim]; see `SplitAttention`."""
+    tokens: NewTokens | None = None,
+) -> Tensor:
+    """Attention of one token a sequence, [S, H, head_dim]; see `SplitAttention`.
+
+    Args:
+        queries: [S, H, head_dim]; with `tokens`: [S, H + 2 K, head_dim], queries, keys and values of the
+            newest tokens, neither normed nor rotated nor stored.
+    """
+    assert queries.is_contiguous()
     num_sequences, num_heads, head_dim = queries.shape
     _, block_size, num_kv_heads, _ = keys.shape
+    if tokens is not None:
+        num_heads -= 2 * num_kv_heads
+    out = queries.new_empty(num_sequences, num_heads, head_dim)
     group = num_heads // num_kv_heads
+    norms = (queries, queries) if tokens is None or tokens.norms is None else tokens.norms
+    places = (out, out, lengths) if tokens is None else (tokens.cos, tokens.sin, tokens.rows)
     _attend[(num_sequences, num_kv_heads, cut.num_parts)](
         queries,
+        *norms,
+        *places,
         keys,
         values,
         block_tables,
@@ -132,7 +202,11 @@ def attend(
         *partial,
         out,
         head_dim**-0.5,
+        0.0 if tokens is None else tokens.eps,
         block_tables.stride(0),
+        FUSED=tokens is not None,
+        HAS_NORM=tokens is not None and tokens.norms is not None,
+        ROTARY_DIM=head_dim if tokens is None else tokens.cos.shape[-1],
         NUM_KV_HEADS=num_kv_heads,
         GROUP=group,
         HEAD_DIM=head_dim,
@@ -147,3 +221,4 @@ def attend(
         num_stages=cut.stages,
         **pdl.options(),
     )
+    return out
