@@ -41,6 +41,9 @@ def test_outputs_come_one_after_the_other(runtime: SyncRuntime) -> None:
     assert outputs[-1].finish_reason == "length"
     assert runtime.stats().finished == 1
     assert runtime.health().state == "ready"
+    assert runtime.gpus() == ()
+    assert runtime.start_times is not None
+    assert runtime.start_times.total > 0
 
 
 def test_many_prompts_at_once(model_folder: Path) -> None:

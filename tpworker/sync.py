@@ -24,6 +24,8 @@ from tpworker.runtime import STARTS_ONCE, Runtime
 
 if TYPE_CHECKING:
     from tpworker.model.families import ModelSpec
+    from tpworker.observe.start import StartTimes
+    from tpworker.observe.watch import GpuState
     from tpworker.text import Tokenizer
 
 T = TypeVar("T")
@@ -199,6 +201,15 @@ class SyncRuntime:
             return self.runtime.stats()
 
         return self._call(stats())
+
+    def gpus(self) -> tuple[GpuState, ...]:
+        """See `Runtime.gpus`."""
+        return self.runtime.gpus()
+
+    @property
+    def start_times(self) -> StartTimes | None:
+        """See `Runtime.start_times`."""
+        return self.runtime.start_times
 
     @property
     def config(self) -> RuntimeConfig:
