@@ -28,8 +28,6 @@ def inputs(shape: MixedShape) -> MixedInputs:
 def test_the_exact_layout() -> None:
     found = inputs(MixedShape.exact(2, CHUNKS))
     assert found.tokens.tolist() == [-1, -1, 12, 13, 14, 50, 51, 31]
-    assert found.token_slots.tolist() == [4, 1, 0, 0, 0, 5, 5, 3]
-    assert found.offsets.tolist() == [0, 0, 0, 1, 2, 0, 1, 0]
     assert found.sequence_of.tolist() == [0, 1, 2, 2, 2, 3, 3, 4]
     assert found.slots.tolist() == [4, 1, 0, 5, 3]
     assert found.counts.tolist() == [1, 1, 3, 2, 1]
@@ -43,13 +41,11 @@ def test_padding_belongs_to_the_null_slot() -> None:
     for size in (8, 9, 16, 40):
         shape = MixedShape.padded(size, NULL)
         found = inputs(shape)
-        for name in ("tokens", "token_slots", "offsets", "sequence_of", "slots", "counts", "sampled_slots"):
+        for name in ("tokens", "sequence_of", "slots", "counts", "sampled_slots"):
             theirs, ours = getattr(exact, name), getattr(found, name)
             assert torch.equal(ours[: len(theirs)], theirs), name
-        assert (found.token_slots[8:] == NULL).all()
         assert (found.sequence_of[8:] == shape.num_sequences - 1).all()
         assert not found.tokens[8:].any()
-        assert not found.offsets[8:].any()
         assert (found.slots[5:] == NULL).all()
         assert not found.counts[5:].any()
         assert (found.sampled_slots[4:] == NULL).all()
@@ -85,10 +81,11 @@ def test_positions_and_tokens_come_from_the_slot_table() -> None:
     table.last_token[:6] = torch.tensor([60, 61, 62, 63, 64, 65])
     table.block_table[:, 0] = torch.arange(7)
     found = inputs(MixedShape.padded(10, NULL))
-    ends = table.position[found.slots] + found.counts
-    batch = found.batch(table, ends, 0, 10)
+    batch = found.begin(table, 0, 10)
     assert batch.token_ids.tolist() == [64, 61, 12, 13, 14, 50, 51, 31, 0, 0]
     assert batch.positions.tolist() == [9, 7, 2, 3, 4, 0, 1, 1, 0, 0]
     assert batch.lengths.tolist() == [10, 8, 5, 2, 2, 0, 0]
     assert batch.block_tables[:, 0].tolist() == [4, 1, 0, 5, 3, NULL, NULL]
+    assert batch.query_starts.tolist() == found.starts.tolist()
+    assert table.position.tolist() == [5, 8, 99, 2, 10, 2, 0], "and padding stays where it is"
     assert batch.query_starts.dtype == batch.lengths.dtype == torch.int32

@@ -51,7 +51,7 @@ class MixedShape:
     def sections(self) -> list[int]:
         """The length of each field of `MixedInputs`; they are packed one behind the other."""
         tokens, sequences = self.num_tokens, self.num_sequences
-        return [self.num_places, self.num_rows, *[tokens] * 4, sequences, sequences, sequences + 1]
+        return [self.num_places, self.num_rows, tokens, tokens, sequences, sequences, sequences + 1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +61,6 @@ class MixedInputs:
     sampled_slots: Tensor  # [P], in the order of the plan: decoding slots, then chunks that end their prompts
     sample_rows: Tensor  # [R], their last tokens
     tokens: Tensor  # [T]; -1: the slot's last token
-    token_slots: Tensor  # [T]
-    offsets: Tensor  # [T], from where the slot stands
     sequence_of: Tensor  # [T]
     slots: Tensor  # [S]
     counts: Tensor  # [S], tokens of each sequence; padding counts for nothing
@@ -74,24 +72,52 @@ class MixedInputs:
         sections = shape.sections
         return cls(*packed[: sum(sections)].split_with_sizes(sections))
 
-    def batch(self, table: SlotTable, ends: Tensor, num_decodes: int, max_query: int) -> Batch:
-        """The step's batch, with what the slot table says.
+    def begin(self, table: SlotTable, num_decodes: int, max_query: int) -> Batch:
+        """The step's batch, from what the slot table says; its slots then stand behind these tokens.
 
         Args:
-            ends: int64 [S], where the slots stand after this step.
             num_decodes: so many sequences, the first, are known on the host to have one token each.
             max_query: no sequence has more tokens.
         """
+        token_ids, positions, lengths, query_starts, block_tables = self._look_up(table)
         return Batch(
-            token_ids=torch.where(self.tokens < 0, table.last_token[self.token_slots], self.tokens),
-            positions=table.position[self.token_slots] + self.offsets,
+            token_ids=token_ids,
+            positions=positions,
             sequence_of=self.sequence_of,
-            block_tables=table.block_table[self.slots],
-            lengths=ends.int(),
-            query_starts=self.starts.int(),
+            block_tables=block_tables,
+            lengths=lengths,
+            query_starts=query_starts,
             num_decodes=num_decodes,
             max_query=max_query,
             sample_rows=self.sample_rows,
+        )
+
+    def _look_up(self, table: SlotTable) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Token ids, positions (of padding 0), lengths, query starts and block tables; moves the slots on."""
+        if self.tokens.is_cuda:
+            from tpworker.rank import slot_kernels
+
+            return slot_kernels.begin_mixed(
+                self.slots,
+                self.counts,
+                self.starts,
+                self.tokens,
+                table.last_token,
+                table.position,
+                table.block_table,
+            )
+        slots = self.slots[self.sequence_of]
+        offsets = torch.arange(len(slots)) - self.starts[self.sequence_of]
+        positions = (table.position[slots] + offsets).masked_fill_(slots == table.num_slots, 0)
+        ends = table.position[self.slots] + self.counts
+        table.position[self.slots] = ends
+        table.position[-1:].zero_()
+        return (
+            torch.where(self.tokens < 0, table.last_token[slots], self.tokens),
+            positions,
+            ends.int(),
+            self.starts.int(),
+            table.block_table[self.slots],
         )
 
 
@@ -115,7 +141,7 @@ def pack(
     ends = list(accumulate(sections))
     packed = np.empty(ends[-1], np.int64)
     fields = (packed[end - length : end] for length, end in zip(sections, ends, strict=True))
-    sampled_slots, sample_rows, tokens, token_slots, offsets, sequence_of, slots, counts, starts = fields
+    sampled_slots, sample_rows, tokens, sequence_of, slots, counts, starts = fields
 
     slots[:num_sequences] = [*decode, *(chunk.slot for chunk in chunks)]
     slots[num_sequences:] = null_slot
@@ -127,20 +153,12 @@ def pack(
     num_tokens = int(starts[-1])
     starts[-1] = shape.num_tokens
 
-    real = slice(num_tokens)
-    sequence_of[real] = np.arange(num_sequences).repeat(counts[:num_sequences])
-    token_slots[real] = slots[sequence_of[real]]
-    offsets[real] = np.arange(num_tokens) - starts[sequence_of[real]]
+    sequence_of[:num_tokens] = np.arange(num_sequences).repeat(counts[:num_sequences])
+    sequence_of[num_tokens:] = shape.num_sequences - 1
     tokens[:num_decodes] = -1
     for chunk, start in zip(chunks, starts[num_decodes:].tolist(), strict=False):
         tokens[start : start + chunk.length] = prompts[chunk.slot][chunk.start : chunk.start + chunk.length]
-    for field, padding in (
-        (tokens, 0),
-        (token_slots, null_slot),
-        (offsets, 0),
-        (sequence_of, shape.num_sequences - 1),
-    ):
-        field[num_tokens:] = padding
+    tokens[num_tokens:] = 0
 
     sampled = [*range(num_decodes), *(i for i, chunk in enumerate(chunks, num_decodes) if chunk.sample)]
     sampled_slots[: len(sampled)] = slots[sampled]

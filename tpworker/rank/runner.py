@@ -303,11 +303,7 @@ class Runner:
 
     def _mixed_forward(self, inputs: MixedInputs, num_decodes: int, max_query: int) -> Tensor:
         """Hidden states [R, hidden_size] of the rows to sample; the slots stand behind these tokens then."""
-        table = self._slots
-        ends = table.position[inputs.slots] + inputs.counts
-        hidden = self._decoder.forward(inputs.batch(table, ends, num_decodes, max_query), self._cache)
-        table.position[inputs.slots] = ends
-        return hidden
+        return self._decoder.forward(inputs.begin(self._slots, num_decodes, max_query), self._cache)
 
     def _forward_padded(self, size: int) -> None:
         inputs = MixedInputs.of(self._mixed_inputs, MixedShape.padded(size, self._slots.num_slots))

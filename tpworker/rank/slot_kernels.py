@@ -71,6 +71,84 @@ def begin_decode(
 
 
 @triton.jit
+def _begin_mixed(
+    slots, counts, starts, tokens, last_token, position, block_table, token_ids, positions, lengths,
+    query_starts, block_tables, null_slot,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One program a sequence and BLOCK entries of its block table; the first of a sequence does the rest."""
+    start_next(PDL)
+    wait(PDL)
+    sequence = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots + sequence)
+    offset = tl.arange(0, BLOCK)
+    entry = tl.program_id(1) * BLOCK + offset
+    values = tl.load(block_table + slot * WIDTH + entry, mask=entry < WIDTH)
+    tl.store(block_tables + sequence * WIDTH + entry, values, mask=entry < WIDTH)
+    if tl.program_id(1) == 0:
+        first = tl.load(starts + sequence)
+        end = tl.load(starts + sequence + 1)
+        stands = tl.load(position + slot)
+        last = tl.load(last_token + slot)
+        is_padding = slot == null_slot
+        start = first
+        while start < end:
+            token = tl.load(tokens + start + offset, mask=start + offset < end, other=0)
+            place = tl.where(is_padding, 0, stands + start - first + offset)
+            tl.store(token_ids + start + offset, tl.where(token < 0, last, token), mask=start + offset < end)
+            tl.store(positions + start + offset, place, mask=start + offset < end)
+            start += BLOCK
+        length = stands + tl.load(counts + sequence)
+        tl.store(lengths + sequence, length.to(tl.int32))
+        tl.store(query_starts + sequence, first.to(tl.int32))
+        if sequence == tl.num_programs(0) - 1:
+            tl.store(query_starts + sequence + 1, end.to(tl.int32))
+        tl.debug_barrier()  # every thread has read where the slot stands
+        if slot != null_slot:
+            tl.store(position + slot, length)
+
+
+def begin_mixed(
+    slots: Tensor,
+    counts: Tensor,
+    starts: Tensor,
+    tokens: Tensor,
+    last_token: Tensor,
+    position: Tensor,
+    block_table: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See `MixedInputs._look_up`."""
+    num_sequences, width = len(slots), block_table.shape[1]
+    assert position.is_contiguous()
+    assert block_table.is_contiguous()
+    token_ids, positions = torch.empty_like(tokens), torch.empty_like(tokens)
+    lengths = torch.empty(num_sequences, dtype=torch.int32, device=slots.device)
+    query_starts = torch.empty(num_sequences + 1, dtype=torch.int32, device=slots.device)
+    block_tables = block_table.new_empty(num_sequences, width)
+    block = min(_ENTRIES, triton.next_power_of_2(width))
+    _begin_mixed[(num_sequences, triton.cdiv(width, block))](
+        slots,
+        counts,
+        starts,
+        tokens,
+        last_token,
+        position,
+        block_table,
+        token_ids,
+        positions,
+        lengths,
+        query_starts,
+        block_tables,
+        len(position) - 1,
+        WIDTH=width,
+        BLOCK=block,
+        num_warps=4,
+        **pdl.options(),
+    )
+    return token_ids, positions, lengths, query_starts, block_tables
+
+
+@triton.jit
 def _finish_step(
     slots, tokens, last_token, counter, ring, num_rows, NUM_RING_ROWS: tl.constexpr, STRIDE: tl.constexpr,
     BLOCK: tl.constexpr, PDL: tl.constexpr,
