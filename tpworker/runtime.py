@@ -180,9 +180,10 @@ class Runtime:
             self._max_model_len, found.spec.max_model_len, self._total_blocks * self.config.block_size
         )
         self._load = dataclasses.replace(self._load, free_blocks=self._total_blocks)
-        ranks = self._generation.ranks
-        self.start_times = StartTimes.of(ranks, began_ns, spawned_ns, time.monotonic_ns())
-        logger.info("%s", self.start_times)
+        if self._state == "starting":  # not stopped meanwhile, which takes the board away
+            ranks = self._generation.ranks
+            self.start_times = StartTimes.of(ranks, began_ns, spawned_ns, time.monotonic_ns())
+            logger.info("%s", self.start_times)
 
     def _start_error(self, fault: Fault) -> Exception:
         """What a process said of the model or the configuration is for the user; the rest is a failure."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+import threading
 from collections.abc import Callable
 
 import pytest
 
 from tests.observe.fake_nvml import FakeGpu, FakeNvml
-from tpworker import Runtime
+from tpworker import Runtime, RuntimeStopped
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -60,3 +61,22 @@ def test_what_the_start_took_is_told(fake_runtime: Callable[..., Runtime]) -> No
             return runtime.start_times.total
 
     assert asyncio.run(run()) > 0
+
+
+def test_stopped_while_it_waits_for_its_tokenizer_alone(
+    fake_runtime: Callable[..., Runtime], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loading = threading.Event()
+    monkeypatch.setattr("tpworker.runtime.load_tokenizer", lambda folder: loading.wait(20) and None)
+
+    async def run() -> None:
+        runtime = fake_runtime(device="cpu")
+        starting = asyncio.create_task(runtime.start())
+        while runtime._generation is None or not runtime._generation._ready.done():
+            await asyncio.sleep(0.01)
+        await runtime.stop()
+        loading.set()
+        with pytest.raises(RuntimeStopped, match="stopped while it started"):
+            await starting
+
+    asyncio.run(run())
