@@ -183,7 +183,7 @@ class Liar(SoleRank):
 def test_ranks_that_disagree_are_found_in_debug_mode() -> None:
     rig = Rig(Liar(), check_agreement=True)
     launched = rig.launch(first_plan())
-    with pytest.raises(StreamBroken, match="hidden states of ranks") as caught:
+    with pytest.raises(StreamBroken, match="step 0: hidden states of ranks") as caught:
         launched.done.synchronize()
     assert isinstance(caught.value.__cause__, RanksDisagree)
     rig.device.close()

@@ -176,12 +176,8 @@ class Runner:
         after_mixed = time.monotonic()
         if not (captures and isinstance(attention, PagedAttention)):
             self._graphs.capture(self._device, self._decode_step)
-        ended = time.monotonic()
-        logger.info(
-            "captured mixed steps in %.1f s, decode steps in %.1f s",
-            after_mixed - started,
-            ended - after_mixed,
-        )
+        seconds = (after_mixed - started, time.monotonic() - after_mixed)
+        logger.info("captured mixed steps in %.1f s, decode steps in %.1f s", *seconds)
 
     def _put_padding(self, size: int) -> None:
         """The input of a mixed step that has nothing but padding."""
@@ -291,8 +287,8 @@ class Runner:
         packed = mixed.packed.get()
         if mixed.size is None:
             inputs = MixedInputs.of(packed, mixed.shape)
-            hidden = self._mixed_forward(inputs, step.num_decodes, mixed.longest)
-            self._sample_step(inputs.sampled_slots, hidden, step.mode)
+            batch = inputs.begin(self._slots, step.num_decodes, mixed.longest)
+            self._sample_step(inputs.sampled_slots, self._decoder.forward(batch, self._cache), step.mode)
             return
         self._mixed_inputs[: len(packed)].copy_(packed)
         self._forwards.replay(mixed.size)
@@ -301,13 +297,10 @@ class Runner:
         elif (replay := self._samplings.find(step.num_sampled, step.mode)) is not None:
             replay()
 
-    def _mixed_forward(self, inputs: MixedInputs, num_decodes: int, max_query: int) -> Tensor:
-        """Hidden states [R, hidden_size] of the rows to sample; the slots stand behind these tokens then."""
-        return self._decoder.forward(inputs.begin(self._slots, num_decodes, max_query), self._cache)
-
     def _forward_padded(self, size: int) -> None:
+        """The forward of what is in `_mixed_inputs`; leaves hidden states of the rows to sample."""
         inputs = MixedInputs.of(self._mixed_inputs, MixedShape.padded(size, self._slots.num_slots))
-        hidden = self._mixed_forward(inputs, 0, size)
+        hidden = self._decoder.forward(inputs.begin(self._slots, 0, size), self._cache)
         self._hidden[: len(hidden)].copy_(hidden)
 
     def _sample_padded(self, count: int, mode: SamplingMode) -> None:
@@ -337,5 +330,5 @@ class Runner:
         different = [rank for rank, bits in enumerate(everybody) if not torch.equal(bits, everybody[0])]
         if different:
             raise RanksDisagree(
-                f"step {int(self._counter)}: {what} of ranks {different} are not, bit by bit, rank 0's"
+                f"step {int(self._counter) + 1}: {what} of ranks {different} are not, bit by bit, rank 0's"
             )
