@@ -55,8 +55,8 @@ class Inboxes:
 
     Args:
         rank, size: of the group.
-        rows: addresses, as this rank sees them, of each rank's inbox for rows: `bytes_for_rows`.
-        pairs: of each rank's inbox for pairs: `bytes_for_pairs`.
+        rows: addresses, as this rank sees them, of each rank's inbox for rows of sums.
+        pairs: the same of the inboxes for pairs.
         row_uses: int32 [rows_of(size)], zeros at first.
         pair_uses: int32 [MAX_PAIRS], zeros at first.
     """
