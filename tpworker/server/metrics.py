@@ -133,7 +133,7 @@ def _gpu_metrics(states: Sequence[GpuState]) -> Iterable[Metric]:
         "temperature_celsius": ("Temperature of the GPU.", lambda state: state.reading.temperature),
         "power_watts": ("Power that it draws.", lambda state: state.reading.power),
         "memory_used_bytes": ("Its memory in use, by all processes.", lambda s: s.reading.memory_used),
-        "memory_bytes": ("Its memory in all.", lambda state: state.gpu.memory),
+        "memory_bytes": ("Its memory in all.", lambda state: state.gpu.memory or None),
     }
     for name, (text, value) in gauges.items():
         gauge = GaugeMetricFamily(f"tpworker_gpu_{name}", text, labels=labels)
