@@ -87,8 +87,14 @@ def test_the_ranks_gpus(start: Start) -> None:
 
 def test_what_a_gpu_does_not_tell_has_no_sample(start: Start) -> None:
     refused = [
-        "nvmlDeviceGetPowerUsage", "nvmlDeviceGetTotalEccErrors", "nvmlEventSetCreate", "nvmlDeviceGetMemoryInfo",
-    ]  # fmt: skip
+        f"nvml{what}"
+        for what in (
+            "DeviceGetPowerUsage",
+            "DeviceGetTotalEccErrors",
+            "DeviceGetMemoryInfo",
+            "EventSetCreate",
+        )
+    ]
     server = start(FakeRuntime(gpu_states=gpu_states(FakeNvml(["GPU-a"], refused=refused))))
     names = set(re.findall(r"^tpworker_gpu_\w+", server.get("/metrics").text, re.MULTILINE))
     assert names == {"tpworker_gpu_temperature_celsius"}
