@@ -125,14 +125,19 @@ def test_preemption(
         assert group.scheduler.composer.num_preemptions > 0
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize(("num_ranks", "prepare"), [(1, False), (2, False), (2, True)])
 def test_random_delays_of_steps_and_copies(
-    folder: Path, oracle: dict[int, tuple[list[int], str | None]], num_ranks: int
+    folder: Path, oracle: dict[int, tuple[list[int], str | None]], num_ranks: int, prepare: bool
 ) -> None:
     """Invariant 4, too: a ring row or a buffer that is reused early would be caught in the act."""
     draw = random.Random(1)
     with InProcessGroup(
-        folder, num_ranks, lookahead=3, jitter=lambda: draw.choice([0, 0, 0.002, 0.01]), max_num_seqs=5
+        folder,
+        num_ranks,
+        lookahead=3,
+        jitter=lambda: draw.choice([0, 0, 0.002, 0.01]),
+        max_num_seqs=5,
+        prepare=prepare,
     ) as group:
         group.run(requests())
         compare(group, oracle)
