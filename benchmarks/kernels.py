@@ -7,15 +7,16 @@ publisher: the yardstick for what the runtime adds. The tables:
              H200, docs/benchmarks.md), the goal, and the time that the bytes of weights and KV cache need at
              4.3 TB/s; how many kernels a step is, and how long they ran, from a profiler trace
   attention  µs a layer, every layer's cache in turn
-  products   µs of each matrix product, every layer's weight in turn
+  products   µs of each matrix product and of the norm before it, every layer's weight in turn
   kernels    of the fastest backend, the profiler's time by kernel
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from benchmarks.floors import BYTES_PER_SECOND, floor_bytes
 from benchmarks.report import machine, save
-from tpworker.model import linear
+from tpworker.model import kernels
 from tpworker.model.attention import Attention, flash
 from tpworker.model.batch import Batch
 from tpworker.model.decoder import Decoder
@@ -98,11 +99,10 @@ def measure_model(name: str, options: argparse.Namespace, console: Console) -> l
             row["attention_us"][backend] = attention_us(attention, batch, cache, spec, options.rounds)
             row["step_ms"][backend] = replay_ms(step_of(decoder, batch, cache, GREEDY), options.rounds)[0]
         decoder.attention = chosen
-        if count == 1:
-            rule, linear.SINGLE_ROW_BYTES = linear.SINGLE_ROW_BYTES, 0
-            step = step_of(decoder, batch, cache, GREEDY)
-            row["step_ms"]["library's products"] = replay_ms(step, options.rounds)[0]
-            linear.SINGLE_ROW_BYTES = rule
+        for what, change in (("library's products", library_products), ("no early starts", plain_launches)):
+            with change():
+                step = step_of(decoder, batch, cache, GREEDY)
+                row["step_ms"][what] = replay_ms(step, options.rounds)[0]
         row["products_us"] = products_us(decoder, count, options.rounds)
         row["random_ms"] = replay_ms(step_of(decoder, batch, cache, RANDOM), options.rounds)[0]
         _, graph = replay_ms(step_of(decoder, batch, cache, GREEDY), 1)
@@ -174,28 +174,54 @@ def attention_us(attention: Attention, batch: Batch, cache: KVCache, spec: Model
 
 
 def products_us(decoder: Decoder, count: int, rounds: int) -> dict[str, dict[str, float]]:
-    """Microseconds of each of a layer's products and of the output head: the library's, and ours."""
+    """Microseconds of each of a layer's products and of the output head, with a norm before it and, for gate_up,
+    the gate behind it: by the library alone, and as chosen."""
     layers = decoder.weights.layers
     kinds = {kind: [getattr(layer, kind) for layer in layers] for kind in ("qkv", "output")}
     dense = [layer.mlp for layer in layers if isinstance(layer.mlp, Mlp)]
     if dense:
         kinds |= {kind: [getattr(mlp, kind) for mlp in dense] for kind in ("gate_up", "down")}
     kinds["lm_head"] = [decoder.weights.lm_head]
-    rule, found = linear.SINGLE_ROW_BYTES, {}
+    found: dict[str, dict[str, float]] = {}
     for kind, weights in kinds.items():
         x = torch.randn(count, weights[0].weight.shape[1], device="cuda").bfloat16()
+        size_in = x.shape[1]
+        norm = torch.ones(size_in, device="cuda").bfloat16()
+
+        def products(
+            x: Tensor = x, norm: Tensor = norm, weights: Any = weights, is_gated: bool = kind == "gate_up"
+        ) -> Tensor:
+            for weight in weights:
+                normed = kernels.add_norm(x, None, norm, 1e-6)
+                out: Tensor = weight.gated(normed) if is_gated else weight(normed)
+            return out
+
         found[kind] = {}
-        for what, most in (("library", 0), ("ours", 1 << 62)):
-            if most and count > 1:
-                continue
-            linear.SINGLE_ROW_BYTES = most
-            milliseconds, _ = replay_ms(
-                lambda x=x, weights=weights: [weight(x) for weight in weights][-1], rounds
-            )
-            found[kind][what] = 1000 * milliseconds / len(weights)
+        for what, change in (("library", library_products), ("chosen", contextlib.nullcontext)):
+            with change():
+                found[kind][what] = 1000 * replay_ms(products, rounds)[0] / len(weights)
         found[kind]["floor"] = 1e6 * weights[0].weight.nbytes / BYTES_PER_SECOND
-    linear.SINGLE_ROW_BYTES = rule
     return found
+
+
+@contextlib.contextmanager
+def library_products() -> Iterator[None]:
+    """No product by a kernel of our own."""
+    from tpworker.model import skinny_kernel
+
+    rule, skinny_kernel.choose = skinny_kernel.choose, lambda num_rows, weight, gated: None
+    yield
+    skinny_kernel.choose = rule
+
+
+@contextlib.contextmanager
+def plain_launches() -> Iterator[None]:
+    """No kernel starts before the one before it has ended."""
+    from tpworker.model import pdl
+
+    pdl.ENABLED = False
+    yield
+    pdl.ENABLED = True
 
 
 def replay_ms(work: Callable[[], Tensor], rounds: int) -> tuple[float, torch.cuda.CUDAGraph]:
@@ -264,7 +290,7 @@ def print_tables(rows: list[dict[str, Any]], console: Console) -> None:
         attention.add_row(str(row["batch"]), *(f"{time:.1f}" for time in row["attention_us"].values()))
     console.print(steps)
     console.print(attention)
-    products = Table(title=f"{name}: products, µs each: library / ours / floor")
+    products = Table(title=f"{name}: products, µs each with a norm: library / chosen / floor")
     for column in ("batch", *rows[0]["products_us"]):
         products.add_column(column, justify="right")
     for row in rows:
