@@ -47,9 +47,7 @@ def found(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     """Of each rank, all checks: starting the ranks takes longer than the checks."""
     if count_gpus() < request.param:
         pytest.skip(f"{request.param} GPUs are needed")
-    return run_ranks(
-        request.param, "sums", "nothing", "lookups", "winners", "replays", "replays, early starts"
-    )
+    return run_ranks(request.param, *CHECKS)
 
 
 def test_sums_with_and_without_the_norm(found: list[dict[str, Any]]) -> None:
