@@ -174,8 +174,8 @@ def attention_us(attention: Attention, batch: Batch, cache: KVCache, spec: Model
 
 
 def products_us(decoder: Decoder, count: int, rounds: int) -> dict[str, dict[str, float]]:
-    """Microseconds of each of a layer's products and of the output head, with a norm before it and, for gate_up,
-    the gate behind it: by the library alone, and as chosen."""
+    """Microseconds of each of a layer's products and of the output head, with a norm before it and, for
+    gate_up, the gate behind it: by the library alone, and as chosen."""
     layers = decoder.weights.layers
     kinds = {kind: [getattr(layer, kind) for layer in layers] for kind in ("qkv", "output")}
     dense = [layer.mlp for layer in layers if isinstance(layer.mlp, Mlp)]
