@@ -24,6 +24,7 @@ from tpworker.model.attention.paged import PagedAttention
 from tpworker.model.attention.split import NewTokens, SplitAttention
 from tpworker.model.batch import Batch
 from tpworker.model.decoder import Decoder, KVCache, rope_tables
+from tpworker.model.deferred import Normed
 from tpworker.model.families import RopeSpec, read_spec
 from tpworker.model.sampling import SamplingMode, SamplingRows, gumbel_noise, sample
 from tpworker.model.tp import Shard
@@ -234,6 +235,38 @@ def test_products_of_few_rows(
             result = skinny_kernel.multiply(x, weight, bias, rule, gated=True)
             near(result, gate(expected.to(dtype)))
         assert not skinny_kernel.counters(x.device).any()
+
+
+@pytest.mark.parametrize("name", ["qwen3-0.6b", "smollm2-tp2", "odd"])
+@pytest.mark.parametrize("count", [1, 3] if IS_INTERPRETED else [1, 3, 16, 64])
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sums_and_norms_in_products(
+    fused: Any, name: str, count: int, has_bias: bool, dtype: torch.dtype
+) -> None:
+    """x += W a, and V RMSNorm(x), in the products' kernels: against one operation after the other."""
+    from tpworker.model import skinny_kernel
+
+    shape = SHAPES[name]
+    rules: list[Any] = [skinny_kernel.OneRow(), skinny_kernel.OneRow(4, step=256)]
+    if count > 1:
+        rules = [skinny_kernel.FewRows(32, 64), skinny_kernel.FewRows(64, 64, stages=3, head=True)]
+    a, weight, bias, product = product_case(count, shape.width, shape.hidden, has_bias, dtype)
+    x, norm = randn(count, shape.hidden, dtype=dtype).to(DEVICE), randn(shape.hidden, dtype=dtype).to(DEVICE)
+    expected_x = x.cpu().clone()
+    expected = kernels.add_norm(expected_x, product.to(dtype).cpu(), norm.cpu(), 1e-6)
+    second = randn(2 * shape.width, shape.hidden, dtype=dtype, scale=0.05).to(DEVICE)
+    expected_product = (expected.double() @ second.cpu().double().T).to(dtype)
+    tolerance = 1e-2 if dtype == torch.bfloat16 else None  # the norm's two factors are not rounded together
+    for rule in rules:
+        target = Normed(x.clone(), norm, 1e-6)
+        skinny_kernel.multiply_add(a, weight, bias, rule, target)
+        near(target.x, expected_x)
+        near(target.tensor(), expected)
+        for other in rules:
+            near(skinny_kernel.multiply(target, second, None, other), expected_product, tolerance)
+            result = skinny_kernel.multiply(target, second, None, other, gated=True)
+            near(result, gate(expected_product), tolerance)
 
 
 @pytest.mark.parametrize("width", [7, 2500])

@@ -15,6 +15,7 @@ from tpworker.model import kernels
 from tpworker.model.attention import Attention
 from tpworker.model.attention import choose as choose_attention
 from tpworker.model.batch import Batch
+from tpworker.model.deferred import Product, tensor_of
 from tpworker.model.families import ModelSpec, RopeSpec
 from tpworker.model.kv_cache import KVCache
 from tpworker.model.tp import Collectives, Shard, embed
@@ -67,7 +68,9 @@ class Decoder:
         """
         weights, eps = self.weights, self.spec.rms_norm_eps
         x = embed(batch.token_ids, weights.embed, self.shard, self.collectives)  # [T, D]
-        part: Tensor | None = None  # a rank's summand of x, still to be added up: the next norm does that
+        part: Tensor | Product | None = (
+            None  # a rank's summand of x, still to be added up: the next norm does that
+        )
         places = kernels.places(batch, cache, self._cos, self._sin)
         plan = self.attention.prepare(batch, cache.block_size)
         for number, layer in enumerate(weights.layers):
@@ -76,13 +79,14 @@ class Decoder:
             attended = kernels.store_and_attend(
                 self.attention, plan, heads, _norms(layer), eps, places, cache, number
             )
-            part = layer.output(attended)
+            part = Product(layer.output, attended)
             normed = kernels.reduce_add_norm(x, part, layer.mlp_norm, eps, self.collectives)
             part = layer.mlp(normed)
+        last = None if part is None else tensor_of(part)
         if batch.sample_rows is not None:
             x = x.index_select(0, batch.sample_rows)
-            part = part if part is None else part.index_select(0, batch.sample_rows)
-        return kernels.reduce_add_norm(x, part, weights.final_norm, eps, self.collectives)
+            last = last if last is None else last.index_select(0, batch.sample_rows)
+        return tensor_of(kernels.reduce_add_norm(x, last, weights.final_norm, eps, self.collectives))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """From hidden [R, D] to [R, vocab_local]: tokens from `vocab_start` on, padding is -inf.

@@ -23,6 +23,7 @@ from torch import Tensor
 from tpworker.model.attention import Attention
 from tpworker.model.attention.split import NewTokens, SplitAttention
 from tpworker.model.batch import Batch
+from tpworker.model.deferred import Normed, Product
 from tpworker.model.kv_cache import KVCache
 from tpworker.model.tp import Collectives
 
@@ -53,8 +54,8 @@ def add_norm(x: Tensor, summand: Tensor | None, weight: Tensor, eps: float) -> T
 
 
 def reduce_add_norm(
-    x: Tensor, part: Tensor | None, weight: Tensor, eps: float, collectives: Collectives
-) -> Tensor:
+    x: Tensor, part: Tensor | Product | None, weight: Tensor, eps: float, collectives: Collectives
+) -> Tensor | Normed:
     """Add up what the ranks have of a sum, add it to x in place, and norm the result.
 
     Args:
@@ -63,10 +64,14 @@ def reduce_add_norm(
         weight: [D], of the RMSNorm.
 
     Returns:
-        [T, D], the same on all ranks.
+        [T, D], the same on all ranks; a `Normed` only for a `Product`.
     """
     if part is None:
         return add_norm(x, None, weight, eps)
+    if isinstance(part, Product):
+        if collectives.size == 1 and (normed := part.add_to(x, weight, eps)) is not None:
+            return normed
+        part = part.tensor()
     fused = collectives.reduce_add_norm(x, part, weight, eps)
     return add_norm(x, collectives.all_reduce(part), weight, eps) if fused is None else fused
 

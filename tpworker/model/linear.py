@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tpworker.model import kernels
+from tpworker.model.deferred import Normed, tensor_of
 
 _PACK_ROWS = 64  # the number of input rows that a packed layout is chosen for; others run well in it too
 _SHORT_ROW = 768  # inputs; for one row of more (1536, not 768) oneDNN sums in another order than for several
@@ -43,29 +44,44 @@ class Linear:
             skinny_kernel.counters(weight.device)
         self.weight = weight
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor | Normed) -> Tensor:
         """[T, in] to [T, out]."""
-        if x.is_cuda:
+        if self.weight.is_cuda:
             return self._multiply_on_cuda(x, gated=False)
+        x = tensor_of(x)
         if not self.is_packed:
             return F.linear(x, self.weight, self.bias)
         if self._doubles_a_row and x.shape[0] == 1:
             return self._multiply_packed(x.repeat(2, 1))[:1]
         return self._multiply_packed(x)
 
-    def gated(self, x: Tensor) -> Tensor:
+    def gated(self, x: Tensor | Normed) -> Tensor:
         """silu(gate) * up, [T, F], of a product [T, 2 F], gate then up."""
-        if x.is_cuda:
+        if self.weight.is_cuda:
             return self._multiply_on_cuda(x, gated=True)
         return kernels.silu_mul(self(x))
 
-    def _multiply_on_cuda(self, x: Tensor, gated: bool) -> Tensor:
+    def add_to(self, residual: Tensor, x: Tensor, norm_weight: Tensor, eps: float) -> Normed | None:
+        """See `Product.add_to`."""
+        if not self.weight.is_cuda:
+            return None
         from tpworker.model import skinny_kernel
 
-        rule = skinny_kernel.choose(len(x), self.weight, gated)
+        rule = skinny_kernel.choose(len(x), self.weight, False)
+        if rule is None:
+            return None
+        target = Normed(residual, norm_weight, eps)
+        skinny_kernel.multiply_add(x, self.weight, self.bias, rule, target)
+        return target
+
+    def _multiply_on_cuda(self, x: Tensor | Normed, gated: bool) -> Tensor:
+        from tpworker.model import skinny_kernel
+
+        num_rows = len(x if isinstance(x, Tensor) else x.x)
+        rule = skinny_kernel.choose(num_rows, self.weight, gated)
         if rule is not None:
             return skinny_kernel.multiply(x, self.weight, self.bias, rule, gated)
-        y = F.linear(x, self.weight, self.bias)
+        y = F.linear(tensor_of(x), self.weight, self.bias)
         return kernels.silu_mul(y) if gated else y
 
     def tensors(self) -> Iterator[Tensor]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from tpworker.model.deferred import Normed, Product
 from tpworker.model.linear import Linear
 
 
@@ -17,9 +18,9 @@ class Mlp:
     gate_up: Linear  # [2 F, D]: gate, then up
     down: Linear  # [D, F]
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor | Normed) -> Product:
         """From [T, D] to this rank's summand of the output, [T, D]."""
-        return self.down(self.gate_up.gated(x))
+        return Product(self.down, self.gate_up.gated(x))
 
     def tensors(self) -> Iterator[Tensor]:
         """Every tensor that it holds."""

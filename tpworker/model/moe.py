@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tpworker.model import kernels
+from tpworker.model.deferred import Normed, tensor_of
 from tpworker.model.families import MoeSpec
 from tpworker.model.linear import Linear
 
@@ -53,8 +54,9 @@ class Moe:
         self.down = down
         self.router: Router = self.route
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor | Normed) -> Tensor:
         """From [T, D] to this rank's summand of the output, [T, D]."""
+        x = tensor_of(x)
         ids, weights = self.router(x)
         if isinstance(self.gate_up, Tensor) and isinstance(self.down, Tensor):
             if x.is_cuda:

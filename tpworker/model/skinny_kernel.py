@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tpworker.model import pdl
+from tpworker.model.deferred import Normed
 from tpworker.model.pdl import prefetch, prefetch_rows, start_next, wait
 
 # ------------------------------------------------------------------------------------- which one, and how
@@ -68,7 +69,7 @@ def choose(num_rows: int, weight: Tensor, gated: bool) -> OneRow | FewRows | Non
 
 
 def multiply(
-    x: Tensor, weight: Tensor, bias: Tensor | None, rule: OneRow | FewRows, gated: bool = False
+    x: Tensor | Normed, weight: Tensor, bias: Tensor | None, rule: OneRow | FewRows, gated: bool = False
 ) -> Tensor:
     """x [R, in] times weight [out, in] transposed, plus bias [out]: [R, out].
 
@@ -76,8 +77,22 @@ def multiply(
     as if they were stored in between.
     """
     if isinstance(rule, OneRow):
-        return multiply_one(x, weight, bias, rule, gated)
-    return multiply_few(x, weight, bias, rule, gated)
+        return multiply_one(x, weight, bias, rule, gated, None)
+    if isinstance(x, Normed) and x.scaled is None:
+        x = x.tensor()
+    return multiply_few(x, weight, bias, rule, gated, None)
+
+
+def multiply_add(
+    x: Tensor, weight: Tensor, bias: Tensor | None, rule: OneRow | FewRows, target: Normed
+) -> None:
+    """Add the product to target.x [R, out], in place."""
+    assert target.x.is_contiguous()
+    assert target.x.shape == (len(x), len(weight))
+    if isinstance(rule, OneRow):
+        multiply_one(x, weight, bias, rule, False, target.x)
+    else:
+        multiply_few(x, weight, bias, rule, False, target)
 
 
 # ------------------------------------------------------------------------------------------------- one row
@@ -85,10 +100,15 @@ def multiply(
 
 @triton.jit
 def _one_row(
-    x, weight, bias, out, SIZE_IN: tl.constexpr, SIZE_OUT: tl.constexpr, HAS_BIAS: tl.constexpr,
-    GATED: tl.constexpr, OUTPUTS: tl.constexpr, STEP: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr,
+    x, norm, weight, bias, out, eps, SIZE_IN: tl.constexpr, SIZE_OUT: tl.constexpr, HAS_NORM: tl.constexpr,
+    HAS_BIAS: tl.constexpr, GATED: tl.constexpr, ADDS: tl.constexpr, OUTPUTS: tl.constexpr,
+    STEP: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program OUTPUTS rows of the weight; sums in float32. GATED: see `_rows_of`."""
+    """One program OUTPUTS rows of the weight; sums in float32. GATED: see `_rows_of`.
+
+    HAS_NORM: the input is RMSNorm(x) * norm; every program adds up the squares for itself, as it reads x.
+    ADDS: the result is added to `out`.
+    """
     start_next(PDL)
     output, first, second = _rows_of(tl.program_id(0), SIZE_OUT, OUTPUTS, GATED)
     exists = output < SIZE_OUT
@@ -104,15 +124,25 @@ def _one_row(
         prefetch(weight + first * SIZE_IN, num_bytes, PDL)
     # The first step's weights are on their way before the input is there.
     part = tl.load(source, mask=exists[:, None] & (column < SIZE_IN)[None, :], other=0.0)
+    if HAS_NORM:
+        scale = tl.load(norm + column, mask=column < SIZE_IN, other=0.0).to(tl.float32)
     wait(PDL)
-    value = tl.load(x + column, mask=column < SIZE_IN, other=0.0)
-    total = part.to(tl.float32) * value.to(tl.float32)[None, :]
+    value = tl.load(x + column, mask=column < SIZE_IN, other=0.0).to(tl.float32)
+    if HAS_NORM:
+        squares = value * value
+        value *= scale
+    total = part.to(tl.float32) * value[None, :]
     for start in tl.static_range(STEP, SIZE_IN, STEP):
         inside = start + column < SIZE_IN
         part = tl.load(source + start, mask=exists[:, None] & inside[None, :], other=0.0)
-        value = tl.load(x + start + column, mask=inside, other=0.0)
-        total += part.to(tl.float32) * value.to(tl.float32)[None, :]
+        value = tl.load(x + start + column, mask=inside, other=0.0).to(tl.float32)
+        if HAS_NORM:
+            squares += value * value
+            value *= tl.load(norm + start + column, mask=inside, other=0.0).to(tl.float32)
+        total += part.to(tl.float32) * value[None, :]
     result = tl.sum(total, axis=1)
+    if HAS_NORM:
+        result *= tl.rsqrt(tl.sum(squares, axis=0) / SIZE_IN + eps)
     if HAS_BIAS:
         result += tl.load(bias + output, mask=exists, other=0.0).to(tl.float32)
     result = result.to(out.dtype.element_ty)
@@ -121,7 +151,15 @@ def _one_row(
         target = first + tl.arange(0, OUTPUTS // 2)
         tl.store(out + target, _gate(gate, up), mask=target < SIZE_OUT // 2)
     else:
+        if ADDS:
+            result = _added(tl.load(out + output, mask=exists, other=0.0), result)
         tl.store(out + output, result, mask=exists)
+
+
+@triton.jit
+def _added(x, summand):
+    """Rounded as `kernels.add_norm` does it."""
+    return (x.to(tl.float32) + summand.to(tl.float32)).to(x.dtype)
 
 
 @triton.jit
@@ -153,22 +191,38 @@ def _gate(gate, up):
     return (wide * tl.sigmoid(wide) * up.to(tl.float32)).to(gate.dtype)
 
 
-def multiply_one(x: Tensor, weight: Tensor, bias: Tensor | None, rule: OneRow, gated: bool) -> Tensor:
-    """See `multiply`; R is 1."""
-    assert len(x) == 1
-    assert x.is_contiguous()
+def multiply_one(
+    x: Tensor | Normed,
+    weight: Tensor,
+    bias: Tensor | None,
+    rule: OneRow,
+    gated: bool,
+    residual: Tensor | None,
+) -> Tensor:
+    """See `multiply`; R is 1. residual: [1, out], to which the product is added; it is returned then."""
+    normed = x if isinstance(x, Normed) else None
+    source = x.x if isinstance(x, Normed) else x
+    assert len(source) == 1
+    assert source.is_contiguous()
     assert weight.is_contiguous()
     size_out, size_in = weight.shape
-    out = torch.empty(1, size_out // 2 if gated else size_out, dtype=x.dtype, device=x.device)
+    if residual is None:
+        out = torch.empty(1, size_out // 2 if gated else size_out, dtype=source.dtype, device=source.device)
+    else:
+        out = residual
     _one_row[(triton.cdiv(size_out, rule.outputs),)](
-        x,
+        source,
+        source if normed is None else normed.weight,
         weight,
-        x if bias is None else bias,
+        source if bias is None else bias,
         out,
+        0.0 if normed is None else normed.eps,
         SIZE_IN=size_in,
         SIZE_OUT=size_out,
+        HAS_NORM=normed is not None,
         HAS_BIAS=bias is not None,
         GATED=gated,
+        ADDS=residual is not None,
         OUTPUTS=rule.outputs,
         STEP=min(rule.step, triton.next_power_of_2(size_in)),
         PREFETCH=rule.prefetch and size_in % 8 == 0,
@@ -183,8 +237,9 @@ def multiply_one(x: Tensor, weight: Tensor, bias: Tensor | None, rule: OneRow, g
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _few_rows(
-    x, weight, bias, out, partial, arrived, num_rows, size_in, size_out, length,
-    EVEN: tl.constexpr, HAS_BIAS: tl.constexpr, GATED: tl.constexpr, ROWS: tl.constexpr,
+    x, squares, weight, bias, out, next_norm, next_scaled, next_squares, partial, arrived, eps,
+    num_rows, size_in, size_out, length, num_squares, NUM_SQUARES: tl.constexpr,
+    EVEN: tl.constexpr, HAS_BIAS: tl.constexpr, GATED: tl.constexpr, ADDS: tl.constexpr, ROWS: tl.constexpr,
     OUTPUTS: tl.constexpr, STEP: tl.constexpr, SPLITS: tl.constexpr, PREFETCH: tl.constexpr,
     HEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -192,6 +247,11 @@ def _few_rows(
 
     The product is computed transposed, out.T = weight @ x.T: the matrix units take 64 rows at a time of what
     stands left, and that is the weight. EVEN: all programs have whole steps.
+
+    NUM_SQUARES > 0: x is what a norm's weight was multiplied to, and `squares` has the sums of squares of
+    `num_squares` parts of each row from before that: the norm's other factor is applied to the result. ADDS:
+    the result is added to `out`; stored are also the sum times next_norm, and the sums of squares of OUTPUTS
+    columns.
     """
     start_next(PDL)
     tile = tl.program_id(0)
@@ -210,6 +270,10 @@ def _few_rows(
         column = (begin + tl.arange(0, STEP))[None, :]
         part = tl.load(source + column)
     wait(PDL)
+    if NUM_SQUARES > 0:
+        which = tl.arange(0, NUM_SQUARES)[:, None]
+        has_square = (which < num_squares) & (row < num_rows)[None, :]
+        square = tl.load(squares + which * num_rows + row[None, :], mask=has_square, other=0.0)
     total = tl.zeros([OUTPUTS, ROWS], tl.float32)
     if HEAD:
         value = tl.load(start_of_x + column, mask=is_row, other=0.0)
@@ -240,6 +304,8 @@ def _few_rows(
                 )
             tl.store(arrived + tile, 0)  # for the next product
     if is_last:
+        if NUM_SQUARES > 0:
+            total *= tl.rsqrt(tl.sum(square, axis=0) / size_in + eps)[None, :]
         if HAS_BIAS:
             added = tl.load(bias + output, mask=output < size_out, other=0.0).to(tl.float32)
             total += added[:, None]
@@ -251,21 +317,43 @@ def _few_rows(
             to_out = out + row[None, :] * (size_out // 2) + target[:, None]
             tl.store(to_out, _gate(gate, up), mask=is_wanted)
         else:
-            tl.store(out + row[None, :] * size_out + output[:, None], result, mask=is_real)
+            target = row[None, :] * size_out + output[:, None]
+            if ADDS:
+                result = _added(tl.load(out + target, mask=is_real, other=0.0), result)
+                wide = tl.where(is_real, result.to(tl.float32), 0.0)
+                tl.store(
+                    next_squares + tile * num_rows + row, tl.sum(wide * wide, axis=0), mask=row < num_rows
+                )
+                scale = tl.load(next_norm + output, mask=output < size_out, other=0.0).to(tl.float32)
+                tl.store(next_scaled + target, (wide * scale[:, None]).to(result.dtype), mask=is_real)
+            tl.store(out + target, result, mask=is_real)
 
 
-def multiply_few(x: Tensor, weight: Tensor, bias: Tensor | None, rule: FewRows, gated: bool) -> Tensor:
-    """See `multiply`."""
+def multiply_few(
+    x: Tensor | Normed, weight: Tensor, bias: Tensor | None, rule: FewRows, gated: bool, target: Normed | None
+) -> Tensor:
+    """See `multiply`. target: to whose x the product is added; its other tensors are filled in."""
+    squares = x.squares if isinstance(x, Normed) else None
+    eps = x.eps if isinstance(x, Normed) else 0.0
+    if isinstance(x, Normed):
+        assert x.scaled is not None
+        x = x.scaled
     assert x.is_contiguous()
     assert weight.is_contiguous()
     size_out, size_in = weight.shape
     num_rows = len(x)
     rows = max(16, triton.next_power_of_2(num_rows))
-    out = torch.empty(num_rows, size_out // 2 if gated else size_out, dtype=x.dtype, device=x.device)
     num_tiles = triton.cdiv(size_out, rule.outputs)
     length = triton.cdiv(triton.cdiv(size_in, rule.splits), rule.step) * rule.step
     shortest = size_in - (rule.splits - 1) * length  # the last split's
     assert shortest > 0, (rule, size_in)
+    if target is None:
+        out = torch.empty(num_rows, size_out // 2 if gated else size_out, dtype=x.dtype, device=x.device)
+        next_norm = next_scaled = next_squares = out
+    else:
+        out, next_norm, next_scaled = target.x, target.weight, torch.empty_like(target.x)
+        next_squares = torch.empty(num_tiles, num_rows, dtype=torch.float32, device=x.device)
+        target.scaled, target.squares = next_scaled, next_squares
     partial = arrived = x
     if rule.splits > 1:
         partial = torch.empty(rule.splits, size_out, rows, dtype=torch.float32, device=x.device)
@@ -273,18 +361,26 @@ def multiply_few(x: Tensor, weight: Tensor, bias: Tensor | None, rule: FewRows, 
         assert num_tiles <= len(arrived)
     _few_rows[(num_tiles, rule.splits)](
         x,
+        x if squares is None else squares,
         weight,
         x if bias is None else bias,
         out,
+        next_norm,
+        next_scaled,
+        next_squares,
         partial,
         arrived,
+        eps,
         num_rows,
         size_in,
         size_out,
         length,
+        0 if squares is None else len(squares),
+        NUM_SQUARES=0 if squares is None else triton.next_power_of_2(len(squares)),
         EVEN=size_in == rule.splits * length,
         HAS_BIAS=bias is not None,
         GATED=gated,
+        ADDS=target is not None,
         ROWS=rows,
         OUTPUTS=rule.outputs,
         STEP=rule.step,
