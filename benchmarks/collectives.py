@@ -30,7 +30,7 @@ from rich.table import Table
 from benchmarks.barrier import MEASURES, samples
 from benchmarks.report import Summary, machine, quantile, save
 from tpworker.ipc.barrier import Barrier
-from tpworker.settings import count_gpus
+from tpworker.observe.gpus import count_gpus
 
 TITLES = {
     "sums": "sum, residual and norm",

@@ -43,7 +43,7 @@ from rich.table import Table
 from benchmarks.gpu_run import Case, measure
 from benchmarks.gpu_trace import KINDS, OTHER
 from benchmarks.report import machine, save
-from tpworker.settings import count_gpus
+from tpworker.observe.gpus import count_gpus
 
 PEER: dict[tuple[str, int], dict[int, tuple[float, float]]] = {
     ("qwen3-0.6b", 1): {1: (1.75, 0.8), 16: (1.94, 1.0), 64: (3.23, 2.1), 256: (7.35, 6.0)},

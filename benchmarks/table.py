@@ -28,7 +28,7 @@ from rich.table import Table
 from benchmarks.gpu import number, print_failures, print_kinds, quantiles, write
 from benchmarks.gpu_run import Case, measure
 from benchmarks.report import machine
-from tpworker.settings import count_gpus
+from tpworker.observe.gpus import count_gpus
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-import tpworker.settings
+import tpworker.observe.gpus
 from tpworker import cli
 from tpworker.config import RuntimeConfig
 from tpworker.errors import ConfigError
@@ -62,7 +62,7 @@ DOCTOR_FLAGS = {
 
 @pytest.fixture(autouse=True)
 def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tpworker.settings, "count_gpus", lambda: 0)
+    monkeypatch.setattr(tpworker.observe.gpus, "count_gpus", lambda: 0)
 
 
 def parse(*arguments: str) -> cli.Options:
@@ -168,7 +168,7 @@ def test_overlap_is_lookahead() -> None:
 def test_the_default_number_of_ranks(
     monkeypatch: pytest.MonkeyPatch, num_gpus: int, arguments: str, size: int
 ) -> None:
-    monkeypatch.setattr(tpworker.settings, "count_gpus", lambda: num_gpus)
+    monkeypatch.setattr(tpworker.observe.gpus, "count_gpus", lambda: num_gpus)
     assert parse(*arguments.split()).config.tensor_parallel_size == size
 
 

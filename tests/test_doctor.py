@@ -20,9 +20,8 @@ from typing import Any
 import pytest
 
 from tests.observe.fake_nvml import GIB, FakeGpu, FakeNvml
-from tpworker import settings
 from tpworker.config import RuntimeConfig
-from tpworker.observe import doctor, gpu_checks, libraries, machine, model_check
+from tpworker.observe import doctor, gpu_checks, gpus, libraries, machine, model_check
 from tpworker.observe.check import Check
 from tpworker.observe.nvml import find_gpus
 
@@ -41,7 +40,7 @@ def gpu_machine(monkeypatch: pytest.MonkeyPatch) -> FakeNvml:
     """A machine of four GPUs, with all that goes with them."""
     library = FakeNvml([f"GPU-{number}" for number in range(4)])
     monkeypatch.setitem(sys.modules, "pynvml", library)
-    for module in (gpu_checks, settings):
+    for module in (gpu_checks, gpus):
         monkeypatch.setattr(module, "torch_cuda", lambda: (13, 0))
     found = importlib.util.find_spec
     here = ("triton", "flash_attn_interface")
@@ -121,6 +120,30 @@ def test_it_imports_nothing_that_takes_long() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
     assert done.stderr.strip() == "[]", done.stderr
     assert json.loads(done.stdout)["tensor_parallel_size"] == 2
+
+
+def test_it_runs_where_next_to_nothing_is_installed() -> None:
+    program = (
+        "import sys, importlib.metadata\n"
+        "def version(name): raise importlib.metadata.PackageNotFoundError(name)\n"
+        "importlib.metadata.version = version\n"
+        "for name in 'torch numpy zmq msgpack pynvml setproctitle transformers tokenizers rich'.split():\n"
+        "    sys.modules[name] = None\n"
+        "from tpworker.cli import main\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    arguments = ["doctor", "-tp", "2", "--model", str(QWEN), "--load-format", "dummy", "--json"]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 1, done.stderr
+    assert not done.stderr
+    found = {check["subject"]: check for check in json.loads(done.stdout)["checks"]}
+    assert {package.name for package in libraries.REQUIRED} <= {
+        name for name, check in found.items() if check["state"] == "missing"
+    }
+    assert found["fastapi"]["state"] == "warning"
+    assert found["model"]["found"].startswith("not looked at: ")
 
 
 # ------------------------------------------------------------------------------------------ GPUs

@@ -5,12 +5,10 @@ from typing import Any
 
 import pytest
 
-from tests.observe.fake_nvml import FakeNvml
 from tpworker import settings
 from tpworker.config import RuntimeConfig
 from tpworker.errors import ConfigError
 from tpworker.ipc.messages import MAX_SEQUENCE, pack_dataclass, unpack_dataclass
-from tpworker.observe.nvml import Found, Nvml, find_gpus
 
 SPEC: Any = SimpleNamespace(max_model_len=2048, dtype="bfloat16")
 
@@ -22,58 +20,6 @@ def test_max_model_len_is_the_models_unless_less_is_asked_for() -> None:
     assert settings.resolve_max_model_len(RuntimeConfig(), endless) == MAX_SEQUENCE
     with pytest.raises(ConfigError, match="max_model_len=2049: the model was made for at most 2048"):
         settings.resolve_max_model_len(RuntimeConfig(max_model_len=2049), SPEC)
-
-
-def gpus(count: int, problem: str | None = None) -> Found:
-    uuids = [f"GPU-{number}" for number in range(count)]
-    return Found(find_gpus(Nvml(FakeNvml(uuids)), {}).gpus, problem)
-
-
-def test_the_cpu_needs_no_look_at_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(settings, "find_gpus", lambda: pytest.fail("looked"))
-    assert settings.resolve_gpus(RuntimeConfig(device="cpu")) == ()
-
-
-@pytest.mark.parametrize(
-    ("num_gpus", "torch_cuda", "chosen", "why"),
-    [
-        (0, (13, 0), [], ""),
-        (1, (13, 0), [], "1 GPUs found, but serving on the CPU: tensor_parallel_size=2"),
-        (2, None, [], "its CPU build"),
-        (2, (13, 0), [0, 1], ""),
-        (4, (12, 8), [0, 1], ""),
-    ],
-)
-def test_auto_takes_a_gpu_for_each_rank(
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    num_gpus: int,
-    torch_cuda: tuple[int, int] | None,
-    chosen: list[int],
-    why: str,
-) -> None:
-    monkeypatch.setattr(settings, "find_gpus", lambda: gpus(num_gpus))
-    monkeypatch.setattr(settings, "torch_cuda", lambda: torch_cuda)
-    resolved = settings.resolve_gpus(RuntimeConfig(tensor_parallel_size=2))
-    assert [gpu.index for gpu in resolved] == chosen
-    assert why in caplog.text if why else not caplog.text
-
-
-def test_cuda_is_refused_where_it_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(settings, "find_gpus", lambda: gpus(2, "the third one is hidden"))
-    monkeypatch.setattr(settings, "torch_cuda", lambda: None)
-    with pytest.raises(ConfigError, match=r"size=4 .* has 2 \(the third one is hidden\): use a smaller"):
-        settings.resolve_gpus(RuntimeConfig(device="cuda", tensor_parallel_size=4))
-    with pytest.raises(ConfigError, match="its CPU build: install one for CUDA, or use --device cpu"):
-        settings.resolve_gpus(RuntimeConfig(device="cuda", tensor_parallel_size=2))
-
-
-def test_gpus_are_counted_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "pynvml", FakeNvml(["GPU-1", "GPU-2"]))
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert settings.count_gpus() == 2
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
-    assert settings.count_gpus() == 1
 
 
 def test_settings_cross_the_pipe_also_when_seconds_are_whole_numbers() -> None:

@@ -133,7 +133,7 @@ def _lookahead(overlap: bool | None, lookahead: int | None) -> int | None:
 
 def _default_tensor_parallel_size(device: str) -> int:
     """2 on the CPU, where a rank costs little; on GPUs 1, for each rank takes a whole one."""
-    from tpworker.settings import count_gpus
+    from tpworker.observe.gpus import count_gpus
 
     return 2 if device == "cpu" or (device == "auto" and not count_gpus()) else 1
 

@@ -30,11 +30,12 @@ from tpworker.generation import Generation, StartFailed
 from tpworker.ipc.messages import Abort, SchedulerLoad, StepOutput, Submit, unpack_int32
 from tpworker.loading import FoundModel, Progress, find_model, in_daemon_thread, load_tokenizer
 from tpworker.observe.affinity import near_cpus
+from tpworker.observe.gpus import resolve_gpus
 from tpworker.observe.start import StartTimes
 from tpworker.observe.watch import GpuState, GpuWatch
 from tpworker.outputs import Health, RequestOutput, RuntimeState, Stats, StepRecord
 from tpworker.requests import Request, Requests
-from tpworker.settings import rank_settings, resolve_gpus, resolve_max_model_len, scheduler_settings
+from tpworker.settings import rank_settings, resolve_max_model_len, scheduler_settings
 from tpworker.supervisor import Group
 
 if TYPE_CHECKING:

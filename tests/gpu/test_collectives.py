@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tpworker.settings import count_gpus
+from tpworker.observe.gpus import count_gpus
 
 pytestmark = [
     pytest.mark.gpu,

@@ -27,12 +27,12 @@ from tpworker.model.kv_cache import KVCache
 from tpworker.model.sampling import SamplingMode
 from tpworker.model.tp import Shard
 from tpworker.model.weights import load_weights
+from tpworker.observe.gpus import count_gpus
 from tpworker.rank.collectives import SoleRank
 from tpworker.rank.cuda import CudaDevice
 from tpworker.rank.graphs import TokenGraphs
 from tpworker.rank.runner import Runner
 from tpworker.rank.slots import SlotTable
-from tpworker.settings import count_gpus
 
 pytestmark = [
     pytest.mark.gpu,

@@ -21,8 +21,8 @@ from tpworker.model.families import read_spec
 from tpworker.model.moe import Moe, Router
 from tpworker.model.tp import Shard
 from tpworker.model.weights import load_weights
+from tpworker.observe.gpus import count_gpus
 from tpworker.rank.collectives import SoleRank
-from tpworker.settings import count_gpus
 
 pytestmark = [
     pytest.mark.gpu,

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.integration.conftest import Server
 from tpworker import Runtime, SamplingParams
-from tpworker.settings import count_gpus
+from tpworker.observe.gpus import count_gpus
 from tpworker.text import Tokenizer
 
 pytestmark = [

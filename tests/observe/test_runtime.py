@@ -22,7 +22,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> FakeNvml:
     library = FakeNvml([FakeGpu("GPU-1", cpus=(1 << first,)), FakeGpu("GPU-2", cpus=(1 << first,))])
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setitem(sys.modules, "pynvml", library)
-    monkeypatch.setattr("tpworker.settings.torch_cuda", lambda: (13, 0))
+    monkeypatch.setattr("tpworker.observe.gpus.torch_cuda", lambda: (13, 0))
     monkeypatch.setattr("tpworker.observe.affinity.CPUS_PER_RANK", 0.5)
     return library
 

@@ -15,10 +15,10 @@ from typing import Any, TextIO
 from tpworker.config import RuntimeConfig
 from tpworker.observe.check import Check, warning
 from tpworker.observe.gpu_checks import check_gpus
+from tpworker.observe.gpus import cuda_obstacle
 from tpworker.observe.libraries import check_libraries
 from tpworker.observe.machine import check_machine
-from tpworker.observe.nvml import Nvml, NvmlUnavailable, find_gpus, links
-from tpworker.settings import cuda_obstacle
+from tpworker.observe.nvml import Gpu, Nvml, NvmlUnavailable, find_gpus, links
 
 _COLOURS = {"ok": "32", "warning": "33", "missing": "31"}
 
@@ -53,9 +53,7 @@ def examine(config: RuntimeConfig) -> dict[str, Any]:
         elif found.gpus and obstacle is not None and config.device == "auto":
             checks.append(warning("GPUs", f"{len(found.gpus)} found, but not used: {obstacle}", None))
         if config.model is not None:
-            from tpworker.observe.model_check import check_model
-
-            checks += check_model(config, device, found.gpus[:num_ranks])
+            checks += _check_model(config, device, found.gpus[:num_ranks])
         pairs = [] if nvml is None else list(links(nvml, found.gpus[:num_ranks]))
         return {
             "tensor_parallel_size": num_ranks,
@@ -68,6 +66,15 @@ def examine(config: RuntimeConfig) -> dict[str, Any]:
             "links": [{"gpus": [one.index, two.index]} | asdict(link) for one, two, link in pairs],
             "checks": checks,
         }
+
+
+def _check_model(config: RuntimeConfig, device: str, gpus: tuple[Gpu, ...]) -> list[Check]:
+    try:
+        from tpworker.observe.model_check import check_model
+
+        return list(check_model(config, device, gpus))
+    except ImportError as error:  # it is listed among the libraries
+        return [warning("model", f"not looked at: {error}", None)]
 
 
 def _print(report: dict[str, Any], out: TextIO) -> None:

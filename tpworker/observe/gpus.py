@@ -1,0 +1,50 @@
+"""Which GPUs the ranks get, if any."""
+
+from __future__ import annotations
+
+import logging
+
+from tpworker.config import RuntimeConfig
+from tpworker.errors import ConfigError
+from tpworker.observe.libraries import torch_cuda
+from tpworker.observe.nvml import Found, Gpu, find_gpus
+
+logger = logging.getLogger(__name__)
+
+
+def resolve_gpus(config: RuntimeConfig) -> tuple[Gpu, ...]:
+    """The ranks' GPUs, if there is one for each rank and torch can use them; none: they run on the CPU.
+
+    Raises:
+        ConfigError: device='cuda', and that is not so.
+    """
+    if config.device == "cpu":
+        return ()
+    found = find_gpus()
+    reason = cuda_obstacle(config.tensor_parallel_size, found)
+    if reason is None:
+        return found.gpus[: config.tensor_parallel_size]
+    if config.device == "cuda":
+        raise ConfigError(reason)
+    if found.gpus:
+        logger.warning("%d GPUs found, but serving on the CPU: %s", len(found.gpus), reason)
+    return ()
+
+
+def cuda_obstacle(num_ranks: int, found: Found) -> str | None:
+    """Why so many ranks cannot run on these GPUs; None: they can."""
+    num_gpus = len(found.gpus)
+    if num_ranks > num_gpus:
+        why = f" ({found.problem})" if found.problem else ""
+        return (
+            f"tensor_parallel_size={num_ranks} needs as many GPUs, and this machine has {num_gpus}{why}: use "
+            "a smaller --tensor-parallel-size, or --device cpu"
+        )
+    if torch_cuda() is None:
+        return "the torch that is installed is its CPU build: install one for CUDA, or use --device cpu"
+    return None
+
+
+def count_gpus() -> int:
+    """GPUs that CUDA will show to the ranks. Needs no CUDA."""
+    return len(find_gpus().gpus)
