@@ -32,8 +32,9 @@ def _attend(
     between what makes them and the first layer `prepare` launches a kernel plainly.
     """
     start_next(PDL)
-    sequence = tl.program_id(0).to(tl.int64)
-    kv_head = tl.program_id(1)
+    # Heads first: what neighbours read at the same time lies side by side in the cache.
+    kv_head = tl.program_id(0)
+    sequence = tl.program_id(1).to(tl.int64)
     part = tl.program_id(2)
     if not FUSED:
         wait(PDL)
@@ -191,7 +192,7 @@ def attend(
     group = num_heads // num_kv_heads
     norms = (queries, queries) if tokens is None or tokens.norms is None else tokens.norms
     places = (out, out, lengths) if tokens is None else (tokens.cos, tokens.sin, tokens.rows)
-    _attend[(num_sequences, num_kv_heads, cut.num_parts)](
+    _attend[(num_kv_heads, num_sequences, cut.num_parts)](
         queries,
         *norms,
         *places,
