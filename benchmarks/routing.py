@@ -3,7 +3,7 @@
 Which experts a token goes to depends on the step, the layer and the token's row alone: each layer has a table
 of random choices, and a step begins in it at another row. Everything is on the device and can be captured in
 a graph; tables come from the layer's number, so that all ranks choose alike. The model's own router runs too,
-and its weights are used: it costs what it costs. What is added is a kernel a layer, and four a step.
+and its weights are used: it costs what it costs. What is added is five kernels a step.
 """
 
 from __future__ import annotations
@@ -33,23 +33,25 @@ class UniformRouting:
     """
 
     def __init__(self, layers: Iterable[Moe], step: Tensor) -> None:
+        mixtures = list(layers)
+        tables = torch.stack([_table(moe.spec, number) for number, moe in enumerate(mixtures)])
         self._step = step
-        self._rows = step  # int64 [T] from the first layer of a forward on
-        self._tables = []
-        for number, moe in enumerate(layers):
-            self._tables.append(_table(moe.spec, number).to(step.device))  # int32 [_ROWS, k + S]
+        self._tables = tables.to(step.device)  # int32 [layers, _ROWS, k + S]
+        self._ids = self._tables  # int32 [layers, T, k + S], from the first layer of a forward on
+        for number, moe in enumerate(mixtures):
             moe.router = partial(self._route, number, moe.route)
 
     def _route(self, number: int, own: Router, x: Tensor) -> tuple[Tensor, Tensor]:
         _, weights = own(x)
         if number == 0:
-            self._rows = (torch.arange(len(x), device=x.device) + self._step * _STRIDE) % _ROWS
-        return self._tables[number].index_select(0, self._rows), weights
+            rows = (torch.arange(len(x), device=x.device) + self._step * _STRIDE) % _ROWS
+            self._ids = self._tables.index_select(1, rows)
+        return self._ids[number], weights
 
     def touched(self, count: int) -> float:
         """Experts that `count` tokens of a step go to, shared ones included: the mean of layers and steps."""
         rows = [(torch.arange(count) + step * _STRIDE) % _ROWS for step in range(32)]
-        return fmean(len(table[some].unique()) for table in map(Tensor.cpu, self._tables) for some in rows)
+        return fmean(len(table[some].unique()) for table in self._tables.cpu() for some in rows)
 
 
 def _table(spec: MoeSpec, number: int) -> Tensor:
