@@ -112,8 +112,8 @@ class Bench:
             return triton_kernels.add_norm(x, total.view(x.shape), weight, EPS)
 
         if inboxes.takes(part):
-            for name, two_shot in (("one", False), ("two", True)):
-                works[f"fused, {name} shot"] = partial(
+            for name, two_shot in (("one shot", False), ("two shots", True)):
+                works[f"fused, {name}"] = partial(
                     symmetric_kernels.reduce_add_norm, x, part, weight, EPS, inboxes, two_shot
                 )
         if part.nbytes <= 4 << 20:
@@ -125,8 +125,7 @@ class Bench:
         )
         works["NCCL + norm"] = lambda: norm(NcclCollectives.all_reduce(self.ranks, swelling))
         if inboxes.takes(part):
-            for name, enabled in (("with", True), ("without", False)):
-                works[f"fused, {name} PDL"] = _switched(works["fused, one shot"], enabled)
+            works["fused, no early start"] = _plainly(works["fused, one shot"])
             works["sum alone, one shot"] = partial(symmetric_kernels.all_reduce, part, inboxes, False)
         works["norm alone"] = lambda: norm(part)
         return works
@@ -145,9 +144,8 @@ class Bench:
             kernels.reduce_add_norm(x, next(turn)(own), weight, EPS, ranks[how])
 
         works: dict[str, Callable[[], Any]] = {how: partial(layer, how) for how in ranks}
-        works["fused, with PDL"] = _switched(works["fused"], True)
+        works["fused, no early start"] = _plainly(works["fused"])
         works["product alone"] = lambda: next(turn)(own)
-        works["product alone, with PDL"] = _switched(works["product alone"], True)
         return works
 
     def lookups(self, rows: int) -> dict[str, Callable[[], Any]]:
@@ -231,18 +229,17 @@ class _Plain(NcclCollectives):
         self.rank, self.size = ranks.rank, ranks.size
 
 
-def _switched(work: Callable[[], Any], enabled: bool) -> Callable[[], Any]:
-    """The same kernels, each launched before or when the one ahead of it has ended."""
+def _plainly(work: Callable[[], Any]) -> Callable[[], Any]:
+    """The same kernels, each launched when the one ahead of it has ended."""
 
-    def switched() -> None:
-        before = pdl.ENABLED
-        pdl.ENABLED = enabled
+    def plain() -> None:
+        before, pdl.ENABLED = pdl.ENABLED, False
         try:
             work()
         finally:
             pdl.ENABLED = before
 
-    return switched
+    return plain
 
 
 def main() -> None:

@@ -22,11 +22,19 @@ logger = logging.getLogger(__name__)
 ONE_SHOT_BYTES = {2: 16 << 20, 4: 3 << 17, 8: 1 << 17}
 """By TP size, the largest sum of which each rank sends its part to all others; for these sizes alone.
 
-2 ranks: always (two H200, 1 … 512 rows of 4096 bfloat16: 3.4 … 15.1 µs with the norm, two shots 1.5 to 2
-more, NCCL and the norm 8.7 … 36). 4 and 8 are reckoned from that: 360 GB/s, 1.6 µs for the second shot."""
+2 ranks: as far as was measured (two H200, 4096 columns of bfloat16, with residual and norm, µs):
 
-TWO_SHOT_BYTES = {2: 16 << 20, 4: 4 << 20, 8: 4 << 20}
-"""The largest one whose rows are added up by one rank each; what is larger goes through NCCL."""
+    rows                1    16    64   256   512  1024  2048
+    one shot          2.9   3.2   4.5   9.0  14.7  26.5  55.0
+    two shots         4.6   4.9   5.8   9.8  16.5  28.0  54.7
+    NCCL, then norm   8.1   8.8  11.5  28.9  34.8  53.9  92.1
+
+4 and 8 ranks are reckoned from these: 330 GB/s to the others, 1.6 µs for the second shot."""
+
+TWO_SHOT_BYTES = {2: 16 << 20, 4: 8 << 20, 8: 8 << 20}
+"""The largest one whose rows are added up by one rank each; what is larger goes through NCCL.
+
+(Four H200, NCCL alone: 34 µs for 256 rows of 4096, 101 for 2048.)"""
 
 
 class NcclCollectives(Collectives):
