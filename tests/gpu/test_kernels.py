@@ -193,6 +193,11 @@ def gate(product: Tensor) -> Tensor:
     return kernels.silu_mul(product.cpu())
 
 
+def gated_tolerance(dtype: torch.dtype) -> float | None:
+    """Gate and up are rounded before they are multiplied, and may round apart."""
+    return 1e-2 if dtype == torch.bfloat16 else None
+
+
 @every_shape
 @pytest.mark.parametrize("has_bias", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -201,10 +206,10 @@ def test_products_of_one_row(fused: Any, shape: Shape, has_bias: bool, dtype: to
 
     for size_in, size_out in ((shape.hidden, 2 * shape.width), (shape.width, shape.hidden)):
         x, weight, bias, expected = product_case(1, size_in, size_out, has_bias, dtype)
-        for rule in (skinny_kernel.OneRow(), skinny_kernel.OneRow(outputs=4, step=256)):
+        for rule in (skinny_kernel.OneRow(), skinny_kernel.OneRow(4, 256)):
             near(skinny_kernel.multiply(x, weight, bias, rule), expected.to(dtype))
             result = skinny_kernel.multiply(x, weight, bias, rule, gated=True)
-            near(result, gate(expected.to(dtype)))
+            near(result, gate(expected.to(dtype)), gated_tolerance(dtype))
 
 
 @pytest.mark.parametrize("shape", [SHAPES[name] for name in ("qwen3-0.6b", "smollm2-tp2", "odd")])
@@ -214,8 +219,8 @@ def test_products_of_one_row(fused: Any, shape: Shape, has_bias: bool, dtype: to
     "cut",
     [
         {"outputs": 64, "step": 64},
-        {"outputs": 32, "step": 64, "splits": 3, "head": True},
-        {"outputs": 16, "step": 128, "splits": 2, "stages": 3, "prefetch": 0},
+        {"outputs": 32, "step": 64, "splits": 3},
+        {"outputs": 16, "step": 128, "splits": 2, "stages": 3},
     ],
     ids=str,
 )
@@ -233,7 +238,7 @@ def test_products_of_few_rows(
         for _ in range(2):
             near(skinny_kernel.multiply(x, weight, bias, rule), expected.to(dtype))
             result = skinny_kernel.multiply(x, weight, bias, rule, gated=True)
-            near(result, gate(expected.to(dtype)))
+            near(result, gate(expected.to(dtype)), gated_tolerance(dtype))
         assert not skinny_kernel.counters(x.device).any()
 
 
@@ -248,9 +253,9 @@ def test_sums_and_norms_in_products(
     from tpworker.model import skinny_kernel
 
     shape = SHAPES[name]
-    rules: list[Any] = [skinny_kernel.OneRow(), skinny_kernel.OneRow(4, step=256)]
+    rules: list[Any] = [skinny_kernel.OneRow(), skinny_kernel.OneRow(4, 256)]
     if count > 1:
-        rules = [skinny_kernel.FewRows(32, 64), skinny_kernel.FewRows(64, 64, stages=3, head=True)]
+        rules = [skinny_kernel.FewRows(32, 64), skinny_kernel.FewRows(64, 64, splits=1, stages=3)]
     a, weight, bias, product = product_case(count, shape.width, shape.hidden, has_bias, dtype)
     x, norm = randn(count, shape.hidden, dtype=dtype).to(DEVICE), randn(shape.hidden, dtype=dtype).to(DEVICE)
     expected_x = x.cpu().clone()
@@ -460,9 +465,7 @@ def test_store_and_attend(fused: Any, shape: Shape, dtype: torch.dtype, lengths:
         cache.values[0].copy_(values)
         there = batch_to(batch, device)
         others = PagedAttention(shape.heads, shape.kv_heads, shape.head_dim, dtype)
-        attention = SplitAttention(
-            shape.heads, shape.kv_heads, shape.head_dim, others, 20 if IS_INTERPRETED else 132
-        )
+        attention = SplitAttention(shape.heads, shape.kv_heads, shape.head_dim, others, 132)
         here = (heads.to(device), tuple(norm.to(device) for norm in norms) if shape.has_norm else None)
         if device == DEVICE and len(results):
             places = kernels.Places(

@@ -1,10 +1,9 @@
 """Products of a weight with few rows. Imports Triton: import it on CUDA only.
 
-With up to 64 rows a product is the reading of its weight. What matters is that the memory is never idle: each
-program asks for the first part of its weight before it waits for the kernel that makes its input (see
-`tpworker.model.pdl`), so the weight comes in while norms, rotations and attention run, which need little of
-the memory's bandwidth. The library's products cannot do that, and its tiles leave much of the GPU idle where
-matrices are small.
+With few rows a product is the reading of its weight. The library's tiles leave much of the GPU idle where
+matrices are small, and its kernels start when the one before them has ended. These have been set up by then,
+and with one row have loaded the first part of their weight (see `tpworker.model.pdl`). And what stands
+between two products is done by them (see `tpworker.model.deferred`).
 """
 
 # Triton has no types, and is not installed where there is no GPU.
@@ -13,7 +12,7 @@ matrices are small.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from tpworker.model import pdl
 from tpworker.model.deferred import Normed
-from tpworker.model.pdl import prefetch, prefetch_rows, start_next, wait
+from tpworker.model.pdl import start_next, wait
 
 # ------------------------------------------------------------------------------------- which one, and how
 
@@ -33,9 +32,8 @@ class OneRow:
     """How a product of one row is cut."""
 
     outputs: int = 2  # rows of the weight that a program reads
-    warps: int = 4
     step: int = 2048  # elements of each at a time
-    prefetch: bool = True
+    warps: int = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,25 +45,46 @@ class FewRows:
     splits: int = 1  # programs that share them
     warps: int = 4
     stages: int = 4  # steps that are on their way
-    prefetch: int = 512  # elements of each row that are asked for beforehand
-    head: bool = False  # the first step's weights are loaded beforehand
 
 
-MOST_ROWS = 64
+MOST_ROWS = 32
+"""With 64, the library was as fast or faster (H200)."""
+
+_SMALL, _LARGE = 6 << 20, 10 << 20
+"""Elements of a weight. Up to the first, narrow tiles are needed to occupy all processors; between the two
+the library was faster (4096 x 2048: by 10 %)."""
+
+_PROGRAMS = 230  # how many there should be for wider tiles
 
 
 def choose(num_rows: int, weight: Tensor, gated: bool) -> OneRow | FewRows | None:
     """How to multiply so many rows with the weight [out, in]; None: the library does it.
 
-    gated: see `multiply`.
+    What was fastest for the matrices of Qwen3-0.6B and 8B, GLM-4.5-Air and ERNIE-4.5-21B-A3B, split over 1, 2
+    and 4 ranks, on an H200.
+
+    Args:
+        gated: see `multiply`.
     """
     if weight.element_size() != 2 or not 0 < num_rows <= MOST_ROWS:
         return None
     size_out, size_in = weight.shape
     if num_rows == 1:
-        outputs = 8 if size_in <= 2048 and size_out >= 1 << 16 else 2
-        return OneRow(outputs, step=min(2048 if size_in <= 8192 else 1024, triton.next_power_of_2(size_in)))
-    return None
+        if size_in <= 2048:
+            return OneRow(4, triton.next_power_of_2(size_in))
+        return OneRow(2, 4096, 8) if gated and size_in <= 4096 else OneRow(2, 2048)
+    if size_in * size_out <= _SMALL:
+        rule, tiles = FewRows(32, stages=6), triton.cdiv(size_out, 32)
+        splits = 1 if tiles >= 100 else round(size_in / 512)
+    elif size_in * size_out < _LARGE:
+        return None
+    else:
+        rule, tiles = FewRows(64), triton.cdiv(size_out, 64)
+        splits = round(_PROGRAMS / tiles)
+    splits = max(1, min(8, splits))
+    while splits > 1 and size_in % (splits * rule.step):
+        splits -= 1
+    return replace(rule, splits=splits)
 
 
 def multiply(
@@ -102,7 +121,7 @@ def multiply_add(
 def _one_row(
     x, norm, weight, bias, out, eps, SIZE_IN: tl.constexpr, SIZE_OUT: tl.constexpr, HAS_NORM: tl.constexpr,
     HAS_BIAS: tl.constexpr, GATED: tl.constexpr, ADDS: tl.constexpr, OUTPUTS: tl.constexpr,
-    STEP: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr,
+    STEP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program OUTPUTS rows of the weight; sums in float32. GATED: see `_rows_of`.
 
@@ -110,18 +129,10 @@ def _one_row(
     ADDS: the result is added to `out`.
     """
     start_next(PDL)
-    output, first, second = _rows_of(tl.program_id(0), SIZE_OUT, OUTPUTS, GATED)
+    output, first = _rows_of(tl.program_id(0), SIZE_OUT, OUTPUTS, GATED)
     exists = output < SIZE_OUT
     column = tl.arange(0, STEP)
     source = weight + output[:, None] * SIZE_IN + column[None, :]
-    if PREFETCH and SIZE_IN > STEP:
-        width: tl.constexpr = SIZE_IN * (weight.dtype.element_ty.primitive_bitwidth // 8)
-        if GATED:
-            num_bytes = tl.minimum(OUTPUTS // 2, SIZE_OUT // 2 - first).to(tl.int32) * width
-            prefetch(weight + second * SIZE_IN, num_bytes, PDL)
-        else:
-            num_bytes = tl.minimum(OUTPUTS, SIZE_OUT - first).to(tl.int32) * width
-        prefetch(weight + first * SIZE_IN, num_bytes, PDL)
     # The first step's weights are on their way before the input is there.
     part = tl.load(source, mask=exists[:, None] & (column < SIZE_IN)[None, :], other=0.0)
     if HAS_NORM:
@@ -167,8 +178,7 @@ def _rows_of(tile, size_out, OUTPUTS: tl.constexpr, GATED: tl.constexpr):
     """Rows of the weight of one tile, int64 [OUTPUTS], and the first one.
 
     GATED: the weight's first half is gate and its second half up, and the result is silu(gate) * up: a tile
-    has OUTPUTS / 2 rows of gate and then the same ones of up, whose first one comes third. Rows that do not
-    exist are size_out or more.
+    has OUTPUTS / 2 rows of gate and then the same ones of up. Rows that do not exist are size_out or more.
     """
     row = tl.arange(0, OUTPUTS)
     if GATED:
@@ -176,12 +186,10 @@ def _rows_of(tile, size_out, OUTPUTS: tl.constexpr, GATED: tl.constexpr):
         first = tile.to(tl.int64) * (OUTPUTS // 2)
         output = first + row % (OUTPUTS // 2)
         output = tl.where(output < half, output + (row // (OUTPUTS // 2)) * half, size_out)
-        second = first + half
     else:
         first = tile.to(tl.int64) * OUTPUTS
         output = first + row
-        second = first
-    return output, first, second
+    return output, first
 
 
 @triton.jit
@@ -225,7 +233,6 @@ def multiply_one(
         ADDS=residual is not None,
         OUTPUTS=rule.outputs,
         STEP=min(rule.step, triton.next_power_of_2(size_in)),
-        PREFETCH=rule.prefetch and size_in % 8 == 0,
         num_warps=rule.warps,
         **pdl.options(),
     )
@@ -240,8 +247,7 @@ def _few_rows(
     x, squares, weight, bias, out, next_norm, next_scaled, next_squares, partial, arrived, eps,
     num_rows, size_in, size_out, length, num_squares, NUM_SQUARES: tl.constexpr,
     EVEN: tl.constexpr, HAS_BIAS: tl.constexpr, GATED: tl.constexpr, ADDS: tl.constexpr, ROWS: tl.constexpr,
-    OUTPUTS: tl.constexpr, STEP: tl.constexpr, SPLITS: tl.constexpr, PREFETCH: tl.constexpr,
-    HEAD: tl.constexpr, PDL: tl.constexpr,
+    OUTPUTS: tl.constexpr, STEP: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program OUTPUTS rows of the weight, or `length` elements of each; sums in float32. See `_rows_of`.
 
@@ -257,28 +263,18 @@ def _few_rows(
     tile = tl.program_id(0)
     begin = tl.program_id(1) * length
     end = tl.minimum(begin + length, size_in)
-    output, first, _ = _rows_of(tile, size_out, OUTPUTS, GATED)
+    output, first = _rows_of(tile, size_out, OUTPUTS, GATED)
     # A row that does not exist is read as the last one, and not stored.
-    start_of_row = weight + tl.minimum(output, size_out - 1) * size_in
-    if PREFETCH > 0:
-        prefetch_rows(start_of_row + begin, PREFETCH * (weight.dtype.element_ty.primitive_bitwidth // 8), PDL)
-    source = start_of_row[:, None]
+    source = weight + tl.minimum(output, size_out - 1)[:, None] * size_in
     row = tl.arange(0, ROWS)
     is_row = (row < num_rows)[:, None]
     start_of_x = x + row[:, None] * size_in
-    if HEAD:
-        column = (begin + tl.arange(0, STEP))[None, :]
-        part = tl.load(source + column)
     wait(PDL)
     if NUM_SQUARES > 0:
         which = tl.arange(0, NUM_SQUARES)[:, None]
         has_square = (which < num_squares) & (row < num_rows)[None, :]
         square = tl.load(squares + which * num_rows + row[None, :], mask=has_square, other=0.0)
     total = tl.zeros([OUTPUTS, ROWS], tl.float32)
-    if HEAD:
-        value = tl.load(start_of_x + column, mask=is_row, other=0.0)
-        total = tl.dot(part, tl.trans(value), total, input_precision="ieee")
-        begin += STEP
     for start in range(begin, end, STEP):
         column = (start + tl.arange(0, STEP))[None, :]
         if EVEN:
@@ -345,8 +341,7 @@ def multiply_few(
     rows = max(16, triton.next_power_of_2(num_rows))
     num_tiles = triton.cdiv(size_out, rule.outputs)
     length = triton.cdiv(triton.cdiv(size_in, rule.splits), rule.step) * rule.step
-    shortest = size_in - (rule.splits - 1) * length  # the last split's
-    assert shortest > 0, (rule, size_in)
+    assert (rule.splits - 1) * length < size_in, (rule, size_in)
     if target is None:
         out = torch.empty(num_rows, size_out // 2 if gated else size_out, dtype=x.dtype, device=x.device)
         next_norm = next_scaled = next_squares = out
@@ -385,8 +380,6 @@ def multiply_few(
         OUTPUTS=rule.outputs,
         STEP=rule.step,
         SPLITS=rule.splits,
-        PREFETCH=min(rule.prefetch, shortest) if size_in % 8 == 0 else 0,
-        HEAD=rule.head and shortest >= rule.step,
         num_warps=rule.warps,
         num_stages=rule.stages,
         **pdl.options(),
