@@ -65,8 +65,14 @@ def sample(
     plain = argmax_ranks(best, token, collectives)
     if not (mode.random and mode.truncate):
         return plain
+    if logits.is_cuda:
+        from tpworker.model import truncation_kernel
+
+        full = gather_vocab(logits, collectives)  # [R, V]
+        truncation_kernel.sample_truncated(full, rows, plain, GREEDY_BELOW)
+        return plain
     is_greedy = rows.temperature < GREEDY_BELOW
-    full = gather_vocab(_scaled(logits, rows), collectives)  # [R, V]
+    full = gather_vocab(_scaled(logits, rows), collectives)
     is_truncated = ~is_greedy & ((rows.top_p < 1) | (rows.top_k > 0))
     return torch.where(is_truncated, _sample_truncated(full, rows, is_truncated), plain)
 

@@ -1,0 +1,100 @@
+"""Top-k and top-p on CUDA, without a sort, against the torch definition."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.model.helpers import run_ranks
+from tests.model.test_sampling import rows_of
+from tpworker.model import sampling
+from tpworker.model.sampling import SamplingMode, SamplingRows, sample
+from tpworker.model.tp import Collectives
+from tpworker.rank.collectives import SoleRank
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+]
+
+TRUNCATED = SamplingMode(random=True, truncate=True, suppress=False)
+ROWS = 48
+TOP_P = (1.0, 0.9, 0.5, 0.999, 0.01)
+TOP_K = (0, 40, 1, 3, 1000, 20_000, 10**9)
+
+
+def logits_like(kind: str, vocab_size: int, dtype: torch.dtype) -> Tensor:
+    """float of `dtype` on the GPU, [ROWS, vocab_size]. Some rows are special."""
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(ROWS, vocab_size, generator=generator)
+    if kind == "flat":
+        logits *= 0.3
+    elif kind == "peaked":
+        logits *= 2.5
+        logits[:, torch.randint(vocab_size, (8,), generator=generator)] += 9
+    else:
+        logits = (logits * 2).round()  # many are equal
+    logits[1, vocab_size // 3 :] = -math.inf
+    logits[2, 1:] = -math.inf
+    logits[3, ::2] = 0.0
+    logits[3, 1::2] = -0.0
+    return logits.to(dtype).cuda()
+
+
+def on_device(rows: SamplingRows) -> SamplingRows:
+    return SamplingRows(*(getattr(rows, name).cuda() for name in SamplingRows.__slots__))
+
+
+def every_kind() -> SamplingRows:
+    """All pairs of TOP_P and TOP_K, and a row of temperature 0 in between."""
+    pairs = [(p, k) for p in TOP_P for k in TOP_K]
+    picked = [pairs[row % len(pairs)] for row in range(ROWS)]
+    temperatures = [0.0 if row == 10 else (0.7, 1.0, 1.6)[row % 3] for row in range(ROWS)]
+    return on_device(rows_of(ROWS, temperatures, [p for p, _ in picked], [k for _, k in picked]))
+
+
+def reference(logits: Tensor, rows: SamplingRows) -> Tensor:
+    plain = sample(logits.clone(), rows, SamplingMode(True, False, False), 0, SoleRank())
+    is_truncated = (rows.temperature > 0) & ((rows.top_p < 1) | (rows.top_k > 0))
+    tokens = sampling._sample_truncated(sampling._scaled(logits, rows), rows, is_truncated)
+    return torch.where(is_truncated, tokens, plain)
+
+
+@pytest.mark.parametrize("vocab_size", [97, 5000, 151_936, 300_001])
+@pytest.mark.parametrize("kind", ["flat", "peaked", "ties"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_tokens_of_the_definition(vocab_size: int, kind: str, dtype: torch.dtype) -> None:
+    logits, rows = logits_like(kind, vocab_size, dtype), every_kind()
+    differ = truncated = 0
+    for position in range(8):
+        rows.position.fill_(position)
+        expected = reference(logits, rows)
+        tokens = sample(logits.clone(), rows, TRUNCATED, 0, SoleRank())
+        assert torch.equal(tokens, sample(logits.clone(), rows, TRUNCATED, 0, SoleRank()))
+        plain = sample(logits.clone(), rows, SamplingMode(True, False, False), 0, SoleRank())
+        # A sum that equals the share but for rounding may fall on either side.
+        differ += int((tokens != expected).sum())
+        truncated += int((expected != plain).sum())
+    assert differ <= 1
+    assert truncated > 8, "sets that are never left show nothing"
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_ranks_with_a_part_of_the_vocabulary_each(size: int) -> None:
+    rows = every_kind()
+    whole = logits_like("peaked", 1000, torch.bfloat16)
+    local = -(-1000 // size)
+    local = -(-local // 8) * 8
+    padded = torch.full((ROWS, size * local), -math.inf, dtype=whole.dtype, device="cuda")
+    padded[:, :1000] = whole
+
+    def main(collectives: Collectives) -> Tensor:
+        start = collectives.rank * local
+        return sample(padded[:, start : start + local].clone(), rows, TRUNCATED, start, collectives)
+
+    expected = sample(whole.clone(), rows, TRUNCATED, 0, SoleRank())
+    for tokens in run_ranks(size, main):
+        assert torch.equal(tokens, expected)
