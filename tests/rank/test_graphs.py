@@ -51,6 +51,7 @@ def test_the_ladder_of_tokens_ends_at_the_budget_or_where_graphs_no_longer_pay()
     assert token_ladder(7) == [7]
     assert token_ladder(16) == [16]
     assert token_ladder(100) == [16, 32, 64, 96, 100]
+    assert token_ladder(512)[-3:] == [448, 480, 512]
     assert token_ladder(10**6)[-1] == MOST_TOKENS
     for most in range(1, 2 * MOST_TOKENS):
         sizes = token_ladder(most)
