@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +30,8 @@ def attend_ahead(
     Returns:
         What waits for all of it.
     """
+    if device.torch_device.type == "cuda":
+        importlib.import_module("triton").runtime.driver.active.utils  # noqa: B018  # once, not in each thread
     pool = ThreadPoolExecutor(
         min(len(counts), torch.get_num_threads()), "tpworker-ahead", initializer=device.adopt_thread
     )
