@@ -61,7 +61,8 @@ def test_the_doctor_finds_nothing_missing_here() -> None:
 
 def test_a_runtime_tells_of_its_gpus_and_of_its_start(tmp_path: Path) -> None:
     num_ranks = min(2, count_gpus())
-    (tmp_path / "config.json").write_text(json.dumps({**TINY_CONFIG, "head_dim": 64}))
+    config = {**TINY_CONFIG, "hidden_size": 256, "intermediate_size": 512}
+    (tmp_path / "config.json").write_text(json.dumps(config))
 
     async def main() -> None:
         async with Runtime(
