@@ -41,6 +41,7 @@ class Cut:
     tile: int  # tokens that a program takes at a time, and the shortest part
     warps: int = 4
     stages: int = 3  # tiles that are on their way
+    early: bool = True  # where heads are stored by the same kernel, their first tile is loaded before
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,14 +22,15 @@ def _attend(
     FUSED: tl.constexpr, HAS_NORM: tl.constexpr, ROTARY_DIM: tl.constexpr, NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, NUM_PARTS: tl.constexpr,
     PARTS: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, REAL_ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, PDL: tl.constexpr,
+    COLUMNS: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program a sequence, key-value head and part of the sequence; online softmax (arXiv 1805.02867).
 
     FUSED: `queries` is the whole product, [S, H + 2 K, HEAD_DIM]. Queries and keys are normed and rotated
     here, as by `kernels.norm_rotate_store`; the last part begins with the newest token, and stores its key
     and value. Lengths, tables, angles and rows are read before the wait: all layers have the same, and
-    between what makes them and the first layer `prepare` launches a kernel plainly.
+    between what makes them and the first layer `prepare` launches a kernel plainly. EARLY: so are keys and
+    values of the first tile, which an earlier step has written.
     """
     start_next(PDL)
     # Heads first: what neighbours read at the same time lies side by side in the cache.
@@ -54,6 +55,8 @@ def _attend(
     maximum = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     attended = tl.zeros([ROWS, COLUMNS], tl.float32)
+    start_of_part = part * part_length
+    end = tl.minimum(start_of_part + part_length, length)
     if FUSED:
         angle = sequence * ROTARY_DIM + column
         rotated = column < ROTARY_DIM
@@ -63,6 +66,13 @@ def _attend(
         inside = column < HEAD_DIM
         heads = queries + sequence * ((GROUP + 2) * NUM_KV_HEADS * HEAD_DIM)
         row_of_new = tl.load(rows + sequence)
+        if EARLY:
+            first_exists, first_source, first_mask = _places_of_tile(
+                block_tables + sequence * table_stride, start_of_part, end, kv_head, column,
+                NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, TILE,
+            )  # fmt: skip
+            first_key = tl.load(keys + first_source, mask=first_mask, other=0.0)
+            first_value = tl.load(values + first_source, mask=first_mask, other=0.0)
         wait(PDL)
         query = _normed_rotated(
             heads + (kv_head * GROUP + row[:, None]) * HEAD_DIM, query_norm, column, partner, is_real, inside,
@@ -82,27 +92,21 @@ def _attend(
             maximum = tl.sum(query.to(tl.float32) * key.to(tl.float32), axis=1) * scale
             total = tl.full([ROWS], 1.0, tl.float32)
             attended = tl.zeros([ROWS, COLUMNS], tl.float32) + value.to(tl.float32)
+        if EARLY:
+            maximum, total, attended = _take(
+                query, first_key, first_value, first_exists, scale, maximum, total, attended
+            )
+            start_of_part += TILE
     else:
         query = tl.load(queries + place, mask=is_real, other=0.0)
-    end = tl.minimum(part * part_length + part_length, length)
-    for start in range(part * part_length, end, TILE):
-        position = start + tl.arange(0, TILE)
-        exists = position < end
-        block = tl.load(block_tables + sequence * table_stride + position // BLOCK_SIZE, mask=exists, other=0)
-        token = block.to(tl.int64) * BLOCK_SIZE + position % BLOCK_SIZE
-        source = (token * NUM_KV_HEADS + kv_head)[:, None] * HEAD_DIM + column[None, :]
-        readable = exists[:, None] & (column < HEAD_DIM)[None, :]
-        key = tl.load(keys + source, mask=readable, other=0.0)
-        value = tl.load(values + source, mask=readable, other=0.0)
-        scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
-        scores = tl.where(exists[None, :], scores, float("-inf"))
-        higher = tl.maximum(maximum, tl.max(scores, axis=1))
-        shrink = tl.exp(maximum - higher)
-        weights = tl.exp(scores - higher[:, None])
-        total = total * shrink + tl.sum(weights, axis=1)
-        attended = attended * shrink[:, None]
-        attended += tl.dot(weights.to(value.dtype), value, input_precision="ieee")
-        maximum = higher
+    for start in range(start_of_part, end, TILE):
+        exists, source, mask = _places_of_tile(
+            block_tables + sequence * table_stride, start, end, kv_head, column,
+            NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, TILE,
+        )  # fmt: skip
+        tile_key = tl.load(keys + source, mask=mask, other=0.0)
+        tile_value = tl.load(values + source, mask=mask, other=0.0)
+        maximum, total, attended = _take(query, tile_key, tile_value, exists, scale, maximum, total, attended)
     if num_active == 1:
         result = attended / tl.where(total > 0, total, 1.0)[:, None]
         tl.store(out + place, result.to(out.dtype.element_ty), mask=is_real)
@@ -121,6 +125,34 @@ def _attend(
                 GROUP, HEAD_DIM, PARTS, REAL_ROWS, COLUMNS,
             )  # fmt: skip
             tl.store(arrived + head, 0)  # for the next layer
+
+
+@triton.jit
+def _places_of_tile(
+    block_table, start, end, kv_head, column, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Which of TILE tokens from `start` on are before `end`; where their keys and values are, and a mask."""
+    position = start + tl.arange(0, TILE)
+    exists = position < end
+    block = tl.load(block_table + position // BLOCK_SIZE, mask=exists, other=0)
+    token = block.to(tl.int64) * BLOCK_SIZE + position % BLOCK_SIZE
+    source = (token * NUM_KV_HEADS + kv_head)[:, None] * HEAD_DIM + column[None, :]
+    return exists, source, exists[:, None] & (column < HEAD_DIM)[None, :]
+
+
+@triton.jit
+def _take(query, key, value, exists, scale, maximum, total, attended):
+    """The online softmax, one tile further."""
+    scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
+    scores = tl.where(exists[None, :], scores, float("-inf"))
+    higher = tl.maximum(maximum, tl.max(scores, axis=1))
+    shrink = tl.exp(maximum - higher)
+    weights = tl.exp(scores - higher[:, None])
+    total = total * shrink + tl.sum(weights, axis=1)
+    attended = attended * shrink[:, None]
+    attended += tl.dot(weights.to(value.dtype), value, input_precision="ieee")
+    return higher, total, attended
 
 
 @triton.jit
@@ -218,6 +250,7 @@ def attend(
         ROWS=max(16, triton.next_power_of_2(group)),  # what the matrix units take at least
         REAL_ROWS=triton.next_power_of_2(group),
         COLUMNS=max(16, triton.next_power_of_2(head_dim)),
+        EARLY=cut.early,
         num_warps=cut.warps,
         num_stages=cut.stages,
         **pdl.options(),
