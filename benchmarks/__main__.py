@@ -16,6 +16,7 @@ BENCHMARKS = {
     "barrier": "the admission barrier, beside gloo's",
     "collectives": "what GPUs do together: sums, choices, barriers",
     "kernels": "a decode step on a GPU, kernel by kernel, beside the peer and the bytes it must read",
+    "moe": "a mixture of experts on a GPU, beside the bytes it must read and torch's grouped products",
     "host": "what a step costs the host, with a fake device",
     "serve": "a real model over HTTP, overlap off and on",
 }
