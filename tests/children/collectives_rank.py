@@ -35,7 +35,7 @@ def alike(ranks: NcclCollectives, x: Tensor) -> bool:
 def sums(ranks: SymmetricCollectives) -> dict[str, Any]:
     """Sums of all shapes against float32, and against an all-reduce followed by the norm's own kernel."""
     found: dict[str, Any] = {"cases": 0, "not alike": [], "inexact": [], "error": 0.0, "unlike NCCL": []}
-    for columns in (72, 1024, 2560, 4096, 5120):
+    for columns in (72, 2560, 4096, 5120):
         for rows in (1, 3, 16, 64, 200, ranks.inboxes.row_uses.numel() + 5):
             for two_shot in (False, True):
                 parts = torch.randn(ranks.size, rows, columns, device=ranks.device).to(torch.bfloat16)
@@ -202,7 +202,7 @@ def products(ranks: SymmetricCollectives) -> dict[str, Any]:
     Four of them in a graph, replayed while the ranks dawdle.
     """
     found: dict[str, Any] = {"wrong": 0, "not alike": 0}
-    for size_in, size_out, outputs in ((2048, 4096, 2), (6144, 4096, 4), (640, 2560, 2), (72, 136, 2)):
+    for size_in, size_out, outputs in ((6144, 4096, 2), (640, 2560, 4), (72, 136, 2)):
         rule = OneRow(outputs=outputs, step=min(2048, triton.next_power_of_2(size_in)))
         linears = torch.randn(ranks.size, size_out, size_in, device=ranks.device).to(torch.bfloat16) / 32
         sources = torch.randn(ranks.size, 4, 1, size_in, device=ranks.device).to(torch.bfloat16)
@@ -250,7 +250,7 @@ def repeat(
     stream, delays = torch.cuda.Stream(), random.Random(100 + ranks.rank)
     with torch.cuda.stream(stream):
         graph = capture(compare, stream)
-        for _ in range(600):
+        for _ in range(400):
             if delays.random() < 0.3:
                 torch.cuda._sleep(int(10 ** delays.uniform(2, 5.5)))
             graph.replay()
