@@ -197,7 +197,7 @@ def replays(ranks: SymmetricCollectives, count: int = 3000, kinds: int = 16) -> 
 
 
 def products(ranks: SymmetricCollectives) -> dict[str, Any]:
-    """Products that send their results, bit by bit against products that are added up afterwards.
+    """Products that send their results, against products that are added up afterwards.
 
     Four of them in a graph, replayed while the ranks dawdle.
     """
@@ -216,7 +216,7 @@ def products(ranks: SymmetricCollectives) -> dict[str, Any]:
         steps = partial(sent_steps, ranks, start.clone(), start, mine, linear, weight, rule)
         wrong = repeat(ranks, steps, total, reference)
         found["wrong"] += int(wrong)
-        found["not alike"] += not alike(ranks, reference)
+        found["not alike"] += not all(alike(ranks, result) for result in steps())
     return found
 
 
@@ -238,14 +238,16 @@ def sent_steps(
 
 
 def repeat(
-    ranks: SymmetricCollectives, work: Callable[[], tuple[Tensor, Tensor]], *expected: Tensor
+    ranks: SymmetricCollectives, work: Callable[[], tuple[Tensor, Tensor]], total: Tensor, reference: Tensor
 ) -> Tensor:
-    """How many elements were not as expected in some hundred replays of the work."""
+    """How many elements of the residual stream and its norm were wrong in some hundred replays."""
     wrong = torch.zeros(1, dtype=torch.int64, device=ranks.device)
 
     def compare() -> None:
-        for result, right in zip(work(), expected, strict=True):
-            wrong.add_((result != right).sum())
+        x, normed = work()
+        wrong.add_((x != total).sum())
+        # A norm may add up in another order.
+        wrong.add_((~torch.isclose(normed, reference, rtol=1e-2, atol=1e-3)).sum())
 
     stream, delays = torch.cuda.Stream(), random.Random(100 + ranks.rank)
     with torch.cuda.stream(stream):
