@@ -139,7 +139,9 @@ class Bench:
         own = x[:, : PRODUCT // self.ranks.size].contiguous()
         weight = torch.ones(PRODUCT, dtype=torch.bfloat16, device=self.device)
         turn = cycle(linears)
-        ranks = {"sent by the product": self.ranks, "fused": self.ranks, "NCCL + norm": _Plain(self.ranks)}
+        ranks = {"fused": self.ranks, "NCCL + norm": _Plain(self.ranks)}
+        if rows == 1:
+            ranks = {"sent by the product": self.ranks, **ranks}
 
         def layer(how: str) -> None:
             part = Product(next(turn), own)
