@@ -190,4 +190,14 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
         return triton_kernels.silu_mul(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate).mul_(up)
+    if gate.dtype != torch.float32:
+        return F.silu(gate).mul_(up)
+    return sigmoid(gate).mul_(gate).mul_(up)
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    """Sigmoid of float32, of which an element has the same bits wherever it is, and whatever is beside it.
+
+    On the CPU torch's own, and its silu, take another exponential for what is left over of a thread's part.
+    """
+    return x.neg().exp_().add_(1).reciprocal_()

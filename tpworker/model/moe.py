@@ -103,7 +103,7 @@ def route(x: Tensor, gate: Tensor, bias: Tensor | None, spec: MoeSpec) -> tuple[
 
 def choose(logits: Tensor, bias: Tensor | None, spec: MoeSpec) -> tuple[Tensor, Tensor]:
     """The second half of `route`: from float32 logits [T, E]."""
-    scores = logits.softmax(dim=-1) if spec.score == "softmax" else _sigmoid(logits)
+    scores = logits.softmax(dim=-1) if spec.score == "softmax" else kernels.sigmoid(logits)
     ranked = scores if bias is None else scores + bias
     if spec.num_groups > 1:
         grouped = ranked.view(len(ranked), spec.num_groups, -1)  # [T, groups, E / groups]
@@ -119,11 +119,6 @@ def choose(logits: Tensor, bias: Tensor | None, spec: MoeSpec) -> tuple[Tensor, 
     shared = torch.arange(spec.num_experts, spec.num_experts + spec.num_shared, device=logits.device)
     ids = torch.cat((chosen, shared.expand(len(logits), -1)), dim=-1).to(torch.int32)
     return ids, torch.cat((weights, weights.new_ones(len(logits), spec.num_shared)), dim=-1)
-
-
-def _sigmoid(x: Tensor) -> Tensor:
-    """Sigmoid. On the CPU the last bit of torch's own depends on where in memory an element is."""
-    return x.neg().exp_().add_(1).reciprocal_()
 
 
 def _best(values: Tensor, count: int) -> Tensor:
