@@ -166,6 +166,12 @@ class CudaDevice:
         assert buffer.is_pinned(), "copies from and to it would wait"
         return buffer
 
+    def upload_buffer(self, num_bytes: int) -> Tensor:
+        # Memory is had in the order of a stream. In the compute stream's it may be what a step that is still
+        # running has just given back, and uploads do not wait for that.
+        with torch.inference_mode(False), _cuda.stream(self.uploads.stream):
+            return torch.empty(num_bytes, dtype=torch.uint8, device=self.torch_device)
+
     def free_bytes(self, num_ranks: int) -> int:
         """What is free on the GPU, which this rank has for itself."""
         _cuda.synchronize()

@@ -80,6 +80,9 @@ class Device(Protocol):
     def host_buffer(self, num_bytes: int) -> Tensor:
         """uint8 [num_bytes] on the host; copies from and to it are asynchronous (pinned, on CUDA)."""
 
+    def upload_buffer(self, num_bytes: int) -> Tensor:
+        """uint8 [num_bytes] on the device, which only the upload stream writes to."""
+
     def free_bytes(self, num_ranks: int) -> int:
         """Memory that this rank may plan with, given that `num_ranks` share the machine."""
 
@@ -185,6 +188,10 @@ class CpuDevice:
 
     def host_buffer(self, num_bytes: int) -> Tensor:
         return torch.empty(num_bytes, dtype=torch.uint8)
+
+    def upload_buffer(self, num_bytes: int) -> Tensor:
+        with torch.inference_mode(False):  # may be written to in any mode
+            return torch.empty(num_bytes, dtype=torch.uint8)
 
     def free_bytes(self, num_ranks: int) -> int:
         """A rank's share of half of what is available: the other half stays with the rest of the machine."""

@@ -31,7 +31,7 @@ class StagingBuffer:
     def __init__(self, device: Device) -> None:
         self._device = device
         self._host = device.host_buffer(_INITIAL_BYTES)
-        self._on_device = _like(self._host, device)
+        self._on_device = device.upload_buffer(_INITIAL_BYTES)
         self._used = 0
         self._sent = False
 
@@ -53,7 +53,7 @@ class StagingBuffer:
             larger = self._device.host_buffer(max(end, 2 * self._host.numel()))
             larger.numpy()[: self._used] = self._host.numpy()[: self._used]
             self._host = larger
-            self._on_device = _like(larger, self._device)
+            self._on_device = self._device.upload_buffer(larger.numel())
         self._host.numpy()[start:end] = np.frombuffer(array.tobytes(), np.uint8)
         self._used = end
         return StagedArray(self, start, end, _TORCH_DTYPE[array.dtype], array.shape)
@@ -66,11 +66,6 @@ class StagingBuffer:
     def view(self, start: int, end: int) -> Tensor:
         assert self._sent, "read before it was sent"
         return self._on_device[start:end]
-
-
-def _like(host: Tensor, device: Device) -> Tensor:
-    with torch.inference_mode(False):  # may be written to in any mode
-        return torch.empty(host.shape, dtype=host.dtype, device=device.torch_device)
 
 
 class StagedArray:

@@ -72,6 +72,9 @@ class FakeDevice:
     def host_buffer(self, num_bytes: int) -> Tensor:
         return torch.zeros(num_bytes, dtype=torch.uint8)
 
+    def upload_buffer(self, num_bytes: int) -> Tensor:
+        return torch.zeros(num_bytes, dtype=torch.uint8)
+
     def free_bytes(self, num_ranks: int) -> int:
         return 1 << 34
 
