@@ -10,8 +10,8 @@ What keeps it right, whatever the kernels around are:
 - Every program of a kernel launched so calls `wait` before it reads what another kernel has written and
   before it writes anything, and at least one program does call it. So when a kernel has ended, all before it
   have, and `wait` waits for all of them.
-- Kernels of others are launched plainly: they start when all before them has ended, and ours behind them when
-  they have ended, since they never call `start_next`.
+- Kernels of others are launched plainly: they start when all before them has ended. Should one let ours start
+  early, then `wait` waits for its end.
 
 Stream capture keeps the relation: it becomes a programmatic edge of the CUDA graph.
 

@@ -77,7 +77,7 @@ def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Ten
 # ------------------------------------------------------------------------------- where tokens are and go
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["sequence_of"])  # a part of what a step brings
 def _places(
     positions, sequence_of, block_tables, cos_table, sin_table, cos, sin, rows,
     table_stride, BLOCK_SIZE: tl.constexpr, ROTARY_DIM: tl.constexpr, BLOCK: tl.constexpr,

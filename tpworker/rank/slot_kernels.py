@@ -17,7 +17,7 @@ from torch import Tensor
 from tpworker.model import pdl
 from tpworker.model.pdl import start_next, wait
 
-_ENTRIES = 1024  # of a block table that a program copies
+_ENTRIES = 1024  # of a block table, or rows, that a program takes at a time
 
 
 @triton.jit
@@ -70,7 +70,11 @@ def begin_decode(
     return token_ids, positions, lengths, block_tables
 
 
-@triton.jit
+# Of what depends on the step, no variant may be left to be compiled while it waits.
+_VIEWS = ["slots", "counts", "starts", "tokens"]
+
+
+@triton.jit(do_not_specialize_on_alignment=_VIEWS)
 def _begin_mixed(
     slots, counts, starts, tokens, last_token, position, block_table, token_ids, positions, lengths,
     query_starts, block_tables, null_slot,
@@ -148,7 +152,7 @@ def begin_mixed(
     return token_ids, positions, lengths, query_starts, block_tables
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["slots", "tokens"])
 def _finish_step(
     slots, tokens, last_token, counter, ring, num_rows, NUM_RING_ROWS: tl.constexpr, STRIDE: tl.constexpr,
     BLOCK: tl.constexpr, PDL: tl.constexpr,
@@ -182,7 +186,7 @@ def finish_step(slots: Tensor, tokens: Tensor, last_token: Tensor, counter: Tens
         len(tokens),
         NUM_RING_ROWS=len(ring),
         STRIDE=ring.stride(0),
-        BLOCK=min(1024, triton.next_power_of_2(max(1, len(tokens)))),
+        BLOCK=_ENTRIES,
         num_warps=4,
         **pdl.options(),
     )

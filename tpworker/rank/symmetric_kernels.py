@@ -125,7 +125,7 @@ def _await_row(entry, expected):
     return value
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["vocab_start", "vocab_size"])
 def _reduce_add_norm(
     x, part, weight, out, tokens, vocab_start, vocab_size, inboxes, uses, eps,
     RANK: tl.constexpr, SIZE: tl.constexpr, TWO_SHOT: tl.constexpr, HAS_NORM: tl.constexpr,
@@ -269,7 +269,7 @@ def _launch(
 # ------------------------------------------------------------------------------------------------- pairs
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _argmax(
     best, token, out, inboxes, uses, num_rows,
     RANK: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
