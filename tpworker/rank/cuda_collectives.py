@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from datetime import timedelta
+from itertools import permutations
 from typing import Any
 
 import torch
@@ -105,6 +106,7 @@ class SymmetricCollectives(NcclCollectives):
         addresses = [inbox.data_ptr() for inbox in inboxes]
         assert addresses[rank] == self._inbox.data_ptr()
         self.inboxes = symmetric_kernels.Inboxes.of(addresses, rank, device)
+        torch.cuda.synchronize(device)  # its counters are zeros, for streams that wait for nothing
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """Sums over the ranks; bitwise the same on all of them. Any shape; x, or a new tensor."""
@@ -166,8 +168,8 @@ def connect_cuda(store_fd: int, rank: int, size: int, timeout: float, device: to
     """
     if size == 1:
         return SoleRank()
-    others = [other for other in range(size) if other != rank]
-    reach = all(torch.cuda.can_device_access_peer(device, other) for other in others)
+    # All pairs, and not this rank's alone: every rank must come to the same answer.
+    reach = all(torch.cuda.can_device_access_peer(one, other) for one, other in permutations(range(size), 2))
     if size in ONE_SHOT_BYTES and reach:
         return SymmetricCollectives(store_fd, rank, size, timeout, device)
     logger.info("collectives through NCCL alone: %d ranks, peer access %s", size, "yes" if reach else "no")
