@@ -206,10 +206,12 @@ class Runtime:
             self._state = "stopped"
         self._requests.fail_all(lambda: RuntimeStopped("the runtime was stopped"))
         self._tokenisers.shutdown(wait=False)
-        if self._gpu_watch is not None:
-            self._gpu_watch.close()
-        if self._generation is not None:
-            await self._generation.stop()
+        try:
+            if self._generation is not None:
+                await self._generation.stop()
+        finally:
+            if self._gpu_watch is not None:
+                self._gpu_watch.close()  # last: it waits for an answer of the driver, which may be sick
 
     async def __aenter__(self) -> Runtime:
         await self.start()

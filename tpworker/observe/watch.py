@@ -92,10 +92,9 @@ class GpuWatch:
         with self._lock:
             if self._closed.is_set():
                 return ()
-            now = time.monotonic()
-            if now - self._read_at >= FRESH_SECONDS:
+            if time.monotonic() - self._read_at >= FRESH_SECONDS:
                 self._readings = {gpu.uuid: self._nvml.read(gpu.uuid) for gpu in self._gpus}
-                self._read_at = now
+                self._read_at = time.monotonic()  # afterwards: a sick GPU may have kept us for seconds
             return tuple(
                 GpuState(
                     self._ranks[gpu.uuid],

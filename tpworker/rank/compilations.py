@@ -6,6 +6,7 @@ Triton keeps what it has compiled in a folder (~/.triton/cache), so later starts
 from __future__ import annotations
 
 import importlib
+import threading
 from typing import Any
 
 from tpworker.ipc.board import Field, Row
@@ -15,9 +16,12 @@ def count_compilations(row: Row) -> None:
     """From now on, Field.COMPILED and Field.COMPILE_US of this process' row count."""
     compilation = importlib.import_module("triton").knobs.compilation
 
+    lock = threading.Lock()  # several threads compile
+
     def note(*, times: Any, cache_hit: bool, **_: Any) -> None:
         if not cache_hit:
-            row[Field.COMPILED] += 1
-            row[Field.COMPILE_US] += times.total
+            with lock:
+                row[Field.COMPILED] += 1
+                row[Field.COMPILE_US] += times.total
 
     compilation.listener = note
