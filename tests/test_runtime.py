@@ -471,6 +471,8 @@ def test_a_model_that_is_none_is_refused_before_a_process_is_started(
         run(lambda: start(model=tmp_path / "nowhere"))
     with pytest.raises(ConfigError, match="max_model_len=513"):
         run(lambda: start(max_model_len=513))
+    with pytest.raises(ModelError, match=r"there is no tokenizer in .*, and text needs one"):
+        run(lambda: start(needs_tokenizer=True))
     with pytest.raises(ConfigError, match=r"tensor_parallel_size=9 .* use a smaller"):
         run(lambda: start(device="cuda", tensor_parallel_size=9))
     (model_folder / "config.json").write_text("{")

@@ -75,6 +75,7 @@ def test_what_is_ready_is_told_with_where_the_time_went() -> None:
         config=RuntimeConfig(tensor_parallel_size=2),
         start_times=times,
         served_name="model",
+        has_tokenizer=True,
         tokenizer=SimpleNamespace(has_chat_template=True),
     )
     text = terminal.ready_text(runtime, "0.0.0.0", 81, None, False)
@@ -84,3 +85,8 @@ def test_what_is_ready_is_told_with_where_the_time_went() -> None:
     )
     runtime.start_times = None
     assert "Start" not in terminal.ready_text(runtime, "0.0.0.0", 81, None, False)
+    runtime.has_tokenizer = False
+    text = terminal.ready_text(runtime, "0.0.0.0", 81, None, False)
+    assert "It has no tokenizer: prompts are token ids" in text
+    assert "/v1/completions" in text
+    assert '{"prompt": [1, 2, 3], "max_tokens": 8}' in text

@@ -21,10 +21,11 @@ async def answer(config: RuntimeConfig, question: str, progress: StartProgress) 
     continues the text.
 
     Raises:
-        ConfigError, ModelError, RuntimeFailed: the runtime cannot start, or fails.
+        ConfigError, ModelError, RuntimeFailed: the runtime cannot start, or fails; a model without a
+            tokenizer, before any rank is started.
         InvalidRequest: the question is empty, or too long.
     """
-    async with Runtime(config=config, progress=progress) as runtime:
+    async with Runtime(config=config, progress=progress, needs_tokenizer=True) as runtime:
         progress.close()
         prompt = await asyncio.to_thread(_prompt, runtime, question)
         async with aclosing(runtime.generate(prompt, SamplingParams(temperature=0.0))) as outputs:

@@ -50,13 +50,18 @@ def find_model(config: RuntimeConfig, progress: Progress) -> FoundModel:
     return FoundModel(folder, spec, config.model or folder.name)
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a model's folder has any of the files that a tokenizer is read from."""
+    return any((folder / name).exists() for name in _TOKENIZER_FILES)
+
+
 def load_tokenizer(folder: Path) -> Tokenizer | None:
     """The model's tokenizer; None if its folder has none: then prompts must be token ids.
 
     Raises:
         ModelError: it cannot be read.
     """
-    if not any((folder / name).exists() for name in _TOKENIZER_FILES):
+    if not has_tokenizer(folder):
         return None
     from tpworker.text import Tokenizer
 

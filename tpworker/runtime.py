@@ -28,7 +28,7 @@ from tpworker.errors import ConfigError, InvalidRequest, ModelError, QueueFull, 
 from tpworker.faults import Fault
 from tpworker.generation import Generation, StartFailed
 from tpworker.ipc.messages import Abort, SchedulerLoad, StepOutput, Submit, unpack_int32
-from tpworker.loading import FoundModel, Progress, find_model, in_daemon_thread, load_tokenizer
+from tpworker.loading import FoundModel, Progress, find_model, has_tokenizer, in_daemon_thread, load_tokenizer
 from tpworker.observe.affinity import near_cpus
 from tpworker.observe.gpus import resolve_gpus
 from tpworker.observe.start import StartTimes
@@ -63,6 +63,7 @@ class Runtime:
         config: all options at once; `model` and `options` change single ones of it.
         progress: called on the event loop while starting, with what is going on and how much of that is
             done, from 0 to 1, or None where nobody can tell.
+        needs_tokenizer: refuse a model that has none, before a process is started.
         rank_module, scheduler_module: what the processes run, for tests and benchmarks.
         options: fields of `RuntimeConfig`.
 
@@ -76,6 +77,7 @@ class Runtime:
         *,
         config: RuntimeConfig | None = None,
         progress: Progress | None = None,
+        needs_tokenizer: bool = False,
         rank_module: str = "tpworker.rank",
         scheduler_module: str = "tpworker.scheduler",
         **options: Any,
@@ -87,6 +89,7 @@ class Runtime:
         self.start_times: StartTimes | None = None
         """Where the time of the start went, once it is ready."""
         self._progress = progress or _no_progress
+        self._needs_tokenizer = needs_tokenizer
         self._modules = {"rank_module": rank_module, "scheduler_module": scheduler_module}
         self._state: RuntimeState = "stopped"
         self._is_used = False  # started or stopped before
@@ -151,6 +154,10 @@ class Runtime:
         self._found = found = await in_daemon_thread(lambda: find_model(self.config, progress))
         if self._state != "starting":
             raise RuntimeStopped("the runtime was stopped while it started")
+        if self._needs_tokenizer and not has_tokenizer(found.folder):
+            raise ModelError(
+                f"there is no tokenizer in {found.folder}, and text needs one: fetch tokenizer.json"
+            )
         self._max_model_len = resolve_max_model_len(self.config, found.spec)
         group = Group(
             generation=0,
@@ -442,6 +449,11 @@ class Runtime:
     def gpus(self) -> tuple[GpuState, ...]:
         """How the ranks' GPUs do, at most a second old; none on the CPU, and before the start."""
         return () if self._gpu_watch is None else self._gpu_watch.states()
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether prompts may be text, and outputs have any."""
+        return self._tokenizer is not None
 
     @property
     def tokenizer(self) -> Tokenizer:

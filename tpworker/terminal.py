@@ -85,9 +85,12 @@ def ready_text(runtime: Runtime, host: str, port: int, name: str | None, has_key
     key = " -H 'Authorization: Bearer '\"$API_KEY\"" if has_key else ""
     times = runtime.start_times
     start = "" if times is None else f"Start, seconds for each stage and in all:\n\n{times.table()}\n\n"
+    ids_only = (
+        "" if runtime.has_tokenizer else "It has no tokenizer: prompts are token ids, texts are empty.\n\n"
+    )
     return (
         f"\ntpworker is ready: {name or runtime.served_name} on {ranks}, {url}\n\n"
-        f"{start}"
+        f"{start}{ids_only}"
         f"  curl {url}{path} -H 'Content-Type: application/json'{key} \\\n"
         f"    -d {shlex.quote(body)}\n\n"
         "Ctrl-C ends it."
@@ -95,11 +98,9 @@ def ready_text(runtime: Runtime, host: str, port: int, name: str | None, has_key
 
 
 def _example(runtime: Runtime) -> tuple[str, str]:
-    try:
-        tokenizer = runtime.tokenizer
-    except ValueError:  # it has none
-        return "/v1/completions", '{"prompt": [1, 2, 3]}'
-    if tokenizer.has_chat_template:
+    if not runtime.has_tokenizer:
+        return "/v1/completions", '{"prompt": [1, 2, 3], "max_tokens": 8}'
+    if runtime.tokenizer.has_chat_template:
         return (
             "/v1/chat/completions",
             '{"messages": [{"role": "user", "content": "What is the capital of France?"}]}',

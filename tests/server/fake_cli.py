@@ -25,7 +25,7 @@ START_ERRORS: dict[str | None, Exception] = {
 class TalkingRuntime(FakeRuntime):
     """Reports progress, and behaves as its model's name says."""
 
-    def __init__(self, *, config: RuntimeConfig, progress: Any) -> None:
+    def __init__(self, *, config: RuntimeConfig, progress: Any, needs_tokenizer: bool = False) -> None:
         super().__init__(state="stopped", start_error=START_ERRORS.get(config.model), before=self._before)
         self.config = config
         self.served_name = config.model or "default-model"

@@ -94,6 +94,7 @@ class FakeRuntime:
 
     def __post_init__(self) -> None:
         self.config = RuntimeConfig()
+        self._bytes = self.the_tokenizer or byte_tokenizer()
         self.start_times = None
         self.output_tokens = self.prompt_tokens = 0
         self._fault = asyncio.Event()
@@ -130,6 +131,10 @@ class FakeRuntime:
         self.state = "failed"
         self.error = f"{process} was killed by SIGKILL\nTraceback: secret details"
         self._fault.set()
+
+    @property
+    def has_tokenizer(self) -> bool:
+        return self.the_tokenizer is not None
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -178,7 +183,9 @@ class FakeRuntime:
         if self.state != "ready":
             raise RuntimeStopped(f"the runtime is {self.state}")
         ids = await self._checked_ids(prompt, sampling)
-        text = self.tokenizer.decode(ids)
+        if sampling.detokenize:
+            self.tokenizer  # noqa: B018  # raises without one
+        text = self._bytes.decode(ids)
         self.requests.append((text, sampling, request_id))
         self.prompt_tokens += len(ids)
         self.num_open += 1
@@ -223,9 +230,9 @@ class FakeRuntime:
     async def _outputs(
         self, request_id: str, prompt: str, num_prompt: int, sampling: SamplingParams
     ) -> AsyncGenerator[RequestOutput, None]:
-        script = self.tokenizer.encode(self.reply(prompt), add_special_tokens=False)
+        script = self._bytes.encode(self.reply(prompt), add_special_tokens=False)
         limit = sampling.max_tokens or self.max_model_len
-        stream = TextStream(self.tokenizer, sampling.stop)
+        stream = TextStream(self._bytes, sampling.stop)
         for position, token_id in enumerate(script[:limit]):
             if self.before is not None:
                 await self._wait_or_fail(position)
@@ -239,7 +246,7 @@ class FakeRuntime:
                 finish = "stop"
             elif position + 1 == len(script[:limit]):
                 finish = "stop" if limit >= len(script) else "length"
-            text = delta.text + (stream.finish() if finish else "")
+            text = delta.text + (stream.finish() if finish else "") if sampling.detokenize else ""
             yield RequestOutput(
                 request_id,
                 text,

@@ -328,3 +328,14 @@ def test_two_servers_in_one_process_do_not_meet(start: Start) -> None:
     assert first.metric('tpworker_requests_total{outcome="ok"}') == 1
     assert second.metric('tpworker_requests_total{outcome="ok"}') == 0
     assert second.get("/v1/models").json()["data"][0]["id"] == "second"
+
+
+def test_without_a_tokenizer_token_ids_go_in_and_are_counted(start: Start) -> None:
+    server = start(FakeRuntime(lambda prompt: "abc", the_tokenizer=None))
+    for prompt, num_choices in (([65, 66], 1), ([[65, 66], [67]], 2)):
+        body = server.post("/v1/completions", json={"prompt": prompt, "max_tokens": 2}).json()
+        assert [choice["text"] for choice in body["choices"]] == [""] * num_choices
+        assert {choice["finish_reason"] for choice in body["choices"]} == {"length"}
+        assert body["usage"]["completion_tokens"] == 2 * num_choices
+    streamed = server.post("/v1/completions", json={"prompt": [65], "max_tokens": 2, "stream": True}).text
+    assert '"finish_reason":"length"' in streamed.replace(" ", "")

@@ -289,8 +289,21 @@ def test_a_model_without_a_chat_template(start: Start) -> None:
 
 def test_a_model_without_a_tokenizer(start: Start) -> None:
     server = start(FakeRuntime(the_tokenizer=None))
-    response = server.post(CHAT, json={"messages": [USER]})
-    assert (response.status_code, error_of(response)["message"]) == (400, "there is no tokenizer")
+    for path, body, parameter, words in (
+        (
+            CHAT,
+            {"messages": [USER]},
+            "messages",
+            "no tokenizer: use /v1/completions, with",
+        ),
+        (COMPLETIONS, {"prompt": "Hi"}, "prompt", "no tokenizer: give the prompt as a list of token ids"),
+        (COMPLETIONS, {"prompt": ["Hi", "Ho"]}, "prompt", "give the prompt as a list of token ids"),
+        (COMPLETIONS, {"prompt": [1], "stop": "x"}, "stop", "use stop_token_ids"),
+    ):
+        response = server.post(path, json=body)
+        error = error_of(response)
+        assert (response.status_code, error["param"]) == (400, parameter)
+        assert words in error["message"]
 
 
 # ------------------------------------------------------------------------------- the key

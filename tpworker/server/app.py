@@ -96,6 +96,11 @@ class _Front:
             self.check_model(body.model)
         return timing
 
+    def check_text(self, remedy: str, parameter: str) -> None:
+        """Raises InvalidRequest if the model has no tokenizer: then there are token ids, and no text."""
+        if not self.runtime.has_tokenizer:
+            raise InvalidRequest(f"this model has no tokenizer: {remedy}", parameter)
+
     def answer(
         self,
         body: CompletionRequest | ChatRequest,
@@ -103,7 +108,7 @@ class _Front:
         kind: type[Format],
         timing: Timing,
     ) -> Answer:
-        sampling = body.sampling()
+        sampling = body.sampling(detokenize=self.runtime.has_tokenizer)
         answer_format = kind(self.model_name, body.include_usage)
         name = answer_format.request_id
         ids = [name] if len(prompts) == 1 else [f"{name}-{index}" for index in range(len(prompts))]
@@ -122,6 +127,8 @@ def _add_generation(app: FastAPI, front: _Front) -> None:
         """Continue one or several prompts."""
         timing = front.admit(body)
         prompts = body.prompts
+        if any(isinstance(prompt, str) for prompt in prompts):
+            front.check_text("give the prompt as a list of token ids", "prompt")
         if len(prompts) > 1:
             # All of them before any is begun: one that is too long refuses the request with its status.
             encode_all = partial(_encode_all, front.runtime, prompts)
@@ -132,6 +139,7 @@ def _add_generation(app: FastAPI, front: _Front) -> None:
     async def chat_completions(body: ChatRequest) -> Response:
         """Answer a conversation, through the model's chat template."""
         timing = front.admit(body)
+        front.check_text("use /v1/completions, with a list of token ids as the prompt", "messages")
         # In a thread: a template is a program, and its text may be long.
         prompt = await front.runtime.prepare(partial(_chat_prompt, front.runtime, body))
         return front.answer(body, [prompt], ChatFormat, timing)

@@ -169,7 +169,12 @@ class GenerationRequest(_Body):
             )
         return self
 
-    def _sampling(self, max_tokens: int | None) -> SamplingParams:
+    def _sampling(self, max_tokens: int | None, detokenize: bool) -> SamplingParams:
+        if self.stop and not detokenize:
+            raise InvalidRequest(
+                "stop strings are for text, and this model has no tokenizer: use stop_token_ids",
+                parameter="stop",
+            )
         return SamplingParams(
             max_tokens=max_tokens,
             temperature=self.temperature,
@@ -180,6 +185,7 @@ class GenerationRequest(_Body):
             stop=self.stop or (),
             stop_token_ids=self.stop_token_ids or (),
             ignore_eos=bool(self.ignore_eos),
+            detokenize=detokenize,
         )
 
 
@@ -219,9 +225,9 @@ class CompletionRequest(GenerationRequest):
         prompts: list[Prompt] = self.prompt
         return prompts
 
-    def sampling(self) -> SamplingParams:
-        """Raises InvalidRequest for a value out of range."""
-        return self._sampling(self.max_tokens)
+    def sampling(self, detokenize: bool = True) -> SamplingParams:
+        """Raises InvalidRequest for a value out of range. False: the model has no tokenizer."""
+        return self._sampling(self.max_tokens, detokenize)
 
 
 class TextPart(BaseModel):
@@ -278,12 +284,12 @@ class ChatRequest(GenerationRequest):
             )
         return self
 
-    def sampling(self) -> SamplingParams:
-        """Raises InvalidRequest for a value out of range."""
+    def sampling(self, detokenize: bool = True) -> SamplingParams:
+        """As that of `CompletionRequest`."""
         if self.max_completion_tokens is None:
-            return self._sampling(self.max_tokens)
+            return self._sampling(self.max_tokens, detokenize)
         try:
-            return self._sampling(self.max_completion_tokens)
+            return self._sampling(self.max_completion_tokens, detokenize)
         except InvalidRequest as error:
             if error.parameter != "max_tokens":
                 raise
