@@ -82,20 +82,23 @@ def run(options: argparse.Namespace) -> int:
     where = machine(options.commit)
     print(json.dumps(where), file=sys.stderr, flush=True)
     rows: list[dict[str, Any]] = []
-    alone = shapes
-    if options.together:
-        alone = [shape for shape in shapes if shape[1] > 1]
-        rows += together([model for model, ranks in shapes if ranks == 1], options, num_gpus)
-    for model, ranks in alone:
-        batches = options.batch or list(PEER.get((model, ranks), {1: ()}))
-        graphs: dict[int, list[tuple[float, float]]] = {}
-        for lookahead in options.lookahead:
-            overlap = lookahead > 0
-            case = Case(model, ranks, lookahead, batches, trace_steps=TRACE_STEPS[overlap], admit=overlap,
-                        replays=lookahead == options.lookahead[0])  # fmt: skip
-            rows += measure(case, graphs)
+    try:
+        alone = shapes
+        if options.together:
+            alone = [shape for shape in shapes if shape[1] > 1]
+            rows += together([model for model, ranks in shapes if ranks == 1], options, num_gpus)
             write(options, where, rows)
-    print_tables(rows)
+        for model, ranks in alone:
+            batches = options.batch or list(PEER.get((model, ranks), {1: ()}))
+            graphs: dict[int, list[tuple[float, float]]] = {}
+            for lookahead in options.lookahead:
+                overlap = lookahead > 0
+                case = Case(model, ranks, lookahead, batches, trace_steps=TRACE_STEPS[overlap], admit=overlap,
+                            replays=lookahead == options.lookahead[0])  # fmt: skip
+                rows += measure(case, graphs)
+                write(options, where, rows)
+    finally:  # what was measured is told, whatever comes to an end too early
+        print_tables(rows)
     return 0
 
 
@@ -116,9 +119,11 @@ def together(models: Sequence[str], options: argparse.Namespace, num_gpus: int) 
                 output = subprocess.DEVNULL  # its tables; what it measures it says on stderr too
                 processes.append(subprocess.Popen(command, env=environment, stdout=output))
             for process in processes:
-                if process.wait():
-                    raise SystemExit(f"{' '.join(map(str, process.args))}: status {process.returncode}")
+                if process.wait():  # it has told why; the others' figures are as good
+                    print(f"{process.args}: status {process.returncode}", file=sys.stderr, flush=True)
         for model in models:
+            if not Path(f"{folder}/{model}.steps").exists():
+                continue
             measured = json.loads(Path(f"{folder}/{model}.rows").read_text())["rows"]
             steps = json.loads(Path(f"{folder}/{model}.steps").read_text())["rows"]
             drawn = {(row["lookahead"], row["batch"]): {"steps": row["steps"]} for row in steps}

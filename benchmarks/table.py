@@ -84,14 +84,16 @@ def run(options: argparse.Namespace) -> int:
     where = machine(options.commit)
     print(json.dumps(where), file=sys.stderr, flush=True)
     rows: list[dict[str, Any]] = []
-    for load in (load for load in LOADS if load.model in options.models):
-        graphs: dict[int, list[tuple[float, float]]] = {}
-        for lookahead in options.lookahead:
-            case = case_of(load, lookahead, options, replays=lookahead == options.lookahead[0])
-            output = options.output_len or load.num_output
-            rows += [row | {"whole_output": output} for row in measure(case, graphs)]
-            write(options, where, rows)
-    print_table(rows)
+    try:
+        for load in (load for load in LOADS if load.model in options.models):
+            graphs: dict[int, list[tuple[float, float]]] = {}
+            for lookahead in options.lookahead:
+                case = case_of(load, lookahead, options, replays=lookahead == options.lookahead[0])
+                output = options.output_len or load.num_output
+                rows += [row | {"whole_output": output} for row in measure(case, graphs)]
+                write(options, where, rows)
+    finally:  # what was measured is told, whatever comes to an end too early
+        print_table(rows)
     return 0
 
 

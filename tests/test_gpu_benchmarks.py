@@ -338,21 +338,24 @@ def test_shapes_of_one_gpu_are_measured_at_a_time(monkeypatch: pytest.MonkeyPatc
         def __init__(self, command: list[str], env: dict[str, str], stdout: int) -> None:
             self.args = command
             options = dict(pairwise(command))
+            self.returncode = int(options["--shapes"] == "b:1")
             started.append((options["--shapes"], env["CUDA_VISIBLE_DEVICES"]))
             assert options["--batch"] == "16"
+            if self.returncode:
+                return
             row = {"model": options["--shapes"], "lookahead": 2, "batch": 16}
             Path(options["--json"]).write_text(json.dumps({"rows": [row, row | {"lookahead": 0}]}))
             Path(options["--timeline"]).write_text(json.dumps({"rows": [row | {"steps": [1]}]}))
 
         def wait(self) -> int:
-            return 0
+            return self.returncode
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
     monkeypatch.setattr(gpu.subprocess, "Popen", Child)
     options = argparse.Namespace(lookahead=[2, 0], batch=[16])
     rows = gpu.together(["a", "b", "c"], options, 2)
     assert started == [("a:1", "2"), ("b:1", "3"), ("c:1", "2")]
-    assert [row["model"] for row in rows] == ["a:1", "a:1", "b:1", "b:1", "c:1", "c:1"]
+    assert [row["model"] for row in rows] == ["a:1", "a:1", "c:1", "c:1"], "one that fails spoils no other"
     assert [row["timeline"] for row in rows[:2]] == [{"steps": [1]}, None]
 
 
