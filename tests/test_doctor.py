@@ -166,7 +166,9 @@ def test_a_machine_with_gpus(gpu_machine: FakeNvml) -> None:
 def test_too_few_gpus(gpu_machine: FakeNvml, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,9")
     (check,) = checks(examine(tensor_parallel_size=4, device="cuda"), "GPUs")
-    assert (check.state, check.remedy) == ("missing", "use -tp 2, or --device cpu")
+    assert (check.state, check.remedy) == (
+        "missing", "correct CUDA_VISIBLE_DEVICES, or use -tp 2, or --device cpu",
+    )  # fmt: skip
     assert "2 of 4: CUDA_VISIBLE_DEVICES=0,1,9: '9' is no GPU of the 4 here" in check.found
     report = examine(tensor_parallel_size=4)
     assert (report["device"], report["would_start"]) == ("cpu", True), "what serving would do"
@@ -174,6 +176,15 @@ def test_too_few_gpus(gpu_machine: FakeNvml, monkeypatch: pytest.MonkeyPatch) ->
     assert (check.state, check.found[:32]) == ("warning", "2 found, but not used: tensor_pa")
     (check,) = checks(examine(tensor_parallel_size=2), "GPUs")
     assert (check.state, check.remedy) == ("warning", "correct CUDA_VISIBLE_DEVICES")
+
+
+def test_gpus_that_are_all_hidden(gpu_machine: FakeNvml, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    report = examine(tensor_parallel_size=2)
+    assert (report["device"], report["would_start"]) == ("cpu", True)
+    (check,) = checks(report, "GPUs")
+    assert check == Check("GPUs", "warning", "none can be used: CUDA_VISIBLE_DEVICES=-1 hides all GPUs", None)
+    assert not checks(examine(device="cpu"), "GPUs")
 
 
 def test_what_is_wrong_with_a_gpu(gpu_machine: FakeNvml) -> None:

@@ -75,18 +75,23 @@ def test_what_is_ready_is_told_with_where_the_time_went() -> None:
         config=RuntimeConfig(tensor_parallel_size=2),
         start_times=times,
         served_name="model",
+        device="cpu",
+        dtype="float32",
         has_tokenizer=True,
         tokenizer=SimpleNamespace(has_chat_template=True),
     )
     text = terminal.ready_text(runtime, "0.0.0.0", 81, None, False)
-    assert text.startswith("\ntpworker is ready: model on 2 TP ranks, http://127.0.0.1:81\n")
+    assert text.startswith(
+        "\ntpworker is ready: model on 2 TP ranks on the CPU, float32, http://127.0.0.1:81\n"
+    )
     assert (
         "\n  weights loaded    2.00    2.25  (4.0 GB, 2.0 GB/s)\n\n  curl http://127.0.0.1:81/v1/chat" in text
     )
     runtime.start_times = None
     assert "Start" not in terminal.ready_text(runtime, "0.0.0.0", 81, None, False)
-    runtime.has_tokenizer = False
+    runtime.has_tokenizer, runtime.device, runtime.dtype = False, "cuda", "bfloat16"
     text = terminal.ready_text(runtime, "0.0.0.0", 81, None, False)
     assert "It has no tokenizer: prompts are token ids" in text
     assert "/v1/completions" in text
     assert '{"prompt": [1, 2, 3], "max_tokens": 8}' in text
+    assert "model on 2 TP ranks on GPUs, bfloat16, http" in text

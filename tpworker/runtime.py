@@ -97,6 +97,7 @@ class Runtime:
         self._found: FoundModel | None = None
         self._tokenizer: Tokenizer | None = None
         self._max_model_len = 0
+        self._device = self._dtype = ""
         self._limits: Limits | None = None
         self._total_blocks = 0
         self._generation: Generation | None = None
@@ -159,12 +160,14 @@ class Runtime:
                 f"there is no tokenizer in {found.folder}, and text needs one: fetch tokenizer.json"
             )
         self._max_model_len = resolve_max_model_len(self.config, found.spec)
+        rank = rank_settings(self.config, found.spec, "cuda" if gpus else "cpu", self._max_model_len)
+        self._device, self._dtype = rank.device, rank.dtype
         group = Group(
             generation=0,
             num_ranks=self.config.tensor_parallel_size,
             model=str(found.folder),
             scheduler=scheduler_settings(self.config, self._max_model_len),
-            rank=rank_settings(self.config, found.spec, "cuda" if gpus else "cpu", self._max_model_len),
+            rank=rank,
             rank_cpus=near_cpus(gpus),
             **self._modules,
         )
@@ -449,6 +452,16 @@ class Runtime:
     def gpus(self) -> tuple[GpuState, ...]:
         """How the ranks' GPUs do, at most a second old; none on the CPU, and before the start."""
         return () if self._gpu_watch is None else self._gpu_watch.states()
+
+    @property
+    def device(self) -> str:
+        """What the ranks run on: 'cpu' or 'cuda'; '' before the start."""
+        return self._device
+
+    @property
+    def dtype(self) -> str:
+        """Of weights, activations and KV cache, e.g. 'bfloat16'; '' before the start."""
+        return self._dtype
 
     @property
     def has_tokenizer(self) -> bool:

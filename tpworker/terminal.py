@@ -81,6 +81,8 @@ def ready_text(runtime: Runtime, host: str, port: int, name: str | None, has_key
     url = f"http://{_reachable(host)}:{port}"
     num_ranks = runtime.config.tensor_parallel_size
     ranks = "1 TP rank" if num_ranks == 1 else f"{num_ranks} TP ranks"
+    place = "the CPU" if runtime.device == "cpu" else "a GPU" if num_ranks == 1 else "GPUs"
+    served = f"{name or runtime.served_name} on {ranks} on {place}, {runtime.dtype}"
     path, body = _example(runtime)
     key = " -H 'Authorization: Bearer '\"$API_KEY\"" if has_key else ""
     times = runtime.start_times
@@ -89,7 +91,7 @@ def ready_text(runtime: Runtime, host: str, port: int, name: str | None, has_key
         "" if runtime.has_tokenizer else "It has no tokenizer: prompts are token ids, texts are empty.\n\n"
     )
     return (
-        f"\ntpworker is ready: {name or runtime.served_name} on {ranks}, {url}\n\n"
+        f"\ntpworker is ready: {served}, {url}\n\n"
         f"{start}{ids_only}"
         f"  curl {url}{path} -H 'Content-Type: application/json'{key} \\\n"
         f"    -d {shlex.quote(body)}\n\n"

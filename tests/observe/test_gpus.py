@@ -51,10 +51,35 @@ def test_auto_takes_a_gpu_for_each_rank(
 def test_cuda_is_refused_where_it_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpus_module, "find_gpus", lambda: fake_gpus(2, "the third one is hidden"))
     monkeypatch.setattr(gpus_module, "torch_cuda", lambda: None)
-    with pytest.raises(ConfigError, match=r"size=4 .* has 2 \(the third one is hidden\): use a smaller"):
+    with pytest.raises(ConfigError, match=r"size=4 .* has 2 \(the third one is hidden\): use -tp 2, or"):
         gpus_module.resolve_gpus(RuntimeConfig(device="cuda", tensor_parallel_size=4))
     with pytest.raises(ConfigError, match="its CPU build: install one for CUDA, or use --device cpu"):
         gpus_module.resolve_gpus(RuntimeConfig(device="cuda", tensor_parallel_size=2))
+
+
+@pytest.mark.parametrize("visible", ["rubbish", "-1", "MIG-1"])
+def test_gpus_that_are_all_hidden_are_told_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, visible: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", FakeNvml(["GPU-1"]))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert gpus_module.resolve_gpus(RuntimeConfig()) == ()
+    assert f"no GPU can be used, so serving on the CPU: CUDA_VISIBLE_DEVICES={visible}" in caplog.text
+    with pytest.raises(ConfigError, match=r"correct CUDA_VISIBLE_DEVICES, or use --device cpu$"):
+        gpus_module.resolve_gpus(RuntimeConfig(device="cuda"))
+
+
+def test_a_driver_that_does_not_answer_is_told_of_and_none_at_all_is_not(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    library = FakeNvml(driver=False)
+    monkeypatch.setitem(sys.modules, "pynvml", library)
+    monkeypatch.setattr(library.NVMLError, "value", 12, raising=False)  # NVML_ERROR_LIBRARY_NOT_FOUND
+    assert gpus_module.resolve_gpus(RuntimeConfig()) == ()
+    assert not caplog.text
+    monkeypatch.setattr(library.NVMLError, "value", 9)
+    gpus_module.resolve_gpus(RuntimeConfig())
+    assert "so serving on the CPU: the NVIDIA driver does not answer (Driver Not Loaded)" in caplog.text
 
 
 def test_gpus_are_counted_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:

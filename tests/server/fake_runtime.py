@@ -84,6 +84,8 @@ class FakeRuntime:
     start_error: Exception | None = None
     start_gate: asyncio.Event | None = None
     served_name: str = "fake-model"
+    device: str = "cpu"
+    dtype: str = "float32"
     the_tokenizer: Tokenizer | None = field(default_factory=byte_tokenizer)
     gpu_states: tuple[GpuState, ...] = ()
     requests: list[tuple[str, SamplingParams, str | None]] = field(default_factory=list)

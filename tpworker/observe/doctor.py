@@ -52,6 +52,8 @@ def examine(config: RuntimeConfig) -> dict[str, Any]:
             checks += check_gpus(nvml, found, num_ranks)
         elif found.gpus and obstacle is not None and config.device == "auto":
             checks.append(warning("GPUs", f"{len(found.gpus)} found, but not used: {obstacle}", None))
+        elif not found.gpus and found.problem and found.has_library and config.device == "auto":
+            checks.append(warning("GPUs", f"none can be used: {found.problem}", None))
         if config.model is not None:
             checks += _check_model(config, device, found.gpus[:num_ranks])
         pairs = [] if nvml is None else list(links(nvml, found.gpus[:num_ranks]))

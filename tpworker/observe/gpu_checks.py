@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from tpworker.observe.affinity import ranges
 from tpworker.observe.check import Check, missing, ok, warning
+from tpworker.observe.gpus import remedy
 from tpworker.observe.libraries import check_cuda_versions, check_flash_attention, torch_cuda
 from tpworker.observe.nvml import Found, Gpu, Nvml, links
 
@@ -26,8 +27,7 @@ def check_gpus(nvml: Nvml | None, found: Found, num_ranks: int) -> Iterator[Chec
     group = found.gpus[:num_ranks]
     if len(group) < num_ranks:
         why = f": {found.problem}" if found.problem else ""
-        remedy = "use --device cpu" if not found.gpus else f"use -tp {len(found.gpus)}, or --device cpu"
-        yield missing("GPUs", f"{len(found.gpus)} of {num_ranks}{why}", remedy)
+        yield missing("GPUs", f"{len(found.gpus)} of {num_ranks}{why}", remedy(found))
     yield check_cuda_versions(torch_cuda(), nvml.cuda_version if nvml is not None else None)
     yield check_flash_attention(group[0].capability if group else None)
     if nvml is None:

@@ -28,6 +28,8 @@ def resolve_gpus(config: RuntimeConfig) -> tuple[Gpu, ...]:
         raise ConfigError(reason)
     if found.gpus:
         logger.warning("%d GPUs found, but serving on the CPU: %s", len(found.gpus), reason)
+    elif found.problem and found.has_library:
+        logger.warning("no GPU can be used, so serving on the CPU: %s", found.problem)
     return ()
 
 
@@ -37,12 +39,20 @@ def cuda_obstacle(num_ranks: int, found: Found) -> str | None:
     if num_ranks > num_gpus:
         why = f" ({found.problem})" if found.problem else ""
         return (
-            f"tensor_parallel_size={num_ranks} needs as many GPUs, and this machine has {num_gpus}{why}: use "
-            "a smaller --tensor-parallel-size, or --device cpu"
+            f"tensor_parallel_size={num_ranks} needs as many GPUs, and this machine has {num_gpus}{why}: "
+            f"{remedy(found)}"
         )
     if torch_cuda() is None:
         return "the torch that is installed is its CPU build: install one for CUDA, or use --device cpu"
     return None
+
+
+def remedy(found: Found) -> str:
+    """What to do where there are fewer GPUs than ranks."""
+    is_hidden = found.problem is not None and found.problem.startswith("CUDA_VISIBLE_DEVICES=")
+    correct = "correct CUDA_VISIBLE_DEVICES, or " if is_hidden else ""
+    fewer = f"-tp {len(found.gpus)}, or " if found.gpus else ""
+    return f"{correct}use {fewer}--device cpu"
 
 
 def count_gpus() -> int:

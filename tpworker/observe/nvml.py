@@ -26,6 +26,7 @@ _TEMPERATURE_GPU = 0
 _CORRECTED, _UNCORRECTED = 0, 1
 _SINCE_DRIVER_LOAD = 0
 _ON = 1
+_LIBRARY_NOT_FOUND = 12
 _XID_EVENT = 0x8
 _MOST_NVLINKS = 18
 _WORD = 64  # bits of one element of a CPU or node set
@@ -103,10 +104,16 @@ class Found:
     gpus: tuple[Gpu, ...] = ()
     problem: str | None = None
     """Why there are fewer than one might think."""
+    has_library: bool = True
+    """Whether there is a library of the driver's to ask; a machine without NVIDIA GPUs has none."""
 
 
 class NvmlUnavailable(Exception):
     """There is nothing to ask; says why."""
+
+    def __init__(self, message: str, has_library: bool = True) -> None:
+        super().__init__(message)
+        self.has_library = has_library
 
 
 class Nvml:
@@ -124,7 +131,8 @@ class Nvml:
         try:
             library.nvmlInit()
         except Exception as error:
-            raise NvmlUnavailable(f"the NVIDIA driver does not answer ({error})") from error
+            has_library = getattr(error, "value", None) != _LIBRARY_NOT_FOUND
+            raise NvmlUnavailable(f"the NVIDIA driver does not answer ({error})", has_library) from error
 
     @classmethod
     def connect(cls) -> Nvml:
@@ -317,7 +325,7 @@ def find_gpus(nvml: Nvml | None = None, environment: Mapping[str, str] | None = 
             with Nvml.connect() as nvml:
                 return find_gpus(nvml, environment)
         except NvmlUnavailable as error:
-            return Found(problem=str(error))
+            return Found(problem=str(error), has_library=error.has_library)
     environment = os.environ if environment is None else environment
     uuids = list(nvml.handles)
     if not uuids:
