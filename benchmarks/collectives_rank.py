@@ -21,11 +21,10 @@ from benchmarks.barrier_rank import phase
 from benchmarks.collectives import Job
 from tpworker.ipc.barrier import Barrier
 from tpworker.model import kernels, pdl, triton_kernels
-from tpworker.model.deferred import Product
 from tpworker.model.families import read_spec
 from tpworker.model.linear import Linear
 from tpworker.model.tp import Shard, argmax_ranks, embed
-from tpworker.rank import cuda_collectives, symmetric_kernels
+from tpworker.rank import symmetric_kernels
 from tpworker.rank.cuda_collectives import NcclCollectives, SymmetricCollectives
 
 TIMEOUT = 60.0
@@ -140,13 +139,9 @@ class Bench:
         weight = torch.ones(PRODUCT, dtype=torch.bfloat16, device=self.device)
         turn = cycle(linears)
         ranks = {"fused": self.ranks, "NCCL + norm": _Plain(self.ranks)}
-        if rows == 1:
-            ranks = {"sent by the product": self.ranks, **ranks}
 
         def layer(how: str) -> None:
-            part = Product(next(turn), own)
-            cuda_collectives.SEND_PRODUCTS = how == "sent by the product"
-            kernels.reduce_add_norm(x, part, weight, EPS, ranks[how])
+            kernels.reduce_add_norm(x, next(turn)(own), weight, EPS, ranks[how])
 
         works: dict[str, Callable[[], Any]] = {how: partial(layer, how) for how in ranks}
         works["fused, no early start"] = _plainly(works["fused"])

@@ -9,17 +9,14 @@ import json
 import random
 import sys
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-from tpworker.model import kernels, pdl, skinny_kernel, triton_kernels
-from tpworker.model.skinny_kernel import OneRow
+from tpworker.model import kernels, pdl, triton_kernels
 from tpworker.model.tp import argmax_ranks
-from tpworker.rank import sent_kernels, symmetric_kernels
+from tpworker.rank import symmetric_kernels
 from tpworker.rank.cuda_collectives import NcclCollectives, SymmetricCollectives
 
 EPS = 1e-6
@@ -196,70 +193,6 @@ def replays(ranks: SymmetricCollectives, count: int = 3000, kinds: int = 16) -> 
     return {"steps": int(step), "wrong": int(wrong)}
 
 
-def products(ranks: SymmetricCollectives) -> dict[str, Any]:
-    """Products that send their results, against products that are added up afterwards.
-
-    Four of them in a graph, replayed while the ranks dawdle.
-    """
-    found: dict[str, Any] = {"wrong": 0, "not alike": 0}
-    for size_in, size_out, outputs in ((6144, 4096, 2), (640, 2560, 4), (72, 136, 2)):
-        rule = OneRow(outputs=outputs, step=min(2048, triton.next_power_of_2(size_in)))
-        linears = torch.randn(ranks.size, size_out, size_in, device=ranks.device).to(torch.bfloat16) / 32
-        sources = torch.randn(ranks.size, 4, 1, size_in, device=ranks.device).to(torch.bfloat16)
-        weight = torch.randn(size_out, device=ranks.device).to(torch.bfloat16)
-        linear, mine = linears[ranks.rank].contiguous(), sources[ranks.rank].contiguous()
-        start = torch.randn(1, size_out, device=ranks.device).to(torch.bfloat16)
-        total = start.clone()
-        for source in mine:
-            part = skinny_kernel.multiply(source, linear, None, rule)
-            reference = symmetric_kernels.reduce_add_norm(total, part, weight, EPS, ranks.inboxes, False)
-        steps = partial(sent_steps, ranks, start.clone(), start, mine, linear, weight, rule)
-        wrong = repeat(ranks, steps, total, reference)
-        found["wrong"] += int(wrong)
-        found["not alike"] += not all(alike(ranks, result) for result in steps())
-    return found
-
-
-def sent_steps(
-    ranks: SymmetricCollectives,
-    x: Tensor,
-    start: Tensor,
-    sources: Tensor,
-    linear: Tensor,
-    weight: Tensor,
-    rule: OneRow,
-) -> tuple[Tensor, Tensor]:
-    """The residual stream, and its norm, after all products."""
-    x.copy_(start)
-    normed = x
-    for source in sources:
-        normed = sent_kernels.multiply_add_norm(x, source, linear, None, weight, EPS, rule, ranks.inboxes)
-    return x, normed
-
-
-def repeat(
-    ranks: SymmetricCollectives, work: Callable[[], tuple[Tensor, Tensor]], total: Tensor, reference: Tensor
-) -> Tensor:
-    """How many elements of the residual stream and its norm were wrong in some hundred replays."""
-    wrong = torch.zeros(1, dtype=torch.int64, device=ranks.device)
-
-    def compare() -> None:
-        x, normed = work()
-        wrong.add_((x != total).sum())
-        # A norm may add up in another order.
-        wrong.add_((~torch.isclose(normed, reference, rtol=1e-2, atol=1e-3)).sum())
-
-    stream, delays = torch.cuda.Stream(), random.Random(100 + ranks.rank)
-    with torch.cuda.stream(stream):
-        graph = capture(compare, stream)
-        for _ in range(400):
-            if delays.random() < 0.3:
-                torch.cuda._sleep(int(10 ** delays.uniform(2, 5.5)))
-            graph.replay()
-        stream.synchronize()
-    return wrong
-
-
 def capture(work: Callable[[], None], stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
     """After one time outside."""
     work()
@@ -271,7 +204,6 @@ def capture(work: Callable[[], None], stream: torch.cuda.Stream) -> torch.cuda.C
 
 
 CHECKS = {
-    "products": products,
     "sums": sums,
     "nothing": nothing,
     "lookups": lookups,

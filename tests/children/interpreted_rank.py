@@ -14,9 +14,7 @@ import time
 import torch
 from torch import Tensor
 
-from tpworker.model import skinny_kernel
-from tpworker.model.skinny_kernel import OneRow
-from tpworker.rank import sent_kernels, symmetric_kernels
+from tpworker.rank import symmetric_kernels
 from tpworker.rank.symmetric_kernels import Inboxes
 
 EPS = 1e-6
@@ -52,14 +50,6 @@ def is_right(inboxes: Inboxes, draw: random.Random, make: torch.Generator) -> bo
         rows += symmetric_kernels.rows_of(size)  # takes two launches
     parts = torch.randn(size, rows, columns, generator=make).half()  # bfloat16 would be truncated
     parts[parts.abs() < 0.1] *= 0.0  # zeros of both signs; -0.0 is what marks an empty entry
-    linears = torch.randn(size, columns, 40, generator=make).half() / 8
-    source = torch.randn(size, 1, 40, generator=make).half()
-    is_sent = kind > 0.85  # by a product of one row, some columns at a time
-    rule = OneRow(outputs=16, step=32)
-    if is_sent:
-        rows = 1
-        products = [skinny_kernel.multiply(a, w, None, rule) for a, w in zip(source, linears, strict=True)]
-        parts = torch.stack(products)
     total = torch.zeros(rows, columns)
     for part in parts:
         total += part.float()
@@ -69,11 +59,7 @@ def is_right(inboxes: Inboxes, draw: random.Random, make: torch.Generator) -> bo
     x = torch.randn(rows, columns, generator=make).half()
     weight = torch.randn(columns, generator=make).half()
     expected = (x.float() + total.float()).half()
-    if is_sent:
-        mine = source[rank], linears[rank], None
-        normed = sent_kernels.multiply_add_norm(x, *mine, weight, EPS, rule, inboxes)
-    else:
-        normed = symmetric_kernels.reduce_add_norm(x, parts[rank], weight, EPS, inboxes, two_shot)
+    normed = symmetric_kernels.reduce_add_norm(x, parts[rank], weight, EPS, inboxes, two_shot)
     reference = torch.nn.functional.rms_norm(expected.float(), (columns,), weight.float(), EPS)
     return torch.equal(x, expected) and torch.allclose(normed.float(), reference, rtol=2e-3, atol=2e-3)
 

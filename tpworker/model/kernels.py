@@ -71,9 +71,6 @@ def reduce_add_norm(
     if isinstance(part, Product):
         if collectives.size == 1 and (normed := part.add_to(x, weight, eps)) is not None:
             return normed
-        sent = collectives.multiply_add_norm(x, part, weight, eps)
-        if sent is not None:
-            return sent
         part = part.tensor()
     fused = collectives.reduce_add_norm(x, part, weight, eps)
     return add_norm(x, collectives.all_reduce(part), weight, eps) if fused is None else fused

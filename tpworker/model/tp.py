@@ -24,7 +24,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from tpworker.model.deferred import Product
 from tpworker.model.families import ModelSpec
 
 ALIGNMENT = 8  # local MLP width and vocabulary, in elements: 16 bytes of bfloat16, as fast GEMM kernels need
@@ -49,10 +48,6 @@ class Collectives(Protocol):
 
     def reduce_add_norm(self, x: Tensor, part: Tensor, weight: Tensor, eps: float) -> Tensor | None:
         """`tpworker.model.kernels.reduce_add_norm`, in one kernel."""
-        return None
-
-    def multiply_add_norm(self, x: Tensor, part: Product, weight: Tensor, eps: float) -> Tensor | None:
-        """The same of a part that is not computed yet."""
         return None
 
     def look_up(self, token_ids: Tensor, table: Tensor, vocab_start: int) -> Tensor | None:

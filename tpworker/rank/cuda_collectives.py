@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from tpworker.model.deferred import Product
 from tpworker.model.tp import Collectives
 from tpworker.rank.collectives import SoleRank
 
@@ -37,10 +36,6 @@ TWO_SHOT_BYTES = {2: 16 << 20, 4: 8 << 20, 8: 8 << 20}
 """The largest one whose rows are added up by one rank each; what is larger goes through NCCL.
 
 (Four H200, NCCL alone: 34 µs for 256 rows of 4096, 101 for 2048.)"""
-
-
-SEND_PRODUCTS = False
-"""Products of one row send their results themselves (sent_kernels.py)."""
 
 
 class NcclCollectives(Collectives):
@@ -120,20 +115,6 @@ class SymmetricCollectives(NcclCollectives):
         if not shots:
             return None
         return self._kernels.reduce_add_norm(x, part, weight, eps, self.inboxes, two_shot=shots == 2)
-
-    def multiply_add_norm(self, x: Tensor, part: Product, weight: Tensor, eps: float) -> Tensor | None:
-        if not SEND_PRODUCTS or len(x) != 1 or self._shots(1, x) != 1:
-            return None
-        from tpworker.model import skinny_kernel
-        from tpworker.rank import sent_kernels
-
-        linear = part.linear
-        rule = skinny_kernel.choose(1, linear.weight, False)
-        if not isinstance(rule, skinny_kernel.OneRow):
-            return None
-        return sent_kernels.multiply_add_norm(
-            x, part.x, linear.weight, linear.bias, weight, eps, rule, self.inboxes
-        )
 
     def look_up(self, token_ids: Tensor, table: Tensor, vocab_start: int) -> Tensor | None:
         shots = self._shots(len(token_ids), table)
