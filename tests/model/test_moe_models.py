@@ -302,6 +302,8 @@ def _with_tensors(model: Reference, folder: Path, extra: dict[str, Tensor], **co
 
 GLM_MTP = {
     "model.layers.3.eh_proj.weight": torch.zeros(72, 144),
+    "model.layers.3.enorm.weight": torch.zeros(72),
+    "model.layers.3.hnorm.weight": torch.zeros(72),
     "model.layers.3.mlp.experts.0.up_proj.weight": torch.zeros(40, 72),
     "model.layers.3.shared_head.norm.weight": torch.zeros(72),
 }
@@ -335,6 +337,7 @@ def test_layers_for_multi_token_prediction_are_named_and_left_out(
     [
         ({"num_nextn_predict_layers": 0}, "model.layers.3.eh_proj.weight"),
         ({}, "model.layers.4.eh_proj.weight"),
+        ({}, "model.layers.3.mlp.experts.0.up_proj.weight"),  # a layer of the model, beyond num_hidden_layers
         ({}, "model.layers.1.mlp.experts.8.up_proj.weight"),
     ],
 )

@@ -28,6 +28,7 @@ from tpworker.model.moe import Moe
 from tpworker.model.tp import Shard, Split
 from tpworker.model.weights import (
     DecoderWeights,
+    check_weights,
     dummy_weights,
     load_weights,
     shard_bytes,
@@ -322,6 +323,40 @@ def test_tensors_that_do_not_fit_the_config_are_named(
     with pytest.raises(ModelError, match=message) as caught:
         load(folder, 1, 2)
     assert str(folder) in str(caught.value)
+
+
+def test_nothing_is_read_before_all_was_looked_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_model(tmp_path, GLM)
+    router = "model.layers.1.mlp.gate.weight"
+    change(tmp_path, replaced(router, torch.zeros(5, 32)))
+    monkeypatch.setattr(Checkpoint, "read_into", lambda *_: pytest.fail("read"))
+    for look in (load, lambda folder: check_weights(folder, read_spec(folder))):
+        with pytest.raises(ModelError, match=rf"{router} has shape \[5, 32\].* asks for \[4, 32\]"):
+            look(tmp_path)
+
+
+def test_what_has_no_room_is_not_begun(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Checkpoint, "read_into", lambda *_: pytest.fail("read"))
+    spec = read_spec(folder)
+    shard = Shard.of(spec, 1, 2)
+    asked: list[int] = []
+
+    def admit(total: int) -> None:
+        asked.append(total)
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        load_weights(folder, spec, shard, torch.float32, CPU, admit=admit)
+    with pytest.raises(MemoryError):
+        dummy_weights(spec, shard, torch.float32, CPU, admit=admit)
+    assert asked == [shard_bytes(spec, shard, torch.float32)] * 2
+
+
+def test_progress_of_dummies(folder: Path) -> None:
+    spec, seen = read_spec(folder), list[int]()
+    dummy_weights(spec, Shard.of(spec, 0, 1), torch.float32, CPU, progress=lambda done, _: seen.append(done))
+    assert seen == sorted(seen)
+    assert 0 < seen[0] < seen[-1] == shard_bytes(spec, Shard.of(spec, 0, 1), torch.float32)
 
 
 def test_old_rotary_frequencies_are_ignored(folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import threading
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 class Checkpoint:
-    """The safetensors files of a folder, opened as they are needed; knows what was read and what was not.
+    """The safetensors files of a folder, opened as they are needed; knows what was looked up and what not.
 
     Several threads may read at once: a slice is a view of the mapped file, and copying it releases the GIL.
     """
@@ -30,7 +31,7 @@ class Checkpoint:
         self.folder = folder
         self._open: dict[str, Any] = {}
         self._opening = threading.Lock()
-        self._read: set[str] = set()
+        self._used: set[str] = set()
         self._file_of = self._locate()
 
     def _locate(self) -> dict[str, str]:
@@ -66,8 +67,13 @@ class Checkpoint:
                     raise ModelError(_what_is_wrong(path, str(error))) from error
             return self._open[name]
 
-    def read_into(self, out: Tensor, name: str, dim: int, split: Split) -> None:
-        """Read the runs of `split` along `dim` into `out` [.., split.local at dim, ..], casting to its dtype.
+    @property
+    def names(self) -> Collection[str]:
+        """Of all tensors."""
+        return self._file_of.keys()
+
+    def look_up(self, out: Tensor, name: str, dim: int, split: Split) -> Any:
+        """The tensor that `read_into` would read with the same arguments; nothing of it is read.
 
         Raises:
             ModelError: the tensor is missing, of another shape or not of a float type.
@@ -93,20 +99,29 @@ class Checkpoint:
                 f"{path}: tensor {name} is of type {tensor.get_dtype()}, expected one of "
                 f"{', '.join(_FLOATS)}; quantised checkpoints are not supported"
             )
-        self._read.add(name)
+        self._used.add(name)
+        return tensor
+
+    def read_into(self, out: Tensor, name: str, dim: int, split: Split) -> None:
+        """Read the runs of `split` along `dim` into `out` [.., split.local at dim, ..], casting to its dtype.
+
+        Raises:
+            ModelError: as `look_up`.
+        """
+        tensor = self.look_up(out, name, dim, split)
         for run in split.runs:
             cut = slice(run.source, run.source + run.length)
             out.narrow(dim, run.target, run.length).copy_(tensor[cut] if dim == 0 else tensor[:, cut])
 
-    def unread(self, patterns: tuple[str, ...]) -> list[str]:
-        """Tensors that nobody read, and whose names match one of these regular expressions."""
-        unread = sorted(self._file_of.keys() - self._read)
-        return [name for name in unread if any(re.fullmatch(pattern, name) for pattern in patterns)]
+    def unused(self, patterns: tuple[str, ...]) -> list[str]:
+        """Tensors that nobody looked up, and whose names match one of these regular expressions."""
+        unused = sorted(self._file_of.keys() - self._used)
+        return [name for name in unused if any(re.fullmatch(pattern, name) for pattern in patterns)]
 
-    def refuse_unread(self, ignored: tuple[str, ...], architecture: str) -> None:
-        """Raise ModelError if there are tensors that nobody read: this is not the model they are for."""
-        known = set(self.unread(ignored))
-        unknown = [name for name in self.unread((".*",)) if name not in known]
+    def refuse_unused(self, ignored: tuple[str, ...], architecture: str) -> None:
+        """Raise ModelError if there are tensors that nobody looked up: this is not the model they are for."""
+        known = set(self.unused(ignored))
+        unknown = [name for name in self.unused((".*",)) if name not in known]
         if unknown:
             more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
             raise ModelError(

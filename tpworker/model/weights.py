@@ -24,6 +24,7 @@ from tpworker.model.tp import Shard, Split
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all, of this rank's weights
+Admit = Callable[[int], None]  # bytes in all
 
 MAX_READERS = 4
 """Threads that read weights; on the CPU no more than it has cores for this rank."""
@@ -62,18 +63,26 @@ def load_weights(
     dtype: torch.dtype,
     device: torch.device,
     progress: Progress = lambda done, total: None,
+    admit: Admit = lambda total: None,
 ) -> DecoderWeights:
     """Read one rank's slices of model.safetensors, or of the files of model.safetensors.index.json.
 
-    Several threads read, each a layer at a time: at most so many layers are held that are not packed yet.
+    All is looked up before anything is allocated. Several threads read, each a layer at a time: at most so
+    many layers are held that are not packed yet.
+
+    Args:
+        admit: told the bytes of the rank's weights before any are allocated; may raise.
 
     Raises:
         ModelError: a file is missing, truncated or no safetensors; a tensor is missing, has another shape
             than config.json says, is not of a float type, or is one that this decoder has no use for.
     """
     checkpoint = Checkpoint(folder)
-    family = FAMILIES[spec.family]
-    total = shard_bytes(spec, shard, dtype, device)
+    total = shard_bytes(spec, shard, dtype, device, checkpoint.look_up)
+    skipped = _refuse_unused(checkpoint, spec)
+    if skipped and shard.rank == 0:
+        logger.info("not read: %d tensors for multi-token prediction (%s, …)", len(skipped), skipped[0])
+    admit(total)
     done = 0
     lock = threading.Lock()
 
@@ -87,14 +96,28 @@ def load_weights(
     num_readers = MAX_READERS if device.type == "cuda" else min(MAX_READERS, torch.get_num_threads())
     with torch.no_grad(), ThreadPoolExecutor(num_readers, "weights", _use, (device,)) as pool:
         weights = _assemble(spec, shard, dtype, device, fill, layers=pool.map)
-    tied = (re.escape(f"{family.names.lm_head}.weight"),) if spec.tie_embeddings else ()
-    mtp = family.mtp_patterns(spec)
-    checkpoint.refuse_unread(ignored=family.ignored_tensors + tied + mtp, architecture=spec.architecture)
-    skipped = checkpoint.unread(mtp)
-    if skipped and shard.rank == 0:
-        logger.info("not read: %d tensors for multi-token prediction (%s, …)", len(skipped), skipped[0])
     progress(total, total)
     return weights
+
+
+def check_weights(folder: Path, spec: ModelSpec) -> None:
+    """Whether `load_weights` would find what it needs, all headers read and no tensor.
+
+    Raises:
+        ModelError: as `load_weights` does.
+    """
+    checkpoint = Checkpoint(folder)
+    shard_bytes(spec, Shard.of(spec, 0, 1), torch.float32, look_up=checkpoint.look_up)
+    _refuse_unused(checkpoint, spec)
+
+
+def _refuse_unused(checkpoint: Checkpoint, spec: ModelSpec) -> list[str]:
+    """After all has been looked up; the tensors for multi-token prediction. Raises ModelError."""
+    family = FAMILIES[spec.family]
+    tied = (re.escape(f"{family.names.lm_head}.weight"),) if spec.tie_embeddings else ()
+    mtp = family.mtp_patterns(spec, checkpoint.names)
+    checkpoint.refuse_unused(ignored=family.ignored_tensors + tied + mtp, architecture=spec.architecture)
+    return checkpoint.unused(mtp)
 
 
 def _use(device: torch.device) -> None:
@@ -104,16 +127,28 @@ def _use(device: torch.device) -> None:
 
 
 def dummy_weights(
-    spec: ModelSpec, shard: Shard, dtype: torch.dtype, device: torch.device, seed: int = 0
+    spec: ModelSpec,
+    shard: Shard,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int = 0,
+    progress: Progress = lambda done, total: None,
+    admit: Admit = lambda total: None,
 ) -> DecoderWeights:
-    """Random weights for benchmarks: normal with σ 0.02, norms 1, biases 0. Other TP sizes, other models."""
+    """Random weights for benchmarks: normal with σ 0.02, norms 1, biases 0. Other TP sizes, other models.
+
+    `progress` and `admit` are as those of `load_weights`.
+    """
+    total = shard_bytes(spec, shard, dtype, device)
+    admit(total)
+    done = 0
     generator = torch.Generator(device=device).manual_seed(seed * 64 + shard.rank)
     period = torch.empty(_DUMMY_PERIOD, dtype=dtype, device=device)
     period.normal_(0, _DUMMY_STD, generator=generator)
     position = 0
 
     def fill(out: Tensor, name: str, dim: int, split: Split) -> None:
-        nonlocal position
+        nonlocal position, done
         if name.endswith("bias"):
             out.zero_()
         elif out.dim() == 1:
@@ -126,16 +161,34 @@ def dummy_weights(
                 flat[start : start + length] = period[position : position + length]
                 start += length
                 position = (position + length) % _DUMMY_PERIOD
+        done += out.nbytes
+        progress(min(done, total), total)
 
     with torch.no_grad():
-        return _assemble(spec, shard, dtype, device, fill)
+        weights = _assemble(spec, shard, dtype, device, fill)
+    progress(total, total)
+    return weights
 
 
-def shard_bytes(spec: ModelSpec, shard: Shard, dtype: torch.dtype, device: torch.device | None = None) -> int:
-    """Bytes of one rank's weights on `device` (None: the CPU), for sizing; nothing is allocated."""
+def shard_bytes(
+    spec: ModelSpec,
+    shard: Shard,
+    dtype: torch.dtype,
+    device: torch.device | None = None,
+    look_up: Callable[[Tensor, str, int, Split], object] = lambda out, name, dim, split: None,
+) -> int:
+    """Bytes of one rank's weights on `device` (None: the CPU), for sizing; nothing is allocated.
+
+    Args:
+        look_up: called, as `Fill`, for each published tensor that they are made of.
+    """
     device = device or torch.device("cpu")
     meta = torch.device("meta")
-    weights = _assemble(spec, shard, dtype, meta, lambda out, name, dim, split: None, sized_for=device)
+
+    def fill(out: Tensor, name: str, dim: int, split: Split) -> None:
+        look_up(out, name, dim, split)
+
+    weights = _assemble(spec, shard, dtype, meta, fill, sized_for=device)
     total = sum(tensor.nbytes for tensor in _tensors(weights))
     if spec.tie_embeddings and not can_pack(device, dtype):
         total -= weights.embed.nbytes  # one tensor for both; packed, the output head is a copy

@@ -82,4 +82,5 @@ GLM4_MOE = Family(
         ),
     ),
     mtp_tensors=(r"model\.layers\.{layer}\..*",),
+    mtp_marks=tuple(f"model.layers.{{layer}}.{name}.weight" for name in ("eh_proj", "enorm", "hnorm")),
 )

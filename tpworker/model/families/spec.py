@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -176,10 +176,16 @@ class Family:
     """Regular expressions of published tensors that no computation needs."""
     mtp_tensors: tuple[str, ...] = ()
     """Regular expressions of the tensors for multi-token prediction; `{layer}`: number of such a layer."""
+    mtp_marks: tuple[str, ...] = ()
+    """Names of tensors that each such layer has and no other: one without them is a layer of the model."""
 
-    def mtp_patterns(self, spec: ModelSpec) -> tuple[str, ...]:
-        """`mtp_tensors` of one model."""
-        layers = range(spec.num_layers, spec.num_layers + spec.num_mtp_layers)
+    def mtp_patterns(self, spec: ModelSpec, names: Collection[str]) -> tuple[str, ...]:
+        """`mtp_tensors` of one model, whose checkpoint has tensors of these names."""
+        layers = [
+            number
+            for number in range(spec.num_layers, spec.num_layers + spec.num_mtp_layers)
+            if all(mark.replace("{layer}", str(number)) in names for mark in self.mtp_marks)
+        ]
         numbers = "|".join(map(str, layers)) or "none"
         return tuple(pattern.replace("{layer}", f"(?:{numbers})") for pattern in self.mtp_tensors)
 
