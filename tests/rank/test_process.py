@@ -11,9 +11,12 @@ import torch
 
 from tests.model.helpers import SPEC
 from tpworker.errors import ConfigError
+from tpworker.ipc.board import Board, Field
+from tpworker.ipc.child import board_names
 from tpworker.ipc.messages import Allocate, Message, RankLoaded
 from tpworker.model.kv_cache import KVCache
 from tpworker.model.tp import Shard
+from tpworker.rank import process
 from tpworker.rank.process import agree_on_cache, in_thread
 
 CPU = torch.device("cpu")
@@ -75,6 +78,30 @@ def test_no_memory_is_said_with_the_remedy(blocks: int) -> None:
     with pytest.raises(ConfigError, match=r"no memory for the KV cache .* --gpu-memory-utilization"):
         agree(wire, free_bytes=2 * blocks * BLOCK_BYTES)
     assert not wire.offers
+
+
+def room(free: int, held: int, num_ranks: int, wanted: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    board = Board.create(board_names(num_ranks))
+    try:
+        board.row("tpworker-rank0")[Field.WEIGHTS] = held
+        monkeypatch.setattr(process, "available_bytes", lambda: free)
+        boot: Any = SimpleNamespace(board_fd=board.fd, rank=num_ranks - 1, num_ranks=num_ranks)
+        device: Any = SimpleNamespace(torch_device=CPU)
+        process.check_room(boot, device, wanted)
+    finally:
+        board.close()
+
+
+def test_weights_without_room_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"take 3\.00 GiB, and 2\.00 GiB are available for each of 2 ranks"):
+        room(4 << 30, 0, 2, 3 << 30, monkeypatch)
+    room(4 << 30, 0, 2, 2 << 30, monkeypatch)
+    room(2 << 30, 2 << 30, 2, 2 << 30, monkeypatch)  # rank 0 has its weights already
+    boot: Any = SimpleNamespace(rank=1, num_ranks=2)
+    device: Any = SimpleNamespace(torch_device=torch.device("cuda", 1), free_bytes=lambda num_ranks: 5 << 30)
+    process.check_room(boot, device, 5 << 30)
+    with pytest.raises(ConfigError, match=r"6\.00 GiB, and 5\.00 GiB are free on GPU 1: take more TP ranks"):
+        process.check_room(boot, device, 6 << 30)
 
 
 def test_what_is_done_in_a_thread_comes_back() -> None:

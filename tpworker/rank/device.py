@@ -209,15 +209,16 @@ class CpuDevice:
             stream.close()
 
 
-def available_bytes() -> int:
+def available_bytes(group: Path = Path("/sys/fs/cgroup")) -> int:
     """What the kernel says can be had without swapping, within this process's control group."""
     with open("/proc/meminfo") as meminfo:
         fields = dict(line.split(":", 1) for line in meminfo)
     available = int(fields["MemAvailable"].split()[0]) * 1024
-    groups = Path("/sys/fs/cgroup")
-    with contextlib.suppress(OSError, ValueError):  # no limit ("max"), or no control groups
-        limit, current = (int((groups / name).read_text()) for name in ("memory.max", "memory.current"))
-        available = min(available, limit - current)
+    with contextlib.suppress(OSError, ValueError, KeyError):  # no limit ("max"), or no control groups
+        limit, current = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        kinds = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        cached = int(kinds["active_file"]) + int(kinds["inactive_file"])  # e.g. checkpoints that were read
+        available = min(available, limit - current + cached)
     return max(0, available)
 
 

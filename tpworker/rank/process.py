@@ -32,7 +32,7 @@ from tpworker.model.kv_cache import KVCache
 from tpworker.model.tp import Collectives, Shard
 from tpworker.model.weights import DecoderWeights, dummy_weights, load_weights
 from tpworker.rank.collectives import connect
-from tpworker.rank.device import CpuDevice, Device, StreamBroken, usable_cores
+from tpworker.rank.device import CpuDevice, Device, StreamBroken, available_bytes, usable_cores
 from tpworker.rank.loop import RankLoop
 from tpworker.rank.publisher import Publisher
 from tpworker.rank.runner import Runner
@@ -44,6 +44,8 @@ SWITCH_INTERVAL = 50e-6
 """Seconds after which a thread must let another have the GIL: launch thread and publisher take turns."""
 
 LINGER_SECONDS = 1.0
+
+_GIB = 1 << 30
 
 T = TypeVar("T")
 
@@ -188,6 +190,7 @@ def load_shard(
 
     Raises:
         ModelError: the folder is not a model that is supported, or is broken.
+        ConfigError: there is no memory for it.
     """
     folder, settings = Path(boot.model), boot.settings
     spec = read_spec(folder)
@@ -196,15 +199,38 @@ def load_shard(
 
     def progress(done: int, total: int) -> None:
         row[Field.PROGRESS_TOTAL] = total
-        row[Field.PROGRESS_DONE] = done
+        row[Field.PROGRESS_DONE] = row[Field.WEIGHTS] = done
 
+    admit = partial(check_room, boot, device)
     if settings.load_format == "dummy":
-        weights = dummy_weights(spec, shard, dtype, device.torch_device, settings.seed)
+        weights = dummy_weights(spec, shard, dtype, device.torch_device, settings.seed, progress, admit)
     else:
-        weights = load_weights(folder, spec, shard, dtype, device.torch_device, progress)
-        row[Field.WEIGHTS] = row[Field.PROGRESS_TOTAL]
+        weights = load_weights(folder, spec, shard, dtype, device.torch_device, progress, admit)
     device.synchronize()  # or the copies would count as part of what comes next
     return spec, shard, weights, dtype
+
+
+def check_room(boot: RankBoot, device: Device, wanted: int) -> None:
+    """Before anything is allocated: whether a rank's weights, of so many bytes, fit into what is free.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    if device.torch_device.type == "cuda":
+        free, place = device.free_bytes(boot.num_ranks), f"are free on GPU {boot.rank}"
+        remedy = "take more TP ranks, or end what else runs on the GPU (nvidia-smi shows it)"
+    else:
+        # Some ranks may have begun already: what they hold is part of what there was for all.
+        board = Board.attach(boot.board_fd, board_names(boot.num_ranks))
+        held = sum(row[Field.WEIGHTS] for row in board.rows())
+        free = (available_bytes() + held) // boot.num_ranks
+        place = "are available" + (f" for each of {boot.num_ranks} ranks" if boot.num_ranks > 1 else "")
+        remedy = "take a smaller model, or a --dtype of fewer bytes, or end other programs"
+    if wanted > free:
+        raise ConfigError(
+            f"no memory for the weights: a rank's take {wanted / _GIB:.2f} GiB, and {free / _GIB:.2f} GiB "
+            f"{place}: {remedy}"
+        )
 
 
 def agree_on_cache(
