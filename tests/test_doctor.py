@@ -393,7 +393,9 @@ def test_a_model_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for available, state in ((64 * GIB, "ok"), (15 * GIB, "missing")):
         monkeypatch.setattr(tpworker.rank.device, "available_bytes", lambda available=available: available)
-        assert model_checks("cpu", tensor_parallel_size=2)["memory"].state == state
+        check = model_checks("cpu", tensor_parallel_size=2)["memory"]
+        assert check.state == state
+        assert "TP ranks" not in str(check.remedy), "they would share the same memory"
 
 
 def test_a_model_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

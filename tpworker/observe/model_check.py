@@ -95,9 +95,10 @@ def _memory(config: RuntimeConfig, spec: ModelSpec, length: int, device: str, gp
         f"{place}; a rank has {weights / _GIB:.2f} GiB of weights, and KV blocks for {tokens} tokens beside "
         f"them ({block / config.block_size / 1024:.1f} KiB a token)"
     )
+    more = "take more TP ranks" if device == "cuda" else "end other programs"  # ranks on the CPU share it
     if tokens < config.block_size:
-        return missing("memory", told, "take more TP ranks, or a smaller model")
+        return missing("memory", told, f"{more}, or take a smaller model")
     if tokens < length:
-        remedy = f"set --max-model-len to {tokens} or less, or take more TP ranks"
+        remedy = f"set --max-model-len to {tokens} or less, or {more}"
         return warning("memory", f"{told}: fewer than one request may have ({length})", remedy)
     return ok("memory", told)
