@@ -88,34 +88,6 @@ class Decoder:
             last = last if last is None else last.index_select(0, batch.sample_rows)
         return tensor_of(kernels.reduce_add_norm(x, last, weights.final_norm, eps, self.collectives))
 
-    def attend_once(self, count: int, width: int, cache: KVCache) -> None:
-        """The attention of a decode step of `count` sequences, in the null block, for its kernel's first use.
-
-        Args:
-            width: of the block tables.
-        """
-        layer, shard, device = self.weights.layers[0], self.shard, self.weights.embed.device
-        zeros = torch.zeros(count, dtype=torch.int64, device=device)
-        batch = Batch(
-            token_ids=zeros,
-            positions=zeros,
-            sequence_of=torch.arange(count, device=device),
-            block_tables=torch.zeros(count, width, dtype=torch.int32, device=device),
-            lengths=torch.ones(count, dtype=torch.int32, device=device),
-            query_starts=torch.arange(count + 1, dtype=torch.int32, device=device),
-            num_decodes=count,
-            max_query=1,
-        )
-        angles = self._cos.new_zeros(count, 1, self._cos.shape[1])
-        places = kernels.Places(angles, angles, zeros)
-        heads = self.weights.embed.new_zeros(
-            count, shard.num_heads + 2 * shard.num_kv_heads, self.spec.head_dim
-        )
-        plan = self.attention.prepare(batch, cache.block_size)
-        kernels.store_and_attend(
-            self.attention, plan, heads, _norms(layer), self.spec.rms_norm_eps, places, cache, 0
-        )
-
     def logits(self, hidden: Tensor) -> Tensor:
         """From hidden [R, D] to [R, vocab_local]: tokens from `vocab_start` on, padding is -inf.
 

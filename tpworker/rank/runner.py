@@ -31,9 +31,8 @@ from tpworker.model.decoder import Decoder
 from tpworker.model.kv_cache import KVCache
 from tpworker.model.sampling import SamplingMode, sample
 from tpworker.model.tp import Collectives
-from tpworker.rank.ahead import attend_ahead
 from tpworker.rank.device import Device, Event
-from tpworker.rank.graphs import MOST_TOKENS, RowGraphs, TokenGraphs, ladder
+from tpworker.rank.graphs import MOST_TOKENS, RowGraphs, TokenGraphs
 from tpworker.rank.mixed import MixedInputs, MixedShape, pack
 from tpworker.rank.slots import SlotDeltas, SlotTable
 from tpworker.rank.staging import StagedArray, StagingBuffer, StagingPool
@@ -148,13 +147,7 @@ class Runner:
         """
         width = self._slots.block_table.shape[1]
         length = min(max_tokens, max(1, (width - 1) * self._cache.block_size))  # of one sequence
-        ahead = None
-        if self._device.captures:
-            sizes = list(reversed(ladder(self._slots.num_slots)))
-            ahead = attend_ahead(self._decoder, self._cache, sizes, width, self._device)
         self._run_once(length)
-        if ahead is not None:
-            ahead()
         capturing()
         if not self._check_agreement:  # which looks at values
             self._capture(max_tokens)
