@@ -19,7 +19,9 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import TINY_CONFIG
 from tests.observe.fake_nvml import GIB, FakeGpu, FakeNvml
+from tests.server.fake_runtime import byte_tokenizer
 from tpworker.config import RuntimeConfig
 from tpworker.observe import doctor, gpu_checks, gpus, libraries, machine, model_check
 from tpworker.observe.check import Check
@@ -399,13 +401,94 @@ def test_a_model_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_model_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert model_checks(load_format="auto")["model"].state == "missing"
-    assert "no *.safetensors" in model_checks(load_format="auto")["model"].found
+    weights = model_checks(load_format="auto")["weights"]
+    assert (weights.state, "has neither model.safetensors nor" in weights.found) == ("missing", True)
+    assert model_checks()["tokenizer"].state == "warning"
     assert "config.json is missing" in model_checks(model=str(tmp_path))["model"].found
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     assert model_checks(model="somebody/something")["model"] == Check(
         "model", "warning", "somebody/something is not in the hub's cache", "the first start will fetch it"
     )
-    assert "neither a folder" in model_checks(model="no:such/thing/here")["model"].found
+    for model in ("no:such/thing/here", "nonsense"):
+        assert "neither a folder" in model_checks(model=model)["model"].found
+    assert "is a file, and a model is a folder" in model_checks(model=str(ROOT / "README.md"))["model"].found
     assert "max_model_len=99999" in model_checks(max_model_len=99999)["model"].found
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    """A folder that serving takes."""
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import save_file
+
+    from tpworker.model.families import read_spec
+    from tpworker.model.tp import Shard
+    from tpworker.model.weights import shard_bytes
+
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(TINY_CONFIG))
+    tensors: dict[str, Any] = {}
+
+    def note(out: Any, name: str, dim: int, split: Any) -> None:
+        tensors[name] = torch.zeros([split.full if at == dim else n for at, n in enumerate(out.shape)])
+
+    spec = read_spec(folder)
+    shard_bytes(spec, Shard.of(spec, 0, 1), torch.float32, look_up=note)
+    names = sorted(tensors)
+    files = {name: f"model-{names.index(name) % 2}.safetensors" for name in names}
+    for file in set(files.values()):
+        save_file({name: tensors[name] for name in names if files[name] == file}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    byte_tokenizer()._backend.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def _fewer_layers_than_the_config(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps(config | {"num_hidden_layers": config["num_hidden_layers"] + 1})
+    )
+
+
+@pytest.mark.parametrize(
+    ("damage", "subject", "words"),
+    [
+        (lambda folder: None, "", ""),
+        (lambda folder: _cut(folder / "model-0.safetensors"), "weights", "is truncated"),
+        (lambda folder: (folder / "model-1.safetensors").unlink(), "weights", "is missing, although"),
+        (
+            lambda folder: (folder / "model.safetensors.index.json").unlink(),
+            "weights",
+            "has neither model.safetensors nor",
+        ),
+        (_fewer_layers_than_the_config, "weights", "the checkpoint has no tensor"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{"), "tokenizer", "cannot be read"),
+    ],
+)
+def test_what_serving_would_refuse(tiny: Path, damage: Any, subject: str, words: str) -> None:
+    damage(tiny)
+    found = model_checks("cpu", model=str(tiny), load_format="auto")
+    assert {name for name, check in found.items() if check.state == "missing"} == ({subject} - {""})
+    assert not subject or words in found[subject].found
+    assert set(found) == {"model", "weights", "tokenizer", "memory"}
+
+
+def test_what_the_first_start_fetches_is_no_obstacle(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tpworker.model.resolve.cached_folder", lambda name: tiny)
+    hub = {"model": "some/model", "load_format": "auto"}
+    assert {check.state for check in model_checks("cpu", **hub).values()} == {"ok"}
+    (tiny / "model-1.safetensors").unlink()
+    (tiny / "tokenizer.json").unlink()
+    found = model_checks("cpu", **hub)
+    assert found["weights"] == Check(
+        "weights", "warning", "model-1.safetensors not in the hub's cache", "the first start will fetch them"
+    )
+    assert found["tokenizer"].state == "warning"
+    (tiny / "model.safetensors.index.json").unlink()
+    assert model_checks("cpu", **hub)["weights"].found == "model.safetensors not in the hub's cache"

@@ -53,3 +53,8 @@ def test_an_option_of_the_wrong_type_is_refused_before_any_process_starts(
 ) -> None:
     with pytest.raises(ConfigError, match=f"{option}={value!r}: must be {kinds}"):
         RuntimeConfig(**{option: value})  # type: ignore[arg-type]
+
+
+def test_an_empty_name_is_no_model() -> None:
+    with pytest.raises(ConfigError, match="model='': must be a folder or a name on the hub"):
+        RuntimeConfig(model="")

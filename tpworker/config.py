@@ -90,6 +90,7 @@ class RuntimeConfig:
         for option in fields(self):
             value, kinds = getattr(self, option.name), _KINDS[str(option.type)]
             check(type(value) in kinds, option.name, " or ".join(sorted(k.__name__ for k in kinds)))
+        check(self.model != "", "model", "a folder or a name on the hub; None is the default model")
         check(1 <= self.tensor_parallel_size <= 64, "tensor_parallel_size", "from 1 to 64")
         check(self.device in ("auto", "cpu", "cuda"), "device", "auto, cpu or cuda")
         check(self.dtype in ("auto", "float32", "bfloat16", "float16"), "dtype",

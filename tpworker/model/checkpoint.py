@@ -130,6 +130,15 @@ class Checkpoint:
             )
 
 
+def absent_files(folder: Path) -> list[str]:
+    """What the index, if there is one, names and the folder lacks: it may be on its way from the hub."""
+    try:
+        files = set(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # a broken one is for `Checkpoint`
+        files = set() if (folder / _INDEX).exists() else {_SINGLE}
+    return sorted(str(file) for file in files if not (folder / str(file)).exists())
+
+
 def _what_is_wrong(path: Path, error: str) -> str:
     """Why a file cannot be opened; of a truncated one the first tensor that is not there in full."""
     size = path.stat().st_size

@@ -28,16 +28,26 @@ def resolve_model(model: str | None, progress: Progress, *, weights: bool = True
     """
     if model is None:
         return ensure_default_model(progress)
+    folder = local_folder(model)
+    return _checked(_from_hub(model, progress, weights) if folder is None else folder)
+
+
+def local_folder(model: str) -> Path | None:
+    """The folder on this machine that `model` names; None: it is a name on the hub.
+
+    Raises:
+        ModelError: it is neither.
+    """
     path = Path(model).expanduser()
     if path.is_dir():
-        return _checked(path)
+        return path
     if path.exists():
         raise ModelError(
             f"--model {model} is a file, and a model is a folder with config.json, *.safetensors and "
             f"tokenizer.json. If the folder is {path.parent}, name that; other formats must be converted."
         )
     if _HUB_NAME.fullmatch(model):
-        return _checked(_from_hub(model, progress, weights))
+        return None
     raise ModelError(
         f"--model {model!r} is neither a folder on this machine nor a hub name (org/name). Check the "
         "spelling, or leave --model out to serve the default model."
@@ -54,6 +64,17 @@ def _checked(folder: Path) -> Path:
         f"{folder} is not a model folder: {', '.join(missing)} missing. "
         "Name the folder that holds config.json, the weights and the tokenizer."
     )
+
+
+def cached_folder(name: str) -> Path | None:
+    """What the hub's cache on this machine holds of a model, perhaps not all; None: nothing."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
 
 
 def _from_hub(name: str, progress: Progress, weights: bool) -> Path:

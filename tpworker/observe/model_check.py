@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from tpworker.config import RuntimeConfig
 from tpworker.errors import ConfigError, ModelError
+from tpworker.loading import load_tokenizer
 from tpworker.observe.check import Check, missing, ok, warning
 from tpworker.observe.nvml import Gpu
 from tpworker.settings import resolve_max_model_len
@@ -29,11 +30,14 @@ def check_model(config: RuntimeConfig, device: str, gpus: tuple[Gpu, ...]) -> It
         gpus: those of the group; fewer than there are ranks, if there are no more.
     """
     from tpworker.model.families import read_spec
+    from tpworker.model.resolve import cached_folder, local_folder
 
     assert config.model is not None
     try:
-        folder = _find(config.model)
-        if folder is None:
+        folder = local_folder(config.model)
+        is_fetched = folder is None
+        folder = folder or cached_folder(config.model)
+        if folder is None or (is_fetched and not (folder / "config.json").exists()):
             yield warning(
                 "model", f"{config.model} is not in the hub's cache", "the first start will fetch it"
             )
@@ -43,27 +47,39 @@ def check_model(config: RuntimeConfig, device: str, gpus: tuple[Gpu, ...]) -> It
     except (ModelError, ConfigError) as error:
         yield missing("model", str(error), None)
         return
-    weights = [path.stat().st_size for path in folder.glob("*.safetensors")]
-    if config.load_format != "dummy" and not weights:
-        yield missing("model", f"no *.safetensors in {folder}", "fetch them, or use --load-format dummy")
-        return
     yield ok("model", f"{spec.architecture}, {spec.num_layers} layers, up to {length} tokens a request")
+    if config.load_format != "dummy":
+        yield _weights(folder, spec, is_fetched)
+    yield _tokenizer(folder, is_fetched)
     yield _memory(config, spec, length, device, gpus)
 
 
-def _find(model: str) -> Path | None:
-    path = Path(model).expanduser()
-    if path.exists():
-        return path
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+def _weights(folder: Path, spec: ModelSpec, is_fetched: bool) -> Check:
+    from tpworker.model.checkpoint import absent_files
+    from tpworker.model.weights import check_weights
 
+    if is_fetched and (absent := absent_files(folder)):
+        more = f" and {len(absent) - 1} more files" if len(absent) > 1 else ""
+        return warning(
+            "weights", f"{absent[0]}{more} not in the hub's cache", "the first start will fetch them"
+        )
     try:
-        return Path(snapshot_download(model, local_files_only=True))
-    except LocalEntryNotFoundError:
-        return None
-    except HFValidationError:
-        raise ModelError(f"{model!r} is neither a folder on this machine nor a hub name") from None
+        check_weights(folder, spec)
+    except ModelError as error:
+        return missing("weights", str(error), None)
+    return ok("weights", "every tensor is there, in its shape")
+
+
+def _tokenizer(folder: Path, is_fetched: bool) -> Check:
+    try:
+        tokenizer = load_tokenizer(folder)
+    except ModelError as error:
+        return missing("tokenizer", str(error), None)
+    if tokenizer is not None:
+        return ok("tokenizer", "with a chat template" if tokenizer.has_chat_template else "no chat template")
+    if is_fetched:
+        return warning("tokenizer", "not in the hub's cache", "the first start will fetch it")
+    return warning("tokenizer", "none: prompts must be token ids, and texts are empty", "add tokenizer.json")
 
 
 def _memory(config: RuntimeConfig, spec: ModelSpec, length: int, device: str, gpus: tuple[Gpu, ...]) -> Check:
