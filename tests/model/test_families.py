@@ -261,6 +261,12 @@ def test_end_of_sequence_ids_of_both_files_are_merged(
     assert spec.eos_ids == expected
 
 
+def test_a_quantisation_that_says_nothing_is_none(tmp_path: Path) -> None:
+    assert read_spec(folder(tmp_path, LLAMA | {"quantization_config": {}})) == read_spec(
+        folder(tmp_path, LLAMA)
+    )
+
+
 def test_generation_defaults(tmp_path: Path) -> None:
     generation = {"temperature": 0.6, "top_p": 0.9, "top_k": 20, "do_sample": True, "repetition_penalty": 1.0}
     spec = read_spec(folder(tmp_path, LLAMA, generation))
@@ -310,6 +316,8 @@ def test_generation_defaults_that_cannot_be_had_are_told(tmp_path: Path) -> None
         ({"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}}, "high_freq_factor=1.0: must be above"),
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "only full_attention"),
+        ({"layer_types": 5}, "layer_types=5: must be a list"),
+        ({"quantization_config": {}, "compression_config": {"quant_method": "x"}}, "quantised .*'x'"),
         ({"sliding_window": 4096}, "sliding_window=4096: sliding-window attention is not supported"),
         ({"architectures": ["MistralForCausalLM"]}, "sliding-window attention is not supported"),
         (
@@ -341,7 +349,26 @@ def test_what_cannot_be_served_is_refused_by_name(
             {"n_group": 4, "topk_group": 1, "num_experts_per_tok": 3},
             "num_experts_per_tok=3: must be at most 2",
         ),
-        (GLM, {"num_experts_per_tok": 9}, "num_experts_per_tok=9: must be at most 8"),
+        (GLM, {"num_experts_per_tok": 9}, r"num_experts_per_tok=9: must be at most 8 \(n_routed_experts\)"),
+        (
+            GLM,
+            {"n_group": 4, "topk_group": 2, "num_experts_per_tok": 9},
+            r"must be at most 4 \(topk_group=2 of n_group=4 leaves 4 of 8 experts\)",
+        ),
+        (MIXTRAL, {"num_experts_per_tok": 9}, r"must be at most 8 \(num_local_experts\)"),
+        (QWEN, {"num_experts_per_tok": 9}, r"must be at most 8 \(num_experts\)"),
+        *(
+            (config, change, "is not supported in a ")
+            for config in (MIXTRAL, QWEN)
+            for change in (
+                {"scoring_func": "sigmoid"},
+                {"n_shared_experts": 1},
+                {"topk_method": "noaux_tc"},
+                {"routed_scaling_factor": 2.5},
+                {"n_group": 4},
+            )
+        ),
+        (MIXTRAL, {"norm_topk_prob": False}, "norm_topk_prob=False: is not supported in a Mixtral"),
         (GLM, {"n_routed_experts": None}, "n_routed_experts=None: is required"),
         (GLM, {"scoring_func": "softmax"}, "scoring_func='softmax': is not supported"),
         (GLM, {"topk_method": "greedy"}, "topk_method='greedy': is not supported"),
@@ -352,7 +379,7 @@ def test_what_cannot_be_served_is_refused_by_name(
         (GLM, {"norm_topk_prob": 1}, "norm_topk_prob=1: must be true or false"),
         (GLM, {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type='yarn': .*only llama3"),
         (ERNIE, {"use_bias": True}, "use_bias=True: biases are not supported"),
-        (ERNIE, {"moe_k": 9}, "moe_k=9: must be at most 8"),
+        (ERNIE, {"moe_k": 9}, r"moe_k=9: must be at most 8 \(moe_num_experts\)"),
         (ERNIE, {"moe_gate_act": "sigmoid"}, "moe_gate_act='sigmoid': is not supported"),
         (ERNIE, {"moe_norm_gate_logits": False}, "moe_norm_gate_logits=False: is not supported"),
         (ERNIE, {"moe_group_experts": True}, "moe_group_experts=True: is not supported"),
@@ -360,7 +387,11 @@ def test_what_cannot_be_served_is_refused_by_name(
         (ERNIE, {"moe_layer_end_index": [1, 2]}, "moe_layer_end_index=.*must be an integer"),
         (ERNIE, {"use_rmsnorm": False}, "use_rmsnorm=False: is not supported"),
         (ERNIE, {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5: is not supported"),
-        (ERNIE_DENSE, {"moe_num_experts": 8}, "moe_num_experts=8: is not supported in a Ernie4_5ForCausalLM"),
+        (
+            ERNIE_DENSE,
+            {"moe_num_experts": 8},
+            "moe_num_experts=8: is not supported in an Ernie4_5For",
+        ),
         (QWEN, {"num_experts_per_tok": None}, "num_experts_per_tok=None: is required"),
         (QWEN, {"mlp_only_layers": 3}, "mlp_only_layers=3: must be a list"),
         (QWEN, {"shared_expert_intermediate_size": 8}, "shared_expert_intermediate_size=8: is not supported"),

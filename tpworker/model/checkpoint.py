@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tpworker.errors import ModelError
+from tpworker.model.families.spec import with_article
 from tpworker.model.tp import Split
 
 _INDEX = "model.safetensors.index.json"
@@ -125,7 +126,7 @@ class Checkpoint:
         if unknown:
             more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
             raise ModelError(
-                f"{self.folder}: a {architecture} with this config.json has no use for the checkpoint's "
+                f"{self.folder}: {with_article(architecture)} with this config.json has no use for the checkpoint's "
                 f"tensors {', '.join(unknown[:5])}{more}; without them the output would be wrong"
             )
 

@@ -64,13 +64,14 @@ def read_spec(folder: Path) -> ModelSpec:
     """
     config = Config(folder / "config.json")
     family = _family(config)
-    quantization = config.section("quantization_config") or config.section("compression_config")
-    if quantization is not None:
-        method = quantization.get("quant_method") or "unnamed"
-        raise ModelError(
-            f"{config.path}: the checkpoint is quantised (quantization_config, method {method!r}), which is "
-            "not supported; use the model's float32, bfloat16 or float16 weights"
-        )
+    for key in ("quantization_config", "compression_config"):
+        quantization = config.section(key)
+        if quantization is not None and quantization.values:
+            method = quantization.get("quant_method") or "unnamed"
+            raise ModelError(
+                f"{config.path}: the checkpoint is quantised ({key}, method {method!r}), which is not "
+                "supported; use the model's float32, bfloat16 or float16 weights"
+            )
     fields = family.read(config)
     dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
     if dtype not in _DTYPES:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tpworker.model.families.spec import Config, Llama3Scaling, RopeSpec, WeightNames
+from tpworker.model.families.spec import Config, Llama3Scaling, RopeSpec, WeightNames, with_article
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     # Keys that change what a model computes and that the decoder knows nothing of, with the values at which
@@ -30,6 +30,13 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n_routed_experts": (0, 1),
     "moe_num_experts": (0, 1),
     "shared_expert_intermediate_size": (0,),
+    # How a mixture chooses its experts, and what it adds to them.
+    "scoring_func": ("softmax",),
+    "topk_method": ("greedy",),
+    "n_group": (1,),
+    "topk_group": (1,),
+    "routed_scaling_factor": (1, 1.0),
+    "n_shared_experts": (0,),
 }
 
 NAMES = WeightNames(
@@ -61,7 +68,7 @@ def refuse_unknown(config: Config, architecture: str, known: Mapping[str, tuple[
     for key, neutral in {**_NEUTRAL, **known}.items():
         if neutral is not None and config.get(key) is not None and config.get(key) not in neutral:
             allowed = f" (only {', '.join(map(repr, neutral))})" if neutral else ""
-            config.fail(key, f"is not supported in a {architecture}{allowed}")
+            config.fail(key, f"is not supported in {with_article(architecture)}{allowed}")
 
 
 def read_decoder(
@@ -119,8 +126,8 @@ def refuse_sliding_window(config: Config, *, absent: int | None = None, used: bo
         used: whether the window is used where use_sliding_window is absent.
     """
     layer_types = config.get("layer_types") or []
-    if any(kind != "full_attention" for kind in layer_types):
-        config.fail("layer_types", "only full_attention is supported")
+    if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
+        config.fail("layer_types", "must be a list, and only full_attention is supported")
     window = config.values.get("sliding_window", absent)
     if window is None or not config.boolean("use_sliding_window", default=used):
         return

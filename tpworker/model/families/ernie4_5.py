@@ -70,7 +70,7 @@ def _read_moe(config: Config, num_layers: int) -> MoeSpec | None:
     return MoeSpec(
         layers=layers,
         num_experts=num_experts,
-        experts_per_token=config.integer("moe_k", maximum=num_experts),
+        experts_per_token=config.integer("moe_k", maximum=num_experts, reason="moe_num_experts"),
         intermediate_size=config.integer("moe_intermediate_size"),
         num_shared=config.integer("moe_num_shared_experts", default=2, minimum=0),
         has_bias=config.boolean("moe_use_aux_free", default=True),

@@ -16,6 +16,10 @@ from tpworker.model.families.spec import Config, Family, MoeNames, MoeSpec
 _KNOWN: dict[str, tuple[Any, ...] | None] = {
     "partial_rotary_factor": None,
     "n_routed_experts": None,
+    "n_group": None,
+    "topk_group": None,
+    "n_shared_experts": None,
+    "routed_scaling_factor": None,
     "scoring_func": ("sigmoid",),
     "topk_method": ("noaux_tc",),
 }
@@ -46,12 +50,14 @@ def _read_moe(config: Config, num_layers: int) -> MoeSpec | None:
         config.fail("n_group", f"must divide n_routed_experts ({num_experts}) into groups of two or more")
     if top_groups > num_groups:
         config.fail("topk_group", f"must be at most n_group ({num_groups})")
+    eligible = num_experts // num_groups * top_groups
+    reason = "n_routed_experts"
+    if top_groups < num_groups:
+        reason = f"topk_group={top_groups} of n_group={num_groups} leaves {eligible} of {num_experts} experts"
     return MoeSpec(
         layers=tuple(range(first, num_layers)),
         num_experts=num_experts,
-        experts_per_token=config.integer(
-            "num_experts_per_tok", maximum=num_experts // num_groups * top_groups
-        ),
+        experts_per_token=config.integer("num_experts_per_tok", maximum=eligible, reason=reason),
         intermediate_size=config.integer("moe_intermediate_size"),
         num_shared=config.integer("n_shared_experts", default=1, minimum=0),
         score="sigmoid",

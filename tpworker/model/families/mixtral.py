@@ -8,7 +8,7 @@ from typing import Any
 from tpworker.model.families.common import NAMES, read_decoder, refuse_sliding_window, refuse_unknown
 from tpworker.model.families.spec import Config, Family, MoeNames, MoeSpec
 
-_KNOWN: dict[str, tuple[Any, ...] | None] = {"num_local_experts": None}
+_KNOWN: dict[str, tuple[Any, ...] | None] = {"num_local_experts": None, "norm_topk_prob": (True,)}
 
 
 def _read(config: Config) -> dict[str, Any]:
@@ -20,7 +20,9 @@ def _read(config: Config) -> dict[str, Any]:
     moe = MoeSpec(
         layers=tuple(range(fields["num_layers"])),
         num_experts=num_experts,
-        experts_per_token=config.integer("num_experts_per_tok", maximum=num_experts),
+        experts_per_token=config.integer(
+            "num_experts_per_tok", maximum=num_experts, reason="num_local_experts"
+        ),
         intermediate_size=fields["intermediate_size"],
     )
     return fields | {"moe": moe}

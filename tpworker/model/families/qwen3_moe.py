@@ -40,7 +40,7 @@ def _read_moe(config: Config, num_layers: int) -> MoeSpec | None:
     return MoeSpec(
         layers=layers,
         num_experts=num_experts,
-        experts_per_token=config.integer("num_experts_per_tok", maximum=num_experts),
+        experts_per_token=config.integer("num_experts_per_tok", maximum=num_experts, reason=key),
         intermediate_size=config.integer("moe_intermediate_size"),
         normalise=config.boolean("norm_topk_prob", default=False),
     )

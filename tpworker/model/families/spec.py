@@ -190,6 +190,11 @@ class Family:
         return tuple(pattern.replace("{layer}", f"(?:{numbers})") for pattern in self.mtp_tensors)
 
 
+def with_article(architecture: str) -> str:
+    """E.g. 'a LlamaForCausalLM', 'an Ernie4_5ForCausalLM'."""
+    return f"{'an' if architecture[0] in 'AEIOU' else 'a'} {architecture}"
+
+
 class Config:
     """A JSON file of a model folder; every getter checks the type and names file and key when it is wrong."""
 
@@ -222,9 +227,18 @@ class Config:
         raise ModelError(f"{self.path}: {key}={self.values.get(key)!r}: {problem}")
 
     def integer(
-        self, key: str, default: int | None = None, minimum: int = 1, maximum: int | None = None
+        self,
+        key: str,
+        default: int | None = None,
+        minimum: int = 1,
+        maximum: int | None = None,
+        reason: str = "",
     ) -> int:
-        """An integer in these bounds. Raises ModelError, also if it is absent without a default."""
+        """An integer in these bounds. Raises ModelError, also if it is absent without a default.
+
+        Args:
+            reason: what the maximum comes from.
+        """
         value = self.get(key)
         if value is None:
             if default is None:
@@ -233,7 +247,7 @@ class Config:
         if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
             self.fail(key, f"must be an integer of at least {minimum}")
         if maximum is not None and value > maximum:
-            self.fail(key, f"must be at most {maximum}")
+            self.fail(key, f"must be at most {maximum}" + (f" ({reason})" if reason else ""))
         return value
 
     def number(self, key: str, default: float | None = None, above: float = 0.0) -> float:
