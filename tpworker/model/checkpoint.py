@@ -126,8 +126,8 @@ class Checkpoint:
         if unknown:
             more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
             raise ModelError(
-                f"{self.folder}: {with_article(architecture)} with this config.json has no use for the checkpoint's "
-                f"tensors {', '.join(unknown[:5])}{more}; without them the output would be wrong"
+                f"{self.folder}: {with_article(architecture)} with this config.json has no use for the "
+                f"checkpoint's tensors {', '.join(unknown[:5])}{more}; without them the output would be wrong"
             )
 
 
