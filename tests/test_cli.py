@@ -47,11 +47,15 @@ FLAGS = {
     "-tp",
 }
 DOCTOR_FLAGS = {
+    "--block-size",
     "--device",
     "--dtype",
+    "--gpu-memory-utilization",
     "--help",
     "--json",
     "--load-format",
+    "--max-num-batched-tokens",
+    "--max-num-seqs",
     "--max-model-len",
     "--model",
     "--tensor-parallel-size",
@@ -141,8 +145,21 @@ def test_the_options_of_the_doctor() -> None:
     config = RuntimeConfig(model="m", tensor_parallel_size=4, device="cuda", max_model_len=99)
     assert options == cli.DoctorOptions(config, as_json=True)
     assert cli.parse(["doctor"]) == cli.DoctorOptions(RuntimeConfig(tensor_parallel_size=2), as_json=False)
-    with pytest.raises(ConfigError, match="--dtype has no effect without --model"):
-        cli.parse(["doctor", "--dtype", "float16"])
+    memory = "--max-num-seqs 8 --max-num-batched-tokens 80 --block-size 32 --gpu-memory-utilization 0.5"
+    options = cli.parse(["doctor", "--model", "m", *memory.split()])
+    config = RuntimeConfig(
+        model="m",
+        tensor_parallel_size=2,
+        max_num_seqs=8,
+        max_num_batched_tokens=80,
+        block_size=32,
+        gpu_memory_utilization=0.5,
+    )
+    assert options == cli.DoctorOptions(config, as_json=False)
+    for option, value in (("--dtype", "float16"), ("--block-size", "32")):
+        with pytest.raises(ConfigError, match=f"{option} has no effect without --model"):
+            cli.parse(["doctor", option, value])
+    assert cli.main(["doctor", "--model", "m", "--max-num-seqs", "0"]) == 2
 
 
 def test_overlap_is_lookahead() -> None:
@@ -185,6 +202,8 @@ def test_the_default_number_of_ranks(
         ("--port 70000", "--port 70000"),
         ("--port -1", "--port -1"),
         ("--api-key=", "must not be empty"),
+        ("--ask=", "must not be empty"),
+        ("--model=", "model='': must be a folder"),
         ("--max-num-seqs 0", "max_num_seqs=0"),
         ("--block-size 17", "power of two"),
         ("--lookahead 99", "from 0 to 16"),
@@ -207,6 +226,32 @@ def test_what_argparse_finds_is_status_2(capsys: pytest.CaptureFixture[str], arg
         cli.main(arguments.split())
     assert caught.value.code == 2
     assert "usage: tpworker" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        ("serve some/model", "(use --model some/model)"),
+        ("doctor some/model -tp 2", "(use --model some/model)"),
+        ("serve --tp 4", "(use -tp or --tensor-parallel-size)"),
+        ("serve --tensor-parallel=4", "(use -tp or --tensor-parallel-size)"),
+    ],
+)
+def test_what_other_command_lines_have_is_hinted_at(
+    capsys: pytest.CaptureFixture[str], arguments: str, hint: str
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments.split())
+    assert caught.value.code == 2
+    assert hint in capsys.readouterr().err
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--version"])
+    assert caught.value.code == 0
+    setup = (ROOT / "setup.cfg").read_text()
+    assert f"version = {capsys.readouterr().out.removeprefix('tpworker ').strip()}\n" in setup
 
 
 def test_a_mistake_is_told_in_an_instant() -> None:

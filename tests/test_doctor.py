@@ -329,6 +329,7 @@ def test_open_files(monkeypatch: pytest.MonkeyPatch, limit: int, state: str) -> 
 )
 def test_cores(device: str, ranks: int, cores: int, state: str) -> None:
     assert machine._cores(device, ranks, cores).state == state
+    assert machine._cores("cpu", 1, 2).found == "2 for 1 rank"
 
 
 def test_shm(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -379,6 +380,11 @@ def test_a_model_that_fits() -> None:
     assert tokens == pytest.approx(room, rel=0.01)
     assert "7.63 GiB of weights" in found["memory"].found
     assert "72.0 KiB a token" in found["memory"].found
+
+
+def test_no_more_blocks_than_the_slots_can_use() -> None:
+    found = model_checks(max_num_seqs=2, max_model_len=1000, block_size=32)["memory"].found
+    assert f"KV blocks for {2 * 1024} tokens" in found
 
 
 def test_a_model_that_does_not_fit() -> None:

@@ -78,16 +78,29 @@ def parse(arguments: Sequence[str] | None = None) -> Options | DoctorOptions:
         ConfigError: a value out of range, or an option that has no effect beside the others.
         SystemExit: what argparse itself finds, or --help.
     """
-    given = vars(_parser().parse_args(arguments))
+    parser = _parser()
+    known, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{_hint(unknown[0])}")
+    given = vars(known)
     command = given.pop("command")
     given.setdefault("tensor_parallel_size", _default_tensor_parallel_size(given.get("device", "auto")))
     return _doctor_options(given) if command == "doctor" else _serve_options(given)
 
 
+def _hint(unknown: str) -> str:
+    """What somebody may have meant who knows other command lines."""
+    if not unknown.startswith("-"):
+        return f" (use --model {unknown})"
+    if unknown.partition("=")[0] in ("--tp", "--tp-size", "--tensor-parallel"):
+        return " (use -tp or --tensor-parallel-size)"
+    return ""
+
+
 def _doctor_options(given: dict[str, Any]) -> DoctorOptions:
     as_json = given.pop("json", False)
-    for name in ("dtype", "max_model_len", "load_format"):
-        if name in given and "model" not in given:
+    for name in given:
+        if "model" not in given and name not in ("device", "tensor_parallel_size"):
             raise ConfigError(f"--{name.replace('_', '-')} has no effect without --model: leave it out")
     return DoctorOptions(RuntimeConfig(**given), as_json)
 
@@ -107,8 +120,8 @@ def _serve_options(given: dict[str, Any]) -> Options:
             )
     if not 0 <= serving.get("port", DEFAULT_PORT) <= 65535:
         raise ConfigError(f"--port {serving['port']}: must be from 0 (any that is free) to 65535")
-    if "" in (serving.get("api_key"), serving.get("served_model_name")):
-        raise ConfigError("--api-key and --served-model-name must not be empty: leave them out")
+    if "" in (serving.get("api_key"), serving.get("served_model_name"), ask):
+        raise ConfigError("--api-key, --served-model-name and --ask must not be empty: leave them out")
     return Options(
         RuntimeConfig(**given),
         serving.get("host", DEFAULT_HOST),
@@ -138,9 +151,27 @@ def _default_tensor_parallel_size(device: str) -> int:
     return 2 if device == "cpu" or (device == "auto" and not count_gpus()) else 1
 
 
+class _Version(argparse.Action):
+    """As argparse's own, but the version is looked up when it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *unused: object) -> None:
+        import tpworker
+
+        print(f"tpworker {tpworker.__version__}")
+        parser.exit()
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tpworker", description="A tensor-parallel runtime for LLM serving.", allow_abbrev=False
+    )
+    parser.add_argument(
+        "--version",
+        action=_Version,
+        nargs=0,
+        dest=argparse.SUPPRESS,
+        default=argparse.SUPPRESS,
+        help="print the version and exit",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     serve = commands.add_parser(
@@ -157,7 +188,8 @@ def _parser() -> argparse.ArgumentParser:
         "doctor",
         help="say what a TP group would find on this machine, and what is missing for one",
         description="Say what a TP group would find on this machine, and what is missing for one. Starts "
-        "nothing and fetches nothing. The exit status is 0 if the group would start, else 1.",
+        "nothing and fetches nothing. The exit status is 0 if the group would start, 1 if not, and 2 for a "
+        "mistake in the options.",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
@@ -212,8 +244,8 @@ def _add_ranks(group: _Group) -> None:
     _add(
         group,
         "--device",
-        "what the ranks run on; auto: GPUs if there are any. A rank on a GPU keeps to the CPUs near that "
-        "GPU, of those that it may use (taskset, the container)",
+        "what the ranks run on; auto: GPUs, where there is one for each rank, else the CPU. A rank on a GPU "
+        "keeps to the CPUs near that GPU, of those that it may use (taskset, the container)",
         choices=["auto", "cpu", "cuda"],
     )
 
@@ -243,10 +275,11 @@ def _add_doctor_options(parser: argparse.ArgumentParser) -> None:
     _add_dtype(parser)
     _add_max_model_len(parser)
     _add(parser, "--load-format", "dummy: the weights' files need not be there", choices=["auto", "dummy"])
+    _add_memory_options(parser)
     parser.add_argument("--json", action="store_true", help="print what was found as JSON")
 
 
-def _add_schedule_options(group: _Group) -> None:
+def _add_memory_options(group: _Group) -> None:
     _add(group, "--max-num-seqs", "most requests that run at once", type=int, metavar="N")
     _add(
         group,
@@ -255,6 +288,18 @@ def _add_schedule_options(group: _Group) -> None:
         type=int,
         metavar="N",
     )
+    _add(group, "--block-size", "tokens in one KV block, a power of two", type=int, metavar="N")
+    _add(
+        group,
+        "--gpu-memory-utilization",
+        "share of what is free beside the weights for KV blocks; on the CPU, of a rank's part of half of it",
+        type=float,
+        metavar="SHARE",
+    )
+
+
+def _add_schedule_options(group: _Group) -> None:
+    _add_memory_options(group)
     group.add_argument(
         "--enable-overlap-schedule",
         action=argparse.BooleanOptionalAction,
@@ -266,14 +311,6 @@ def _add_schedule_options(group: _Group) -> None:
         "steps launched beyond the oldest one that is not answered",
         type=int,
         metavar="N",
-    )
-    _add(group, "--block-size", "tokens in one KV block, a power of two", type=int, metavar="N")
-    _add(
-        group,
-        "--gpu-memory-utilization",
-        "share of what is free beside the weights for KV blocks; on the CPU, of a rank's part of half of it",
-        type=float,
-        metavar="SHARE",
     )
     _add(
         group,

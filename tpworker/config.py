@@ -48,7 +48,7 @@ class RuntimeConfig:
     tensor_parallel_size: int = 1
     """Number of TP ranks: one process each, one GPU each on CUDA."""
     device: DeviceName = "auto"
-    """`auto` takes CUDA where there is a GPU, else the CPU."""
+    """`auto`: GPUs, where there is one for each rank, else the CPU."""
     dtype: DtypeName = "auto"
     """Of weights, activations and KV cache. `auto` is what the checkpoint says."""
     max_model_len: int | None = None

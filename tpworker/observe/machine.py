@@ -116,7 +116,7 @@ def _shm(num_ranks: int) -> Check:
         remedy = (
             f"give it {wanted / _GIB:.2f} GiB (docker run --shm-size=1g, or remount it with a larger size)"
         )
-        return warning("/dev/shm", f"{found}, and NCCL may need more for {num_ranks} ranks", remedy)
+        return warning("/dev/shm", f"{found}, and NCCL may need more for {_ranks(num_ranks)}", remedy)
     return ok("/dev/shm", f"{found}, for NCCL")
 
 
@@ -140,8 +140,12 @@ def _locked_memory() -> Check:
     return ok("locked memory", f"{limit} (CUDA's pinned buffers do not count against it)")
 
 
+def _ranks(number: int) -> str:
+    return "1 rank" if number == 1 else f"{number} ranks"
+
+
 def _cores(device: str, num_ranks: int, cores: int) -> Check:
-    found = f"{cores} for {num_ranks} ranks"
+    found = f"{cores} for {_ranks(num_ranks)}"
     wanted = num_ranks if device == "cpu" else 2 * num_ranks + 2
     if cores >= wanted:
         return ok("cores", found)

@@ -105,8 +105,11 @@ def _memory(config: RuntimeConfig, spec: ModelSpec, length: int, device: str, gp
 
         available = available_bytes()
         room = int((available - num_ranks * weights) // 2 // num_ranks * config.gpu_memory_utilization)
-        place = f"{available / _GIB:.1f} GiB available for {num_ranks} ranks"
-    tokens = max(0, room // block - 1) * config.block_size
+        place = (
+            f"{available / _GIB:.1f} GiB available for {'1 rank' if num_ranks == 1 else f'{num_ranks} ranks'}"
+        )
+    most = config.max_num_seqs * -(-length // config.block_size)  # no more is taken than all slots can use
+    tokens = min(most, max(0, room // block - 1)) * config.block_size
     told = (
         f"{place}; a rank has {weights / _GIB:.2f} GiB of weights, and KV blocks for {tokens} tokens beside "
         f"them ({block / config.block_size / 1024:.1f} KiB a token)"
