@@ -86,7 +86,7 @@ def ready_text(runtime: Runtime, host: str, port: int, name: str | None, has_key
     path, body = _example(runtime)
     key = " -H 'Authorization: Bearer '\"$API_KEY\"" if has_key else ""
     times = runtime.start_times
-    start = "" if times is None else f"Start, seconds for each stage and in all:\n\n{times.table()}\n\n"
+    start = "" if times is None else f"Start, in seconds:\n\n{times.table()}\n\n"
     ids_only = (
         "" if runtime.has_tokenizer else "It has no tokenizer: prompts are token ids, texts are empty.\n\n"
     )

@@ -59,8 +59,10 @@ def test_a_stage_ends_when_the_last_rank_has_left_it(ranks: list[Row], enter: En
     assert times.total == pytest.approx(12.5)
     assert str(times).startswith("ready in 12.5 s: model found 0.25, processes started 0.75, ")
     lines = times.table().splitlines()
-    assert lines[0] == "  model found           0.25    0.25"
-    assert lines[4] == ("  weights loaded        5.00    8.00  (10.0 GB, 2.0 GB/s, rank 1 last, by 2.0 s)")
+    assert lines[0].split() == ["stage", "in", "all"]
+    assert len(lines[0]) == len(lines[1])
+    assert lines[1] == "  model found           0.25    0.25"
+    assert lines[5] == ("  weights loaded        5.00    8.00  (10.0 GB, 2.0 GB/s, rank 1 last, by 2.0 s)")
     assert lines[-1].split() == ["ready", "0.50", "12.50"]
 
 
@@ -74,6 +76,20 @@ def test_phases_that_nobody_was_in_are_left_out(ranks: list[Row], enter: Enter) 
         Stage("torch imported", 3.0),
         Stage("weights loaded", 1.0),
         Stage("ready", 1.0),
+    ]
+
+
+def test_who_is_late_is_told_where_it_took_time(ranks: list[Row], enter: Enter) -> None:
+    """Rank 1 comes half a second later through all of them."""
+    for row, late in zip(ranks, (0, 0.5), strict=True):
+        for phase, second in ((Phase.IMPORTING, 2), (Phase.OPENING, 2.01), (Phase.READY, 3)):
+            enter(row, phase, second + late)
+    assert stages(of(ranks, 0, 1, 4)) == [
+        Stage("model found", 1.0),
+        Stage("processes started", 1.5, "rank 1 last, by 0.5 s"),
+        Stage("torch imported", 0.01),
+        Stage("devices opened", 0.99, "rank 1 last, by 0.5 s"),
+        Stage("ready", 0.5),
     ]
 
 

@@ -24,6 +24,10 @@ _STAGES = {
 """What has been reached when the last rank has left a phase."""
 
 
+_LATE_NS = 100_000_000
+"""Less is not worth telling: of a rank that is later than the others, or of a stage that is shorter."""
+
+
 @dataclass(frozen=True, slots=True)
 class Stage:
     """A part of a start."""
@@ -54,7 +58,7 @@ class StartTimes:
             ends = [_left(row, phase) for row in ranks]
             end = max(ends, default=0)
             if end > last:
-                parts = [_which(ends)]
+                parts = [_which(ends)] if end - last >= _LATE_NS else []
                 if phase is Phase.LOADING:
                     parts.insert(0, _speed(ranks, (end - last) / 1e9))
                 elif phase is Phase.CAPTURING:
@@ -75,9 +79,9 @@ class StartTimes:
         return f"ready in {self.total:.1f} s: {', '.join(parts)}"
 
     def table(self) -> str:
-        """A line a stage: its name, how long it took, and when it was over, in seconds."""
+        """A line a stage: its name, how long it took, and when it was over, in seconds; with a heading."""
         width = max(len(stage.name) for stage in self.stages)
-        lines, at = [], 0.0
+        lines, at = [f"  {'':{width}}  {'stage':>6}  {'in all':>6}"], 0.0
         for stage in self.stages:
             at += stage.seconds
             note = f"  ({stage.note})" if stage.note else ""
@@ -97,8 +101,8 @@ def _which(ends: Sequence[int]) -> str:
     if len(ends) < 2:
         return ""
     second, last = sorted(ends)[-2:]
-    late = (last - second) / 1e9
-    return f"rank {ends.index(last)} last, by {late:.1f} s" if late > 0.1 else ""
+    late = last - second
+    return f"rank {ends.index(last)} last, by {late / 1e9:.1f} s" if late > _LATE_NS else ""
 
 
 def _compiled(ranks: Sequence[Row]) -> str:
