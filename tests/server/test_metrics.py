@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, Counter
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.observe.fake_nvml import GIB, FakeGpu, FakeNvml
@@ -53,6 +53,24 @@ def test_the_page_tells_how_the_runtime_does(start: Start) -> None:
         "tpworker_request_duration_seconds_count": 2,
     }
     assert {name: server.metric(name) for name in expected} == expected
+
+
+def test_what_is_served_and_on_what(start: Start) -> None:
+    import tpworker
+
+    told = f'device="cpu",model="fake-model",tensor_parallel_size="1",version="{tpworker.__version__}"'
+    assert start().metric(f"tpworker_info{{{told}}}") == 1
+    assert 'model="named"' in start(name="named").get("/metrics").text
+    assert "tpworker_info{" not in start(FakeRuntime(device="")).get("/metrics").text
+
+
+def test_when_a_series_was_made_is_nobodys_business_but_other_registries(start: Start) -> None:
+    server = start()
+    server.post("/v1/completions", json={"prompt": "abcd", "max_tokens": 5})
+    assert "_created" not in server.get("/metrics").text
+    theirs = CollectorRegistry()
+    Counter("theirs", "Of the program that embeds us.", registry=theirs).inc()
+    assert theirs.get_sample_value("theirs_created") is not None
 
 
 def gpu_states(library: FakeNvml) -> tuple[GpuState, ...]:

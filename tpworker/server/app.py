@@ -43,7 +43,7 @@ def create_app(
         served_model_name: what clients call the model; None: what the runtime calls it.
         api_key: what they must send as a Bearer token, for /v1/…; None: nothing.
     """
-    metrics = Metrics(runtime)
+    metrics = Metrics(runtime, served_model_name)
     front = _Front(runtime, served_model_name, metrics)
     app = FastAPI(title="tpworker", description="OpenAI-compatible API of a tensor-parallel runtime.")
     app.add_middleware(

@@ -8,9 +8,10 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+import tpworker
 from tpworker.observe.watch import GpuState
 from tpworker.outputs import RequestOutput, StepRecord
 
@@ -22,11 +23,24 @@ _EACH_TOKEN = (0.0005, 0.001, 0.002, 0.004, 0.006, 0.01, 0.015, 0.025, 0.05, 0.1
 _WHOLE = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800)
 
 
-class Metrics:
-    """The metrics of one app, in a registry of its own: two apps in a process do not meet."""
+class _Registry(CollectorRegistry):
+    """Without the times at which each series was made. They can be switched off for a whole process only."""
 
-    def __init__(self, runtime: Runtime) -> None:
-        self.registry = CollectorRegistry()
+    def collect(self) -> Iterable[Metric]:
+        for metric in super().collect():
+            metric.samples = [sample for sample in metric.samples if not sample.name.endswith("_created")]
+            yield metric
+
+
+class Metrics:
+    """The metrics of one app, in a registry of its own: two apps in a process do not meet.
+
+    Args:
+        served_model_name: what clients call the model; None: what the runtime calls it.
+    """
+
+    def __init__(self, runtime: Runtime, served_model_name: str | None = None) -> None:
+        self.registry = _Registry()
         self.requests = Counter(
             "tpworker_requests",
             "Requests to the API by outcome: ok, invalid, busy, unavailable, failed, disconnected.",
@@ -51,7 +65,7 @@ class Metrics:
             buckets=_WHOLE,
             registry=self.registry,
         )
-        self.registry.register(_RuntimeCollector(runtime))
+        self.registry.register(_RuntimeCollector(runtime, served_model_name))
 
 
 class Timing:
@@ -81,13 +95,22 @@ class Timing:
 class _RuntimeCollector(Collector):
     """Reads `Runtime.stats()` and `Runtime.gpus()` when it is scraped."""
 
-    def __init__(self, runtime: Runtime) -> None:
+    def __init__(self, runtime: Runtime, served_model_name: str | None) -> None:
         self._runtime = runtime
+        self._name = served_model_name
 
     def describe(self) -> Iterable[Metric]:
         return ()  # registering must not ask a runtime that has not started
 
     def collect(self) -> Iterable[Metric]:
+        if self._runtime.device:  # else it is not known yet what will be served, and on what
+            info = {
+                "version": tpworker.__version__,
+                "model": self._name or self._runtime.served_name,
+                "tensor_parallel_size": str(self._runtime.config.tensor_parallel_size),
+                "device": self._runtime.device,
+            }
+            yield InfoMetricFamily("tpworker", "What is served, and on what.", info)
         stats = self._runtime.stats()
         gauges = {
             "open_requests": ("Requests that are not ended.", stats.open),
