@@ -135,6 +135,19 @@ def test_of_equal_logits_the_lowest_id_is_taken(size: int, mode: SamplingMode) -
     assert sample_at(size, logits, rows_of(3, 0.0), mode).tolist() == [0, 7, 20]
 
 
+@pytest.mark.parametrize("mode", [GREEDY, RANDOM])
+def test_logits_that_are_nan_are_told_of_once(mode: SamplingMode, caplog: pytest.LogCaptureFixture) -> None:
+    sampling._warn_of_nan.cache_clear()
+    logits = logits_of(3, 50)
+    sample_at(1, logits, rows_of(3), mode)
+    assert not caplog.records
+    logits[1, 30] = math.nan
+    for _ in range(2):
+        sample_at(1, logits, rows_of(3), mode)
+    (record,) = caplog.records
+    assert "logits are NaN" in record.getMessage()
+
+
 @pytest.mark.parametrize("mode", [RANDOM, TRUNCATED])
 def test_a_greedy_row_among_random_ones_is_greedy(mode: SamplingMode) -> None:
     logits = logits_of(60, 50, scale=0.01)

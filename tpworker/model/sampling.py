@@ -9,12 +9,16 @@ the noise of its own part of the vocabulary.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, fields
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from tpworker.model.tp import Collectives, argmax_ranks, gather_vocab
+
+logger = logging.getLogger(__name__)
 
 _NUM_CANDIDATES = 256  # most likely tokens that the CPU looks at before it sorts them all
 
@@ -103,8 +107,19 @@ def _best_tokens(logits: Tensor, rows: SamplingRows, random: bool, vocab_start: 
         is_greedy = rows.temperature < GREEDY_BELOW
         noise = gumbel_noise(rows.seed, rows.position, ids).masked_fill_(is_greedy[:, None], 0)
         scores = noise.add_(_scaled(logits, rows))
-    best, index = scores.max(dim=-1)  # the first of equal ones
+    best, index = scores.max(dim=-1)  # the first of equal ones, or of NaNs
+    if best.isnan().any():  # on the CPU a look at the result costs microseconds; on a GPU it would be a sync
+        _warn_of_nan()
     return best, index + vocab_start
+
+
+@cache
+def _warn_of_nan() -> None:
+    """Once a process."""
+    logger.warning(
+        "logits are NaN, and tokens chosen by them mean nothing: weights that are broken do that, and a "
+        "--dtype whose range is too small for the model (float16)"
+    )
 
 
 def _scaled(logits: Tensor, rows: SamplingRows) -> Tensor:
