@@ -16,7 +16,7 @@ import pytest
 
 from tpworker.errors import ModelError
 from tpworker.model import default_model
-from tpworker.model.resolve import resolve_model
+from tpworker.model.resolve import cached_folder, resolve_model
 
 CONFIG = json.dumps({"architectures": ["LlamaForCausalLM"]})
 
@@ -58,6 +58,12 @@ def test_what_cannot_be_a_hub_name_is_refused_without_asking_the_hub(
     monkeypatch.chdir(tmp_path / "empty")
     with pytest.raises(ModelError, match="neither a folder on this machine nor a hub name"):
         resolve_model(model, lambda text, _: pytest.fail(f"it went on: {text}"))
+
+
+def test_what_the_hub_takes_for_no_name_is_none() -> None:
+    for find in (lambda: resolve_model("a..b/c", ignore), lambda: cached_folder("a..b/c")):
+        with pytest.raises(ModelError, match="neither a folder on this machine nor a hub name"):
+            find()
 
 
 def test_without_a_name_it_is_the_default_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,7 +48,11 @@ def local_folder(model: str) -> Path | None:
         )
     if _HUB_NAME.fullmatch(model):
         return None
-    raise ModelError(
+    raise _neither(model)
+
+
+def _neither(model: str) -> ModelError:
+    return ModelError(
         f"--model {model!r} is neither a folder on this machine nor a hub name (org/name). Check the "
         "spelling, or leave --model out to serve the default model."
     )
@@ -67,20 +71,26 @@ def _checked(folder: Path) -> Path:
 
 
 def cached_folder(name: str) -> Path | None:
-    """What the hub's cache on this machine holds of a model, perhaps not all; None: nothing."""
+    """What the hub's cache on this machine holds of a model, perhaps not all; None: nothing.
+
+    Raises:
+        ModelError: there can be no such name.
+    """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(name, local_files_only=True))
     except LocalEntryNotFoundError:
         return None
+    except HFValidationError:
+        raise _neither(name) from None
 
 
 def _from_hub(name: str, progress: Progress, weights: bool) -> Path:
     """What the hub's cache holds of the model, after fetching what it lacks. The hub shows its own bars."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
     progress(f"fetching {name} from the hub", None)
     try:
@@ -89,6 +99,8 @@ def _from_hub(name: str, progress: Progress, weights: bool) -> Path:
             allow_patterns=_CONFIG_FILES + _WEIGHT_FILES * weights,
             ignore_patterns=_IGNORED_FILES,
         )
+    except HFValidationError:
+        raise _neither(name) from None
     except GatedRepoError as error:
         raise ModelError(
             f"--model {name}: access to it on the hub must be granted first. Ask for it on the model's "
