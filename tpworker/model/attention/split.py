@@ -114,9 +114,8 @@ class SplitAttention:
         """For `count` sequences of at most `longest` tokens."""
         most = min(_MAX_PARTS, self.most_parts(), -(-longest // _TILE))
         wanted = round(_PROGRAMS_PER_PROCESSOR * self._num_processors / (count * self.num_kv_heads))
-        if (
-            wanted == 3 and most > 1
-        ):  # two of twice the warps instead: 18.0 and not 19.7 µs (Qwen3-8B, 16 x 650)
+        if wanted == 3 and most > 1:
+            # Two of twice the warps instead: 18.0 and not 19.7 µs (Qwen3-8B, 16 x 650).
             return Cut(2, _TILE, warps=8, stages=5)
         num_parts = max(1, min(wanted, most))
         group = self.num_heads // self.num_kv_heads
