@@ -186,13 +186,13 @@ def test_all_tokens_to_the_same_experts(fused: Any, hidden: int, spec: MoeSpec, 
 
 @pytest.mark.parametrize("name", ["softmax", "all"])
 @pytest.mark.parametrize(
-    ("count", "rows", "tokens"),
-    [(9, 16, 16), (3, 32, 32), (17, 16, 32), (37, 16, 64), (37, 32, 64), (20, 16, 0), (37, 64, 0)],
+    ("count", "rows", "is_sorted"),
+    [(9, 16, False), (3, 32, False), (30, 32, False), (20, 16, True), (37, 16, True), (37, 64, True)],
 )
-def test_every_way(fused: Any, name: str, count: int, rows: int, tokens: int) -> None:
-    """Tokens found by the programs themselves, in one tile or several, and sorted beforehand."""
+def test_every_way(fused: Any, name: str, count: int, rows: int, is_sorted: bool) -> None:
+    """Choices found by the programs themselves, and sorted beforehand, in one tile an expert or several."""
     hidden, spec = SMALL[name]
-    plan = fused.Plan(rows, tokens, fused.Tile(32, 64, 4, 3), fused.Tile(64, 32, 4, 3))
+    plan = fused.Plan(rows, is_sorted, fused.Tile(32, 64, 4, 3), fused.Tile(64, 32, 4, 3))
     layer, x = Layer.of(hidden, spec), inputs(count, hidden)
     ids, weights = random_choices(count, spec)
     result = fused.experts_by(plan, x, ids, weights, layer.gate_up, layer.down)

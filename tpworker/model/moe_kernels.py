@@ -12,7 +12,7 @@ everything else: launches, waiting, weights that are read twice. There are five 
     _combine        sums each token's k + S rows in their order: no atomics, the same bits every time
 
 A *choice* is a place in ids [T, k + S], flattened: a token and one of its experts. act [choices, F] and parts
-[choices, D] have a row for each. Up to 64 tokens the programs find their expert's tokens themselves, in a few
+[choices, D] have a row for each. Up to 32 tokens the programs find their expert's tokens themselves, in a few
 hundred ids, and nothing is sorted; programs of experts without tokens end at once, which costs no more than a
 list of the others would. The weights are the left operand of the products: the matrix units want 64 rows
 there, while 16 tokens are enough on the right.
@@ -277,38 +277,28 @@ def _group(
 @triton.jit
 def _rows_of(
     slot, ids, order, tiles, num_tokens, WIDTH: tl.constexpr, WIDTH_BLOCK: tl.constexpr,
-    ROWS: tl.constexpr, TOKENS: tl.constexpr,
+    ROWS: tl.constexpr, SORTED: tl.constexpr,
 ):  # fmt: skip
     """A tile: its expert (-1: there is nothing to do), its choices [ROWS], and which of them exist.
 
-    With TOKENS, as many as there may be tokens, an expert has TOKENS / ROWS slots, in its order of tokens;
-    without, slots are those of `_group`.
+    If the choices are SORTED, slots are tiles of `_group`; else there is one for each expert, and ROWS is at
+    least the number of tokens: a token is at its own row.
     """
     row = tl.arange(0, ROWS)
-    if TOKENS == 0:
+    if SORTED:
         expert = tl.load(tiles + slot * 3)
         start = tl.load(tiles + slot * 3 + 1)
         end = tl.load(tiles + slot * 3 + 2)
         exists = (start + row < end) & (expert >= 0)
         choice = tl.load(order + start + row, mask=exists, other=0)
     else:
-        expert = slot // (TOKENS // ROWS)
-        token = tl.arange(0, TOKENS)[:, None]
         column = tl.arange(0, WIDTH_BLOCK)[None, :]
-        choices = token * WIDTH + column
-        found = tl.load(ids + choices, mask=(token < num_tokens) & (column < WIDTH), other=-1)
-        choice = tl.sum(tl.where(found == expert, choices, 0), axis=1)
-        is_mine = tl.sum((found == expert).to(tl.int32), axis=1)
-        first = slot % (TOKENS // ROWS) * ROWS
-        count = tl.sum(is_mine, axis=0) - first
-        if ROWS == TOKENS:
-            exists = is_mine > 0
-        else:
-            place = tl.cumsum(is_mine, axis=0) - 1 - first
-            is_here = (is_mine > 0)[:, None] & (place[:, None] == row[None, :])
-            choice = tl.sum(tl.where(is_here, choice[:, None], 0), axis=0)
-            exists = row < count
-        expert = tl.where(count > 0, expert, -1)
+        choices = row[:, None] * WIDTH + column
+        found = tl.load(ids + choices, mask=(row[:, None] < num_tokens) & (column < WIDTH), other=-1)
+        choice = tl.sum(tl.where(found == slot, choices, 0), axis=1)
+        number = tl.sum((found == slot).to(tl.int32), axis=1)
+        exists = number > 0
+        expert = tl.where(tl.sum(number, axis=0) > 0, slot, -1)
     return expert, choice, exists
 
 
@@ -318,7 +308,7 @@ def _rows_of(
 @triton.jit(do_not_specialize=["num_tokens"])
 def _gate_up(
     x, gate_up, act, ids, order, tiles, num_tokens, SIZE: tl.constexpr, INNER: tl.constexpr,
-    WIDTH: tl.constexpr, WIDTH_BLOCK: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
+    WIDTH: tl.constexpr, WIDTH_BLOCK: tl.constexpr, ROWS: tl.constexpr, SORTED: tl.constexpr,
     BLOCK: tl.constexpr, STEP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program a tile and BLOCK columns of act: their gate rows and their up rows in one product."""
@@ -326,7 +316,7 @@ def _gate_up(
     pdl.wait(PDL)
     pdl.start_next(PDL)
     expert, choice, exists = _rows_of(
-        tl.program_id(1), ids, order, tiles, num_tokens, WIDTH, WIDTH_BLOCK, ROWS, TOKENS
+        tl.program_id(1), ids, order, tiles, num_tokens, WIDTH, WIDTH_BLOCK, ROWS, SORTED
     )
     if expert < 0:
         return
@@ -355,7 +345,7 @@ def _gate_up(
 @triton.jit(do_not_specialize=["num_tokens"])
 def _down(
     act, down, parts, weights, ids, order, tiles, num_tokens, SIZE: tl.constexpr, INNER: tl.constexpr,
-    WIDTH: tl.constexpr, WIDTH_BLOCK: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
+    WIDTH: tl.constexpr, WIDTH_BLOCK: tl.constexpr, ROWS: tl.constexpr, SORTED: tl.constexpr,
     BLOCK: tl.constexpr, STEP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program a tile and BLOCK columns of parts."""
@@ -363,7 +353,7 @@ def _down(
     pdl.wait(PDL)
     pdl.start_next(PDL)
     expert, choice, exists = _rows_of(
-        tl.program_id(1), ids, order, tiles, num_tokens, WIDTH, WIDTH_BLOCK, ROWS, TOKENS
+        tl.program_id(1), ids, order, tiles, num_tokens, WIDTH, WIDTH_BLOCK, ROWS, SORTED
     )
     if expert < 0:
         return
@@ -418,8 +408,8 @@ class Plan:
 
     rows: int
     """Most choices of a tile, all of one expert."""
-    tokens: int
-    """Programs find their tokens themselves, among at most so many; 0: `_group` does it for them."""
+    is_sorted: bool
+    """`_group` sorts the choices; else programs find them, among at most `rows` tokens."""
     gate_up: Tile
     down: Tile
 
@@ -428,18 +418,18 @@ def plan(num_tokens: int, num_choices: int, num_stacked: int, dtype: torch.dtype
     """The fastest of a few dozen on an H200, for GLM-4.5-Air and ERNIE-4.5-21B-A3B at TP 4."""
     if dtype == torch.float32:  # without matrix units, and twice the memory
         tiles = (Tile(16, 32, 4, 2), Tile(32, 32, 4, 2))
-        return Plan(16, 16, *tiles) if num_tokens <= 16 else Plan(32, 0, *tiles)
+        return Plan(16, False, *tiles) if num_tokens <= 16 else Plan(32, True, *tiles)
     if num_tokens <= 16:
-        return Plan(16, 16, Tile(32, 128, 4, 3), Tile(128, 64, 4, 4))
+        return Plan(16, False, Tile(32, 128, 4, 3), Tile(128, 64, 4, 4))
     if num_tokens <= 32:
-        return Plan(32, 32, Tile(32, 128, 4, 4), Tile(128, 64, 4, 4))
+        return Plan(32, False, Tile(32, 128, 4, 4), Tile(128, 64, 4, 4))
     if num_tokens <= 64:
-        return Plan(32, 64, Tile(32, 64, 4, 4), Tile(64, 64, 4, 4))
+        return Plan(16, True, Tile(32, 128, 4, 4), Tile(128, 64, 4, 4))
     if num_choices <= 32 * num_stacked:
-        return Plan(32, 0, Tile(32, 64, 4, 4), Tile(64, 64, 4, 4))
+        return Plan(32, True, Tile(32, 64, 4, 4), Tile(64, 64, 4, 4))
     if num_choices <= 96 * num_stacked:
-        return Plan(64, 0, Tile(64, 64, 8, 4), Tile(128, 64, 4, 3))
-    return Plan(128, 0, Tile(64, 64, 8, 3), Tile(128, 64, 4, 3))
+        return Plan(64, True, Tile(64, 64, 8, 4), Tile(128, 64, 4, 3))
+    return Plan(128, True, Tile(64, 64, 8, 3), Tile(128, 64, 4, 3))
 
 
 def experts(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -451,26 +441,26 @@ def experts_by(plan: Plan, x: Tensor, ids: Tensor, weights: Tensor, gate_up: Ten
     """`experts`, in one of the ways to do it."""
     for tensor in (x, ids, weights, gate_up, down):
         assert tensor.is_contiguous()
-    assert plan.tokens == 0 or len(x) <= plan.tokens
+    assert plan.is_sorted or len(x) <= plan.rows
     num_tokens, size = x.shape
     num_stacked, _, inner = down.shape
     num_choices, width = ids.numel(), ids.shape[1]
     act = x.new_empty(num_choices, inner)
     parts = x.new_empty(num_choices, size)
     out = torch.empty_like(x)
-    if plan.tokens:
-        order = tiles = ids  # not looked at
-        num_slots = num_stacked * (plan.tokens // plan.rows)
-    else:
+    if plan.is_sorted:
         order, tiles = _grouped(ids, num_stacked, plan.rows)
         num_slots = len(tiles)
+    else:
+        order = tiles = ids  # not looked at
+        num_slots = num_stacked
     kinds = {
         "SIZE": size,
         "INNER": inner,
         "WIDTH": width,
         "WIDTH_BLOCK": triton.next_power_of_2(width),
         "ROWS": plan.rows,
-        "TOKENS": plan.tokens,
+        "SORTED": plan.is_sorted,
         **pdl.options(),
     }
     _gate_up[(triton.cdiv(inner, plan.gate_up.block), num_slots)](
