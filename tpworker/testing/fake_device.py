@@ -73,7 +73,8 @@ class FakeDevice:
         return torch.zeros(num_bytes, dtype=torch.uint8)
 
     def upload_buffer(self, num_bytes: int) -> Tensor:
-        return torch.zeros(num_bytes, dtype=torch.uint8)
+        with torch.inference_mode(False):  # may be written to in any mode
+            return torch.zeros(num_bytes, dtype=torch.uint8)
 
     def free_bytes(self, num_ranks: int) -> int:
         return 1 << 34
