@@ -114,17 +114,15 @@ class SplitAttention:
         """For `count` sequences of at most `longest` tokens."""
         most = min(_MAX_PARTS, self.most_parts(), -(-longest // _TILE))
         wanted = round(_PROGRAMS_PER_PROCESSOR * self._num_processors / (count * self.num_kv_heads))
-        if wanted == 3 and most > 1:
+        if wanted == 3 and most > 1 and count <= 16:
             # Two of twice the warps instead: 18.0 and not 19.7 µs (Qwen3-8B, 16 x 650).
             return Cut(2, _TILE, warps=8, stages=5)
         num_parts = max(1, min(wanted, most))
-        group = self.num_heads // self.num_kv_heads
-        is_short = group < 4 and num_parts <= 2
-        if group <= 4 and count * self.num_kv_heads * num_parts > 3 * self._num_processors:
-            # Three programs with long tiles fit a processor, and four with short ones, heads stored by them:
-            # 512 with long ones took 64 µs where 512 with short ones took 47 (64 x 650).
-            is_short |= count * self.num_kv_heads * num_parts <= _MOST_FUSED * self._num_processors
-        return Cut(num_parts, _SHORT_TILE if is_short else _TILE)
+        if self.num_heads // self.num_kv_heads < 4 and num_parts <= 2:
+            return Cut(num_parts, _SHORT_TILE)
+        # A tile that is loaded early takes registers: then three programs fit a processor, and not four.
+        programs = count * self.num_kv_heads * num_parts
+        return Cut(num_parts, _TILE, early=programs <= 3 * self._num_processors)
 
     def most_parts(self) -> int:
         """More do not fit into the registers of the program that puts them together."""
