@@ -10,6 +10,8 @@ import argparse
 import importlib
 import sys
 
+from benchmarks.options import new_file
+
 BENCHMARKS = {
     "gpu": "decode steps on GPUs, beside their graphs alone",
     "table": "GLM-4.5-Air and ERNIE-4.5-21B-A3B on GPUs, overlap off and on",
@@ -25,17 +27,17 @@ BENCHMARKS = {
 def main(arguments: list[str]) -> int:
     """Runs the benchmark that `arguments` begin with; the rest are its options."""
     parser = argparse.ArgumentParser(
-        prog="benchmarks",
+        prog="scripts/bench",
         description="Measures tpworker on this machine.",
-        epilog="Options of one benchmark: benchmarks NAME --help. "
+        epilog="Options of one benchmark: scripts/bench NAME --help. "
         + " ".join(f"{name}: {what}." for name, what in BENCHMARKS.items()),
     )
     parser.add_argument("name", choices=list(BENCHMARKS), metavar="NAME", help=", ".join(BENCHMARKS))
     name = parser.parse_args(arguments[:1]).name
     benchmark = importlib.import_module(f"benchmarks.{name}")
-    options = argparse.ArgumentParser(prog=f"benchmarks {name}", description=benchmark.__doc__,
+    options = argparse.ArgumentParser(prog=f"scripts/bench {name}", description=benchmark.__doc__,
                                       formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    options.add_argument("--json", metavar="FILE", help="write what was measured to FILE")
+    options.add_argument("--json", metavar="FILE", type=new_file, help="write what was measured to FILE")
     benchmark.add_options(options)
     status: int = benchmark.run(options.parse_args(arguments[1:]))
     return status

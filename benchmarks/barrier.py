@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.barrier_rank import Job
+from benchmarks.options import positive
 from benchmarks.report import Summary, machine, save
 from tpworker.ipc.barrier import Barrier, default_spin
 
@@ -32,9 +33,9 @@ MEASURES = ("release", "back to back", "wake", "CPU")
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """This benchmark's options."""
-    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8], help="default: 2 4 8")
-    parser.add_argument("--rounds", type=int, default=30, help="of each kind, in turns; default: 30")
-    parser.add_argument("--steps", type=int, default=200, help="barriers in a round; default: 200")
+    parser.add_argument("--ranks", type=positive, nargs="+", default=[2, 4, 8], help="default: 2 4 8")
+    parser.add_argument("--rounds", type=positive, default=30, help="of each kind, in turns; default: 30")
+    parser.add_argument("--steps", type=positive, default=200, help="barriers in a round; default: 200")
     parser.add_argument("--late-steps", type=int, default=10, help="those with a late rank; default: 10")
     parser.add_argument(
         "--spin", type=float, metavar="MICROSECONDS", help="of ours; default: what a rank would take"

@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.barrier import MEASURES, samples
+from benchmarks.options import positive
 from benchmarks.report import Summary, machine, quantile, save
 from tpworker.ipc.barrier import Barrier
 from tpworker.observe.gpus import count_gpus
@@ -62,14 +63,18 @@ class Job:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """This benchmark's options."""
-    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8], help="default: 2 4 8")
+    parser.add_argument("--ranks", type=positive, nargs="+", default=[2, 4, 8], help="default: 2 4 8")
     rows = [1, 4, 16, 64, 128, 256, 512, 1024, 2048]
-    parser.add_argument("--rows", type=int, nargs="+", default=rows, help=f"default: {rows}")
-    parser.add_argument("--columns", type=int, nargs="+", default=[2560, 4096], help="default: 2560 4096")
-    parser.add_argument("--rounds", type=int, default=5, help="of each way, in turns; default: 5")
-    parser.add_argument("--replays", type=int, default=40, help="of 16 calls, in a round; default: 40")
-    parser.add_argument("--steps", type=int, default=200, help="barriers in a round; default: 200")
-    parser.add_argument("--timeout", type=float, default=300, help="seconds for one number of ranks")
+    parser.add_argument(
+        "--rows", type=positive, nargs="+", default=rows, help=f"default: {' '.join(map(str, rows))}"
+    )
+    parser.add_argument(
+        "--columns", type=positive, nargs="+", default=[2560, 4096], help="default: 2560 4096"
+    )
+    parser.add_argument("--rounds", type=positive, default=5, help="of each way, in turns; default: 5")
+    parser.add_argument("--replays", type=positive, default=40, help="of 16 calls, in a round; default: 40")
+    parser.add_argument("--steps", type=positive, default=200, help="barriers in a round; default: 200")
+    parser.add_argument("--timeout", type=float, default=300, help="of one number of ranks; default: 300 s")
 
 
 def run(options: argparse.Namespace) -> int:

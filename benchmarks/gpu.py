@@ -42,6 +42,7 @@ from rich.table import Table
 
 from benchmarks.gpu_run import Case, measure
 from benchmarks.gpu_trace import KINDS, OTHER
+from benchmarks.options import positive, shape
 from benchmarks.report import machine, save
 from tpworker.observe.gpus import count_gpus
 
@@ -61,8 +62,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """This benchmark's options."""
     shapes = [f"{model}:{ranks}" for model, ranks in PEER]
     told = f"model:TP; default, as far as GPUs go: {' '.join(shapes)}"
-    parser.add_argument("--shapes", nargs="+", default=shapes, help=told)
-    parser.add_argument("--batch", type=int, nargs="+", help="default: those that have a figure of the peer")
+    parser.add_argument("--shapes", type=shape, nargs="+", default=shapes, help=told)
+    parser.add_argument(
+        "--batch", type=positive, nargs="+", help="default: those that have a figure of the peer"
+    )
     parser.add_argument("--lookahead", type=int, nargs="+", default=[2, 0], help="default: 2 0")
     parser.add_argument(
         "--together", action="store_true", help="shapes of one GPU at a time, each on its own"

@@ -30,6 +30,7 @@ from rich.table import Table
 
 from benchmarks.cpu import Others
 from benchmarks.host_load import PARTS, Driven, Window
+from benchmarks.options import positive
 from benchmarks.report import machine, quantile, save
 
 GOAL_PERIOD = 1.05
@@ -69,10 +70,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         shown = " ".join(map(str, default)) if isinstance(default, list) else default
         parser.add_argument(name, help=f"{what}; default: {shown}", **kind)
 
-    add("--ranks", "TP sizes", type=int, nargs="+")
-    add("--batch", "requests that decode at a time", type=int, nargs="+")
-    add("--contexts", "lengths of prompts to compare", type=int, nargs="+")
-    add("--rounds", "measurements of each kind, in turns", type=int)
+    add("--ranks", "TP sizes", type=positive, nargs="+")
+    add("--batch", "requests that decode at a time", type=positive, nargs="+")
+    add("--contexts", "lengths of prompts to compare", type=positive, nargs="+")
+    add("--rounds", "measurements of each kind, in turns", type=positive)
     add("--seconds", "of each measurement", type=float)
     add("--idle-seconds", "for which the idle runtime is watched", type=float)
     add("--retries", "measurements that may be repeated for being disturbed, in all", type=int)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import statistics
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.floors import BYTES_PER_SECOND, floor_bytes
+from benchmarks.options import positive
 from benchmarks.report import machine, save
 from tpworker.model import kernels
 from tpworker.model.attention import Attention, flash
@@ -56,16 +58,16 @@ RANDOM = SamplingMode(random=True, truncate=False, suppress=False)
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--models", nargs="+", default=["qwen3-0.6b", "qwen3-8b"], help="folders of configs/")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 16, 64, 256])
-    parser.add_argument("--context", type=int, default=650, help="tokens of each sequence")
-    parser.add_argument("--block-size", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=5, help="of 20 replays each; the median is told")
+    parser.add_argument("--batch", type=positive, nargs="+", default=[1, 16, 64, 256])
+    parser.add_argument("--context", type=positive, default=650, help="tokens of each sequence")
+    parser.add_argument("--block-size", type=positive, default=16)
+    parser.add_argument("--rounds", type=positive, default=5, help="of 20 replays each; the median is told")
 
 
 def run(options: argparse.Namespace) -> int:
     if not torch.cuda.is_available():
-        print("benchmarks kernels: there is no CUDA device here")
-        return 2
+        print("a GPU is needed, and there is none here", file=sys.stderr)
+        return 1
     data: dict[str, Any] = {"machine": machine() | {"gpu": torch.cuda.get_device_name()}, "rows": []}
     console = Console(width=150)
     with torch.inference_mode():

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from statistics import fmean
@@ -29,6 +30,7 @@ from torch import Tensor
 
 from benchmarks.floors import BYTES_PER_SECOND
 from benchmarks.kernels import CONFIGS, replay_ms
+from benchmarks.options import positive
 from benchmarks.report import machine, save
 from tpworker.model import kernels, moe
 from tpworker.model.families import MoeSpec, read_spec
@@ -41,15 +43,15 @@ _SETS = 4  # of weights; a graph with more layers uses them in turn
 def add_options(parser: argparse.ArgumentParser) -> None:
     models = ["glm-4.5-air", "ernie-4.5-21b-a3b"]
     parser.add_argument("--models", nargs="+", default=models, help="folders of configs/")
-    parser.add_argument("--tp", type=int, nargs="+", default=[4, 8, 2, 1], help="one rank is measured")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 16, 64, 256, 575, 2048])
-    parser.add_argument("--rounds", type=int, default=5, help="of 20 replays each; the median is told")
+    parser.add_argument("--tp", type=positive, nargs="+", default=[4, 8, 2, 1], help="one rank is measured")
+    parser.add_argument("--tokens", type=positive, nargs="+", default=[1, 4, 16, 64, 256, 575, 2048])
+    parser.add_argument("--rounds", type=positive, default=5, help="of 20 replays each; the median is told")
 
 
 def run(options: argparse.Namespace) -> int:
     if not torch.cuda.is_available():
-        print("benchmarks moe: there is no CUDA device here")
-        return 2
+        print("a GPU is needed, and there is none here", file=sys.stderr)
+        return 1
     data: dict[str, Any] = {"machine": machine() | {"gpu": torch.cuda.get_device_name()}, "rows": []}
     console = Console(width=120)
     torch.manual_seed(0)

@@ -33,6 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.cpu import Others, Usage
+from benchmarks.options import positive
 from benchmarks.report import machine, quantile, save
 from benchmarks.serve_load import Round, random_prompts, run_round
 from benchmarks.timeline import draw, steady_steps
@@ -49,7 +50,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """This benchmark's options."""
 
     def number(name: str, default: int, what: str) -> None:
-        parser.add_argument(name, type=int, default=default, metavar="N", help=f"{what}; default: {default}")
+        parser.add_argument(
+            name, type=positive, default=default, metavar="N", help=f"{what}; default: {default}"
+        )
 
     parser.add_argument("--model", help="a folder or a hub name; default: SmolLM2-135M-Instruct")
     parser.add_argument("--load-format", choices=["auto", "dummy"], default="auto", help="default: auto")

@@ -29,6 +29,7 @@ from rich.table import Table
 
 from benchmarks.gpu import number, print_failures, print_kinds, quantiles, write
 from benchmarks.gpu_run import Case, measure
+from benchmarks.options import positive
 from benchmarks.report import machine
 from tpworker.observe.gpus import count_gpus
 
@@ -61,15 +62,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """This benchmark's options."""
     models = [load.model for load in LOADS]
     parser.add_argument("--models", nargs="+", choices=models, default=models, help="default: both")
-    parser.add_argument("--tensor-parallel-size", type=int, default=4, metavar="N", help="default: 4")
+    parser.add_argument("--tensor-parallel-size", type=positive, default=4, metavar="N", help="default: 4")
     parser.add_argument("--lookahead", type=int, nargs="+", default=[2, 0], help="default: 2 0")
     parser.add_argument(
-        "--concurrency", type=int, nargs="+", help="requests; default: 4 and 64 of GLM, 64 of ERNIE"
+        "--concurrency", type=positive, nargs="+", help="requests; default: 4 and 64 of GLM, 64 of ERNIE"
     )
-    parser.add_argument("--input-len", type=int, metavar="N", help="default: 500 for GLM, 2000 for ERNIE")
-    parser.add_argument("--output-len", type=int, metavar="N", help="default: 10000 for GLM, 500 for ERNIE")
     parser.add_argument(
-        "--cut", type=int, default=300, metavar="N", help="run no more of the output; default: 300"
+        "--input-len", type=positive, metavar="N", help="default: 500 for GLM, 2000 for ERNIE"
+    )
+    parser.add_argument(
+        "--output-len", type=positive, metavar="N", help="default: 10000 for GLM, 500 for ERNIE"
+    )
+    parser.add_argument(
+        "--cut", type=positive, default=300, metavar="N", help="run no more of the output; default: 300"
     )
     parser.add_argument("--timeline", metavar="FILE", help="write some traced steps of each row, to be drawn")
     parser.add_argument("--commit", help="to be noted with the figures; default: what git says")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from benchmarks.report import Summary, quantile
@@ -28,6 +29,21 @@ def test_quantiles_are_samples() -> None:
     assert quantile(list(range(1, 101)), 0.99) == 99
     assert quantile([5.0], 0.99) == 5.0
     assert Summary.of([[1.0, 2.0, 9.0], [4.0, 5.0, 6.0]]) == Summary(4.0, 9.0, 2.0, 5.0, 6)
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        ("host --batch 0", "at least 1"),
+        ("barrier --ranks 0", "at least 1"),
+        ("barrier --json /nonexistent/x.json", "cannot be written"),
+        ("gpu --shapes qwen3-8b", "qwen3-8b:2"),
+    ],
+)
+def test_what_is_out_of_range_is_refused_before_anything_is_measured(command: str, told: str) -> None:
+    done = bench(*command.split())
+    assert done.returncode == 2
+    assert told in done.stderr
 
 
 def test_barrier(tmp_path: Path) -> None:
