@@ -60,7 +60,7 @@ class Moe:
         ids, weights = self.router(x)
         if isinstance(self.gate_up, Tensor) and isinstance(self.down, Tensor):
             if x.is_cuda:
-                from tpworker.model import moe_kernels  # type: ignore[attr-defined, unused-ignore]
+                from tpworker.model import moe_kernels
 
                 return moe_kernels.experts(x, ids, weights, self.gate_up, self.down)
             return experts(x, ids, weights, self.gate_up, self.down)
@@ -69,7 +69,7 @@ class Moe:
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The model's own router. On the CPU a token's choice does not depend on the others, bit by bit."""
         if x.is_cuda:
-            from tpworker.model import moe_kernels  # type: ignore[attr-defined, unused-ignore]
+            from tpworker.model import moe_kernels
 
             return moe_kernels.route(x, self.gate.weight, self.bias, self.spec)
         return choose(self.gate(x.float()), self.bias, self.spec)
