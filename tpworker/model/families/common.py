@@ -6,9 +6,10 @@ Defaults for absent keys are those of transformers' configuration classes.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from tpworker.model.families.spec import Config, Llama3Scaling, RopeSpec, WeightNames, with_article
+from tpworker.model.families.spec import Config, Llama3Scaling, MoeNames, RopeSpec, WeightNames, with_article
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     # Keys that change what a model computes and that the decoder knows nothing of, with the values at which
@@ -56,6 +57,21 @@ NAMES = WeightNames(
     down="model.layers.{layer}.mlp.down_proj",
 )
 """Llama's."""
+
+EXPERTS = MoeNames(
+    router="model.layers.{layer}.mlp.gate",
+    gate="model.layers.{layer}.mlp.experts.{expert}.gate_proj",
+    up="model.layers.{layer}.mlp.experts.{expert}.up_proj",
+    down="model.layers.{layer}.mlp.experts.{expert}.down_proj",
+)
+"""Most families'."""
+
+EXPERTS_AND_SHARED = replace(
+    EXPERTS,
+    shared_gate="model.layers.{layer}.mlp.shared_experts.gate_proj",
+    shared_up="model.layers.{layer}.mlp.shared_experts.up_proj",
+    shared_down="model.layers.{layer}.mlp.shared_experts.down_proj",
+)
 
 
 def refuse_unknown(config: Config, architecture: str, known: Mapping[str, tuple[Any, ...] | None]) -> None:

@@ -10,8 +10,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from tpworker.model.families.common import NAMES, read_decoder, refuse_sliding_window, refuse_unknown
-from tpworker.model.families.spec import Config, Family, MoeNames, MoeSpec
+from tpworker.model.families.common import (
+    EXPERTS_AND_SHARED,
+    NAMES,
+    read_decoder,
+    refuse_sliding_window,
+    refuse_unknown,
+)
+from tpworker.model.families.spec import Config, Family, MoeSpec
 
 _KNOWN: dict[str, tuple[Any, ...] | None] = {
     "partial_rotary_factor": None,
@@ -76,15 +82,9 @@ GLM4_MOE = Family(
     read=_read,
     names=replace(
         NAMES,
-        moe=MoeNames(
-            router="model.layers.{layer}.mlp.gate",
+        moe=replace(
+            EXPERTS_AND_SHARED,
             bias="model.layers.{layer}.mlp.gate.e_score_correction_bias",
-            gate="model.layers.{layer}.mlp.experts.{expert}.gate_proj",
-            up="model.layers.{layer}.mlp.experts.{expert}.up_proj",
-            down="model.layers.{layer}.mlp.experts.{expert}.down_proj",
-            shared_gate="model.layers.{layer}.mlp.shared_experts.gate_proj",
-            shared_up="model.layers.{layer}.mlp.shared_experts.up_proj",
-            shared_down="model.layers.{layer}.mlp.shared_experts.down_proj",
         ),
     ),
     mtp_tensors=(r"model\.layers\.{layer}\..*",),

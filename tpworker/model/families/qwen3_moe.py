@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from tpworker.model.families.common import NAMES, read_decoder, refuse_sliding_window, refuse_unknown
-from tpworker.model.families.spec import Config, Family, MoeNames, MoeSpec
+from tpworker.model.families.common import EXPERTS, NAMES, read_decoder, refuse_sliding_window, refuse_unknown
+from tpworker.model.families.spec import Config, Family, MoeSpec
 
 _KNOWN: dict[str, tuple[Any, ...] | None] = {"num_experts": None, "num_local_experts": None}
 
@@ -50,13 +50,5 @@ QWEN3_MOE = Family(
     name="qwen3_moe",
     architectures=("Qwen3MoeForCausalLM",),
     read=_read,
-    names=replace(
-        NAMES,
-        moe=MoeNames(
-            router="model.layers.{layer}.mlp.gate",
-            gate="model.layers.{layer}.mlp.experts.{expert}.gate_proj",
-            up="model.layers.{layer}.mlp.experts.{expert}.up_proj",
-            down="model.layers.{layer}.mlp.experts.{expert}.down_proj",
-        ),
-    ),
+    names=replace(NAMES, moe=EXPERTS),
 )
