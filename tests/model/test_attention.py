@@ -13,9 +13,31 @@ from torch import Tensor
 from tests.model.helpers import Work, make_batch, shuffled_tables
 from tpworker.model.attention import paged
 from tpworker.model.attention.paged import PagedAttention
+from tpworker.model.attention.split import Cut, SplitAttention
 from tpworker.model.batch import Batch
 
 HEAD_DIM = 8
+
+
+@pytest.mark.parametrize(
+    ("num_heads", "num_kv_heads", "count", "cut"),
+    [
+        (32, 8, 1, Cut(32, 64)),  # Qwen3-8B, TP 1; a GPU of 132 processors
+        (32, 8, 16, Cut(2, 64, warps=8, stages=5)),
+        (
+            32,
+            8,
+            64,
+            Cut(1, 64, early=False),
+        ),  # 512 programs: with early loads three fit
+        (16, 4, 64, Cut(2, 64, early=False)),
+        (16, 8, 64, Cut(1, 32)),  # Qwen3-0.6B: few query heads a key-value head
+        (20, 2, 64, Cut(3, 64)),
+    ],
+)
+def test_how_decode_attention_is_cut(num_heads: int, num_kv_heads: int, count: int, cut: Cut) -> None:
+    others = PagedAttention(num_heads, num_kv_heads, 128, torch.float32)
+    assert SplitAttention(num_heads, num_kv_heads, 128, others, 132).choose_cut(count, 2304) == cut
 
 
 def naive(queries: Tensor, keys: Tensor, values: Tensor, batch: Batch, block_size: int) -> Tensor:

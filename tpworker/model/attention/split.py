@@ -89,7 +89,6 @@ class SplitAttention:
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
         self.others = others
-        self.cut: Cut | None = None  # for measurements: instead of the rule's
         self._num_processors = num_processors
 
     @property
@@ -102,7 +101,7 @@ class SplitAttention:
         count = len(batch.lengths)
         if batch.num_decodes < count:
             return self.others.prepare(batch, block_size)
-        cut = self.cut or self.choose_cut(count, batch.block_tables.shape[1] * block_size)
+        cut = self.choose_cut(count, batch.block_tables.shape[1] * block_size)
         pairs, group = count * self.num_kv_heads, self.num_heads // self.num_kv_heads
         device = batch.lengths.device
         sums = torch.empty(pairs, cut.num_parts, group, self.head_dim, device=device)
