@@ -104,8 +104,10 @@ def winners(ranks: SymmetricCollectives) -> dict[str, Any]:
             scores[:, ::5] = 0.0
             scores[rows % ranks.size, ::5] = -0.0
             scores[:, 1::6] = -torch.inf
+            scores[rows % ranks.size, 3::7] = torch.nan
             tokens = torch.randint(0, 75000, (ranks.size, rows), device=ranks.device)
             tokens += 75000 * torch.arange(ranks.size, device=ranks.device)[:, None]
+            tokens = torch.where(scores.isnan(), ~tokens, tokens)
             best, token = scores[ranks.rank].contiguous(), tokens[ranks.rank].contiguous()
             chosen = argmax_ranks(best, token, ranks)
             reference = tokens.gather(0, scores.argmax(dim=0, keepdim=True))[0]

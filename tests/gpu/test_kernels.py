@@ -314,8 +314,9 @@ def test_finish_step(fused: Any, count: int) -> None:
     for step in range(5):
         slots = torch.randperm(num_slots)[:count].to(DEVICE)
         tokens = torch.randint(0, 1 << 40, (count,), device=DEVICE)
-        slot_kernels.finish_step(slots, tokens, last_token, counter, ring)
         expected[slots] = tokens
+        tokens[::3] = ~tokens[::3]  # by logits that are NaN
+        slot_kernels.finish_step(slots, tokens, last_token, counter, ring)
         assert torch.equal(last_token, expected)
         assert counter.tolist() == [step]
         assert torch.equal(ring[step % 3, : 1 + count].cpu(), torch.tensor([step, *tokens.tolist()]))
@@ -339,6 +340,25 @@ def test_greedy_tokens(fused: Any, shape: Shape, count: int, dtype: torch.dtype)
     values, index = logits.float().max(dim=-1)
     assert torch.equal(best.cpu(), values)
     assert torch.equal(token.cpu(), index + 1000)
+
+
+@pytest.mark.parametrize("vocab", [131, 151936])
+@pytest.mark.parametrize("random", [False] if IS_INTERPRETED else [False, True])
+def test_tokens_by_logits_that_are_nan(fused: Any, vocab: int, random: bool) -> None:
+    """One in a row, of either sign, in any block, or nothing else: the first is taken, and marked."""
+    logits = logits_of(8, vocab)
+    there = on_device(rows_of(8, 1.0 if random else 0.0))
+    _, plain = fused.best_tokens(logits.to(DEVICE), there, random, 1000, 1e-5)
+    logits[1, vocab - 1] = torch.nan
+    logits[2, [3, vocab // 2]] = -torch.nan
+    logits[4] = -torch.inf
+    logits[4, vocab - 2] = torch.nan
+    logits[5] = torch.nan
+    best, token = fused.best_tokens(logits.to(DEVICE), there, random, 1000, 1e-5)
+    is_nan = logits.isnan().any(dim=1)
+    assert torch.equal(best.isnan().cpu(), is_nan)
+    assert token[is_nan].tolist() == [~(1000 + column) for column in (vocab - 1, 3, vocab - 2, 0)]
+    assert torch.equal(token.cpu()[~is_nan], plain.cpu()[~is_nan])
 
 
 @every_shape

@@ -82,6 +82,16 @@ def test_the_tokens_of_the_definition(vocab_size: int, kind: str, dtype: torch.d
     assert truncated > 8, "sets that are never left show nothing"
 
 
+def test_tokens_by_logits_that_are_nan_are_marked() -> None:
+    logits, rows = logits_like("peaked", 5000, torch.bfloat16), every_kind()
+    expected = sample(logits.clone(), rows, TRUNCATED, 0, SoleRank())
+    logits[::2, 4000] = math.nan
+    logits[4::8] = -math.nan
+    tokens = sample(logits.clone(), rows, TRUNCATED, 0, SoleRank())
+    assert torch.equal(tokens[1::2], expected[1::2])
+    assert tokens[::2].tolist() == [~0 if row % 8 == 4 else ~4000 for row in range(0, ROWS, 2)]
+
+
 @pytest.mark.parametrize("size", [2, 3])
 def test_ranks_with_a_part_of_the_vocabulary_each(size: int) -> None:
     rows = every_kind()

@@ -135,17 +135,17 @@ def test_of_equal_logits_the_lowest_id_is_taken(size: int, mode: SamplingMode) -
     assert sample_at(size, logits, rows_of(3, 0.0), mode).tolist() == [0, 7, 20]
 
 
-@pytest.mark.parametrize("mode", [GREEDY, RANDOM])
-def test_logits_that_are_nan_are_told_of_once(mode: SamplingMode, caplog: pytest.LogCaptureFixture) -> None:
-    sampling._warn_of_nan.cache_clear()
-    logits = logits_of(3, 50)
-    sample_at(1, logits, rows_of(3), mode)
-    assert not caplog.records
-    logits[1, 30] = math.nan
-    for _ in range(2):
-        sample_at(1, logits, rows_of(3), mode)
-    (record,) = caplog.records
-    assert "logits are NaN" in record.getMessage()
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("mode", [GREEDY, RANDOM, TRUNCATED])
+def test_tokens_by_logits_that_are_nan_are_marked(size: int, mode: SamplingMode) -> None:
+    """Of the row that has them alone, whichever rank has them: ~token of the first."""
+    logits, rows = logits_of(4, 50), rows_of(4, 1.0, top_p=0.5, top_k=7)
+    expected = sample_at(size, logits, rows, mode)
+    logits[1, [41, 30]] = math.nan
+    logits[2] = -math.nan
+    tokens = sample_at(size, logits, rows, mode)
+    assert tokens[[1, 2]].tolist() == [~30, ~0]
+    assert torch.equal(tokens[[0, 3]], expected[[0, 3]])
 
 
 @pytest.mark.parametrize("mode", [RANDOM, TRUNCATED])

@@ -71,6 +71,16 @@ def test_tokens_arrive_with_their_times(rig: Rig) -> None:
     assert not rig.errors
 
 
+def test_tokens_by_logits_that_are_nan_are_told_of_once(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
+    for step, tokens in enumerate(([3, 4], [3, ~4], [~0, 5], [])):
+        rig.publisher.publish(rig.launch(step, tokens))
+        result = rig.results.receive(10)
+        assert isinstance(result, StepResult)
+        assert unpack_int32(result.tokens).tolist() == ([3, 4], [3, 4], [0, 5], [])[step]
+        assert len(caplog.records) == (step > 0)
+    assert "logits are NaN" in caplog.text
+
+
 def test_publishing_waits_for_nothing(rig: Rig) -> None:
     gate = threading.Event()
     rig.device.compute.run(lambda: gate.wait(10) and None)

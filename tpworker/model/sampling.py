@@ -9,16 +9,12 @@ the noise of its own part of the vocabulary.
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, fields
-from functools import cache
 
 import torch
 from torch import Tensor
 
 from tpworker.model.tp import Collectives, argmax_ranks, gather_vocab
-
-logger = logging.getLogger(__name__)
 
 _NUM_CANDIDATES = 256  # most likely tokens that the CPU looks at before it sorts them all
 
@@ -61,7 +57,8 @@ def sample(
         vocab_start: token id of this rank's first logit.
 
     Returns:
-        int64 [R], the same on all ranks, bit by bit. Of equal scores the lowest id wins.
+        int64 [R], the same on all ranks, bit by bit. Of equal scores the lowest id wins. Where logits are
+        NaN: ~token, which is negative, of the first that is. So it is seen without a look at the logits.
     """
     if mode.suppress:
         _suppress(logits, rows, vocab_start)
@@ -77,7 +74,7 @@ def sample(
         return plain
     is_greedy = rows.temperature < GREEDY_BELOW
     full = gather_vocab(_scaled(logits, rows), collectives)
-    is_truncated = ~is_greedy & ((rows.top_p < 1) | (rows.top_k > 0))
+    is_truncated = ~is_greedy & ((rows.top_p < 1) | (rows.top_k > 0)) & (plain >= 0)
     return torch.where(is_truncated, _sample_truncated(full, rows, is_truncated), plain)
 
 
@@ -95,7 +92,8 @@ def _best_tokens(logits: Tensor, rows: SamplingRows, random: bool, vocab_start: 
     """The best token of this rank's part of the vocabulary; greedy unless `random` and the row's temperature.
 
     Returns:
-        float32 [R], its score, which includes the noise; int64 [R], the token, of equal ones the first.
+        float32 [R], its score, which includes the noise, or NaN if any is; int64 [R], the token, of equal
+        ones the first, or ~token of the first NaN.
     """
     if logits.is_cuda:
         from tpworker.model import triton_kernels
@@ -108,18 +106,8 @@ def _best_tokens(logits: Tensor, rows: SamplingRows, random: bool, vocab_start: 
         noise = gumbel_noise(rows.seed, rows.position, ids).masked_fill_(is_greedy[:, None], 0)
         scores = noise.add_(_scaled(logits, rows))
     best, index = scores.max(dim=-1)  # the first of equal ones, or of NaNs
-    if best.isnan().any():  # on the CPU a look at the result costs microseconds; on a GPU it would be a sync
-        _warn_of_nan()
-    return best, index + vocab_start
-
-
-@cache
-def _warn_of_nan() -> None:
-    """Once a process."""
-    logger.warning(
-        "logits are NaN, and tokens chosen by them mean nothing: weights that are broken do that, and a "
-        "--dtype whose range is too small for the model (float16)"
-    )
+    token = index + vocab_start
+    return best, torch.where(best.isnan(), ~token, token)
 
 
 def _scaled(logits: Tensor, rows: SamplingRows) -> Tensor:

@@ -251,10 +251,10 @@ def argmax_ranks(best: Tensor, token: Tensor, collectives: Collectives) -> Tenso
 
     Args:
         best: float32 [R], the highest score of this rank's part of the vocabulary.
-        token: int64 [R], the token that has it.
+        token: int64 [R], the token that has it; ~token if the score is NaN, which is above all others.
 
     Returns:
-        int64 [R], the same on all ranks.
+        int64 [R], the same on all ranks; ~token where the score is NaN.
     """
     if collectives.size == 1:
         return token

@@ -304,12 +304,18 @@ def _gumbel(seed, position, token):
     return -libdevice.log(-libdevice.log1p(-uniform))
 
 
+NAN_BEFORE = tl.constexpr(1 << 30)  # added to a column whose score is a number; above every column
+
+
 @triton.jit
 def _best_of_block(
     logits, temperature, seed, position, block_best, block_column, size, stride, vocab_start, num_blocks,
     RANDOM: tl.constexpr, GREEDY_BELOW: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program a row and BLOCK of its logits: the highest score and the first column that has it."""
+    """One program a row and BLOCK of its logits: the highest score and the first column that has it.
+
+    NaN is higher than all. A maximum passes over it, so it is found with the columns: by their order.
+    """
     row = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
     column = block * BLOCK + tl.arange(0, BLOCK)
@@ -321,23 +327,28 @@ def _best_of_block(
             noise = _gumbel(tl.load(seed + row), tl.load(position + row), column.to(tl.int64) + vocab_start)
             score = tl.div_rn(score, tl.zeros_like(score) + degree) + noise
     best = tl.max(score, axis=0)
-    first = tl.min(tl.where((score == best) & exists, column, size - 1), axis=0)
-    tl.store(block_best + row * num_blocks + block, best)
-    tl.store(block_column + row * num_blocks + block, first)
+    place = tl.where((score == best) & exists, column, size - 1)
+    first = tl.min(tl.where(score == score, place + NAN_BEFORE, column), axis=0)
+    is_nan = first < NAN_BEFORE
+    tl.store(block_best + row * num_blocks + block, tl.where(is_nan, float("nan"), best))
+    tl.store(block_column + row * num_blocks + block, tl.where(is_nan, first, first - NAN_BEFORE))
 
 
 @triton.jit
 def _best_of_row(block_best, block_column, best, token, vocab_start, num_blocks, BLOCK: tl.constexpr):
-    """One program a row: the best of its blocks; of equal ones the lowest token."""
+    """One program a row: the best of its blocks; of equal ones the lowest token; ~token if it is NaN."""
     row = tl.program_id(0).to(tl.int64)
     block = tl.arange(0, BLOCK)
     exists = block < num_blocks
     score = tl.load(block_best + row * num_blocks + block, mask=exists, other=float("-inf"))
     column = tl.load(block_column + row * num_blocks + block, mask=exists, other=0x7FFFFFFF)
     highest = tl.max(score, axis=0)
-    first = tl.min(tl.where(score == highest, column, 0x7FFFFFFF), axis=0)
-    tl.store(best + row, highest)
-    tl.store(token + row, first.to(tl.int64) + vocab_start)
+    place = tl.where((score == highest) & exists, column + NAN_BEFORE, 0x7FFFFFFF)
+    first = tl.min(tl.where(score == score, place, column), axis=0)
+    is_nan = first < NAN_BEFORE
+    tl.store(best + row, tl.where(is_nan, float("nan"), highest))
+    found = tl.where(is_nan, first, first - NAN_BEFORE).to(tl.int64) + vocab_start
+    tl.store(token + row, tl.where(is_nan, ~found, found))
 
 
 def best_tokens(

@@ -137,7 +137,8 @@ def _sample_row(
     share = tl.load(top_p + row)
     most = tl.load(top_k + row)
     is_limited = (most > 0) & (most < size)
-    if (degree < GREEDY_BELOW) | ((share >= 1.0) & (is_limited == 0)):
+    is_nan = tl.load(tokens + row) < 0  # see `sampling.sample`: nothing can be ranked
+    if (degree < GREEDY_BELOW) | ((share >= 1.0) & (is_limited == 0)) | is_nan:
         return
     logits += row * stride
     listed = lists + row * num_groups
@@ -201,7 +202,7 @@ def sample_truncated(logits: Tensor, rows: Any, tokens: Tensor, greedy_below: fl
     Args:
         logits: [R, V] of a float dtype, of the whole vocabulary; -inf where it is padding.
         rows: `SamplingRows`.
-        tokens: int64 [R], sampled from the whole vocabulary; those of other rows stay.
+        tokens: int64 [R], sampled from the whole vocabulary; those of other rows stay, and negative ones.
     """
     num_rows, size = logits.shape
     if num_rows == 0:

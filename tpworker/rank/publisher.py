@@ -15,6 +15,7 @@ publishers may fall behind: no plan waits for them.
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 from collections.abc import Callable
@@ -29,6 +30,8 @@ from tpworker.ipc.messages import StepResult, StepTiming
 from tpworker.rank.device import Device, Event
 from tpworker.rank.runner import Launched
 from tpworker.rank.staging import StagingPool
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +73,7 @@ class Publisher:
         self._fail = fail
         self._rows_in_use = 0
         self._rows_freed = 0
+        self._has_told_of_nan = False
         num_bytes = 8 * ring_rows * (1 + num_slots)
         self._buffers = device.host_buffer(num_bytes).view(torch.int64).view(ring_rows, -1).unbind(0)
         self._queue: queue.SimpleQueue[_Published | None] = queue.SimpleQueue()
@@ -116,7 +120,19 @@ class Publisher:
         timing = StepTiming(launched.launched_ns, launched.started.time_ns(), launched.done.time_ns())
         row = buffer.numpy()
         assert row[0] == launched.step, f"the ring row of step {launched.step} holds step {row[0]}"
-        return StepResult(self._generation, launched.step, row[1:].astype("<i4").tobytes(), timing)
+        tokens = row[1:]
+        if (tokens < 0).any():  # ~token, see `sampling.sample`
+            tokens = tokens ^ (tokens >> 63)
+            self._tell_of_nan()
+        return StepResult(self._generation, launched.step, tokens.astype("<i4").tobytes(), timing)
+
+    def _tell_of_nan(self) -> None:
+        if not self._has_told_of_nan:
+            self._has_told_of_nan = True
+            logger.warning(
+                "logits are NaN, and tokens chosen by them mean nothing: weights that are broken do that, "
+                "and a --dtype whose range is too small for the model (float16)"
+            )
 
 
 def _copy(buffer: Tensor, tokens: Tensor) -> None:

@@ -56,7 +56,7 @@ class Launched:
 
     step: int
     num_sampled: int
-    ring_row: Tensor  # int64 [1 + num_sampled]: the step's number, its tokens
+    ring_row: Tensor  # int64 [1 + num_sampled]: the step's number, its tokens as `sample` gives them
     started: Event
     done: Event
     launched_ns: int

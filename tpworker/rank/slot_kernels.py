@@ -167,7 +167,7 @@ def _finish_step(
         exists = row < num_rows
         token = tl.load(tokens + row, mask=exists)
         slot = tl.load(slots + row, mask=exists)
-        tl.store(last_token + slot, token, mask=exists)
+        tl.store(last_token + slot, token ^ (token >> 63), mask=exists)  # ~token, if it is below 0
         tl.store(to_row + 1 + row, token, mask=exists)
     tl.store(to_row, step)
     tl.debug_barrier()  # every thread has read the counter

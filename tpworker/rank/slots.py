@@ -130,9 +130,10 @@ class SlotTable:
         """Count a step, keep its tokens for the next one, and write the row of the ring that the count says.
 
         Args:
-            slots, tokens: int64 [R].
+            slots: int64 [R].
+            tokens: int64 [R]; those below 0 are ~token, see `sampling.sample`.
             counter: int64 [1], the number of the step before, which becomes this one's.
-            ring: int64 [ring rows, 1 + num_slots]; the row gets the step's number and its tokens.
+            ring: int64 [ring rows, 1 + num_slots]; the row gets the step's number and its tokens as they are.
         """
         if slots.is_cuda:
             from tpworker.rank import slot_kernels
@@ -140,7 +141,7 @@ class SlotTable:
             slot_kernels.finish_step(slots, tokens, self.last_token, counter, ring)
             return
         counter += 1
-        self.last_token[slots] = tokens
+        self.last_token[slots] = tokens ^ (tokens >> 63)
         row = torch.cat([counter, tokens]).unsqueeze(0)
         ring[:, : row.shape[1]].index_copy_(0, counter % len(ring), row)
 

@@ -278,7 +278,8 @@ def _argmax(
     """One program BLOCK rows: each rank sends its pairs to all, all take the highest.
 
     A pair is one int64, written in one piece, and such that the highest has the highest score, and of equal
-    scores the lowest token: the score's bits, made to order like integers, above 2**32 - 1 - token.
+    scores the lowest token: the score's bits, made to order like integers, above 2**32 - 1 - token. A token
+    below 0 is ~token of a row whose logits are NaN: it is above all scores, and is taken as it is.
     """
     start_next(PDL)
     wait(PDL)
@@ -289,8 +290,10 @@ def _argmax(
     score = tl.load(best + row, mask=exists, other=0.0)
     score = tl.where(score == 0.0, 0.0, score)  # -0.0 is no lower than 0.0
     bits = score.to(tl.int32, bitcast=True)
-    ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
-    mine = ordered * 4294967296 + (4294967295 - tl.load(token + row, mask=exists, other=0))
+    chosen = tl.load(token + row, mask=exists, other=0)
+    ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    ordered = tl.where(chosen < 0, 0x7FFFFFFF, ordered).to(tl.int64)
+    mine = ordered * 4294967296 + (4294967295 - (chosen ^ (chosen >> 63)))
     entries = ((use % 2) * ROWS + row) * SIZE
     for step in tl.static_range(1, SIZE):
         there = inboxes[(RANK + step) % SIZE].to(tl.pointer_type(tl.int64))
@@ -302,7 +305,8 @@ def _argmax(
     while tl.max(tl.where(expected & (pair == -9223372036854775808), 1, 0)) > 0:
         pair = tl.load(entry, mask=expected, other=0, volatile=True)
     winner = tl.max(tl.where(source == RANK, mine[None, :], pair), axis=0)
-    tl.store(out + row, 4294967295 - (winner & 4294967295), mask=exists)
+    chosen = 4294967295 - (winner & 4294967295)
+    tl.store(out + row, tl.where(winner >> 32 == 0x7FFFFFFF, ~chosen, chosen), mask=exists)
     tl.store(entry, tl.full([SIZE, BLOCK], -9223372036854775808, tl.int64), mask=expected)
     tl.store(uses + block, use + 1)
 
