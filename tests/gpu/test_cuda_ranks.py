@@ -149,6 +149,26 @@ def test_sampling_of_every_kind_waits_for_nothing(folder: Path) -> None:
     asyncio.run(asyncio.wait_for(main(), 120))
 
 
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_logits_that_are_nan_are_told_of(
+    folder: Path, num_ranks: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """By weights of the second half of the vocabulary, which is the last rank's."""
+    gpus(num_ranks)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    with torch.no_grad():
+        model.lm_head.weight[300:] = torch.nan
+    model.save_pretrained(tmp_path)
+
+    async def main() -> None:
+        async with start(tmp_path, num_ranks) as runtime:
+            for kind in ({"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 7}):
+                assert await collect(runtime, [1, 2, 3], **kind, max_tokens=9) == [300] * 9
+
+    asyncio.run(asyncio.wait_for(main(), 120))
+    assert capfd.readouterr().err.count("logits are NaN") == 1
+
+
 def cuda_runners(folder: Path, count: int) -> list[Runner]:
     """Runners of one rank on GPU 0, with the same weights, and slots and KV of their own."""
     device = CudaDevice(0)
