@@ -8,6 +8,7 @@ TPOT      from a step's end to the next one's, by one CUDA event a step, no prof
 graph     the same steps' graphs alone, queued back to back, at the same lengths: the median, ms
 ÷ graph   the median, over the steps, of TPOT by graph
 over      TPOT less graph, step by step, µs: the step gap in production, and what else makes a step longer
+spread    the same of the graphs alone, timed one by one: what of 'over' is a graph's own variation, µs
 gap       GPU idle time between the last kernel of a step and the first of the next, from a profiler's trace
           of some hundred other steps, µs; the profiler adds about 2
 inside    the other GPU idle time in a step, between its kernels, from the same trace, µs
@@ -162,7 +163,7 @@ def quantiles(row: dict[str, Any], key: str, digits: int) -> str:
 
 def print_tables(rows: Sequence[dict[str, Any]]) -> None:
     """Everything that there is to say of these rows."""
-    names = ("TP", "batch", "ahead", "TPOT", "graph", "÷ graph", "over", "gap", "inside", "kernels",
+    names = ("TP", "batch", "ahead", "TPOT", "graph", "÷ graph", "over", "spread", "gap", "inside", "kernels",
              "floor", "admitted", "TTFT", "peer", "goal")  # fmt: skip
     table = Table("model", title="Decode steps; 'a / b': median / p99")
     for name in names:
@@ -176,6 +177,7 @@ def print_tables(rows: Sequence[dict[str, Any]]) -> None:
             number(row, "graph_ms", 3),
             number(row, "tpot_over_graph", 3),
             quantiles(row, "over", 0),
+            quantiles(row, "spread", 0),
             quantiles(row, "gap", 1),
             number(row, "idle_inside_us", 0),
             number(row, "kernels", 0),
@@ -185,7 +187,7 @@ def print_tables(rows: Sequence[dict[str, Any]]) -> None:
             str(peer),
             str(goal),
         )
-    console = Console(width=180)
+    console = Console(width=195)
     console.print(table)
     print_kinds(rows, console)
     print_failures(rows, console)

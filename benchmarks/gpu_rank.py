@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ TRACE_FROM = 12
 POINTS = 8
 """Lengths at which graphs alone are timed, over those that the batch had."""
 REPLAYS, WARM_REPLAYS = 12, 3
+MOST_SINGLE = 200
+"""Replays that are timed one by one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +123,7 @@ class MeasuringRunner(Runner):
                 size: {
                     "first_step": noted.first_step,
                     "length": 1 + noted.positions[noted.slots].double().mean().item(),
-                    "graph_ms": self._replays(noted) if self.task.replays else [],
+                    **(self._alone(noted) if self.task.replays else {"graph_ms": [], "single_ms": []}),
                     "touched": self._routing.touched(size) if self._routing else None,
                 }
                 for size, noted in self.noted.items()
@@ -132,8 +135,13 @@ class MeasuringRunner(Runner):
             "attention": type(self._decoder.attention).__name__,
         }
 
-    def _replays(self, noted: Noted) -> list[tuple[float, float]]:
-        """(mean length, ms of a step alone) at this batch's lengths: steps queued back to back."""
+    def _alone(self, noted: Noted) -> dict[str, list[tuple[float, float]]]:
+        """(mean length, ms of a step alone) at this batch's lengths, steps queued back to back.
+
+        Returns:
+            'graph_ms': means of several steps, at a few lengths. 'single_ms': of one step after the other,
+            with an event behind each, as where they are served.
+        """
         table = self._slots
         device = table.block_table.device
         entries = torch.arange(table.block_table.numel(), device=device) % (self._cache.num_blocks - 1)
@@ -143,27 +151,40 @@ class MeasuringRunner(Runner):
         spread = max(0, noted.num_steps - REPLAYS - WARM_REPLAYS)
         starts = [noted.positions + spread * point // (POINTS - 1) for point in range(POINTS)]
         starts += [torch.full_like(noted.positions, length - WARM_REPLAYS) for length in self.task.lengths]
-        times = []
+        means = []
         for start in starts:
-            start[-1] = 0  # the null slot
-            table.position.copy_(start)
-            milliseconds = self._time_of_a_step(len(noted.slots))
-            length = 1 + start[noted.slots].double().mean().item() + WARM_REPLAYS + (REPLAYS - 1) / 2
-            times.append((length, milliseconds))
-        return times
+            length = self._begin_at(start, noted.slots)
+            (milliseconds,) = self._times(len(noted.slots), 1, REPLAYS)
+            means.append((length + (REPLAYS - 1) / 2, milliseconds))
+        count = min(MOST_SINGLE, noted.num_steps - WARM_REPLAYS)
+        length = self._begin_at(noted.positions + (noted.num_steps - count) // 2, noted.slots)
+        single = [
+            (length + place, each) for place, each in enumerate(self._times(len(noted.slots), count, 1))
+        ]
+        return {"graph_ms": means, "single_ms": single}
 
-    def _time_of_a_step(self, size: int) -> float:
+    def _begin_at(self, positions: Tensor, slots: list[int]) -> float:
+        """Puts the sequences where they were; returns their mean length in the first step that is timed."""
+        positions[-1] = 0  # the null slot
+        self._slots.position.copy_(positions)
+        return 1 + positions[slots].double().mean().item() + WARM_REPLAYS
+
+    def _times(self, size: int, count: int, replays: int) -> list[float]:
+        """ms of a step, `count` times, each the mean of so many `replays`; all are queued at once."""
         replay = self._graphs.find(size, GREEDY) or (lambda: self._decode_step(size, GREEDY))
         compute = self._device.compute
         for _ in range(WARM_REPLAYS):
             compute.run(replay)
-        begin = compute.record()
-        for _ in range(REPLAYS):
-            compute.run(replay)
-        end = compute.record()
-        end.synchronize()
-        begun = begin.time_ns()  # times are asked for in the order of the events
-        return (end.time_ns() - begun) / 1e6 / REPLAYS
+        events = [compute.record()]
+        for _ in range(count):
+            for _ in range(replays):
+                compute.run(replay)
+            events.append(compute.record())
+        times = []
+        for event in events:  # in their order, and soon after each: see the clock of `rank/cuda.py`
+            event.synchronize()
+            times.append(event.time_ns())
+        return [(end - begin) / 1e6 / replays for begin, end in pairwise(times)]
 
 
 class LastingCpuDevice(CpuDevice):

@@ -125,7 +125,8 @@ def _compared(
 
     Args:
         steps: of one batch, in order; of those before `noted`'s first step nothing is said.
-        noted: 'first_step' and 'length', the mean length of the sequences in that step, which grows by one.
+        noted: 'first_step' and 'length', the mean length of the sequences in that step, which grows by one;
+            'single_ms', (length, ms) of single graphs alone, or nothing.
         graphs: (length, ms), ascending.
     """
     timed = [
@@ -144,11 +145,14 @@ def _compared(
         "tpot_mean_ms": sum(periods) / len(periods),
     }
     if graphs:
-        alone = np.interp(lengths, *zip(*graphs, strict=True)).tolist()
-        over = [1e3 * (period - graph) for period, graph in zip(periods, alone, strict=True)]
+        at, milliseconds = zip(*graphs, strict=True)
+        alone = np.interp(lengths, at, milliseconds).tolist()
         row["graph_ms"] = quantile(alone, 0.5)
         row["tpot_over_graph"] = quantile([p / g for p, g in zip(periods, alone, strict=True)], 0.5)
-        row["over_p50_us"], row["over_p99_us"] = quantile(over, 0.5), quantile(over, 0.99)
+        for name, steps_of in (("over", timed), ("spread", noted["single_ms"])):
+            over = [1e3 * (ms - float(np.interp(length, at, milliseconds))) for length, ms in steps_of]
+            if over:
+                row[f"{name}_p50_us"], row[f"{name}_p99_us"] = quantile(over, 0.5), quantile(over, 0.99)
     return row
 
 

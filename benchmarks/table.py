@@ -10,7 +10,7 @@ touched   experts of a layer that a step's tokens go to, shared ones included
 later     the graph alone at the middle length of the whole output, where that is cut: what TPOT grows to, ms
 gain      TPOT without overlap by TPOT with it
 
-Step by step, experts touched differ, and with them what a step takes: 'over' holds that too.
+Step by step, experts touched differ, and with them what a step takes: 'over' and 'spread' hold that too.
 
 Takes 45 s for each lookahead of GLM-4.5-Air and 25 s of ERNIE at TP 2, half of it until the runtime is ready.
 """
@@ -124,7 +124,7 @@ def case_of(load: Load, lookahead: int, options: argparse.Namespace, replays: bo
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
     """Everything that there is to say of these rows."""
     names = ("TP", "requests", "in / out", "ahead", "total, s", "tokens/s", "TPOT", "gap, µs", "over, µs",
-             "graph", "÷ graph", "later", "floor", "touched", "gain", "peer", "goal",
+             "spread, µs", "graph", "÷ graph", "later", "floor", "touched", "gain", "peer", "goal",
              "FastDeploy")  # fmt: skip
     table = Table("model", title="Mixtures of experts; ms where nothing is said; 'a / b': median / p99")
     for name in names:
@@ -142,6 +142,7 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
             number(row, "tpot_ms", 2),
             quantiles(row, "gap", 1),
             quantiles(row, "over", 0),
+            quantiles(row, "spread", 0),
             number(row, "graph_ms", 2),
             number(row, "tpot_over_graph", 3),
             number({"ms": later(row)}, "ms", 2),
@@ -152,7 +153,7 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
             str(goal or "–"),
             FASTDEPLOY.get(shape, "–"),
         )
-    console = Console(width=190)
+    console = Console(width=205)
     console.print(table)
     for cut in dict.fromkeys((row["model"], row["num_output"], row["whole_output"]) for row in rows):
         if cut[1] < cut[2]:

@@ -239,15 +239,19 @@ def steps(*ends_us: int) -> list[StepRecord]:
 def test_steps_beside_their_graphs_at_equal_lengths() -> None:
     # Step 12 decodes sequences of 100 tokens; the first steps are left out until the batch has settled.
     records = steps(*(1000 * i for i in range(20)))
-    row = _compared(records, {"first_step": 12, "length": 100.0}, [(100, 0.9), (110, 1.0), (120, 1.1)])
+    noted = {"first_step": 12, "length": 100.0, "single_ms": [(105, 1.0), (110, 1.01), (115, 1.07)]}
+    row = _compared(records, noted, [(100, 0.9), (110, 1.0), (120, 1.1)])
     assert row["steps"] == 13
     assert row["tpot_ms"] == 1.0
     assert row["length"] == 111
     assert row["graph_ms"] == pytest.approx(1.01)
     assert row["over_p50_us"] == pytest.approx(-10)
     assert row["over_p99_us"] == pytest.approx(50), "of step 17, of 105 tokens"
-    assert _compared(records[:4], {"first_step": 12, "length": 100.0}, []) == {}
-    assert "graph_ms" not in _compared(records, {"first_step": 12, "length": 100.0}, [])
+    assert row["spread_p50_us"] == pytest.approx(20)
+    assert row["spread_p99_us"] == pytest.approx(50), "of the first, of 105 tokens"
+    assert "spread_p50_us" not in _compared(records, noted | {"single_ms": []}, [(100, 0.9), (120, 1.1)])
+    assert _compared(records[:4], noted, []) == {}
+    assert "graph_ms" not in _compared(records, noted, [])
 
 
 def test_the_floor_is_every_weight_once_but_the_embedding_and_the_keys_and_values(tmp_path: Path) -> None:
@@ -407,6 +411,7 @@ def test_cpu_ranks_are_measured_alike_but_for_the_trace(
         assert row["tpot_ms"] > 0
         assert row["graph_ms"] > 0
         assert row["trace_failed"], "no GPU, no trace"
+        assert ("spread_p99_us" in row) == (row["lookahead"] == 1), "single ones too"
     print_tables(rows)
     told = capsys.readouterr().out
     assert told.count("no trace: ") == 4
