@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from tpworker.observe.nvml import Nvml, NvmlUnavailable
+
 
 def quantile(samples: Sequence[float], share: float) -> float:
     """The smallest sample that at least `share` of all samples do not exceed."""
@@ -78,36 +80,20 @@ def _commit() -> str | None:
 
 
 def _gpus() -> dict[str, Any]:
-    """Nothing where there is none."""
-    import pynvml
-
+    """All of the machine; nothing where there is none."""
     try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
+        with Nvml.connect() as nvml:
+            gpus = [nvml.gpu(uuid, index) for index, uuid in enumerate(nvml.handles)]
+            driver = nvml.driver
+    except NvmlUnavailable:
         return {}
-    try:
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-        links = [_active_links(pynvml, handle) for handle in handles]
-        return {
-            "gpus": [pynvml.nvmlDeviceGetName(handle) for handle in handles],
-            "nvlinks": links,
-            "driver": pynvml.nvmlSystemGetDriverVersion(),
-            "triton": _version("triton"),
-            "fa3": _version("tokenspeed-fa3"),
-        }
-    finally:
-        pynvml.nvmlShutdown()
-
-
-def _active_links(pynvml: Any, handle: Any) -> int:
-    """NVLinks of a GPU that are up."""
-    active = 0
-    for link in range(pynvml.NVML_NVLINK_MAX_LINKS):
-        try:
-            active += pynvml.nvmlDeviceGetNvLinkState(handle, link) == pynvml.NVML_FEATURE_ENABLED
-        except pynvml.NVMLError:  # there are no more
-            break
-    return active
+    return {
+        "gpus": [gpu.name for gpu in gpus],
+        "nvlinks": [gpu.nvlinks or 0 for gpu in gpus],
+        "driver": driver,
+        "triton": _version("triton"),
+        "fa3": _version("tokenspeed-fa3"),
+    }
 
 
 def _version(package: str) -> str | None:

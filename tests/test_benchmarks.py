@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from benchmarks.report import Summary, quantile
+from benchmarks.report import Summary, machine, quantile
 from benchmarks.timeline import steady_steps
 from tests.conftest import TINY_CONFIG
+from tests.observe.fake_nvml import FakeGpu, FakeNvml
 from tpworker.outputs import StepRecord
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,6 +30,18 @@ def test_quantiles_are_samples() -> None:
     assert quantile(list(range(1, 101)), 0.99) == 99
     assert quantile([5.0], 0.99) == 5.0
     assert Summary.of([[1.0, 2.0, 9.0], [4.0, 5.0, 6.0]]) == Summary(4.0, 9.0, 2.0, 5.0, 6)
+
+
+def test_the_gpus_of_a_machine_are_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = FakeNvml([FakeGpu("GPU-1"), FakeGpu("GPU-2", name="NVIDIA H100", nvlinks=())])
+    monkeypatch.setitem(sys.modules, "pynvml", library)
+    noted = machine("abc")
+    assert noted["gpus"] == ["NVIDIA H200", "NVIDIA H100"]
+    assert noted["nvlinks"] == [18, 0]
+    assert noted["driver"]
+    assert noted["commit"] == "abc"
+    monkeypatch.setitem(sys.modules, "pynvml", FakeNvml(driver=False))
+    assert "gpus" not in machine()
 
 
 @pytest.mark.parametrize(
