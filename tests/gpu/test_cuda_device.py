@@ -1,0 +1,52 @@
+"""CUDA as a device: what its streams may not do to each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tpworker.rank.cuda import CudaDevice
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+]
+
+
+@pytest.fixture
+def device() -> Iterator[CudaDevice]:
+    with torch.cuda.stream(
+        torch.cuda.current_stream()
+    ):  # the device makes its compute stream the current one
+        yield CudaDevice(0)
+
+
+@pytest.mark.parametrize("num_bytes", [4096, 1 << 20, 5 << 20])
+def test_an_upload_buffer_is_not_memory_that_a_running_step_has_given_back(
+    device: CudaDevice, num_bytes: int
+) -> None:
+    """On the host the step's scratch is free as soon as it is launched; on the GPU it is still to be read."""
+    sums = torch.zeros(8, dtype=torch.int64, device=device.torch_device)
+
+    def step() -> None:
+        for place in range(len(sums)):
+            scratch = torch.ones(num_bytes, dtype=torch.uint8, device=device.torch_device)
+            if place == 0:
+                torch.cuda._sleep(200_000_000)  # cycles: 0.1 s
+            sums[place : place + 1].copy_(scratch.sum(dtype=torch.int64))
+
+    torch.cuda.synchronize()
+    device.compute.run(step)
+    assert not device.compute.record().event.query(), "the step is over before anything is uploaded"
+    buffers = [device.upload_buffer(num_bytes) for _ in range(8)]
+
+    def upload() -> None:
+        for buffer in buffers:
+            buffer.fill_(7)
+
+    device.uploads.run(upload)
+    device.uploads.record().synchronize()
+    torch.cuda.synchronize()
+    assert sums.tolist() == [num_bytes] * 8
