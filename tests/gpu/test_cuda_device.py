@@ -37,6 +37,7 @@ def test_an_upload_buffer_is_not_memory_that_a_running_step_has_given_back(
                 torch.cuda._sleep(200_000_000)  # cycles: 0.1 s
             sums[place : place + 1].copy_(scratch.sum(dtype=torch.int64))
 
+    device.compute.run(step)  # loads the kernels
     torch.cuda.synchronize()
     device.compute.run(step)
     assert not device.compute.record().event.query(), "the step is over before anything is uploaded"
