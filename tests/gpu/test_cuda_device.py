@@ -17,9 +17,8 @@ pytestmark = [
 
 @pytest.fixture
 def device() -> Iterator[CudaDevice]:
-    with torch.cuda.stream(
-        torch.cuda.current_stream()
-    ):  # the device makes its compute stream the current one
+    # A device makes its compute stream the current one.
+    with torch.cuda.stream(torch.cuda.current_stream()):
         yield CudaDevice(0)
 
 
