@@ -21,7 +21,7 @@ from tests.model.test_sampling import logits_of, rows_of
 from tpworker.model import kernels
 from tpworker.model.attention import choose, flash
 from tpworker.model.attention.paged import PagedAttention
-from tpworker.model.attention.split import NewTokens, SplitAttention
+from tpworker.model.attention.split import SplitAttention
 from tpworker.model.batch import Batch
 from tpworker.model.decoder import Decoder, KVCache, rope_tables
 from tpworker.model.deferred import Normed
@@ -500,14 +500,12 @@ def test_store_and_attend(fused: Any, shape: Shape, dtype: torch.dtype, lengths:
                               sin.to(device), 16)
             )  # fmt: skip
             plan = attention.prepare(there, 16)
-            tokens = NewTokens(here[1], 1e-6, places.cos, places.sin, places.rows)
             for _ in range(2):
-                out = attention.store_and_attend(here[0], cache.keys[0], cache.values[0], plan, tokens)
+                out = kernels.store_and_attend(attention, plan, *here, 1e-6, places, cache, 0)
         else:
             places = kernels.places(batch, cache, cos, sin)
             plan = others.prepare(there, 16)
             out = kernels.store_and_attend(others, plan, *here, 1e-6, places, cache, 0)
-        assert out is not None
         results.append((out, cache.keys[0], cache.values[0]))
     for result, reference in zip(results[1], results[0], strict=True):
         near(result, reference)

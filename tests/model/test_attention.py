@@ -22,17 +22,12 @@ HEAD_DIM = 8
 @pytest.mark.parametrize(
     ("num_heads", "num_kv_heads", "count", "cut"),
     [
-        (32, 8, 1, Cut(32, 64)),  # Qwen3-8B, TP 1; a GPU of 132 processors
-        (32, 8, 16, Cut(2, 64, warps=8, stages=5)),
-        (
-            32,
-            8,
-            64,
-            Cut(1, 64, early=False),
-        ),  # 512 programs: with early loads three fit
-        (16, 4, 64, Cut(2, 64, early=False)),
-        (16, 8, 64, Cut(1, 32)),  # Qwen3-0.6B: few query heads a key-value head
-        (20, 2, 64, Cut(3, 64)),
+        (32, 8, 1, Cut(18, warps=4)),  # Qwen3-8B, TP 1; a GPU of 132 processors
+        (32, 8, 16, Cut(2, warps=4)),
+        (16, 4, 64, Cut(1, warps=4)),
+        (32, 8, 64, Cut(1, warps=2)),  # 512 programs: four at a time on a processor
+        (16, 8, 256, Cut(1, warps=2)),
+        (48, 4, 4, Cut(16, warps=4)),
     ],
 )
 def test_how_decode_attention_is_cut(num_heads: int, num_kv_heads: int, count: int, cut: Cut) -> None:

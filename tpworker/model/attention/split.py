@@ -1,15 +1,15 @@
 """Paged attention for decode steps on any CUDA GPU: one kernel of our own a layer.
 
 Each sequence is cut into as many parts as fill the GPU, and the part that is done last puts them together
-within the same kernel. FlashAttention 3 takes two kernels and 10 µs a layer, however short the sequences, and
-with few query heads a key-value head it is behind at large batches, too. One H200, contexts of 650 tokens, µs
-a layer, split / FlashAttention 3: Qwen3-0.6B (16 heads on 8), batch 1: 6.7 / 9.3, 16: 19 / 20, 64: 51 / 63,
-256: 178 / 250; Qwen3-8B (32 on 8), batch 1: 7.9 / 9.9, 16: 21 / 20, 64: 47 / 64. At 64 x 2300 tokens:
-157 / 156 and 141 / 156. The norms, rotation and storage of heads included, batch 16, in one kernel / in two
-with FlashAttention 3: 17.8 / 21.6 and 18.0 / 22.6; Qwen3-8B at TP 2: 13.4 / 15.9. Batches with chunks of
+within the same kernel. It takes little more time than the keys and values need: one H200, µs a layer, with
+norms, rotation and storage of heads, beside their bytes at 4.3 TB/s and, where it was timed, FlashAttention 3
+with a kernel before it; contexts of 650 tokens. Qwen3-0.6B (16 heads on 8), batch 1: 4.3 (0.6), 16: 13.6
+(10), 64: 41 (40), 256: 157 (159; 222). Qwen3-8B (32 on 8), 16: 14 (10), 64: 42 (40; 64); at TP 2, 16: 8.3
+(5), 64: 23 (20). GLM-4.5-Air at TP 2 (48 on 4), 4: 6.0 (1.2; 12.3), 64: 24 (20; 37). Batches with chunks of
 prompts go to another backend.
 
-Lengths and block tables are read on the device; it can be captured in a CUDA graph.
+Two kernels: `ring_kernel` for what is served, and `split_kernel` for the rest. Lengths and block tables are
+read on the device; both can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -25,14 +25,9 @@ from tpworker.model.batch import Batch
 if TYPE_CHECKING:
     from tpworker.model.attention import Attention
 
-_TILE = 64  # tokens that a program takes at a time, and the shortest part
-_SHORT_TILE = 32  # the same for few query heads a key-value head and long parts: 51 instead of 59 µs
 _MAX_PARTS = 32
-_MAX_SUMS = 16384  # elements that the last part has in registers when it puts the parts together
-_PROGRAMS_PER_PROCESSOR = 3
-_MOST_FUSED = 4
-"""Programs a processor up to which heads are normed, rotated and stored by the kernel that attends. Each
-begins with that, and with more of them it costs more than a kernel (256 sequences: 0.7 ms of 6.3 a step)."""
+_SHORTEST_PART = 128  # tokens: more parts cost more to put together than they save
+_PROGRAMS_PER_PROCESSOR = 2  # of four warps and three tiles of 64 tokens: what shared memory holds
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +35,14 @@ class Cut:
     """How the work of a layer is cut."""
 
     num_parts: int  # of each sequence, at most
-    tile: int  # tokens that a program takes at a time, and the shortest part
-    warps: int = 4
-    stages: int = 3  # tiles that are on their way
-    early: bool = True  # where heads are stored by the same kernel, their first tile is loaded before
+    warps: int  # of a program; each takes 16 tokens of a tile
+    stages: int = 3  # tiles in shared memory, all but one of them on their way
+    shortest: int = _SHORTEST_PART  # tokens of a part, if there are several
+
+
+Partial = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Of each pair of sequence and key-value head: float32 sums [S K, parts, H / K, head_dim], maxima and totals
+[S K, parts, H / K], and int32 [S K], how many parts are done."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +61,7 @@ class _SplitPlan:
     block_tables: Tensor  # int32 [S, W]
     lengths: Tensor  # int32 [S]
     cut: Cut
-    partial: tuple[Tensor, Tensor, Tensor, Tensor]
-    """Of each pair of sequence and key-value head: float32 sums [S K, parts, H / K, head_dim], maxima and
-    totals [S K, parts, H / K], and int32 [S K], how many parts are done."""
+    partial: Partial
 
 
 class SplitAttention:
@@ -105,28 +102,17 @@ class SplitAttention:
         pairs, group = count * self.num_kv_heads, self.num_heads // self.num_kv_heads
         device = batch.lengths.device
         sums = torch.empty(pairs, cut.num_parts, group, self.head_dim, device=device)
-        maxima, totals = torch.empty(2, pairs, cut.num_parts, group, device=device)
+        maxima, totals = (torch.empty(pairs, cut.num_parts, group, device=device) for _ in range(2))
         arrived = torch.zeros(pairs, dtype=torch.int32, device=device)
         return _SplitPlan(batch.block_tables, batch.lengths, cut, (sums, maxima, totals, arrived))
 
     def choose_cut(self, count: int, longest: int) -> Cut:
         """For `count` sequences of at most `longest` tokens."""
-        most = min(_MAX_PARTS, self.most_parts(), -(-longest // _TILE))
-        wanted = round(_PROGRAMS_PER_PROCESSOR * self._num_processors / (count * self.num_kv_heads))
-        if wanted == 3 and most > 1 and count <= 16:
-            # Two of twice the warps instead: 18.0 and not 19.7 µs (Qwen3-8B, 16 x 650).
-            return Cut(2, _TILE, warps=8, stages=5)
-        num_parts = max(1, min(wanted, most))
-        if self.num_heads // self.num_kv_heads < 4 and num_parts <= 2:
-            return Cut(num_parts, _SHORT_TILE)
-        # A tile that is loaded early takes registers: then three programs fit a processor, and not four.
-        programs = count * self.num_kv_heads * num_parts
-        return Cut(num_parts, _TILE, early=programs <= 3 * self._num_processors)
-
-    def most_parts(self) -> int:
-        """More do not fit into the registers of the program that puts them together."""
-        group = self.num_heads // self.num_kv_heads
-        return max(1, _MAX_SUMS // (_power_of_2(group) * _power_of_2(self.head_dim)))
+        pairs, programs = count * self.num_kv_heads, _PROGRAMS_PER_PROCESSOR * self._num_processors
+        if pairs > programs:
+            return Cut(1, warps=2)  # twice as many programs at a time
+        most = min(_MAX_PARTS, -(-longest // _SHORTEST_PART))
+        return Cut(max(1, min(round(programs / pairs), most)), warps=4)
 
     def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, plan: Any) -> Tensor:
         """See `Attention`."""
@@ -142,21 +128,30 @@ class SplitAttention:
         Returns:
             As `__call__`; None if a kernel each must do it.
         """
-        if not isinstance(plan, _SplitPlan):
-            return None
-        if len(heads) * self.num_kv_heads * plan.cut.num_parts > _MOST_FUSED * self._num_processors:
+        if not isinstance(plan, _SplitPlan) or not self._takes_ring(keys):
             return None
         return self._attend(heads, keys, values, plan, tokens)
 
     def _attend(
         self, queries: Tensor, keys: Tensor, values: Tensor, plan: _SplitPlan, tokens: NewTokens | None
     ) -> Tensor:
-        from tpworker.model.attention.split_kernel import attend
+        tables, lengths, partial, cut = plan.block_tables, plan.lengths, plan.partial, plan.cut
+        if self._takes_ring(keys):
+            from tpworker.model.attention import ring_kernel
 
-        tables, lengths, partial = plan.block_tables, plan.lengths, plan.partial
-        return attend(queries, keys, values, tables, lengths, partial, plan.cut, tokens).flatten(1)
+            return ring_kernel.attend(queries, keys, values, tables, lengths, partial, cut, tokens).flatten(1)
+        from tpworker.model.attention import split_kernel
 
+        assert tokens is None
+        return split_kernel.attend(queries, keys, values, tables, lengths, partial, cut.num_parts).flatten(1)
 
-def _power_of_2(value: int) -> int:
-    """The smallest that is not below `value`."""
-    return 1 << (value - 1).bit_length()
+    def _takes_ring(self, keys: Tensor) -> bool:
+        """Whether `ring_kernel` takes this cache; `split_kernel` takes any."""
+        return (
+            keys.dtype in (torch.bfloat16, torch.float16)
+            and self.head_dim in (64, 128)
+            and self.num_heads <= 16 * self.num_kv_heads
+            and keys.shape[1] % 16 == 0
+            and keys.is_cuda
+            and torch.cuda.get_device_capability(keys.device) >= (8, 0)
+        )

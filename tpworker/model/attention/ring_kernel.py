@@ -1,0 +1,364 @@
+"""The kernel of `tpworker.model.attention.split`: rings of tiles of keys and values in shared memory.
+
+In Gluon, Triton's language of explicit layouts. Triton's own pipelines keep too few bytes on their way where
+the address of a load is loaded itself, as with a block table: 50 µs a layer and not 43 (64 x 650 tokens of
+Qwen3-8B). Here the first tiles of a program are requested before the kernel before it has ended, too.
+
+Each warp has its own tokens, its own maxima and sums, and meets the others only for buffers: the matrix units
+compute [tokens, queries] = K Q^T and [head_dim, queries] = V^T P with warps as a batch dimension, so that up
+to 8 query heads a key-value head cost no padding beyond 8, and the weights stay in registers.
+
+It has no interpreter. Imports Triton: import it on CUDA only.
+"""
+
+# Triton has no types, and is not installed where there is no GPU.
+# mypy: disable-error-code="import-not-found, import-untyped, untyped-decorator, no-untyped-def"
+# mypy: disable-error-code="no-untyped-call"
+
+from __future__ import annotations
+
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+
+from tpworker.model import pdl
+from tpworker.model.attention.split import Cut, NewTokens
+from tpworker.model.pdl import start_next, wait
+
+_FLOOR = gl.constexpr(-1e30)  # of maxima; finite: a warp without tokens weighs nothing, and not NaN
+_SLAB = 16  # tokens of a tile that each warp takes: what the matrix units take at least
+_LOG2_E = 1.4426950408889634
+_SUMS_PER_THREAD = 64  # that the last part has in registers when it puts the parts together
+
+
+@gluon.jit
+def _attend(
+    queries, query_norm, key_norm, cos, sin, rows, keys, values, block_tables, lengths, sums, maxima, totals,
+    arrived, out, scale, eps, table_stride,
+    FUSED: gl.constexpr, HAS_NORM: gl.constexpr, ROTARY_DIM: gl.constexpr, NUM_KV_HEADS: gl.constexpr,
+    GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_SIZE: gl.constexpr, NUM_PARTS: gl.constexpr,
+    PARTS: gl.constexpr, ROWS: gl.constexpr, REAL_ROWS: gl.constexpr, CHUNK: gl.constexpr,
+    SLAB: gl.constexpr, SHORTEST: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
+    PDL: gl.constexpr,
+):  # fmt: skip
+    """One program a sequence, key-value head and part of the sequence; online softmax (arXiv 1805.02867).
+
+    FUSED: `queries` is the whole product, [S, H + 2 K, HEAD_DIM]. Queries and keys are normed and rotated
+    here, as by `kernels.norm_rotate_store`; the last part stores the newest token's key and value, and adds
+    it at the end. Without, it reads them from the cache.
+
+    Lengths, tables, angles and rows are read before the wait: all layers have the same, and between what
+    makes them and the first layer `prepare` launches a kernel plainly. So are keys and values of all tokens
+    but the newest, which an earlier step has written. `scale` has log2(e) in it.
+    """
+    start_next(PDL)
+    TILE: gl.constexpr = WARPS * SLAB
+    # Scores are [WARPS, SLAB, ROWS], what is attended [WARPS, HEAD_DIM, ROWS]: each warp for itself.
+    mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1, 1], [1, 16, 8])
+    chunks: gl.constexpr = HEAD_DIM // 8  # of 16 bytes
+    by_row: gl.constexpr = gl.BlockedLayout([1, 8], [32 // chunks, chunks], [WARPS, 1], [1, 0])
+    of_row: gl.constexpr = gl.SliceLayout(1, by_row)
+    of_column: gl.constexpr = gl.SliceLayout(0, by_row)
+    # Heads first: what neighbours read at the same time lies side by side in the cache.
+    kv_head = gl.program_id(0)
+    sequence = gl.program_id(1).to(gl.int64)
+    part = gl.program_id(2)
+    old = gl.maximum(gl.load(lengths + sequence) - 1, 0)  # tokens before the newest
+    # Parts are whole tiles. Those beyond the end have nothing to do and are not waited for.
+    part_length = gl.maximum(gl.cdiv(gl.cdiv(old, NUM_PARTS), TILE) * TILE, SHORTEST)
+    num_active = gl.maximum(gl.cdiv(old, part_length), 1)
+    if part >= num_active:
+        return
+    start = part * part_length
+    end = gl.minimum(start + part_length, old)
+    is_last = part == num_active - 1
+    block_table = block_tables + sequence * table_stride
+
+    shared: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [2, 1, 0])
+    dtype: gl.constexpr = keys.dtype.element_ty
+    key_ring = gl.allocate_shared_memory(dtype, [STAGES, WARPS, SLAB, HEAD_DIM], shared)
+    value_ring = gl.allocate_shared_memory(dtype, [STAGES, WARPS, SLAB, HEAD_DIM], shared)
+    block = _block_of_slab(block_table, start, end, BLOCK_SIZE, SLAB, WARPS, chunks)
+    for stage in gl.static_range(STAGES - 1):
+        next_block = _block_of_slab(
+            block_table, start + (stage + 1) * TILE, end, BLOCK_SIZE, SLAB, WARPS, chunks
+        )
+        _request(
+            keys, values, block, start + stage * TILE, end, kv_head,
+            key_ring.index(stage), value_ring.index(stage),
+            NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, SLAB, WARPS, chunks,
+        )  # fmt: skip
+        block = next_block
+
+    row = gl.arange(0, ROWS, layout=of_row)
+    column = gl.arange(0, HEAD_DIM, layout=of_column)
+    is_real = (row < GROUP)[:, None]
+    head = sequence * NUM_KV_HEADS + kv_head
+    place = head * (GROUP * HEAD_DIM) + row[:, None] * HEAD_DIM + column[None, :]
+    new_score = gl.full([ROWS], float("-inf"), gl.float32, of_row)
+    new_value = gl.zeros([HEAD_DIM], gl.float32, of_column)
+    if FUSED:
+        angle = sequence * ROTARY_DIM + column
+        rotated = column < ROTARY_DIM
+        cosine = gl.load(cos + angle, mask=rotated, other=1.0)
+        sine = gl.load(sin + angle, mask=rotated, other=0.0)
+        partner = gl.where(rotated, (column + ROTARY_DIM // 2) % ROTARY_DIM, column)
+        if ROTARY_DIM % 16 == 0:
+            partner = gl.max_contiguous(gl.multiple_of(partner, 8), 8)
+        heads = queries + sequence * ((GROUP + 2) * NUM_KV_HEADS * HEAD_DIM)
+        place_of_new = gl.load(rows + sequence)
+        if HAS_NORM:
+            query_weight = gl.load(query_norm + column).to(gl.float32)
+            query_partner = gl.load(query_norm + partner).to(gl.float32)
+            key_weight = gl.load(key_norm + column).to(gl.float32)
+            key_partner = gl.load(key_norm + partner).to(gl.float32)
+        else:
+            query_weight = cosine
+            query_partner = cosine
+            key_weight = cosine
+            key_partner = cosine
+        wait(PDL)
+        query = _normed_rotated(
+            heads + (kv_head * GROUP + row[:, None]) * HEAD_DIM, column, partner, is_real,
+            query_weight, query_partner, cosine, sine, eps, HAS_NORM, HEAD_DIM,
+        )  # fmt: skip
+    else:
+        newest_block = gl.load(block_table + old // BLOCK_SIZE)
+        place_of_new = newest_block.to(gl.int64) * BLOCK_SIZE + old % BLOCK_SIZE
+        wait(PDL)
+        query = gl.load(queries + place, mask=is_real, other=0.0)
+    if is_last:
+        to_cache = (place_of_new * NUM_KV_HEADS + kv_head) * HEAD_DIM + column
+        if FUSED:
+            all_rows = gl.zeros([ROWS], gl.int32, of_row)
+            new_head = GROUP * NUM_KV_HEADS + kv_head + all_rows
+            key = _normed_rotated(
+                heads + new_head[:, None] * HEAD_DIM, column, partner, (row >= 0)[:, None],
+                key_weight, key_partner, cosine, sine, eps, HAS_NORM, HEAD_DIM,
+            )  # fmt: skip
+            value = gl.load(heads + ((GROUP + 1) * NUM_KV_HEADS + kv_head) * HEAD_DIM + column)
+            gl.store(keys + to_cache[None, :] + row[:, None] * 0, key, mask=(row == 0)[:, None])
+            gl.store(values + to_cache, value)
+        else:
+            key = gl.load(keys + to_cache)[None, :]
+            value = gl.load(values + to_cache)
+        new_score = gl.sum(query.to(gl.float32) * key.to(gl.float32), axis=1) * scale
+        new_value = value.to(gl.float32)
+
+    as_operand: gl.constexpr = gl.DotOperandLayout(1, mma, 2)
+    query_operand = gl.convert_layout(gl.permute(query, (1, 0)), gl.SliceLayout(0, as_operand))
+    query_operand = gl.expand_dims(query_operand, 0).broadcast_to([WARPS, HEAD_DIM, ROWS])
+    position = (
+        gl.arange(0, WARPS, layout=gl.SliceLayout(1, gl.SliceLayout(2, mma)))[:, None] * SLAB
+        + gl.arange(0, SLAB, layout=gl.SliceLayout(0, gl.SliceLayout(2, mma)))[None, :]
+    )[:, :, None]
+    maximum = gl.full([WARPS, ROWS], _FLOOR, gl.float32, gl.SliceLayout(1, mma))
+    total = gl.zeros([WARPS, SLAB, ROWS], gl.float32, mma)
+    attended = gl.zeros([WARPS, HEAD_DIM, ROWS], gl.float32, mma)
+    num_tiles = gl.cdiv(end - start, TILE)
+    for tile in range(num_tiles):
+        async_copy.wait_group(STAGES - 2)
+        next_start = start + (tile + STAGES - 1) * TILE
+        next_block = _block_of_slab(block_table, next_start + TILE, end, BLOCK_SIZE, SLAB, WARPS, chunks)
+        free = (tile + STAGES - 1) % STAGES
+        _request(
+            keys, values, block, next_start, end, kv_head, key_ring.index(free), value_ring.index(free),
+            NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, SLAB, WARPS, chunks,
+        )  # fmt: skip
+        block = next_block
+        key_tile = key_ring.index(tile % STAGES).load(gl.DotOperandLayout(0, mma, 2))
+        scores = mma_v2(key_tile, query_operand, gl.zeros([WARPS, SLAB, ROWS], gl.float32, mma)) * scale
+        scores = gl.where(start + tile * TILE + position < end, scores, float("-inf"))
+        higher = gl.maximum(maximum, gl.max(scores, axis=1))
+        shrink = gl.exp2(maximum - higher)[:, None, :]
+        weights = gl.exp2(scores - higher[:, None, :])
+        total = total * shrink + weights
+        maximum = higher
+        value_tile = value_ring.index(tile % STAGES).permute((0, 2, 1)).load(gl.DotOperandLayout(0, mma, 2))
+        attended = mma_v2(value_tile, gl.convert_layout(weights.to(dtype), as_operand), attended * shrink)
+    async_copy.wait_group(0)
+
+    # The warps' results together, and the newest token.
+    by_warp: gl.constexpr = gl.BlockedLayout(
+        [WARPS, 8, 1], [1, chunks, 32 // chunks], [1, 1, WARPS], [1, 2, 0]
+    )  # a thread has all warps' results for its elements, which are those it has in by_row
+    maximum = gl.convert_layout(maximum, gl.SliceLayout(1, by_warp))
+    warp_total = gl.convert_layout(gl.sum(total, axis=1), gl.SliceLayout(1, by_warp))
+    highest = gl.max(maximum, axis=0)
+    weight = gl.exp2(maximum - highest[None, :])
+    sum_of_part = gl.sum(gl.convert_layout(attended, by_warp) * weight[:, None, :], axis=0)
+    sum_of_part = gl.convert_layout(gl.permute(sum_of_part, (1, 0)), by_row)
+    total_of_part = gl.convert_layout(gl.sum(warp_total * weight, axis=0), of_row)
+    highest = gl.convert_layout(highest, of_row)
+    higher = gl.maximum(highest, new_score)
+    shrink = gl.exp2(highest - higher)
+    new_weight = gl.exp2(new_score - higher)
+    sum_of_part = sum_of_part * shrink[:, None] + new_weight[:, None] * new_value[None, :]
+    total_of_part = total_of_part * shrink + new_weight
+    if NUM_PARTS == 1 or num_active == 1:
+        result = sum_of_part / total_of_part[:, None]
+        gl.store(out + place, result.to(out.dtype.element_ty), mask=is_real)
+    else:
+        place_of_part = (head * NUM_PARTS + part) * GROUP + row
+        gl.store(maxima + place_of_part, higher, mask=row < GROUP)
+        gl.store(totals + place_of_part, total_of_part, mask=row < GROUP)
+        gl.store(sums + place_of_part[:, None] * HEAD_DIM + column[None, :], sum_of_part, mask=is_real)
+        # All of the program's threads have written before one of them says so.
+        gl.thread_barrier()
+        num_arrived = gl.atomic_add(arrived + head, 1, sem="acq_rel")
+        if num_arrived == num_active - 1:
+            _combine(
+                maxima, totals, sums, out + head * (GROUP * HEAD_DIM), head * NUM_PARTS, num_active,
+                GROUP, HEAD_DIM, PARTS, REAL_ROWS, CHUNK, WARPS,
+            )  # fmt: skip
+            gl.store(arrived + head, 0)  # for the next layer
+
+
+@gluon.jit
+def _block_of_slab(
+    block_table, start, end, BLOCK_SIZE: gl.constexpr, SLAB: gl.constexpr, WARPS: gl.constexpr,
+    chunks: gl.constexpr,
+):  # fmt: skip
+    """The KV block of each warp's part of the tile that starts here, [WARPS]."""
+    copy: gl.constexpr = gl.BlockedLayout([1, 1, 8], [1, 32 // chunks, chunks], [WARPS, 1, 1], [2, 1, 0])
+    position = start + gl.arange(0, WARPS, layout=gl.SliceLayout(1, gl.SliceLayout(2, copy))) * SLAB
+    return gl.load(block_table + position // BLOCK_SIZE, mask=position < end, other=0)
+
+
+@gluon.jit
+def _request(
+    keys, values, block, start, end, kv_head, key_buffer, value_buffer, NUM_KV_HEADS: gl.constexpr,
+    HEAD_DIM: gl.constexpr, BLOCK_SIZE: gl.constexpr, SLAB: gl.constexpr, WARPS: gl.constexpr,
+    chunks: gl.constexpr,
+):  # fmt: skip
+    """Have the tile that starts here copied into a buffer; zeros from `end` on, where nothing is read."""
+    copy: gl.constexpr = gl.BlockedLayout([1, 1, 8], [1, 32 // chunks, chunks], [WARPS, 1, 1], [2, 1, 0])
+    of_token: gl.constexpr = gl.SliceLayout(2, copy)
+    warp = gl.arange(0, WARPS, layout=gl.SliceLayout(1, of_token))
+    token = gl.arange(0, SLAB, layout=gl.SliceLayout(0, of_token))
+    column = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, gl.SliceLayout(1, copy)))
+    position = start + warp * SLAB
+    first = (block.to(gl.int64) * BLOCK_SIZE + position % BLOCK_SIZE) * (NUM_KV_HEADS * HEAD_DIM)
+    inside = token[None, :, None] * (NUM_KV_HEADS * HEAD_DIM) + kv_head * HEAD_DIM + column[None, None, :]
+    exists = (position[:, None] + token[None, :] < end)[:, :, None]
+    async_copy.async_copy_global_to_shared(key_buffer, keys + first[:, None, None] + inside, mask=exists)
+    async_copy.async_copy_global_to_shared(value_buffer, values + first[:, None, None] + inside, mask=exists)
+    async_copy.commit_group()
+
+
+@gluon.jit
+def _normed_rotated(
+    heads, column, partner, exists, weight, partner_weight, cosine, sine, eps,
+    HAS_NORM: gl.constexpr, HEAD_DIM: gl.constexpr,
+):  # fmt: skip
+    """The heads at these addresses [n, 1]; partner: the column that each column turns with."""
+    dtype: gl.constexpr = heads.dtype.element_ty
+    value = gl.load(heads + column[None, :], mask=exists, other=0.0).to(gl.float32)
+    other = gl.load(heads + partner[None, :], mask=exists, other=0.0).to(gl.float32)
+    if HAS_NORM:
+        scale = gl.rsqrt(gl.sum(value * value, axis=1) / HEAD_DIM + eps)[:, None]
+        value = (value * scale * weight[None, :]).to(dtype).to(gl.float32)
+        other = (other * scale * partner_weight[None, :]).to(dtype).to(gl.float32)
+    return (value * cosine[None, :] + other * sine[None, :]).to(dtype)
+
+
+@gluon.jit
+def _combine(
+    maxima, totals, sums, out, first_part, num_active,
+    GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, PARTS: gl.constexpr, REAL_ROWS: gl.constexpr,
+    CHUNK: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    """The last to arrive puts the parts together, CHUNK at a time, and always in the same order."""
+    lanes: gl.constexpr = HEAD_DIM // 4
+    layout: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 32 // lanes, lanes], [1, WARPS, 1], [2, 1, 0])
+    of_part: gl.constexpr = gl.SliceLayout(2, layout)
+    row = gl.arange(0, REAL_ROWS, layout=gl.SliceLayout(0, of_part))[None, :]
+    column = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, None, :]
+    every = gl.arange(0, PARTS, layout=gl.SliceLayout(1, of_part))[:, None]
+    from_every = (first_part + every) * GROUP + row
+    every_exists = (every < num_active) & (row < GROUP)
+    highest = gl.max(
+        gl.load(maxima + from_every, mask=every_exists, other=_FLOOR, cache_modifier=".cg"), axis=0
+    )
+    attended = gl.zeros([REAL_ROWS, HEAD_DIM], gl.float32, gl.SliceLayout(0, layout))
+    total = gl.zeros([REAL_ROWS], gl.float32, gl.SliceLayout(0, of_part))
+    for start in range(0, num_active, CHUNK):
+        part = start + gl.arange(0, CHUNK, layout=gl.SliceLayout(1, of_part))[:, None]
+        exists = (part < num_active) & (row < GROUP)
+        place = (first_part + part) * GROUP + row
+        source = sums + place[:, :, None] * HEAD_DIM + column
+        summands = gl.load(source, mask=exists[:, :, None], other=0.0, cache_modifier=".cg")
+        maximum = gl.load(maxima + place, mask=exists, other=_FLOOR, cache_modifier=".cg")
+        summand = gl.load(totals + place, mask=exists, other=0.0, cache_modifier=".cg")
+        weight = gl.where(exists, gl.exp2(maximum - highest[None, :]), 0.0)
+        attended += gl.sum(summands * weight[:, :, None], axis=0)
+        total += gl.sum(summand * weight, axis=0)
+    total = gl.convert_layout(total, gl.SliceLayout(1, gl.SliceLayout(0, layout)))
+    result = attended / total[:, None]
+    real_row = gl.arange(0, REAL_ROWS, layout=gl.SliceLayout(1, gl.SliceLayout(0, layout)))
+    target = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, gl.SliceLayout(0, layout)))
+    target = real_row[:, None] * HEAD_DIM + target[None, :]
+    gl.store(out + target, result.to(out.dtype.element_ty), mask=(real_row < GROUP)[:, None])
+
+
+def attend(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    block_tables: Tensor,
+    lengths: Tensor,
+    partial: tuple[Tensor, Tensor, Tensor, Tensor],
+    cut: Cut,
+    tokens: NewTokens | None = None,
+) -> Tensor:
+    """Attention of one token a sequence, [S, H, head_dim]; see `SplitAttention`.
+
+    Args:
+        queries: [S, H, head_dim]; with `tokens`: [S, H + 2 K, head_dim], queries, keys and values of the
+            newest tokens, neither normed nor rotated nor stored.
+    """
+    assert queries.is_contiguous()
+    num_sequences, num_heads, head_dim = queries.shape
+    _, block_size, num_kv_heads, _ = keys.shape
+    if tokens is not None:
+        num_heads -= 2 * num_kv_heads
+    out = queries.new_empty(num_sequences, num_heads, head_dim)
+    group = num_heads // num_kv_heads
+    norms = (queries, queries) if tokens is None or tokens.norms is None else tokens.norms
+    places = (out, out, lengths) if tokens is None else (tokens.cos, tokens.sin, tokens.rows)
+    parts, real_rows = triton.next_power_of_2(cut.num_parts), triton.next_power_of_2(group)
+    _attend[(num_kv_heads, num_sequences, cut.num_parts)](
+        queries,
+        *norms,
+        *places,
+        keys,
+        values,
+        block_tables,
+        lengths,
+        *partial,
+        out,
+        head_dim**-0.5 * _LOG2_E,
+        0.0 if tokens is None else tokens.eps,
+        block_tables.stride(0),
+        FUSED=tokens is not None,
+        HAS_NORM=tokens is not None and tokens.norms is not None,
+        ROTARY_DIM=head_dim if tokens is None else tokens.cos.shape[-1],
+        NUM_KV_HEADS=num_kv_heads,
+        GROUP=group,
+        HEAD_DIM=head_dim,
+        BLOCK_SIZE=block_size,
+        NUM_PARTS=cut.num_parts,
+        PARTS=parts,
+        ROWS=max(8, real_rows),  # what the matrix units take at least
+        REAL_ROWS=real_rows,
+        CHUNK=max(1, min(parts, _SUMS_PER_THREAD * 32 * cut.warps // (real_rows * head_dim))),
+        SLAB=_SLAB,
+        SHORTEST=max(cut.shortest, _SLAB * cut.warps),
+        STAGES=cut.stages,
+        WARPS=cut.warps,
+        num_warps=cut.warps,
+        **pdl.options(),
+    )
+    return out
