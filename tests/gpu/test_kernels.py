@@ -216,59 +216,67 @@ def test_products_of_one_row(fused: Any, shape: Shape, has_bias: bool, dtype: to
             near(result, gate(expected.to(dtype)), gated_tolerance(dtype))
 
 
-@pytest.mark.parametrize("shape", [SHAPES[name] for name in ("qwen3-0.6b", "smollm2-tp2", "odd")])
-@pytest.mark.parametrize(
-    ("count", "dtype"),
-    [(5, torch.float32)] + [(count, torch.bfloat16) for count in (1, 2, 16, 23, 64) if not IS_INTERPRETED],
+hopper = pytest.mark.skipif(
+    not HAS_GPU or torch.cuda.get_device_capability()[0] != 9, reason="there is no Hopper GPU"
 )
-@pytest.mark.parametrize(
-    "cut",
-    [
-        {"outputs": 64, "step": 64},
-        {"outputs": 32, "step": 64, "splits": 3},
-        {"outputs": 16, "step": 128, "splits": 2, "stages": 3},
-    ],
-    ids=str,
-)
-def test_products_of_few_rows(
-    fused: Any, shape: Shape, count: int, cut: dict[str, Any], dtype: torch.dtype
-) -> None:
-    """Parts of a row of the weight included; what is not a multiple of anything, too."""
-    from tpworker.model import skinny_kernel
+CUTS = [
+    {"outputs": 64, "step": 64},
+    {"outputs": 128, "step": 64, "stages": 3, "warps": 8},
+    {"outputs": 64, "step": 128, "splits": 4, "stages": 3},
+    {"outputs": 64, "step": 128, "splits": 8, "stages": 6},
+]
 
-    for size_in, size_out, has_bias in ((shape.hidden, 2 * shape.width, False), (shape.width, 72, True)):
-        rule = skinny_kernel.FewRows(**cut)
-        if (rule.splits - 1) * rule.step >= size_in // rule.splits:
-            rule = dataclasses.replace(rule, splits=1)
+
+@hopper
+@pytest.mark.parametrize("count", [1, 2, 16, 23, 64])
+@pytest.mark.parametrize("cut", CUTS, ids=str)
+def test_products_of_few_rows(fused: Any, count: int, cut: dict[str, Any]) -> None:
+    """Parts of a row of the weight included; what is not a multiple of anything, too."""
+    from tpworker.model import few_rows_kernel, skinny_kernel
+
+    dtype = torch.bfloat16
+    for size_in, size_out, has_bias in ((1024, 768, False), (1096, 152, True), (3072, 1024, True)):
+        rule = few_rows_kernel.FewRows(**cut)
         x, weight, bias, expected = product_case(count, size_in, size_out, has_bias, dtype)
         for _ in range(2):
             near(skinny_kernel.multiply(x, weight, bias, rule), expected.to(dtype))
             result = skinny_kernel.multiply(x, weight, bias, rule, gated=True)
             near(result, gate(expected.to(dtype)), gated_tolerance(dtype))
-        assert not skinny_kernel.counters(x.device).any()
+        assert not few_rows_kernel.counters(x.device).any()
 
 
 @pytest.mark.parametrize("name", ["qwen3-0.6b", "smollm2-tp2", "odd"])
-@pytest.mark.parametrize(
-    ("count", "has_bias", "dtype"),
-    [(1, False, DTYPES[0]), (1, True, DTYPES[-1]), (3, True, DTYPES[-1]), (3, False, DTYPES[0])]
-    + [(count, count == 16, DTYPES[0]) for count in (16, 64) if not IS_INTERPRETED],
-)
-def test_sums_and_norms_in_products(
-    fused: Any, name: str, count: int, has_bias: bool, dtype: torch.dtype
+@pytest.mark.parametrize(("has_bias", "dtype"), [(False, DTYPES[0]), (True, DTYPES[-1])])
+def test_sums_and_norms_in_products_of_one_row(
+    fused: Any, name: str, has_bias: bool, dtype: torch.dtype
+) -> None:
+    from tpworker.model import skinny_kernel
+
+    rules = [skinny_kernel.OneRow(), skinny_kernel.OneRow(4, 256)]
+    check_sums_and_norms(1, SHAPES[name].width, SHAPES[name].hidden, has_bias, dtype, rules)
+
+
+@hopper
+@pytest.mark.parametrize("count", [1, 3, 16, 64])
+@pytest.mark.parametrize("sizes", [(3072, 1024), (1096, 152)])
+def test_sums_and_norms_in_products_of_few_rows(fused: Any, count: int, sizes: tuple[int, int]) -> None:
+    from tpworker.model import few_rows_kernel
+
+    rules = [few_rows_kernel.FewRows(**cut) for cut in CUTS]
+    check_sums_and_norms(count, *sizes, count == 16, torch.bfloat16, rules)
+
+
+def check_sums_and_norms(
+    count: int, size_in: int, size: int, has_bias: bool, dtype: torch.dtype, rules: list[Any]
 ) -> None:
     """x += W a, and V RMSNorm(x), in the products' kernels: against one operation after the other."""
     from tpworker.model import skinny_kernel
 
-    shape = SHAPES[name]
-    rules: list[Any] = [skinny_kernel.OneRow(), skinny_kernel.OneRow(4, 256)]
-    if count > 1:
-        rules = [skinny_kernel.FewRows(32, 64), skinny_kernel.FewRows(64, 64, splits=1, stages=3)]
-    a, weight, bias, product = product_case(count, shape.width, shape.hidden, has_bias, dtype)
-    x, norm = randn(count, shape.hidden, dtype=dtype).to(DEVICE), randn(shape.hidden, dtype=dtype).to(DEVICE)
+    a, weight, bias, product = product_case(count, size_in, size, has_bias, dtype)
+    x, norm = randn(count, size, dtype=dtype).to(DEVICE), randn(size, dtype=dtype).to(DEVICE)
     expected_x = x.cpu().clone()
     expected = kernels.add_norm(expected_x, product.to(dtype).cpu(), norm.cpu(), 1e-6)
-    second = randn(2 * shape.width, shape.hidden, dtype=dtype, scale=0.05).to(DEVICE)
+    second = randn(520, size, dtype=dtype, scale=0.05).to(DEVICE)
     expected_product = (expected.double() @ second.cpu().double().T).to(dtype)
     tolerance = 1e-2 if dtype == torch.bfloat16 else None  # the norm's two factors are not rounded together
     for rule in rules:

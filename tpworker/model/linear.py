@@ -39,9 +39,9 @@ class Linear:
         if self.is_packed:
             weight = torch.ops.mkldnn._reorder_linear_weight(weight, _PACK_ROWS)
         elif weight.is_cuda:
-            from tpworker.model import skinny_kernel
+            from tpworker.model import few_rows_kernel
 
-            skinny_kernel.counters(weight.device)
+            few_rows_kernel.counters(weight.device)
         self.weight = weight
 
     def __call__(self, x: Tensor | Normed) -> Tensor:
@@ -67,7 +67,7 @@ class Linear:
             return None  # the residual times the norm's weight, not yet divided, is beyond float16
         from tpworker.model import skinny_kernel
 
-        rule = skinny_kernel.choose(len(x), self.weight, False)
+        rule = skinny_kernel.choose(len(x), self.weight, gated=False)
         if rule is None:
             return None
         target = Normed(residual, norm_weight, eps)

@@ -1,9 +1,9 @@
-"""Products of a weight with few rows. Imports Triton: import it on CUDA only.
+"""Products of a weight with few rows: which kernel, and the one for one row. Imports Triton: on CUDA only.
 
 With few rows a product is the reading of its weight. The library's tiles leave much of the GPU idle where
-matrices are small, and its kernels start when the one before them has ended. These have been set up by then,
-and with one row have loaded the first part of their weight (see `tpworker.model.pdl`). And what stands
-between two products is done by them (see `tpworker.model.deferred`).
+matrices are small, and its kernels start when the one before them has ended. These have loaded the first part
+of their weight by then (see `tpworker.model.pdl`). And what stands between two products is done by them (see
+`tpworker.model.deferred`).
 """
 
 # Triton has no types, and is not installed where there is no GPU.
@@ -12,8 +12,7 @@ between two products is done by them (see `tpworker.model.deferred`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -22,6 +21,14 @@ from torch import Tensor
 
 from tpworker.model import pdl
 from tpworker.model.deferred import Normed
+from tpworker.model.few_rows_kernel import (
+    MOST_ROWS,
+    SHARED_MEMORY,
+    FewRows,
+    can_multiply_few,
+    multiply_few,
+    num_processors,
+)
 from tpworker.model.pdl import start_next, wait
 
 # ------------------------------------------------------------------------------------- which one, and how
@@ -36,25 +43,8 @@ class OneRow:
     warps: int = 4
 
 
-@dataclass(frozen=True, slots=True)
-class FewRows:
-    """How a product of several rows is cut."""
-
-    outputs: int = 64  # rows of the weight that a program reads
-    step: int = 128  # elements of each at a time
-    splits: int = 1  # programs that share them
-    warps: int = 4
-    stages: int = 4  # steps that are on their way
-
-
-MOST_ROWS = 32
-"""With 64, the library was as fast or faster (H200)."""
-
-_SMALL, _LARGE = 6 << 20, 10 << 20
-"""Elements of a weight. Up to the first, narrow tiles are needed to occupy all processors; between the two
-the library was faster (4096 x 2048: by 10 %)."""
-
-_PROGRAMS = 230  # how many there should be for wider tiles
+_SMALL = 8 << 20
+"""Elements of a weight up to which one row has a kernel of its own."""
 
 
 def choose(num_rows: int, weight: Tensor, gated: bool) -> OneRow | FewRows | None:
@@ -66,25 +56,35 @@ def choose(num_rows: int, weight: Tensor, gated: bool) -> OneRow | FewRows | Non
     Args:
         gated: see `multiply`.
     """
+    size_out, size_in = weight.shape
     if weight.element_size() != 2 or not 0 < num_rows <= MOST_ROWS:
         return None
-    size_out, size_in = weight.shape
-    if num_rows == 1:
+    if num_rows == 1 and (size_in * size_out <= _SMALL or not can_multiply_few(weight)):
         if size_in <= 2048:
             return OneRow(4, triton.next_power_of_2(size_in))
         return OneRow(2, 4096, 8) if gated and size_in <= 4096 else OneRow(2, 2048)
-    if size_in * size_out <= _SMALL:
-        rule, tiles = FewRows(32, stages=6), triton.cdiv(size_out, 32)
-        splits = 1 if tiles >= 100 else round(size_in / 512)
-    elif size_in * size_out < _LARGE:
+    if not can_multiply_few(weight):
         return None
-    else:
-        rule, tiles = FewRows(64), triton.cdiv(size_out, 64)
-        splits = round(_PROGRAMS / tiles)
-    splits = max(1, min(8, splits))
-    while splits > 1 and size_in % (splits * rule.step):
-        splits -= 1
-    return replace(rule, splits=splits)
+    return cut_few(num_rows, size_out, size_in, num_processors(weight.device))
+
+
+def cut_few(num_rows: int, size_out: int, size_in: int, processors: int) -> FewRows:
+    """How to cut a product of few rows on a GPU of so many processors."""
+    outputs, step = 64, 128 if num_rows <= 32 else 64
+    programs, steps, splits = triton.cdiv(size_out, outputs), triton.cdiv(size_in, step), 1
+    # Sharing a tile costs a microsecond or two; it pays where half of the processors would have nothing to
+    # do, and where there is much to read.
+    while 2 * programs <= processors and steps >= 4 * splits:
+        if programs >= 0.48 * processors and steps * step <= 2048 * splits:
+            break
+        splits *= 2
+        programs *= 2
+    # Programs start early, on whichever processor has room, and none should have more than its share of
+    # them: so each takes as much shared memory as lets no more fit.
+    share = min(triton.cdiv(programs, processors), 3)
+    stage = 2 * step * (outputs + max(8, triton.next_power_of_2(num_rows)))
+    stages = (SHARED_MEMORY // (share + 1) - 1024) // stage + 1
+    return FewRows(outputs, step, splits, stages=stages)
 
 
 def multiply(
@@ -237,160 +237,3 @@ def multiply_one(
         **pdl.options(),
     )
     return out
-
-
-# -------------------------------------------------------------------------------------------- several rows
-
-
-@triton.jit(do_not_specialize=["num_rows"])
-def _few_rows(
-    x, squares, weight, bias, out, next_norm, next_scaled, next_squares, partial, arrived, eps,
-    num_rows, size_in, size_out, length, num_squares, NUM_SQUARES: tl.constexpr,
-    EVEN: tl.constexpr, HAS_BIAS: tl.constexpr, GATED: tl.constexpr, ADDS: tl.constexpr, ROWS: tl.constexpr,
-    OUTPUTS: tl.constexpr, STEP: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """One program OUTPUTS rows of the weight, or `length` elements of each; sums in float32. See `_rows_of`.
-
-    The product is computed transposed, out.T = weight @ x.T: the matrix units take 64 rows at a time of what
-    stands left, and that is the weight. EVEN: all programs have whole steps.
-
-    NUM_SQUARES > 0: x is what a norm's weight was multiplied to, and `squares` has the sums of squares of
-    `num_squares` parts of each row from before that: the norm's other factor is applied to the result. ADDS:
-    the result is added to `out`; stored are also the sum times next_norm, and the sums of squares of OUTPUTS
-    columns.
-    """
-    start_next(PDL)
-    tile = tl.program_id(0)
-    begin = tl.program_id(1) * length
-    end = tl.minimum(begin + length, size_in)
-    output, first = _rows_of(tile, size_out, OUTPUTS, GATED)
-    # A row that does not exist is read as the last one, and not stored.
-    source = weight + tl.minimum(output, size_out - 1)[:, None] * size_in
-    row = tl.arange(0, ROWS)
-    is_row = (row < num_rows)[:, None]
-    start_of_x = x + row[:, None] * size_in
-    wait(PDL)
-    if NUM_SQUARES > 0:
-        which = tl.arange(0, NUM_SQUARES)[:, None]
-        has_square = (which < num_squares) & (row < num_rows)[None, :]
-        square = tl.load(squares + which * num_rows + row[None, :], mask=has_square, other=0.0)
-    total = tl.zeros([OUTPUTS, ROWS], tl.float32)
-    for start in range(begin, end, STEP):
-        column = (start + tl.arange(0, STEP))[None, :]
-        if EVEN:
-            part = tl.load(source + column)
-            value = tl.load(start_of_x + column, mask=is_row, other=0.0)
-        else:
-            part = tl.load(source + column, mask=column < end, other=0.0)
-            value = tl.load(start_of_x + column, mask=is_row & (column < end), other=0.0)
-        total = tl.dot(part, tl.trans(value), total, input_precision="ieee")
-    is_real = (output < size_out)[:, None] & (row < num_rows)[None, :]
-    is_last = True
-    if SPLITS > 1:
-        place = output[:, None] * ROWS + row[None, :]
-        tl.store(partial + tl.program_id(1).to(tl.int64) * (size_out * ROWS) + place, total, mask=is_real)
-        # All of the program's threads have written before one of them says so.
-        tl.debug_barrier()
-        is_last = tl.atomic_add(arrived + tile, 1, sem="acq_rel") == SPLITS - 1
-        if is_last:
-            total = tl.zeros([OUTPUTS, ROWS], tl.float32)
-            for other in tl.static_range(SPLITS):  # always in the same order
-                total += tl.load(
-                    partial + other * (size_out * ROWS) + place, mask=is_real, other=0.0, cache_modifier=".cg"
-                )
-            tl.store(arrived + tile, 0)  # for the next product
-    if is_last:
-        if NUM_SQUARES > 0:
-            total *= tl.rsqrt(tl.sum(square, axis=0) / size_in + eps)[None, :]
-        if HAS_BIAS:
-            added = tl.load(bias + output, mask=output < size_out, other=0.0).to(tl.float32)
-            total += added[:, None]
-        result = total.to(out.dtype.element_ty)
-        if GATED:
-            gate, up = tl.split(result.reshape([2, OUTPUTS // 2, ROWS]).permute(1, 2, 0))
-            target = first + tl.arange(0, OUTPUTS // 2)
-            is_wanted = (target < size_out // 2)[:, None] & (row < num_rows)[None, :]
-            to_out = out + row[None, :] * (size_out // 2) + target[:, None]
-            tl.store(to_out, _gate(gate, up), mask=is_wanted)
-        else:
-            target = row[None, :] * size_out + output[:, None]
-            if ADDS:
-                result = _added(tl.load(out + target, mask=is_real, other=0.0), result)
-                wide = tl.where(is_real, result.to(tl.float32), 0.0)
-                tl.store(
-                    next_squares + tile * num_rows + row, tl.sum(wide * wide, axis=0), mask=row < num_rows
-                )
-                scale = tl.load(next_norm + output, mask=output < size_out, other=0.0).to(tl.float32)
-                tl.store(next_scaled + target, (wide * scale[:, None]).to(result.dtype), mask=is_real)
-            tl.store(out + target, result, mask=is_real)
-
-
-def multiply_few(
-    x: Tensor | Normed, weight: Tensor, bias: Tensor | None, rule: FewRows, gated: bool, target: Normed | None
-) -> Tensor:
-    """See `multiply`. target: to whose x the product is added; its other tensors are filled in."""
-    squares = x.squares if isinstance(x, Normed) else None
-    eps = x.eps if isinstance(x, Normed) else 0.0
-    if isinstance(x, Normed):
-        assert x.scaled is not None
-        x = x.scaled
-    assert x.is_contiguous()
-    assert weight.is_contiguous()
-    size_out, size_in = weight.shape
-    num_rows = len(x)
-    rows = max(16, triton.next_power_of_2(num_rows))
-    num_tiles = triton.cdiv(size_out, rule.outputs)
-    length = triton.cdiv(triton.cdiv(size_in, rule.splits), rule.step) * rule.step
-    assert (rule.splits - 1) * length < size_in, (rule, size_in)
-    if target is None:
-        out = torch.empty(num_rows, size_out // 2 if gated else size_out, dtype=x.dtype, device=x.device)
-        next_norm = next_scaled = next_squares = out
-    else:
-        out, next_norm, next_scaled = target.x, target.weight, torch.empty_like(target.x)
-        next_squares = torch.empty(num_tiles, num_rows, dtype=torch.float32, device=x.device)
-        target.scaled, target.squares = next_scaled, next_squares
-    partial = arrived = x
-    if rule.splits > 1:
-        partial = torch.empty(rule.splits, size_out, rows, dtype=torch.float32, device=x.device)
-        arrived = counters(x.device)
-        assert num_tiles <= len(arrived)
-    _few_rows[(num_tiles, rule.splits)](
-        x,
-        x if squares is None else squares,
-        weight,
-        x if bias is None else bias,
-        out,
-        next_norm,
-        next_scaled,
-        next_squares,
-        partial,
-        arrived,
-        eps,
-        num_rows,
-        size_in,
-        size_out,
-        length,
-        0 if squares is None else len(squares),
-        NUM_SQUARES=0 if squares is None else triton.next_power_of_2(len(squares)),
-        EVEN=size_in == rule.splits * length,
-        HAS_BIAS=bias is not None,
-        GATED=gated,
-        ADDS=target is not None,
-        ROWS=rows,
-        OUTPUTS=rule.outputs,
-        STEP=rule.step,
-        SPLITS=rule.splits,
-        num_warps=rule.warps,
-        num_stages=rule.stages,
-        **pdl.options(),
-    )
-    return out
-
-
-@cache
-def counters(device: torch.device) -> Tensor:
-    """int32 zeros, which every product leaves zeros again, for products one after the other.
-
-    To be called before a graph is captured.
-    """
-    return torch.zeros(8192, dtype=torch.int32, device=device)

@@ -1,0 +1,315 @@
+"""Products of a weight with up to 64 rows, on Hopper. Imports Triton: import it on CUDA only.
+
+Such a product is the reading of its weight, and between short kernels a memory that idles is what costs. So
+this is written in Gluon, Triton's lower level, where it can be said when memory is asked for: each program
+asks for the first stages of its part of the weight before the kernel before it has ended (see
+`tpworker.model.pdl`); they take shared memory and no registers. With the matrices of small models that is all
+of the weight.
+"""
+
+# Triton has no types, and is not installed where there is no GPU.
+# mypy: disable-error-code="import-not-found, import-untyped, untyped-decorator, no-untyped-def"
+# mypy: disable-error-code="no-untyped-call"
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import triton
+import triton.experimental.gluon.language as gl
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon.language.nvidia.hopper import (
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from tpworker.model import pdl
+from tpworker.model.deferred import Normed
+from tpworker.model.pdl import start_next, wait
+
+MOST_ROWS = 64
+SHARED_MEMORY = 227 << 10  # of a Hopper processor, for all programs there, and 1 KB of each more
+
+
+@dataclass(frozen=True, slots=True)
+class FewRows:
+    """How a product is cut."""
+
+    outputs: int = 64  # rows of the weight that a program reads
+    step: int = 128  # elements of each at a time
+    splits: int = 1  # programs that share them, a power of two
+    warps: int = 4
+    stages: int = 4  # steps that are on their way
+
+
+def can_multiply_few(weight: Tensor) -> bool:
+    """Whether this GPU has Hopper's copies and matrix units, and they can read the weight."""
+    return weight.shape[1] % 8 == 0 and weight.data_ptr() % 16 == 0 and _is_hopper(weight.device)
+
+
+@cache
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
+@gluon.constexpr_function
+def _layout(outputs: int, rows: int, warps: int) -> gl.BlockedLayout:
+    """Of a tile [outputs, rows]: a thread has up to eight outputs side by side of a row."""
+    each = max(1, min(8, outputs * rows // (32 * warps)))
+    threads = min(32, outputs // each)
+    across = min(warps, outputs // (each * threads))
+    return gl.BlockedLayout([each, 1], [threads, 32 // threads], [across, warps // across], [0, 1])
+
+
+@gluon.jit(do_not_specialize=["num_rows", "steps_of_split", "num_squares"])
+def _few_rows(
+    x, weight, squares, bias, out, next_norm, next_scaled, next_squares, partial, counts, eps,
+    num_rows, size_in, size_out, steps_of_split, num_squares, NUM_SQUARES: gl.constexpr,
+    HAS_BIAS: gl.constexpr, GATED: gl.constexpr, ADDS: gl.constexpr, ROWS: gl.constexpr,
+    OUTPUTS: gl.constexpr, STEP: gl.constexpr, SPLITS: gl.constexpr, STAGES: gl.constexpr, PDL: gl.constexpr,
+    num_warps: gl.constexpr,
+):  # fmt: skip
+    """One program OUTPUTS rows of the weight, or some steps of each; sums in float32. x and weight are tensor
+    descriptors; what of a tile does not exist is read as zeros.
+
+    The product is computed transposed, out.T = weight @ x.T: the matrix units take 64 rows at a time of what
+    stands left, and that is the weight. SPLITS programs that share a tile add up their sums for some of the
+    rows each, in the same order always.
+
+    GATED: the weight's first half is gate and its second half up, and the result is silu(gate) * up: a tile
+    has OUTPUTS / 2 rows of gate and then the same ones of up.
+
+    NUM_SQUARES > 0: x is what a norm's weight was multiplied to, and `squares` has the sums of squares of
+    `num_squares` parts of each row from before that: the norm's other factor is applied to the result. ADDS:
+    the result is added to `out`; stored are also the sum times next_norm, and the sums of squares of OUTPUTS
+    columns.
+    """
+    start_next(PDL)
+    dtype: gl.constexpr = weight.dtype
+    tile = gl.program_id(0)
+    split = gl.program_id(1)
+    begin = split * steps_of_split
+    num_steps = gl.minimum(steps_of_split, gl.cdiv(size_in, STEP) - begin)
+    half = size_out // 2
+    first = tile * (OUTPUTS // 2 if GATED else OUTPUTS)
+    weights = gl.allocate_shared_memory(dtype, [STAGES, OUTPUTS, STEP], weight.layout)
+    inputs = gl.allocate_shared_memory(dtype, [STAGES, ROWS, STEP], x.layout)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for early in gl.static_range(STAGES):
+        mbarrier.init(ready.index(early), count=1)
+    for early in gl.static_range(STAGES):
+        _ask_for_weight(
+            weight, weights.index(early), ready.index(early), inputs.index(early), first, half,
+            (begin + early) * STEP, early < num_steps, GATED,
+        )  # fmt: skip
+    # What the end of this program will be about: the tile's outputs, and rows of its own.
+    PART: gl.constexpr = ROWS // SPLITS
+    OUT: gl.constexpr = _layout(OUTPUTS, PART, num_warps)
+    output = _outputs(first, half, size_out, GATED, OUTPUTS, OUT)
+    row = split * PART + gl.arange(0, PART, gl.SliceLayout(0, OUT))
+    is_real = (output < size_out)[:, None] & (row < num_rows)[None, :]
+    target = row[None, :] * size_out + output[:, None]
+    if ADDS:
+        scale = gl.load(next_norm + output, mask=output < size_out, other=0.0)
+    if HAS_BIAS:
+        added = gl.load(bias + output, mask=output < size_out, other=0.0)
+    wait(PDL)
+    for early in gl.static_range(STAGES):
+        _ask_for_input(x, inputs.index(early), ready.index(early), (begin + early) * STEP, early < num_steps)
+    if ADDS:
+        before = gl.load(out + target, mask=is_real, other=0.0)
+    if NUM_SQUARES > 0:
+        wide: gl.constexpr = min(PART, 32)
+        SQUARES: gl.constexpr = gl.BlockedLayout([1, 1], [32 // wide, wide], [num_warps, 1], [1, 0])
+        which = gl.arange(0, NUM_SQUARES, gl.SliceLayout(1, SQUARES))[:, None]
+        of_row = split * PART + gl.arange(0, PART, gl.SliceLayout(0, SQUARES))[None, :]
+        has_square = (which < num_squares) & (of_row < num_rows)
+        square = gl.load(squares + which * num_rows + of_row, mask=has_square, other=0.0)
+
+    PRODUCT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, ROWS, 16])
+    product = warpgroup_mma_init(gl.zeros([OUTPUTS, ROWS], gl.float32, PRODUCT))
+    for step in range(num_steps):
+        slot = step % STAGES
+        mbarrier.wait(ready.index(slot), (step // STAGES) & 1)
+        product = warpgroup_mma_wait(0, deps=[product])
+        if step > 0:  # what the last step was computed from is free
+            coming = step - 1 + STAGES
+            free = coming % STAGES
+            column = (begin + coming) * STEP
+            _ask_for_weight(
+                weight, weights.index(free), ready.index(free), inputs.index(free), first, half, column,
+                coming < num_steps, GATED,
+            )  # fmt: skip
+            _ask_for_input(x, inputs.index(free), ready.index(free), column, coming < num_steps)
+        product = warpgroup_mma(
+            weights.index(slot), inputs.index(slot).permute((1, 0)), product, is_async=True
+        )
+    total = warpgroup_mma_wait(0, deps=[product])
+
+    ALL: gl.constexpr = _layout(OUTPUTS, ROWS, num_warps)
+    total = gl.convert_layout(total, ALL)
+    if SPLITS > 1:
+        of_all = _outputs(first, half, size_out, GATED, OUTPUTS, ALL)
+        every = gl.arange(0, ROWS, gl.SliceLayout(0, ALL))
+        place = every[None, :] * size_out + of_all[:, None]
+        exists = (of_all < size_out)[:, None] & (every < num_rows)[None, :]
+        gl.store(partial + split * (num_rows * size_out) + place, total, mask=exists)
+        # All of the program's threads have written before one of them says so.
+        gl.thread_barrier()
+        arrived = gl.atomic_add(counts + 2 * tile, 1, sem="acq_rel") + 1
+        while arrived < SPLITS:  # all programs are there at the same time: see `multiply_few`
+            arrived = gl.atomic_add(counts + 2 * tile, 0, sem="acquire")
+        total = gl.zeros([OUTPUTS, PART], gl.float32, OUT)
+        for other in gl.static_range(SPLITS):
+            source = partial + other * (num_rows * size_out) + target
+            total += gl.load(source, mask=is_real, other=0.0, cache_modifier=".cg")
+        if gl.atomic_add(counts + 2 * tile + 1, 1, sem="relaxed") == SPLITS - 1:
+            gl.store(counts + 2 * tile, 0)  # for the next product
+            gl.store(counts + 2 * tile + 1, 0)
+    if NUM_SQUARES > 0:
+        factor = gl.rsqrt(gl.sum(square, axis=0) / size_in + eps)
+        total *= gl.convert_layout(factor, gl.SliceLayout(0, OUT))[None, :]
+    if HAS_BIAS:
+        total += added.to(gl.float32)[:, None]
+    result = total.to(dtype)
+    if GATED:
+        HALF: gl.constexpr = _layout(OUTPUTS // 2, PART, num_warps)
+        both = gl.allocate_shared_memory(
+            dtype, [OUTPUTS, PART], gl.SwizzledSharedLayout(1, 1, 1, [0, 1]), result
+        )
+        gate = both.slice(0, OUTPUTS // 2).load(HALF).to(gl.float32)
+        up = both.slice(OUTPUTS // 2, OUTPUTS // 2).load(HALF).to(gl.float32)
+        value = (gate / (1 + gl.exp(-gate)) * up).to(dtype)
+        wanted = first + gl.arange(0, OUTPUTS // 2, gl.SliceLayout(1, HALF))
+        of_half = split * PART + gl.arange(0, PART, gl.SliceLayout(0, HALF))
+        is_wanted = (wanted < half)[:, None] & (of_half < num_rows)[None, :]
+        gl.store(out + of_half[None, :] * half + wanted[:, None], value, mask=is_wanted)
+    else:
+        if ADDS:  # rounded as `kernels.add_norm` does it
+            result = (before.to(gl.float32) + result.to(gl.float32)).to(dtype)
+            exact = gl.where(is_real, result.to(gl.float32), 0.0)
+            sums = gl.sum(exact * exact, axis=0)
+            gl.store(next_squares + tile * num_rows + row, sums, mask=row < num_rows)
+            gl.store(next_scaled + target, (exact * scale.to(gl.float32)[:, None]).to(dtype), mask=is_real)
+        gl.store(out + target, result, mask=is_real)
+
+
+@gluon.jit
+def _outputs(first, half, size_out, GATED: gl.constexpr, OUTPUTS: gl.constexpr, LAYOUT: gl.constexpr):
+    """The rows of the weight that a tile has; those that do not exist are size_out or more."""
+    output = first + gl.arange(0, OUTPUTS, gl.SliceLayout(1, LAYOUT))
+    if GATED:
+        is_up = output >= first + OUTPUTS // 2
+        output -= gl.where(is_up, OUTPUTS // 2, 0)
+        output = gl.where(output < half, output + gl.where(is_up, half, 0), size_out)
+    return output
+
+
+@gluon.jit
+def _ask_for_input(x, to, ready, column, exists):
+    """A step of the input."""
+    tma.async_copy_global_to_shared(x, [0, column], ready, to, pred=exists)
+
+
+@gluon.jit
+def _ask_for_weight(weight, to, ready, inputs, first, half, column, exists, GATED: gl.constexpr):
+    """A step of the weight; `ready` waits for it and for the input that belongs to it."""
+    num_bytes: gl.constexpr = 2 * (to.shape[0] * to.shape[1] + inputs.shape[0] * inputs.shape[1])
+    mbarrier.expect(ready, num_bytes, pred=exists)
+    if GATED:
+        count: gl.constexpr = to.shape[0] // 2
+        tma.async_copy_global_to_shared(weight, [first, column], ready, to.slice(0, count), pred=exists)
+        tma.async_copy_global_to_shared(
+            weight, [half + first, column], ready, to.slice(count, count), pred=exists
+        )
+    else:
+        tma.async_copy_global_to_shared(weight, [first, column], ready, to, pred=exists)
+
+
+def multiply_few(
+    x: Tensor | Normed, weight: Tensor, bias: Tensor | None, rule: FewRows, gated: bool, target: Normed | None
+) -> Tensor:
+    """See `skinny_kernel.multiply`. target: its x is what the product is added to; the rest is filled in."""
+    squares = x.squares if isinstance(x, Normed) else None
+    eps = x.eps if isinstance(x, Normed) else 0.0
+    if isinstance(x, Normed):
+        assert x.scaled is not None
+        x = x.scaled
+    assert x.is_contiguous()
+    assert weight.is_contiguous()
+    size_out, size_in = weight.shape
+    num_rows = len(x)
+    rows = max(8, triton.next_power_of_2(num_rows))
+    num_tiles = triton.cdiv(size_out, rule.outputs)
+    steps_of_split = triton.cdiv(triton.cdiv(size_in, rule.step), rule.splits)
+    if target is None:
+        out = torch.empty(num_rows, size_out // 2 if gated else size_out, dtype=x.dtype, device=x.device)
+        next_norm = next_scaled = next_squares = out
+    else:
+        out, next_norm, next_scaled = target.x, target.weight, torch.empty_like(target.x)
+        next_squares = torch.empty(num_tiles, num_rows, dtype=torch.float32, device=x.device)
+        target.scaled, target.squares = next_scaled, next_squares
+    partial = counts = x
+    if rule.splits > 1:
+        # Programs wait for each other, which ends only if a GPU holds them all at the same time.
+        assert num_tiles * rule.splits <= num_processors(x.device), (rule, size_out)
+        partial = torch.empty(rule.splits, num_rows, size_out, dtype=torch.float32, device=x.device)
+        counts = counters(x.device)
+    _few_rows[(num_tiles, rule.splits)](
+        _blocks(x, rows, rule.step),
+        _blocks(weight, rule.outputs // 2 if gated else rule.outputs, rule.step),
+        x if squares is None else squares,
+        x if bias is None else bias,
+        out,
+        next_norm,
+        next_scaled,
+        next_squares,
+        partial,
+        counts,
+        eps,
+        num_rows,
+        size_in,
+        size_out,
+        steps_of_split,
+        0 if squares is None else len(squares),
+        NUM_SQUARES=0 if squares is None else triton.next_power_of_2(len(squares)),
+        HAS_BIAS=bias is not None,
+        GATED=gated,
+        ADDS=target is not None,
+        ROWS=rows,
+        OUTPUTS=rule.outputs,
+        STEP=rule.step,
+        SPLITS=rule.splits,
+        STAGES=rule.stages,
+        num_warps=rule.warps,
+        **pdl.options(),
+    )
+    return out
+
+
+def _blocks(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """A matrix of 16-bit elements as the copies take it, rows x columns at a time."""
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    return TensorDescriptor.from_tensor(tensor, [rows, columns], layout)
+
+
+@cache
+def counters(device: torch.device) -> Tensor:
+    """int32 zeros, which every product leaves zeros again, for products one after the other.
+
+    To be called before a graph is captured.
+    """
+    return torch.zeros(2 * num_processors(device), dtype=torch.int32, device=device)
+
+
+@cache
+def num_processors(device: torch.device) -> int:
+    """Of a GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
