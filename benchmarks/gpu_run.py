@@ -38,6 +38,7 @@ _SETTLED = 5  # steps of a batch that are not looked at first
 _AFTER_TRACE = 10
 _SLACK = 16
 _TOKENS = 256  # every vocabulary has as many
+_LONG = ("timeline", "slowest", "calls", "graphs", "over_us", "spread_us")  # not printed
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,9 +108,7 @@ def measure(case: Case, graphs: dict[int, list[tuple[float, float]]]) -> list[di
         row.update(_traced([report["traces"].get(str(row["batch"])) for report in reports]))
         row.update(model=case.model, ranks=case.ranks, lookahead=case.lookahead)
         row.update(attention=reports[0]["attention"], kv_blocks=reports[0]["kv_blocks"])
-        told = {
-            key: value for key, value in row.items() if key not in ("timeline", "slowest", "calls", "graphs")
-        }
+        told = {key: value for key, value in row.items() if key not in _LONG}
         print(json.dumps(told), file=sys.stderr, flush=True)
     took = time.monotonic() - started
     print(
@@ -153,6 +152,9 @@ def _compared(
             over = [1e3 * (ms - float(np.interp(length, at, milliseconds))) for length, ms in steps_of]
             if over:
                 row[f"{name}_p50_us"], row[f"{name}_p99_us"] = quantile(over, 0.5), quantile(over, 0.99)
+                row[f"{name}_us"] = [
+                    (length, round(us, 1)) for (length, _), us in zip(steps_of, over, strict=True)
+                ]
     return row
 
 
