@@ -247,6 +247,8 @@ def test_steps_beside_their_graphs_at_equal_lengths() -> None:
     assert row["graph_ms"] == pytest.approx(1.01)
     assert row["over_p50_us"] == pytest.approx(-10)
     assert row["over_p99_us"] == pytest.approx(50), "of step 17, of 105 tokens"
+    assert row["over_us"][0] == (105, pytest.approx(50))
+    assert row["spread_us"] == [(105, 50), (110, 10), (115, 20)]
     assert row["spread_p50_us"] == pytest.approx(20)
     assert row["spread_p99_us"] == pytest.approx(50), "of the first, of 105 tokens"
     assert "spread_p50_us" not in _compared(records, noted | {"single_ms": []}, [(100, 0.9), (120, 1.1)])
