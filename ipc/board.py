@@ -43,8 +43,6 @@ class Field(IntEnum):
     """Bytes of weights that the process holds."""
     COMPILED = 10
     """Kernels that it had to compile."""
-    COMPILE_US = 11
-    """Time that took, in µs."""
 
 
 class Phase(IntEnum):

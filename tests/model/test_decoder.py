@@ -24,9 +24,10 @@ from tests.model.helpers import (
     shuffled_tables,
 )
 from tpworker.model.decoder import Decoder, KVCache, rope_tables
-from tpworker.model.families import Llama3Scaling, RopeSpec
+from tpworker.model.families import Llama3Scaling, MoeSpec, RopeSpec
 from tpworker.model.tp import Collectives, Shard
 from tpworker.model.weights import dummy_weights
+from tpworker.rank.collectives import SoleRank
 
 BASE: dict[str, Any] = {
     "vocab_size": 131,
@@ -209,6 +210,23 @@ def test_padded_logits_are_minus_infinity(vocab_size: int) -> None:
         ids = torch.arange(start, start + logits.shape[1])
         assert torch.equal(logits.isfinite(), (ids < vocab_size).expand(5, -1))
         assert not logits.isnan().any()
+
+
+@pytest.mark.parametrize(
+    ("kinds", "kept"), [("d", [0]), ("ddddd", [0, 1]), ("dmmmm", [0, 1, 2]), ("dddmmmd", [0, 1, 3, 4, 6])]
+)
+def test_an_excerpt_has_each_kind_of_layer_behind_each(kinds: str, kept: list[int]) -> None:
+    """d: dense, m: a mixture."""
+    mixtures = tuple(number for number, kind in enumerate(kinds) if kind == "m")
+    moe = MoeSpec(layers=mixtures, num_experts=4, experts_per_token=2, intermediate_size=16)
+    family = "qwen3_moe"
+    spec = dataclasses.replace(SPEC, family=family, num_layers=len(kinds), moe=moe)
+    shard = Shard.of(spec, 0, 1)
+    decoder = Decoder(spec, dummy_weights(spec, shard, torch.float32, CPU), shard, SoleRank(), 32)
+    layers = decoder.weights.layers
+    excerpt = [id(layer) for layer in decoder.excerpt().weights.layers]
+    assert excerpt == [id(layers[number]) for number in kept]
+    assert decoder.weights.layers is layers
 
 
 def test_the_cache_says_how_large_a_block_is() -> None:

@@ -205,3 +205,34 @@ def test_it_says_when_graphs_are_about_to_be_captured(rig: Rig, monkeypatch: pyt
     at = events.index("capturing")
     assert events[:at] == ["run"] * 3
     assert set(events[at + 1 :]) == {"capture"}
+
+
+def test_a_rehearsal_launches_what_captured_steps_do_and_leaves_no_trace(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By an excerpt of the model; on the CPU the kernels do run."""
+    events: list[Any] = []
+    forward, excerpt = Decoder.forward, Decoder.excerpt
+
+    def note(self: Decoder, batch: Any, cache: KVCache) -> torch.Tensor:
+        events.append((len(self.weights.layers), len(batch.token_ids)))
+        return forward(self, batch, cache)
+
+    def short(self: Decoder) -> Decoder:
+        brief = excerpt(self)
+        brief.weights = dataclasses.replace(brief.weights, layers=brief.weights.layers[:1])
+        return brief
+
+    monkeypatch.setattr(Decoder, "forward", note)
+    monkeypatch.setattr(Decoder, "excerpt", short)
+    monkeypatch.setattr(rig.device, "compile_ahead", rig.device.compute.run)
+    monkeypatch.setattr(rig.device, "capture", lambda work: rig.device.compute.run(work) or work)
+    rig.runner.prepare(40)
+    rehearsed, run = ({size for layers, size in events if layers == number} for number in (1, 2))
+    assert rehearsed == run == {1, 2, 4, 16, 32, 40}
+    plain = Rig()
+    for this in (rig, plain):
+        launched = [this.launch(first_plan()), this.launch(BatchPlan(0, 1, decode=pack_int32([2])))]
+        this.row(launched[1])
+    assert rig.runner._ring.tolist() == plain.runner._ring.tolist()
+    plain.device.close()

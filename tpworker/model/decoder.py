@@ -6,7 +6,9 @@ this rank's query and key-value heads. What is split over ranks, and how: `tpwor
 
 from __future__ import annotations
 
+import copy
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -87,6 +89,18 @@ class Decoder:
             x = x.index_select(0, batch.sample_rows)
             last = last if last is None else last.index_select(0, batch.sample_rows)
         return tensor_of(kernels.reduce_add_norm(x, last, weights.final_norm, eps, self.collectives))
+
+    def excerpt(self) -> Decoder:
+        """A decoder of few layers that runs every kernel which this one does.
+
+        It has the first layer of each kind behind each kind, since a layer also depends on the one before it.
+        """
+        layers, excerpt = self.weights.layers, copy.copy(self)
+        firsts: dict[tuple[type, type], LayerWeights] = {}
+        for before, layer in zip((None, *layers), layers, strict=False):
+            firsts.setdefault((type(before and before.mlp), type(layer.mlp)), layer)
+        excerpt.weights = replace(self.weights, layers=tuple(firsts.values()))
+        return excerpt
 
     def logits(self, hidden: Tensor) -> Tensor:
         """From hidden [R, D] to [R, vocab_local]: tokens from `vocab_start` on, padding is -inf.

@@ -61,7 +61,7 @@ class StartTimes:
                 parts = [_which(ends)] if end - last >= _LATE_NS else []
                 if phase is Phase.LOADING:
                     parts.insert(0, _speed(ranks, (end - last) / 1e9))
-                elif phase is Phase.CAPTURING:
+                elif phase is Phase.WARMING_UP:
                     parts.insert(0, _compiled(ranks))
                 note = ", ".join(part for part in parts if part)
                 stages.append(Stage(name, (end - last) / 1e9, note))
@@ -106,11 +106,9 @@ def _which(ends: Sequence[int]) -> str:
 
 
 def _compiled(ranks: Sequence[Row]) -> str:
-    """What the rank that compiled longest has compiled, here and while it warmed up."""
-    slowest = max(ranks, key=lambda row: row[Field.COMPILE_US])
-    if not slowest[Field.COMPILED]:
-        return ""
-    return f"{slowest[Field.COMPILED]} kernels compiled so far, {slowest[Field.COMPILE_US] / 1e6:.1f} s"
+    """What the rank that had most to compile has compiled: nearly all of it in this stage."""
+    most = max(row[Field.COMPILED] for row in ranks)
+    return f"{most} kernels compiled" if most else ""
 
 
 def _speed(ranks: Sequence[Row], seconds: float) -> str:

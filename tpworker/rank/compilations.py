@@ -1,10 +1,11 @@
-"""How many kernels a rank had to compile, for the board: the first start on a machine has them all to make.
+"""Triton's compiler, as a rank sees it: how many kernels it had to compile, for the board, and its beginning.
 
 Triton keeps what it has compiled in a folder (~/.triton/cache), so later starts have none.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import threading
 from typing import Any
@@ -12,16 +13,32 @@ from typing import Any
 from tpworker.ipc.board import Field, Row
 
 
+def wake_compiler() -> threading.Thread:
+    """Begins with what the first kernel of a process waits for, even one that is in the folder: a hash of the
+    whole compiler, half a second; and on the first start, with a module in C. Goes on in a thread.
+
+    Nothing depends on it: who comes too early does the same.
+    """
+    thread = threading.Thread(target=_wake, name="tpworker-waking", daemon=True)
+    thread.start()
+    return thread
+
+
+def _wake() -> None:
+    with contextlib.suppress(ImportError, AttributeError, RuntimeError):  # other versions of Triton; no GPU
+        importlib.import_module("triton").runtime.driver.active  # noqa: B018  # it is made when it is asked for
+        importlib.import_module("triton.runtime.cache").triton_key()
+
+
 def count_compilations(row: Row) -> None:
-    """From now on, Field.COMPILED and Field.COMPILE_US of this process' row count."""
+    """From now on, Field.COMPILED of this process' row counts."""
     compilation = importlib.import_module("triton").knobs.compilation
 
     lock = threading.Lock()  # several threads compile
 
-    def note(*, times: Any, cache_hit: bool, **_: Any) -> None:
+    def note(*, cache_hit: bool, **_: Any) -> None:
         if not cache_hit:
             with lock:
                 row[Field.COMPILED] += 1
-                row[Field.COMPILE_US] += times.total
 
     compilation.listener = note

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -178,6 +179,25 @@ class CudaDevice:
         _cuda.empty_cache()
         free: int = _cuda.mem_get_info(self.torch_device)[0]
         return free
+
+    def compile_ahead(self, work: Callable[[], None]) -> None:
+        from tpworker.rank.rehearsal import rehearse
+
+        rehearse(partial(self._capture_in_vain, work), self.adopt_thread)
+        _cuda.empty_cache()  # of memory that belonged to the graph
+
+    def _capture_in_vain(self, work: Callable[[], None]) -> None:
+        """Into a graph that is thrown away: none of the work's kernels runs."""
+        matrix = torch.zeros(16, 16, dtype=torch.bfloat16, device=self.torch_device)
+        torch.mm(matrix, matrix)  # the library's workspace is made now, or it would be one of the graph's
+        graph = _cuda.CUDAGraph(keep_graph=True)  # made into nothing that could be launched
+        with torch.inference_mode(), _cuda.stream(self.compute.stream):
+            # Kernels are loaded meanwhile, by this thread and others, and other threads may do as they like.
+            graph.capture_begin(capture_error_mode="relaxed")
+            try:
+                work()
+            finally:
+                graph.capture_end()
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         """Runs the work twice, the second time into a graph. All graphs share one pool of memory: capture

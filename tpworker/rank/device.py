@@ -86,6 +86,10 @@ class Device(Protocol):
     def free_bytes(self, num_ranks: int) -> int:
         """Memory that this rank may plan with, given that `num_ranks` share the machine."""
 
+    def compile_ahead(self, work: Callable[[], None]) -> None:
+        """Compiles what work of the compute stream will launch, all of it at the same time, where kernels are
+        compiled when they are first launched. Does not do the work, which must keep nothing that it makes."""
+
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         """Work of the compute stream that does the same every time, made quick to repeat: `run` what it
         returns instead. May run the work, and wait for it."""
@@ -196,6 +200,9 @@ class CpuDevice:
     def free_bytes(self, num_ranks: int) -> int:
         """A rank's share of half of what is available: the other half stays with the rest of the machine."""
         return available_bytes() // 2 // num_ranks
+
+    def compile_ahead(self, work: Callable[[], None]) -> None:
+        """Nothing is compiled here."""
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         return work

@@ -56,9 +56,10 @@ def rank_main(boot: RankBoot) -> None:
     if boot.settings.device != "cuda":
         run_rank(boot, CpuDevice(), Runner)
         return
-    from tpworker.rank.compilations import count_compilations
+    from tpworker.rank.compilations import count_compilations, wake_compiler
     from tpworker.rank.cuda import CudaDevice
 
+    wake_compiler()
     count_compilations(own_row(boot))
     run_rank(boot, CudaDevice(boot.rank), Runner)
 

@@ -14,10 +14,12 @@ reads it.
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -32,7 +34,7 @@ from tpworker.model.kv_cache import KVCache
 from tpworker.model.sampling import SamplingMode, sample
 from tpworker.model.tp import Collectives
 from tpworker.rank.device import Device, Event
-from tpworker.rank.graphs import MOST_TOKENS, RowGraphs, TokenGraphs
+from tpworker.rank.graphs import GREEDY, MODES, MOST_TOKENS, RowGraphs, TokenGraphs, ladder, token_ladder
 from tpworker.rank.mixed import MixedInputs, MixedShape, pack
 from tpworker.rank.slots import SlotDeltas, SlotTable
 from tpworker.rank.staging import StagedArray, StagingBuffer, StagingPool
@@ -147,6 +149,8 @@ class Runner:
         """
         width = self._slots.block_table.shape[1]
         length = min(max_tokens, max(1, (width - 1) * self._cache.block_size))  # of one sequence
+        if not self._check_agreement:  # which looks at values
+            self._device.compile_ahead(partial(self._rehearse, max_tokens))
         self._run_once(length)
         capturing()
         if not self._check_agreement:  # which looks at values
@@ -166,15 +170,34 @@ class Runner:
             launched.done.synchronize()
             self.staging.give_back(launched.staging)
 
-    def _capture(self, max_tokens: int) -> None:
+    def _rehearse(self, max_tokens: int) -> None:
+        """Launches every kernel that captured steps will. Those that take longest to compile come first."""
+        mixed, decode = self._can_capture()
+        brief = copy.copy(self)
+        brief._decoder = self._decoder.excerpt()
+        for size in ladder(self._slots.num_slots):
+            if decode:
+                brief._decode_step(size, GREEDY)
+            for mode in MODES:
+                brief._sample_padded(size, mode)
+        for size in token_ladder(max_tokens) if mixed else ():
+            brief._forward_padded(size)
+
+    def _can_capture(self) -> tuple[bool, bool]:
+        """Whether steps with chunks can be captured, and whether decode steps can."""
         attention, captures = self._decoder.attention, self._device.captures
+        mixed = not (captures and attention.reads_lengths)
+        return mixed, not (captures and isinstance(attention, PagedAttention))
+
+    def _capture(self, max_tokens: int) -> None:
+        mixed, decode = self._can_capture()
         started = time.monotonic()
         self._device.compute.run(self._begin)
-        if not (captures and attention.reads_lengths):
+        if mixed:
             self._forwards.capture(self._device, max_tokens, self._put_padding, self._forward_padded)
             self._samplings.capture(self._device, self._sample_padded)
         after_mixed = time.monotonic()
-        if not (captures and isinstance(attention, PagedAttention)):
+        if decode:
             self._graphs.capture(self._device, self._decode_step)
         seconds = (after_mixed - started, time.monotonic() - after_mixed)
         logger.info("captured mixed steps in %.1f s, decode steps in %.1f s", *seconds)

@@ -79,6 +79,9 @@ class FakeDevice:
     def free_bytes(self, num_ranks: int) -> int:
         return 1 << 34
 
+    def compile_ahead(self, work: Callable[[], None]) -> None:
+        """Nothing is compiled here."""
+
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         return work
 
