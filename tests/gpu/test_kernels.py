@@ -102,7 +102,7 @@ def _inference() -> Any:
 def near(result: Tensor, reference: Tensor, tolerance: float | None = None) -> None:
     """The error's norm is small against the reference's; nothing is missing or not finite."""
     reference = reference.to(result.device)
-    tolerance = tolerance or (5e-3 if result.dtype == torch.bfloat16 else 1e-5)
+    tolerance = tolerance or {torch.bfloat16: 5e-3, torch.float16: 1e-3}.get(result.dtype, 1e-5)
     assert result.shape == reference.shape
     assert result.dtype == reference.dtype
     assert result.isfinite().all()
