@@ -22,12 +22,15 @@ HEAD_DIM = 8
 @pytest.mark.parametrize(
     ("num_heads", "num_kv_heads", "count", "cut"),
     [
-        (32, 8, 1, Cut(18, warps=4)),  # Qwen3-8B, TP 1; a GPU of 132 processors
-        (32, 8, 16, Cut(2, warps=4)),
+        (32, 8, 1, Cut(18, warps=4)),  # Qwen3-8B, TP 1; a GPU of 132 processors; 2304 tokens at most
+        (32, 8, 16, Cut(4, warps=2)),
+        (16, 4, 16, Cut(4, warps=4)),
         (16, 4, 64, Cut(1, warps=4)),
-        (32, 8, 64, Cut(1, warps=2)),  # 512 programs: four at a time on a processor
+        (32, 8, 40, Cut(1, warps=2)),  # 320 programs: wide ones would not all fit
+        (32, 8, 64, Cut(1, warps=2)),
         (16, 8, 256, Cut(1, warps=2)),
-        (48, 4, 4, Cut(16, warps=4)),
+        (24, 2, 4, Cut(16, warps=4)),  # GLM-4.5-Air, TP 4
+        (24, 2, 64, Cut(2, warps=4)),
     ],
 )
 def test_how_decode_attention_is_cut(num_heads: int, num_kv_heads: int, count: int, cut: Cut) -> None:

@@ -39,7 +39,7 @@ def _attend(
     arrived, out, scale, eps, table_stride,
     FUSED: gl.constexpr, HAS_NORM: gl.constexpr, ROTARY_DIM: gl.constexpr, NUM_KV_HEADS: gl.constexpr,
     GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_SIZE: gl.constexpr, NUM_PARTS: gl.constexpr,
-    PARTS: gl.constexpr, ROWS: gl.constexpr, REAL_ROWS: gl.constexpr, CHUNK: gl.constexpr,
+    ROWS: gl.constexpr, REAL_ROWS: gl.constexpr, CHUNK: gl.constexpr,
     SLAB: gl.constexpr, SHORTEST: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
     PDL: gl.constexpr,
 ):  # fmt: skip
@@ -97,55 +97,25 @@ def _attend(
     is_real = (row < GROUP)[:, None]
     head = sequence * NUM_KV_HEADS + kv_head
     place = head * (GROUP * HEAD_DIM) + row[:, None] * HEAD_DIM + column[None, :]
-    new_score = gl.full([ROWS], float("-inf"), gl.float32, of_row)
-    new_value = gl.zeros([HEAD_DIM], gl.float32, of_column)
     if FUSED:
-        angle = sequence * ROTARY_DIM + column
-        rotated = column < ROTARY_DIM
-        cosine = gl.load(cos + angle, mask=rotated, other=1.0)
-        sine = gl.load(sin + angle, mask=rotated, other=0.0)
-        partner = gl.where(rotated, (column + ROTARY_DIM // 2) % ROTARY_DIM, column)
-        if ROTARY_DIM % 16 == 0:
-            partner = gl.max_contiguous(gl.multiple_of(partner, 8), 8)
-        heads = queries + sequence * ((GROUP + 2) * NUM_KV_HEADS * HEAD_DIM)
         place_of_new = gl.load(rows + sequence)
-        if HAS_NORM:
-            query_weight = gl.load(query_norm + column).to(gl.float32)
-            query_partner = gl.load(query_norm + partner).to(gl.float32)
-            key_weight = gl.load(key_norm + column).to(gl.float32)
-            key_partner = gl.load(key_norm + partner).to(gl.float32)
-        else:
-            query_weight = cosine
-            query_partner = cosine
-            key_weight = cosine
-            key_partner = cosine
-        wait(PDL)
-        query = _normed_rotated(
-            heads + (kv_head * GROUP + row[:, None]) * HEAD_DIM, column, partner, is_real,
-            query_weight, query_partner, cosine, sine, eps, HAS_NORM, HEAD_DIM,
+        query, key, value = _new_heads(
+            queries, query_norm, key_norm, cos, sin, eps, sequence, kv_head, row, column,
+            HAS_NORM, ROTARY_DIM, NUM_KV_HEADS, GROUP, HEAD_DIM, PDL,
         )  # fmt: skip
+        to_cache = (place_of_new * NUM_KV_HEADS + kv_head) * HEAD_DIM + column
+        if is_last:
+            gl.store(keys + to_cache, key)
+            gl.store(values + to_cache, value)
     else:
-        newest_block = gl.load(block_table + old // BLOCK_SIZE)
-        place_of_new = newest_block.to(gl.int64) * BLOCK_SIZE + old % BLOCK_SIZE
+        place_of_new = gl.load(block_table + old // BLOCK_SIZE).to(gl.int64) * BLOCK_SIZE + old % BLOCK_SIZE
+        to_cache = (place_of_new * NUM_KV_HEADS + kv_head) * HEAD_DIM + column
         wait(PDL)
         query = gl.load(queries + place, mask=is_real, other=0.0)
-    if is_last:
-        to_cache = (place_of_new * NUM_KV_HEADS + kv_head) * HEAD_DIM + column
-        if FUSED:
-            all_rows = gl.zeros([ROWS], gl.int32, of_row)
-            new_head = GROUP * NUM_KV_HEADS + kv_head + all_rows
-            key = _normed_rotated(
-                heads + new_head[:, None] * HEAD_DIM, column, partner, (row >= 0)[:, None],
-                key_weight, key_partner, cosine, sine, eps, HAS_NORM, HEAD_DIM,
-            )  # fmt: skip
-            value = gl.load(heads + ((GROUP + 1) * NUM_KV_HEADS + kv_head) * HEAD_DIM + column)
-            gl.store(keys + to_cache[None, :] + row[:, None] * 0, key, mask=(row == 0)[:, None])
-            gl.store(values + to_cache, value)
-        else:
-            key = gl.load(keys + to_cache)[None, :]
-            value = gl.load(values + to_cache)
-        new_score = gl.sum(query.to(gl.float32) * key.to(gl.float32), axis=1) * scale
-        new_value = value.to(gl.float32)
+        key = gl.load(keys + to_cache)
+        value = gl.load(values + to_cache)
+    new_score = gl.sum(query.to(gl.float32) * key.to(gl.float32)[None, :], axis=1) * scale
+    new_score = gl.where(is_last, new_score, float("-inf"))
 
     as_operand: gl.constexpr = gl.DotOperandLayout(1, mma, 2)
     query_operand = gl.convert_layout(gl.permute(query, (1, 0)), gl.SliceLayout(0, as_operand))
@@ -180,23 +150,12 @@ def _attend(
         attended = mma_v2(value_tile, gl.convert_layout(weights.to(dtype), as_operand), attended * shrink)
     async_copy.wait_group(0)
 
-    # The warps' results together, and the newest token.
-    by_warp: gl.constexpr = gl.BlockedLayout(
-        [WARPS, 8, 1], [1, chunks, 32 // chunks], [1, 1, WARPS], [1, 2, 0]
-    )  # a thread has all warps' results for its elements, which are those it has in by_row
-    maximum = gl.convert_layout(maximum, gl.SliceLayout(1, by_warp))
-    warp_total = gl.convert_layout(gl.sum(total, axis=1), gl.SliceLayout(1, by_warp))
-    highest = gl.max(maximum, axis=0)
-    weight = gl.exp2(maximum - highest[None, :])
-    sum_of_part = gl.sum(gl.convert_layout(attended, by_warp) * weight[:, None, :], axis=0)
-    sum_of_part = gl.convert_layout(gl.permute(sum_of_part, (1, 0)), by_row)
-    total_of_part = gl.convert_layout(gl.sum(warp_total * weight, axis=0), of_row)
-    highest = gl.convert_layout(highest, of_row)
+    highest, total_of_part, sum_of_part = _of_all_warps(maximum, total, attended, by_row, WARPS, chunks)
     higher = gl.maximum(highest, new_score)
     shrink = gl.exp2(highest - higher)
     new_weight = gl.exp2(new_score - higher)
-    sum_of_part = sum_of_part * shrink[:, None] + new_weight[:, None] * new_value[None, :]
     total_of_part = total_of_part * shrink + new_weight
+    sum_of_part = sum_of_part * shrink[:, None] + new_weight[:, None] * value.to(gl.float32)[None, :]
     if NUM_PARTS == 1 or num_active == 1:
         result = sum_of_part / total_of_part[:, None]
         gl.store(out + place, result.to(out.dtype.element_ty), mask=is_real)
@@ -211,7 +170,7 @@ def _attend(
         if num_arrived == num_active - 1:
             _combine(
                 maxima, totals, sums, out + head * (GROUP * HEAD_DIM), head * NUM_PARTS, num_active,
-                GROUP, HEAD_DIM, PARTS, REAL_ROWS, CHUNK, WARPS,
+                GROUP, HEAD_DIM, REAL_ROWS, CHUNK, WARPS,
             )  # fmt: skip
             gl.store(arrived + head, 0)  # for the next layer
 
@@ -249,55 +208,103 @@ def _request(
 
 
 @gluon.jit
-def _normed_rotated(
-    heads, column, partner, exists, weight, partner_weight, cosine, sine, eps,
-    HAS_NORM: gl.constexpr, HEAD_DIM: gl.constexpr,
+def _new_heads(
+    queries, query_norm, key_norm, cos, sin, eps, sequence, kv_head, row, column,
+    HAS_NORM: gl.constexpr, ROTARY_DIM: gl.constexpr, NUM_KV_HEADS: gl.constexpr, GROUP: gl.constexpr,
+    HEAD_DIM: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    """The heads at these addresses [n, 1]; partner: the column that each column turns with."""
-    dtype: gl.constexpr = heads.dtype.element_ty
-    value = gl.load(heads + column[None, :], mask=exists, other=0.0).to(gl.float32)
-    other = gl.load(heads + partner[None, :], mask=exists, other=0.0).to(gl.float32)
+    """Of the product: query heads [ROWS, HEAD_DIM], key and value [HEAD_DIM], normed and rotated. Waits."""
+    dtype: gl.constexpr = queries.dtype.element_ty
+    rotated = column < ROTARY_DIM
+    cosine = gl.load(cos + (sequence * ROTARY_DIM + column), mask=rotated, other=1.0)
+    sine = gl.load(sin + (sequence * ROTARY_DIM + column), mask=rotated, other=0.0)
+    # The column that each column turns with.
+    partner = gl.where(rotated, (column + ROTARY_DIM // 2) % ROTARY_DIM, column)
+    if ROTARY_DIM % 16 == 0:
+        partner = gl.max_contiguous(gl.multiple_of(partner, 8), 8)
     if HAS_NORM:
-        scale = gl.rsqrt(gl.sum(value * value, axis=1) / HEAD_DIM + eps)[:, None]
-        value = (value * scale * weight[None, :]).to(dtype).to(gl.float32)
-        other = (other * scale * partner_weight[None, :]).to(dtype).to(gl.float32)
-    return (value * cosine[None, :] + other * sine[None, :]).to(dtype)
+        query_weight = gl.load(query_norm + column).to(gl.float32)
+        query_partner_weight = gl.load(query_norm + partner).to(gl.float32)
+        key_weight = gl.load(key_norm + column).to(gl.float32)
+        key_partner_weight = gl.load(key_norm + partner).to(gl.float32)
+    is_real = (row < GROUP)[:, None]
+    in_query = row[:, None] * HEAD_DIM
+    from_query = queries + (sequence * (GROUP + 2) * NUM_KV_HEADS + kv_head * GROUP) * HEAD_DIM
+    from_key = from_query + (GROUP * (NUM_KV_HEADS - kv_head) + kv_head) * HEAD_DIM
+    wait(PDL)
+    query = gl.load(from_query + (in_query + column[None, :]), mask=is_real, other=0.0)
+    query_partner = gl.load(from_query + (in_query + partner[None, :]), mask=is_real, other=0.0)
+    key = gl.load(from_key + column)
+    key_partner = gl.load(from_key + partner)
+    value = gl.load(from_key + (NUM_KV_HEADS * HEAD_DIM + column))
+    query, query_partner = query.to(gl.float32), query_partner.to(gl.float32)
+    key, key_partner = key.to(gl.float32), key_partner.to(gl.float32)
+    if HAS_NORM:
+        inverse = gl.rsqrt(gl.sum(query * query, axis=1) / HEAD_DIM + eps)[:, None]
+        query = (query * inverse * query_weight[None, :]).to(dtype).to(gl.float32)
+        query_partner = (query_partner * inverse * query_partner_weight[None, :]).to(dtype).to(gl.float32)
+        inverse_of_key = gl.rsqrt(gl.sum(key * key, axis=0) / HEAD_DIM + eps)
+        key = (key * inverse_of_key * key_weight).to(dtype).to(gl.float32)
+        key_partner = (key_partner * inverse_of_key * key_partner_weight).to(dtype).to(gl.float32)
+    query = query * cosine[None, :] + query_partner * sine[None, :]
+    key = key * cosine + key_partner * sine
+    return query.to(dtype), key.to(dtype), value
+
+
+@gluon.jit
+def _of_all_warps(maximum, total, attended, by_row: gl.constexpr, WARPS: gl.constexpr, chunks: gl.constexpr):
+    """The warps' maxima [WARPS, ROWS], totals [WARPS, SLAB, ROWS] and sums [WARPS, HEAD_DIM, ROWS] together:
+    [ROWS], [ROWS] and [ROWS, HEAD_DIM]. All pass through shared memory once.
+    """
+    # A thread has all warps' results for its elements, which are those it has in by_row.
+    by_warp: gl.constexpr = gl.BlockedLayout(
+        [WARPS, 8, 1], [1, chunks, 32 // chunks], [1, 1, WARPS], [1, 2, 0]
+    )
+    maximum = gl.convert_layout(maximum, gl.SliceLayout(1, by_warp))
+    warp_total = gl.convert_layout(gl.sum(total, axis=1), gl.SliceLayout(1, by_warp))
+    highest = gl.max(maximum, axis=0)
+    weight = gl.exp2(maximum - highest[None, :])
+    attended = gl.sum(gl.convert_layout(attended, by_warp) * weight[:, None, :], axis=0)
+    attended = gl.convert_layout(gl.permute(attended, (1, 0)), by_row)
+    of_row: gl.constexpr = gl.SliceLayout(1, by_row)
+    all_total = gl.convert_layout(gl.sum(warp_total * weight, axis=0), of_row)
+    return gl.convert_layout(highest, of_row), all_total, attended
 
 
 @gluon.jit
 def _combine(
     maxima, totals, sums, out, first_part, num_active,
-    GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, PARTS: gl.constexpr, REAL_ROWS: gl.constexpr,
-    CHUNK: gl.constexpr, WARPS: gl.constexpr,
+    GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, REAL_ROWS: gl.constexpr, CHUNK: gl.constexpr,
+    WARPS: gl.constexpr,
 ):  # fmt: skip
     """The last to arrive puts the parts together, CHUNK at a time, and always in the same order."""
     lanes: gl.constexpr = HEAD_DIM // 4
     layout: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 32 // lanes, lanes], [1, WARPS, 1], [2, 1, 0])
     of_part: gl.constexpr = gl.SliceLayout(2, layout)
+    of_row: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(0, layout))
     row = gl.arange(0, REAL_ROWS, layout=gl.SliceLayout(0, of_part))[None, :]
     column = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, None, :]
-    every = gl.arange(0, PARTS, layout=gl.SliceLayout(1, of_part))[:, None]
-    from_every = (first_part + every) * GROUP + row
-    every_exists = (every < num_active) & (row < GROUP)
-    highest = gl.max(
-        gl.load(maxima + from_every, mask=every_exists, other=_FLOOR, cache_modifier=".cg"), axis=0
-    )
-    attended = gl.zeros([REAL_ROWS, HEAD_DIM], gl.float32, gl.SliceLayout(0, layout))
+    highest = gl.full([REAL_ROWS], _FLOOR, gl.float32, gl.SliceLayout(0, of_part))
     total = gl.zeros([REAL_ROWS], gl.float32, gl.SliceLayout(0, of_part))
+    attended = gl.zeros([REAL_ROWS, HEAD_DIM], gl.float32, gl.SliceLayout(0, layout))
     for start in range(0, num_active, CHUNK):
         part = start + gl.arange(0, CHUNK, layout=gl.SliceLayout(1, of_part))[:, None]
         exists = (part < num_active) & (row < GROUP)
         place = (first_part + part) * GROUP + row
-        source = sums + place[:, :, None] * HEAD_DIM + column
-        summands = gl.load(source, mask=exists[:, :, None], other=0.0, cache_modifier=".cg")
         maximum = gl.load(maxima + place, mask=exists, other=_FLOOR, cache_modifier=".cg")
         summand = gl.load(totals + place, mask=exists, other=0.0, cache_modifier=".cg")
-        weight = gl.where(exists, gl.exp2(maximum - highest[None, :]), 0.0)
+        source = sums + place[:, :, None] * HEAD_DIM + column
+        summands = gl.load(source, mask=exists[:, :, None], other=0.0, cache_modifier=".cg")
+        higher = gl.maximum(highest, gl.max(maximum, axis=0))
+        shrink = gl.exp2(highest - higher)
+        weight = gl.where(exists, gl.exp2(maximum - higher[None, :]), 0.0)
+        total = total * shrink + gl.sum(summand * weight, axis=0)
+        attended = attended * gl.convert_layout(shrink, of_row)[:, None]
         attended += gl.sum(summands * weight[:, :, None], axis=0)
-        total += gl.sum(summand * weight, axis=0)
-    total = gl.convert_layout(total, gl.SliceLayout(1, gl.SliceLayout(0, layout)))
+        highest = higher
+    total = gl.convert_layout(total, of_row)
     result = attended / total[:, None]
-    real_row = gl.arange(0, REAL_ROWS, layout=gl.SliceLayout(1, gl.SliceLayout(0, layout)))
+    real_row = gl.arange(0, REAL_ROWS, layout=of_row)
     target = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, gl.SliceLayout(0, layout)))
     target = real_row[:, None] * HEAD_DIM + target[None, :]
     gl.store(out + target, result.to(out.dtype.element_ty), mask=(real_row < GROUP)[:, None])
@@ -350,7 +357,6 @@ def attend(
         HEAD_DIM=head_dim,
         BLOCK_SIZE=block_size,
         NUM_PARTS=cut.num_parts,
-        PARTS=parts,
         ROWS=max(8, real_rows),  # what the matrix units take at least
         REAL_ROWS=real_rows,
         CHUNK=max(1, min(parts, _SUMS_PER_THREAD * 32 * cut.warps // (real_rows * head_dim))),
