@@ -1,0 +1,121 @@
+"""The kernel of decode attention where its tiles, parts and warps end. It has no interpreter: GPUs only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.gpu.test_kernels import DEVICE, HAS_GPU, Shape, attention_case, batch_to, near, reference_attention
+from tpworker.model.attention.split import Cut, SplitAttention
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not HAS_GPU or torch.cuda.get_device_capability() < (8, 0), reason="there is no such CUDA device"
+    ),
+]
+
+SHAPES = {
+    "1 on 1": Shape(0, 1, 1, 64, 0, 0),
+    "10 on 2": Shape(0, 10, 2, 128, 0, 0),
+    "16 on 8": Shape(0, 16, 8, 128, 0, 0),
+    "24 on 2": Shape(0, 24, 2, 128, 0, 0),
+    "16 on 1": Shape(0, 16, 1, 64, 0, 0),
+}
+CUTS = [Cut(1, 2), Cut(2, 1, 6), Cut(3, 2, 3, 64), Cut(7, 4, 3, 128), Cut(32, 4, 2, 64), Cut(5, 8, 2, 128)]
+TOLERANCE = {torch.bfloat16: 5e-3, torch.float16: 1e-3, torch.float32: 1e-5}
+LENGTHS = [1, 2, 16, 17, 18, 33, 64, 65, 66, 127, 129, 130, 700, 2049]
+
+
+@pytest.fixture(autouse=True)
+def _inference() -> Iterator[None]:
+    with torch.inference_mode():
+        yield
+
+
+def attend(
+    cut: Cut, tables: Tensor, lengths: Tensor, queries: Tensor, keys: Tensor, values: Tensor
+) -> Tensor:
+    """Of queries, keys and values that hold the newest tokens already; twice, with the same bits."""
+    from tpworker.model.attention import ring_kernel
+
+    (count, num_heads, head_dim), num_kv_heads = queries.shape, keys.shape[2]
+    shape = (count * num_kv_heads, cut.num_parts, num_heads // num_kv_heads)
+    partial = (
+        torch.full((*shape, head_dim), torch.nan, device=DEVICE),
+        torch.full(shape, torch.nan, device=DEVICE),
+        torch.full(shape, torch.nan, device=DEVICE),
+        torch.zeros(shape[0], dtype=torch.int32, device=DEVICE),
+    )
+    first, second = (
+        ring_kernel.attend(queries, keys, values, tables, lengths, partial, cut) for _ in range(2)
+    )
+    assert torch.equal(first, second)
+    assert not partial[3].any(), "the counters are as they were"
+    return first.flatten(1)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("cut", CUTS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_end(shape: Shape, cut: Cut, dtype: torch.dtype) -> None:
+    """What no sequence holds is NaN and must not be read; nothing depends on the sequences beside."""
+    batch, *tensors = attention_case(shape, 16, LENGTHS, [])
+    queries, keys, values = (x.to(dtype) for x in tensors)
+    expected = reference_attention(shape, batch, queries, keys, values).to(dtype)
+    position = torch.arange(max(LENGTHS))
+    rows = batch.block_tables.long()[:, position // 16] * 16 + position % 16
+    rows = rows[position < batch.lengths[:, None]]
+    for cache in (keys, values):
+        held = cache.flatten(0, 1)[rows]
+        cache.fill_(torch.nan)
+        cache.view(-1, *cache.shape[2:])[rows] = held
+    there = batch_to(batch, DEVICE)
+    queries, keys, values = (x.to(DEVICE) for x in (queries, keys, values))
+    result = attend(cut, there.block_tables, there.lengths, queries, keys, values)
+    near(result, expected, TOLERANCE[dtype])
+    for row in (0, 7, len(LENGTHS) - 1):
+        one = slice(row, row + 1)
+        alone = attend(cut, there.block_tables[one], there.lengths[one], queries[one], keys, values)
+        assert torch.equal(alone, result[one])
+
+
+@pytest.mark.parametrize("block_size", [16, 32, 256])
+def test_blocks_of_other_sizes(block_size: int) -> None:
+    shape = SHAPES["16 on 8"]
+    batch, *tensors = attention_case(shape, block_size, LENGTHS, [])
+    there = batch_to(batch, DEVICE)
+    queries, keys, values = (x.to(DEVICE) for x in tensors)
+    result = attend(Cut(3, 2, 3, 64), there.block_tables, there.lengths, queries, keys, values)
+    near(result, reference_attention(shape, batch, *tensors).bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("num_heads", "num_kv_heads", "head_dim", "block_size", "dtype", "is_taken"),
+    [
+        (32, 8, 128, 16, torch.bfloat16, True),
+        (16, 1, 64, 64, torch.float16, True),
+        (32, 1, 128, 16, torch.bfloat16, False),
+        (8, 8, 80, 16, torch.bfloat16, False),
+        (32, 8, 128, 8, torch.bfloat16, False),
+        (32, 8, 128, 16, torch.float32, False),
+    ],
+)
+def test_what_it_takes(
+    num_heads: int, num_kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype, is_taken: bool
+) -> None:
+    """Both kernels, through the backend."""
+    shape = Shape(0, num_heads, num_kv_heads, head_dim, 0, 0)
+    batch, *tensors = attention_case(shape, block_size, [1, 90, 300], [])
+    tensors = [x.to(dtype) for x in tensors]
+    attention = SplitAttention(num_heads, num_kv_heads, head_dim, None, 132)  # type: ignore[arg-type]
+    there = batch_to(batch, DEVICE)
+    queries, keys, values = (x.to(DEVICE) for x in tensors)
+    assert attention._takes_ring(keys) == is_taken
+    plan = attention.prepare(there, block_size)
+    for _ in range(2):
+        result = attention(queries, keys, values, plan)
+        near(result, reference_attention(shape, batch, *tensors).to(dtype), TOLERANCE[dtype])
