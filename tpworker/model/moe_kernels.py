@@ -348,15 +348,19 @@ def _down(
     WIDTH: tl.constexpr, WIDTH_BLOCK: tl.constexpr, ROWS: tl.constexpr, SORTED: tl.constexpr,
     BLOCK: tl.constexpr, STEP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program a tile and BLOCK columns of parts."""
+    """One program a tile and BLOCK columns of parts.
+
+    Who goes where is read before the wait: when `_gate_up` lets this kernel start, it has waited for it.
+    """
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    pdl.wait(PDL)
-    pdl.start_next(PDL)
     expert, choice, exists = _rows_of(
         tl.program_id(1), ids, order, tiles, num_tokens, WIDTH, WIDTH_BLOCK, ROWS, SORTED
     )
     if expert < 0:
         return
+    share = tl.load(weights + choice, mask=exists, other=0.0)
+    pdl.wait(PDL)
+    pdl.start_next(PDL)
     step = tl.arange(0, STEP)
     source = down + expert.to(tl.int64) * (SIZE * INNER)
     source += tl.minimum(column, SIZE - 1)[:, None] * INNER + step[None, :]
@@ -371,7 +375,7 @@ def _down(
             weight = tl.load(source + start, mask=inside[None, :], other=0.0)
             value = tl.load(row_of + start, mask=exists[None, :] & inside[:, None], other=0.0)
         total = tl.dot(weight, value, total, input_precision="ieee")
-    result = tl.trans(total) * tl.load(weights + choice, mask=exists, other=0.0)[:, None]
+    result = tl.trans(total) * share[:, None]
     target = parts + choice.to(tl.int64)[:, None] * SIZE + column[None, :]
     tl.store(target, result.to(parts.dtype.element_ty), mask=exists[:, None] & (column < SIZE)[None, :])
 
@@ -424,7 +428,7 @@ def plan(num_tokens: int, num_choices: int, num_stacked: int, dtype: torch.dtype
     if num_tokens <= 32:
         return Plan(32, False, Tile(32, 128, 4, 4), Tile(128, 64, 4, 4))
     if num_tokens <= 64:
-        return Plan(16, True, Tile(32, 128, 4, 4), Tile(128, 64, 4, 4))
+        return Plan(16, True, Tile(64, 128, 8, 3), Tile(128, 64, 4, 4))
     if num_choices <= 32 * num_stacked:
         return Plan(32, True, Tile(32, 64, 4, 4), Tile(64, 64, 4, 4))
     if num_choices <= 96 * num_stacked:

@@ -1,15 +1,16 @@
 """Programmatic dependent launch: a kernel begins while the one before it in the stream still runs.
 
 On Hopper and later a kernel launched so may start as soon as every program of the kernel before it has called
-`start_next` or ended. What it does then must not depend on earlier kernels: it loads weights, or has them
-brought into the L2 cache. `wait` returns when the kernel before has ended as a whole and its writes can be
-seen. Between short kernels this hides launches, and the memory is busy where only latency would pass.
+`start_next` or ended. What it does then must not depend on that kernel: it asks for weights. `wait` returns
+when the kernel before has ended as a whole and its writes can be seen. Between short kernels this hides
+launches, and the memory is busy where only latency would pass.
 
 What keeps it right, whatever the kernels around are:
 
 - Every program of a kernel launched so calls `wait` before it reads what another kernel has written and
   before it writes anything, and at least one program does call it. So when a kernel has ended, all before it
-  have, and `wait` waits for all of them.
+  have, and `wait` waits for all of them. What was written before the kernel before may be read at once where
+  all programs of that one wait before they call `start_next`.
 - Kernels of others are launched plainly: they start when all before them has ended. Should one let ours start
   early, then `wait` waits for its end.
 
@@ -60,47 +61,3 @@ def wait(PDL: tl.constexpr):
     """Until all kernels before this one have ended; then what they wrote can be read, and memory written."""
     if PDL:
         tl.extra.cuda.gdc_wait()
-
-
-@triton.jit
-def prefetch(address, num_bytes, PDL: tl.constexpr):
-    """Have memory brought into the L2 cache; address and num_bytes are multiples of 16. Returns at once.
-
-    One thread of the program issues it; it may end before the memory has come.
-    """
-    if PDL:
-        tl.inline_asm_elementwise(
-            """{
-            .reg .pred first;
-            .reg .u32 thread;
-            mov.u32 thread, %tid.x;
-            setp.eq.u32 first, thread, 0;
-            @first cp.async.bulk.prefetch.L2.global [$1], $2;
-            mov.u32 $0, 0;
-            }""",
-            "=r,l,r",
-            [address, num_bytes],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-
-
-@triton.jit
-def prefetch_rows(addresses, NUM_BYTES: tl.constexpr, PDL: tl.constexpr):
-    """The same for NUM_BYTES from each address of a vector on.
-
-    A thread for each issues it; with fewer addresses than threads some are asked for twice, at no cost.
-    """
-    if PDL:
-        tl.inline_asm_elementwise(
-            """{
-            cp.async.bulk.prefetch.L2.global [$1], $2;
-            mov.u32 $0, 0;
-            }""",
-            "=r,l,r",
-            [addresses, tl.full(addresses.shape, NUM_BYTES, tl.int32)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
