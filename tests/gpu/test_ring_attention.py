@@ -83,13 +83,15 @@ def test_every_end(shape: Shape, cut: Cut, dtype: torch.dtype) -> None:
         assert torch.equal(alone, result[one])
 
 
-@pytest.mark.parametrize("block_size", [16, 32, 256])
-def test_blocks_of_other_sizes(block_size: int) -> None:
+@pytest.mark.parametrize(
+    ("block_size", "lengths"), [(16, [9001, 5500]), (32, LENGTHS), (256, LENGTHS)], ids=["long", "32", "256"]
+)
+def test_long_sequences_and_blocks(block_size: int, lengths: list[int]) -> None:
     shape = SHAPES["16 on 8"]
-    batch, *tensors = attention_case(shape, block_size, LENGTHS, [])
+    batch, *tensors = attention_case(shape, block_size, lengths, [])
     there = batch_to(batch, DEVICE)
     queries, keys, values = (x.to(DEVICE) for x in tensors)
-    result = attend(Cut(3, 2, 3, 64), there.block_tables, there.lengths, queries, keys, values)
+    result = attend(Cut(32, 4), there.block_tables, there.lengths, queries, keys, values)
     near(result, reference_attention(shape, batch, *tensors).bfloat16())
 
 

@@ -3,8 +3,8 @@
 Each sequence is cut into as many parts as fill the GPU, and the part that is done last puts them together
 within the same kernel. It takes little more time than the keys and values need: one H200, µs a layer, with
 norms, rotation and storage of heads, beside their bytes at 4.3 TB/s and, where it was timed, FlashAttention 3
-with a kernel before it; contexts of 650 tokens. Qwen3-0.6B (16 heads on 8), batch 1: 4.3 (0.6), 16: 13.6
-(10), 64: 41 (40), 256: 157 (159; 222). Qwen3-8B (32 on 8), 16: 14 (10), 64: 42 (40; 64); at TP 2, 16: 8.3
+with a kernel before it; contexts of 650 tokens. Qwen3-0.6B (16 heads on 8), batch 1: 4.3 (0.6), 16: 13.2
+(10), 64: 41 (40), 256: 157 (159; 222). Qwen3-8B (32 on 8), 16: 13.5 (10), 64: 42 (40; 64); at TP 2, 16: 8.3
 (5), 64: 23 (20). GLM-4.5-Air at TP 2 (48 on 4), 4: 6.0 (1.2; 12.3), 64: 24 (20; 37). Batches with chunks of
 prompts go to another backend.
 
