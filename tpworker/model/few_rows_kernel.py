@@ -258,7 +258,8 @@ def multiply_few(
         target.scaled, target.squares = next_scaled, next_squares
     partial = counts = x
     if rule.splits > 1:
-        # Programs wait for each other, which ends only if a GPU holds them all at the same time.
+        # Programs wait for each other, which ends only if a GPU holds them all at the same time: there are no
+        # more than processors, and one stream alone has such products.
         assert num_tiles * rule.splits <= num_processors(x.device), (rule, size_out)
         partial = torch.empty(rule.splits, num_rows, size_out, dtype=torch.float32, device=x.device)
         counts = counters(x.device)
