@@ -19,6 +19,7 @@ from functools import cache
 import torch
 import triton
 import triton.experimental.gluon.language as gl
+import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -162,7 +163,7 @@ def _few_rows(
         exists = (of_all < size_out)[:, None] & (every < num_rows)[None, :]
         gl.store(partial + split * (num_rows * size_out) + place, total, mask=exists)
         # All of the program's threads have written before one of them says so.
-        gl.thread_barrier()
+        tl.debug_barrier()
         arrived = gl.atomic_add(counts + 2 * tile, 1, sem="acq_rel") + 1
         while arrived < SPLITS:  # all programs are there at the same time: see `multiply_few`
             arrived = gl.atomic_add(counts + 2 * tile, 0, sem="acquire")

@@ -18,6 +18,7 @@ It has no interpreter. Imports Triton: import it on CUDA only.
 from __future__ import annotations
 
 import triton
+import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -165,7 +166,7 @@ def _attend(
         gl.store(totals + place_of_part, total_of_part, mask=row < GROUP)
         gl.store(sums + place_of_part[:, None] * HEAD_DIM + column[None, :], sum_of_part, mask=is_real)
         # All of the program's threads have written before one of them says so.
-        gl.thread_barrier()
+        tl.debug_barrier()
         num_arrived = gl.atomic_add(arrived + head, 1, sem="acq_rel")
         if num_arrived == num_active - 1:
             _combine(
