@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -13,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+
+from tests.absent_gpu import Launcher, needs_triton, pretend
 
 SECONDS = 20
 
@@ -140,38 +141,7 @@ def test_what_fails_is_compiled_when_it_is_needed(
 # --------------------------------------------------------------------------------------- with Triton
 
 
-class Launcher:
-    """Stands for what Triton launches kernels with."""
-
-    launched: tuple[str, ...] = ()
-
-    def __init__(self, source: Any, metadata: Any) -> None:
-        self._name = source.name
-
-    def __call__(self, *_: Any) -> None:
-        Launcher.launched += (self._name,)
-
-
-class Driver:
-    """A GPU of compute capability 9.0, as Triton sees it."""
-
-    launcher_cls = Launcher
-    utils = SimpleNamespace(
-        get_device_properties=lambda _: {"max_shared_mem": 232448},
-        load_binary=lambda *_: (1, 1, 32, 0, 1024),
-    )
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> Any:
-        return importlib.import_module("triton.backends.compiler").GPUTarget("cuda", 90, 32)
-
-
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@needs_triton
 def test_triton_compiles_what_the_steps_launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For a GPU that is not there: kernels of ours, with tensors on the CPU."""
     triton: Any = importlib.import_module("triton")
@@ -180,11 +150,10 @@ def test_triton_compiles_what_the_steps_launch(tmp_path: Path, monkeypatch: pyte
 
     hits: list[bool] = []
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
+    pretend(monkeypatch)
     monkeypatch.setattr(
         triton.knobs.compilation, "listener", lambda *, cache_hit, **_: hits.append(cache_hit)
     )
-    monkeypatch.setattr(Launcher, "launched", ())
 
     def steps() -> None:
         for size in (64, 128):

@@ -1,0 +1,85 @@
+"""The kernels in Gluon compile for Hopper, with the Triton that is installed; tests/gpu shows what they compute."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.absent_gpu import needs_triton, pretend
+from tpworker.model.attention.split import Cut, NewTokens
+from tpworker.model.deferred import Normed
+
+pytestmark = needs_triton
+BF16 = torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def absent_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tpworker.model import few_rows_kernel, pdl
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(pdl, "is_supported", lambda: True)
+    monkeypatch.setattr(few_rows_kernel, "num_processors", lambda device: 132)
+    pretend(monkeypatch)
+
+
+def compile_all(work: Callable[[], None], count: int) -> None:
+    from tpworker.rank.rehearsal import rehearse
+
+    sizes: list[int] = []
+    knobs: Any = importlib.import_module("triton").knobs
+    before, knobs.compilation.listener = (
+        knobs.compilation.listener,
+        lambda *, metadata, **_: sizes.append(metadata["shared"]),
+    )
+    try:
+        assert rehearse(work, lambda: None) == count
+    finally:
+        knobs.compilation.listener = before
+    assert len(sizes) == count, "a kernel did not compile"
+    assert max(sizes) <= 227 << 10, "more shared memory than a processor has"
+
+
+@pytest.mark.parametrize(("size_in", "size_out"), [(1024, 4096), (2048, 1024), (4096, 24576)])
+@pytest.mark.parametrize("num_rows", [1, 16, 32, 64])
+def test_products_of_few_rows(num_rows: int, size_in: int, size_out: int) -> None:
+    from tpworker.model.few_rows_kernel import multiply_few
+    from tpworker.model.skinny_kernel import cut_few
+
+    rule = cut_few(num_rows, size_out, size_in, 132)
+    x, weight = torch.empty(num_rows, size_in, dtype=BF16), torch.empty(size_out, size_in, dtype=BF16)
+    bias, residual = torch.empty(size_out, dtype=BF16), torch.empty(num_rows, size_out, dtype=BF16)
+    normed = Normed(x, x[0], 1e-6, x, torch.empty(16, num_rows))
+
+    def work() -> None:
+        multiply_few(x, weight, bias, rule, False, None)
+        multiply_few(normed, weight, None, rule, True, None)
+        multiply_few(x, weight, None, rule, False, Normed(residual, bias, 1e-6))
+
+    compile_all(work, 3)
+
+
+@pytest.mark.parametrize("cut", [Cut(1, 2), Cut(4, 2), Cut(32, 4)], ids=str)
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(16, 8, 128), (12, 1, 128), (9, 3, 64)])
+def test_decode_attention(num_heads: int, num_kv_heads: int, head_dim: int, cut: Cut) -> None:
+    from tpworker.model.attention.ring_kernel import attend
+
+    heads = torch.empty(3, num_heads + 2 * num_kv_heads, head_dim, dtype=BF16)
+    keys = torch.empty(8, 16, num_kv_heads, head_dim, dtype=BF16)
+    tables, lengths = torch.empty(3, 40, dtype=torch.int32), torch.empty(3, dtype=torch.int32)
+    parts, group = 3 * num_kv_heads * cut.num_parts, num_heads // num_kv_heads
+    sums = torch.empty(parts * group, head_dim)
+    partial = (sums, sums[:, 0].clone(), sums[:, 0].clone(), torch.zeros(3 * num_kv_heads, dtype=torch.int32))
+    weight, angle = torch.empty(head_dim, dtype=BF16), torch.empty(3, 1, head_dim // 2)
+    new = NewTokens((weight, weight), 1e-6, angle, angle, torch.empty(3, dtype=torch.int64))
+
+    def work() -> None:
+        attend(heads, keys, keys, tables, lengths, partial, cut, new)
+        attend(heads[:, :num_heads].contiguous(), keys, keys, tables, lengths, partial, cut)
+
+    compile_all(work, 2)
