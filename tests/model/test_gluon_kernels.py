@@ -1,4 +1,4 @@
-"""The kernels in Gluon compile for Hopper, with the Triton that is installed; tests/gpu shows what they compute."""
+"""The kernels in Gluon compile for Hopper, with the Triton there is; tests/gpu shows what they compute."""
 
 from __future__ import annotations
 
