@@ -232,17 +232,17 @@ CUTS = [
 @pytest.mark.parametrize("cut", CUTS, ids=str)
 def test_products_of_few_rows(fused: Any, count: int, cut: dict[str, Any]) -> None:
     """Parts of a row of the weight included; what is not a multiple of anything, too."""
-    from tpworker.model import few_rows_kernel, skinny_kernel
+    from tpworker.model import few_rows, skinny_kernel
 
     dtype = torch.bfloat16
     for size_in, size_out, has_bias in ((1024, 768, False), (1096, 152, True), (3072, 1024, True)):
-        rule = few_rows_kernel.FewRows(**cut)
+        rule = few_rows.FewRows(**cut)
         x, weight, bias, expected = product_case(count, size_in, size_out, has_bias, dtype)
         for _ in range(2):
             near(skinny_kernel.multiply(x, weight, bias, rule), expected.to(dtype))
             result = skinny_kernel.multiply(x, weight, bias, rule, gated=True)
             near(result, gate(expected.to(dtype)), gated_tolerance(dtype))
-        assert not few_rows_kernel.counters(x.device).any()
+        assert not few_rows.counters(x.device).any()
 
 
 @pytest.mark.parametrize("name", ["qwen3-0.6b", "smollm2-tp2", "odd"])
@@ -260,9 +260,9 @@ def test_sums_and_norms_in_products_of_one_row(
 @pytest.mark.parametrize("count", [1, 3, 16, 64])
 @pytest.mark.parametrize("sizes", [(3072, 1024), (1096, 152)])
 def test_sums_and_norms_in_products_of_few_rows(fused: Any, count: int, sizes: tuple[int, int]) -> None:
-    from tpworker.model import few_rows_kernel
+    from tpworker.model import few_rows
 
-    rules = [few_rows_kernel.FewRows(**cut) for cut in CUTS]
+    rules = [few_rows.FewRows(**cut) for cut in CUTS]
     check_sums_and_norms(count, *sizes, count == 16, torch.bfloat16, rules)
 
 

@@ -25,6 +25,7 @@ def absent_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(pdl, "is_supported", lambda: True)
     monkeypatch.setattr(few_rows_kernel, "num_processors", lambda device: 132)
+    monkeypatch.setattr(few_rows_kernel, "counters", lambda device: torch.zeros(264, dtype=torch.int32))
     pretend(monkeypatch)
 
 
@@ -45,11 +46,11 @@ def compile_all(work: Callable[[], None], count: int) -> None:
     assert max(sizes) <= 227 << 10, "more shared memory than a processor has"
 
 
-@pytest.mark.parametrize(("size_in", "size_out"), [(1024, 4096), (2048, 1024), (4096, 24576)])
+@pytest.mark.parametrize(("size_in", "size_out"), [(1024, 4096), (2048, 1024), (4096, 24576), (16384, 64)])
 @pytest.mark.parametrize("num_rows", [1, 16, 32, 64])
 def test_products_of_few_rows(num_rows: int, size_in: int, size_out: int) -> None:
+    from tpworker.model.few_rows import cut_few
     from tpworker.model.few_rows_kernel import multiply_few
-    from tpworker.model.skinny_kernel import cut_few
 
     rule = cut_few(num_rows, size_out, size_in, 132)
     x, weight = torch.empty(num_rows, size_in, dtype=BF16), torch.empty(size_out, size_in, dtype=BF16)

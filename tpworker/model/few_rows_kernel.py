@@ -13,9 +13,6 @@ of the weight.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cache
-
 import torch
 import triton
 import triton.experimental.gluon.language as gl
@@ -33,31 +30,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from tpworker.model import pdl
 from tpworker.model.deferred import Normed
+from tpworker.model.few_rows import FewRows, counters, num_processors, padded
 from tpworker.model.pdl import start_next, wait
-
-MOST_ROWS = 64
-SHARED_MEMORY = 227 << 10  # of a Hopper processor, for all programs there, and 1 KB of each more
-
-
-@dataclass(frozen=True, slots=True)
-class FewRows:
-    """How a product is cut."""
-
-    outputs: int = 64  # rows of the weight that a program reads
-    step: int = 128  # elements of each at a time
-    splits: int = 1  # programs that share them, a power of two
-    warps: int = 4
-    stages: int = 4  # steps that are on their way
-
-
-def can_multiply_few(weight: Tensor) -> bool:
-    """Whether this GPU has Hopper's copies and matrix units, and they can read the weight."""
-    return weight.shape[1] % 8 == 0 and weight.data_ptr() % 16 == 0 and _is_hopper(weight.device)
-
-
-@cache
-def _is_hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
 @gluon.constexpr_function
@@ -247,7 +221,8 @@ def multiply_few(
     assert weight.is_contiguous()
     size_out, size_in = weight.shape
     num_rows = len(x)
-    rows = max(8, triton.next_power_of_2(num_rows))
+    rows = padded(num_rows)
+    assert rows % rule.splits == 0, (rule, num_rows)
     num_tiles = triton.cdiv(size_out, rule.outputs)
     steps_of_split = triton.cdiv(triton.cdiv(size_in, rule.step), rule.splits)
     if target is None:
@@ -300,18 +275,3 @@ def _blocks(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """A matrix of 16-bit elements as the copies take it, rows x columns at a time."""
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     return TensorDescriptor.from_tensor(tensor, [rows, columns], layout)
-
-
-@cache
-def counters(device: torch.device) -> Tensor:
-    """int32 zeros, which every product leaves zeros again, for products one after the other.
-
-    To be called before a graph is captured.
-    """
-    return torch.zeros(2 * num_processors(device), dtype=torch.int32, device=device)
-
-
-@cache
-def num_processors(device: torch.device) -> int:
-    """Of a GPU."""
-    return torch.cuda.get_device_properties(device).multi_processor_count

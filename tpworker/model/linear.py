@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tpworker.model import kernels
+from tpworker.model import few_rows, kernels
 from tpworker.model.deferred import Normed, tensor_of
 
 _PACK_ROWS = 64  # the number of input rows that a packed layout is chosen for; others run well in it too
@@ -25,7 +25,7 @@ class Linear:
     else is in the batch.
 
     On CUDA it is left as it is, and few rows are multiplied by kernels of our own where they are faster than
-    the library's.
+    the library's: one row on any GPU, up to 64 on Hopper.
 
     Args:
         weight: [out, in]; dropped after packing.
@@ -39,9 +39,7 @@ class Linear:
         if self.is_packed:
             weight = torch.ops.mkldnn._reorder_linear_weight(weight, _PACK_ROWS)
         elif weight.is_cuda:
-            from tpworker.model import few_rows_kernel
-
-            few_rows_kernel.counters(weight.device)
+            few_rows.counters(weight.device)
         self.weight = weight
 
     def __call__(self, x: Tensor | Normed) -> Tensor:

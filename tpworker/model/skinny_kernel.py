@@ -21,14 +21,7 @@ from torch import Tensor
 
 from tpworker.model import pdl
 from tpworker.model.deferred import Normed
-from tpworker.model.few_rows_kernel import (
-    MOST_ROWS,
-    SHARED_MEMORY,
-    FewRows,
-    can_multiply_few,
-    multiply_few,
-    num_processors,
-)
+from tpworker.model.few_rows import MOST_ROWS, FewRows, can_multiply_few, cut_few, num_processors
 from tpworker.model.pdl import start_next, wait
 
 # ------------------------------------------------------------------------------------- which one, and how
@@ -68,25 +61,6 @@ def choose(num_rows: int, weight: Tensor, gated: bool) -> OneRow | FewRows | Non
     return cut_few(num_rows, size_out, size_in, num_processors(weight.device))
 
 
-def cut_few(num_rows: int, size_out: int, size_in: int, processors: int) -> FewRows:
-    """How to cut a product of few rows on a GPU of so many processors."""
-    outputs, step = 64, 128 if num_rows <= 32 else 64
-    programs, steps, splits = triton.cdiv(size_out, outputs), triton.cdiv(size_in, step), 1
-    # Sharing a tile costs a microsecond or two; it pays where half of the processors would have nothing to
-    # do, and where there is much to read.
-    while 2 * programs <= processors and steps >= 4 * splits:
-        if programs >= 0.48 * processors and steps * step <= 2048 * splits:
-            break
-        splits *= 2
-        programs *= 2
-    # Programs start early, on whichever processor has room, and none should have more than its share of
-    # them: so each takes as much shared memory as lets no more fit.
-    share = min(triton.cdiv(programs, processors), 3)
-    stage = 2 * step * (outputs + max(8, triton.next_power_of_2(num_rows)))
-    stages = (SHARED_MEMORY // (share + 1) - 1024) // stage + 1
-    return FewRows(outputs, step, splits, stages=stages)
-
-
 def multiply(
     x: Tensor | Normed, weight: Tensor, bias: Tensor | None, rule: OneRow | FewRows, gated: bool = False
 ) -> Tensor:
@@ -97,6 +71,8 @@ def multiply(
     """
     if isinstance(rule, OneRow):
         return multiply_one(x, weight, bias, rule, gated, None)
+    from tpworker.model.few_rows_kernel import multiply_few
+
     if isinstance(x, Normed) and x.scaled is None:
         x = x.tensor()
     return multiply_few(x, weight, bias, rule, gated, None)
@@ -111,6 +87,8 @@ def multiply_add(
     if isinstance(rule, OneRow):
         multiply_one(x, weight, bias, rule, False, target.x)
     else:
+        from tpworker.model.few_rows_kernel import multiply_few
+
         multiply_few(x, weight, bias, rule, False, target)
 
 

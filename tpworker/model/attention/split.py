@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from tpworker.model.batch import Batch
+from tpworker.model.gluon import has_gluon
 
 if TYPE_CHECKING:
     from tpworker.model.attention import Attention
@@ -105,6 +106,8 @@ class SplitAttention:
         device = batch.lengths.device
         sums = torch.empty(pairs, cut.num_parts, group, self.head_dim, device=device)
         maxima, totals = (torch.empty(pairs, cut.num_parts, group, device=device) for _ in range(2))
+        # This kernel is launched plainly, between what makes lengths and tables and the first layer. Without
+        # it, kernels that start early could not read these before they wait.
         arrived = torch.zeros(pairs, dtype=torch.int32, device=device)
         return _SplitPlan(batch.block_tables, batch.lengths, cut, (sums, maxima, totals, arrived))
 
@@ -161,4 +164,5 @@ class SplitAttention:
             and keys.shape[1] % 16 == 0
             and keys.is_cuda
             and torch.cuda.get_device_capability(keys.device) >= (8, 0)
+            and has_gluon("tpworker.model.attention.ring_kernel")
         )

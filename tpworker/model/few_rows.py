@@ -1,0 +1,77 @@
+"""How products of a weight with up to 64 rows are cut; the kernel is `tpworker.model.few_rows_kernel`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from tpworker.model.gluon import has_gluon
+
+MOST_ROWS = 64
+SHARED_MEMORY = 227 << 10  # of a Hopper processor, for all programs there, and 1 KB of each more
+
+
+@dataclass(frozen=True, slots=True)
+class FewRows:
+    """How a product is cut."""
+
+    outputs: int = 64  # rows of the weight that a program reads
+    step: int = 128  # elements of each at a time
+    splits: int = 1  # programs that share them, a power of two, no more than `padded` rows
+    warps: int = 4
+    stages: int = 4  # steps that are on their way
+
+
+def cut_few(num_rows: int, size_out: int, size_in: int, processors: int) -> FewRows:
+    """For a weight [out, in] on a GPU of so many processors."""
+    outputs, step = 64, 128 if num_rows <= 32 else 64
+    programs, steps, splits = -(-size_out // outputs), -(-size_in // step), 1
+    # Sharing a tile costs a microsecond or two; it pays where half of the processors would have nothing to
+    # do, and where there is much to read.
+    while 2 * programs <= processors and steps >= 4 * splits and splits < padded(num_rows):
+        if programs >= 0.48 * processors and steps * step <= 2048 * splits:
+            break
+        splits *= 2
+        programs *= 2
+    # Programs start early, on whichever processor has room, and none should have more than its share of
+    # them: so each takes as much shared memory as lets no more fit.
+    share = min(-(-programs // processors), 3)
+    stage = 2 * step * (outputs + padded(num_rows))
+    stages = (SHARED_MEMORY // (share + 1) - 1024) // stage + 1
+    return FewRows(outputs, step, splits, stages=stages)
+
+
+def padded(num_rows: int) -> int:
+    """The rows that are computed: 8, 16, 32 or 64."""
+    return max(8, 1 << (num_rows - 1).bit_length())
+
+
+def can_multiply_few(weight: Tensor) -> bool:
+    """Whether the kernel can run on this GPU, and can read the weight."""
+    return weight.shape[1] % 8 == 0 and weight.data_ptr() % 16 == 0 and _is_supported(weight.device)
+
+
+@cache
+def _is_supported(device: torch.device) -> bool:
+    """Whether it has Hopper's copies and matrix units, and Triton has Gluon."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+        return False
+    return has_gluon("tpworker.model.few_rows_kernel")
+
+
+@cache
+def counters(device: torch.device) -> Tensor:
+    """int32 zeros, which every product leaves zeros again, for products one after the other.
+
+    To be called before a graph is captured.
+    """
+    return torch.zeros(2 * num_processors(device), dtype=torch.int32, device=device)
+
+
+@cache
+def num_processors(device: torch.device) -> int:
+    """Of a GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
