@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -136,6 +137,26 @@ def test_what_fails_is_compiled_when_it_is_needed(
     good()
     assert (good.launches, bad.launches) == (1, 1)
     assert len(good.compiled_by) == 1
+
+
+def test_no_kernel_is_lost_when_threads_cannot_be_had(
+    rehearsal: ModuleType, caplog: pytest.LogCaptureFixture
+) -> None:
+    kernels = [Kernel() for _ in range(20)]
+
+    def steps() -> None:
+        for kernel in kernels:
+            kernel()
+            time.sleep(0.01)  # so that the pool is known to be broken before the last of them
+
+    def adopt() -> None:
+        raise RuntimeError("the device is gone")
+
+    rehearsal.rehearse(steps, adopt)
+    assert "kernels are compiled only when they are needed" in caplog.text
+    for kernel in kernels:
+        kernel()
+    assert [kernel.launches for kernel in kernels] == [1] * len(kernels)
 
 
 # --------------------------------------------------------------------------------------- with Triton

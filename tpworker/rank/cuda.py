@@ -9,6 +9,7 @@ Nothing is copied on the compute stream: a copy there costs 15 µs of GPU time a
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from functools import partial
@@ -18,6 +19,8 @@ import torch
 from torch import Tensor
 
 from tpworker.rank.device import Event
+
+logger = logging.getLogger(__name__)
 
 _cuda: Any = torch.cuda  # its streams, events and graphs are typed in part only
 
@@ -181,8 +184,11 @@ class CudaDevice:
         return free
 
     def compile_ahead(self, work: Callable[[], None]) -> None:
-        from tpworker.rank.rehearsal import rehearse
-
+        try:
+            from tpworker.rank.rehearsal import rehearse
+        except (ImportError, AttributeError) as error:  # another Triton, or none
+            logger.warning("kernels are compiled only when they are needed: %s", error)
+            return
         rehearse(partial(self._capture_in_vain, work), self.adopt_thread)
         _cuda.empty_cache()  # of memory that belonged to the graph
 

@@ -27,6 +27,8 @@ from tpworker.rank.device import usable_cores
 
 logger = logging.getLogger(__name__)
 
+_MOST_THREADS = 32  # there are few more kernels, and other ranks compile too
+
 
 class _Unlaunched:
     """Stands for a kernel that is being compiled, where Triton would launch it."""
@@ -52,9 +54,10 @@ class _Rehearsal(triton.AsyncCompileMode):
 
     def submit(self, key: str, compile: Callable[[], Any], keep: Callable[[Any], None], *_: Any) -> Any:
         """Called by Triton; `keep` makes something the kernel of such launches from now on."""
+        future = self.executor.submit(_compile_and_load, compile)  # first: if it fails, nothing is kept
+        self._kernels.append((keep, future))
         unlaunched = _Unlaunched()
         keep(unlaunched)
-        self._kernels.append((keep, self.executor.submit(_compile_and_load, compile)))
         return unlaunched
 
     def keep(self) -> int:
@@ -80,7 +83,8 @@ def rehearse(steps: Callable[[], None], adopt_thread: Callable[[], None]) -> int
         steps: must not look at what kernels leave in memory, not even by kernels of torch.
         adopt_thread: of the device; comes first in each thread that compiles.
     """
-    with ThreadPoolExecutor(usable_cores(), "tpworker-compiler", adopt_thread) as pool:
+    num_threads = min(_MOST_THREADS, usable_cores())
+    with ThreadPoolExecutor(num_threads, "tpworker-compiler", adopt_thread) as pool:
         rehearsal = _Rehearsal(pool)
         try:
             with rehearsal:
