@@ -314,7 +314,7 @@ def _gate_up(
     """One program a tile and BLOCK columns of act: their gate rows and their up rows in one product."""
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     pdl.wait(PDL)
-    pdl.start_next(PDL)
+    pdl.start_next(PDL)  # not before the wait: `_down` reads at once what was written before this kernel
     expert, choice, exists = _rows_of(
         tl.program_id(1), ids, order, tiles, num_tokens, WIDTH, WIDTH_BLOCK, ROWS, SORTED
     )

@@ -11,6 +11,7 @@ What keeps it right, whatever the kernels around are:
   before it writes anything, and at least one program does call it. So when a kernel has ended, all before it
   have, and `wait` waits for all of them. What was written before the kernel before may be read at once where
   all programs of that one wait before they call `start_next`.
+- What was written before a kernel that is launched plainly may be read at once by all after it.
 - Kernels of others are launched plainly: they start when all before them has ended. Should one let ours start
   early, then `wait` waits for its end.
 

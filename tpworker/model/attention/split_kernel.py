@@ -139,7 +139,7 @@ def attend(
         HEAD_DIM=head_dim,
         BLOCK_SIZE=block_size,
         NUM_PARTS=num_parts,
-        TILE=_TILE,
+        TILE=_TILE // 2 if keys.element_size() * head_dim > 512 else _TILE,
         ROWS=max(16, triton.next_power_of_2(group)),  # what the matrix units take at least
         COLUMNS=max(16, triton.next_power_of_2(head_dim)),
         **pdl.options(),
