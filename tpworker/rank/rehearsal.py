@@ -16,6 +16,7 @@ that none of these steps comes to, or that fails here, is compiled when it is ne
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -83,12 +84,20 @@ def rehearse(steps: Callable[[], None], adopt_thread: Callable[[], None]) -> int
         steps: must not look at what kernels leave in memory, not even by kernels of torch.
         adopt_thread: of the device; comes first in each thread that compiles.
     """
-    num_threads = min(_MOST_THREADS, usable_cores())
-    with ThreadPoolExecutor(num_threads, "tpworker-compiler", adopt_thread) as pool:
-        rehearsal = _Rehearsal(pool)
-        try:
-            with rehearsal:
-                steps()
-        except Exception as error:
-            logger.warning("kernels are compiled only when they are needed: %s", error)
-        return rehearsal.keep()
+    collects = gc.isenabled()
+    # CPython before 3.11.8 fails to parse in several threads where a collection comes in between (gh-106905).
+    gc.disable()
+    try:
+        with ThreadPoolExecutor(
+            min(_MOST_THREADS, usable_cores()), "tpworker-compiler", adopt_thread
+        ) as pool:
+            rehearsal = _Rehearsal(pool)
+            try:
+                with rehearsal:
+                    steps()
+            except Exception as error:
+                logger.warning("kernels are compiled only when they are needed: %s", error)
+            return rehearsal.keep()
+    finally:
+        if collects:
+            gc.enable()
