@@ -305,6 +305,31 @@ def _rows_of(
 # --------------------------------------------------------------------------------------------- products
 
 
+@triton.jit
+def _product(
+    source, row_of, exists, OUTPUTS: tl.constexpr, ROWS: tl.constexpr, LENGTH: tl.constexpr,
+    STEP: tl.constexpr,
+):  # fmt: skip
+    """Rows of a weight times rows of the input, LENGTH elements each: float32 [OUTPUTS, ROWS].
+
+    Args:
+        source, row_of: where the first STEP elements of each are, [OUTPUTS, STEP] and [STEP, ROWS].
+        exists: which rows of the input do, [ROWS].
+    """
+    step = tl.arange(0, STEP)
+    total = tl.zeros([OUTPUTS, ROWS], tl.float32)
+    for start in range(0, LENGTH, STEP):
+        if LENGTH % STEP == 0:
+            weight = tl.load(source + start)
+            value = tl.load(row_of + start, mask=exists[None, :], other=0.0)
+        else:
+            inside = start + step < LENGTH
+            weight = tl.load(source + start, mask=inside[None, :], other=0.0)
+            value = tl.load(row_of + start, mask=exists[None, :] & inside[:, None], other=0.0)
+        total = tl.dot(weight, value, total, input_precision="ieee")
+    return total
+
+
 @triton.jit(do_not_specialize=["num_tokens"])
 def _gate_up(
     x, gate_up, act, ids, order, tiles, num_tokens, SIZE: tl.constexpr, INNER: tl.constexpr,
@@ -326,16 +351,7 @@ def _gate_up(
     step = tl.arange(0, STEP)
     source = gate_up + expert.to(tl.int64) * (2 * INNER * SIZE) + weight_row[:, None] * SIZE + step[None, :]
     row_of = x + (choice // WIDTH).to(tl.int64)[None, :] * SIZE + step[:, None]
-    total = tl.zeros([2 * BLOCK, ROWS], tl.float32)
-    for start in range(0, SIZE, STEP):
-        if SIZE % STEP == 0:
-            weight = tl.load(source + start)
-            value = tl.load(row_of + start, mask=exists[None, :], other=0.0)
-        else:
-            inside = start + step < SIZE
-            weight = tl.load(source + start, mask=inside[None, :], other=0.0)
-            value = tl.load(row_of + start, mask=exists[None, :] & inside[:, None], other=0.0)
-        total = tl.dot(weight, value, total, input_precision="ieee")
+    total = _product(source, row_of, exists, 2 * BLOCK, ROWS, SIZE, STEP)
     gate, up = tl.split(tl.permute(tl.reshape(total, (2, BLOCK, ROWS)), (2, 1, 0)))  # [ROWS, BLOCK] each
     result = gate * tl.sigmoid(gate) * up
     target = act + choice.to(tl.int64)[:, None] * INNER + column[None, :]
@@ -365,16 +381,7 @@ def _down(
     source = down + expert.to(tl.int64) * (SIZE * INNER)
     source += tl.minimum(column, SIZE - 1)[:, None] * INNER + step[None, :]
     row_of = act + choice.to(tl.int64)[None, :] * INNER + step[:, None]
-    total = tl.zeros([BLOCK, ROWS], tl.float32)
-    for start in range(0, INNER, STEP):
-        if INNER % STEP == 0:
-            weight = tl.load(source + start)
-            value = tl.load(row_of + start, mask=exists[None, :], other=0.0)
-        else:
-            inside = start + step < INNER
-            weight = tl.load(source + start, mask=inside[None, :], other=0.0)
-            value = tl.load(row_of + start, mask=exists[None, :] & inside[:, None], other=0.0)
-        total = tl.dot(weight, value, total, input_precision="ieee")
+    total = _product(source, row_of, exists, BLOCK, ROWS, INNER, STEP)
     result = tl.trans(total) * share[:, None]
     target = parts + choice.to(tl.int64)[:, None] * SIZE + column[None, :]
     tl.store(target, result.to(parts.dtype.element_ty), mask=exists[:, None] & (column < SIZE)[None, :])
