@@ -5,7 +5,6 @@ On GPUs: tests/gpu/test_collectives.py.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import mmap
 import os
@@ -16,7 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+from tests.absent_gpu import needs_triton
+
+pytestmark = needs_triton
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 60
