@@ -6,7 +6,7 @@ publisher: the yardstick for what the runtime adds. The tables:
   steps      time of a graph replay for each attention backend, beside the peer's decode TPOT (vLLM 0.26 on an
              H200, docs/benchmarks.md), the goal, and the time that the bytes of weights and KV cache need at
              4.3 TB/s; how many kernels a step is, and how long they ran, from a profiler trace
-  attention  µs a layer, every layer's cache in turn
+  attention  µs a layer with norms, rotation and storage of its heads, every layer's cache in turn
   products   µs of each matrix product and of the norm before it, every layer's weight in turn
   kernels    of the fastest backend, the profiler's time by kernel
 """
@@ -32,7 +32,7 @@ from benchmarks.report import machine, save
 from tpworker.model import kernels
 from tpworker.model.attention import Attention, flash
 from tpworker.model.batch import Batch
-from tpworker.model.decoder import Decoder
+from tpworker.model.decoder import Decoder, rope_tables
 from tpworker.model.families import ModelSpec, read_spec
 from tpworker.model.kv_cache import KVCache
 from tpworker.model.mlp import Mlp
@@ -98,7 +98,7 @@ def measure_model(name: str, options: argparse.Namespace, console: Console) -> l
         row["attention_us"], row["step_ms"] = {}, {}
         for backend, attention in backends(spec, shard, chosen).items():
             decoder.attention = attention
-            row["attention_us"][backend] = attention_us(attention, batch, cache, spec, options.rounds)
+            row["attention_us"][backend] = attention_us(decoder, batch, cache, options.rounds)
             row["step_ms"][backend] = replay_ms(step_of(decoder, batch, cache, GREEDY), options.rounds)[0]
         decoder.attention = chosen
         for what, change in (("library's products", library_products), ("no early starts", plain_launches)):
@@ -162,14 +162,23 @@ def step_of(decoder: Decoder, batch: Batch, cache: KVCache, mode: SamplingMode) 
     return step
 
 
-def attention_us(attention: Attention, batch: Batch, cache: KVCache, spec: ModelSpec, rounds: int) -> float:
-    """Microseconds of one layer's attention, what is prepared once a step included in its share."""
-    query = torch.randn(len(batch.token_ids), spec.num_heads, spec.head_dim, device="cuda").bfloat16()
+def attention_us(decoder: Decoder, batch: Batch, cache: KVCache, rounds: int) -> float:
+    """Microseconds of one layer's attention, with norms, rotation and storage of its heads, and its share of
+    what is prepared once a step."""
+    attention, spec, shard = decoder.attention, decoder.spec, decoder.shard
+    num_heads = shard.num_heads + 2 * shard.num_kv_heads
+    heads = torch.randn(len(batch.token_ids), num_heads, spec.head_dim, device="cuda").bfloat16()
+    norm = torch.ones(spec.head_dim, device="cuda").bfloat16()
+    norms = (norm, norm) if spec.qk_norm else None
+    angles = rope_tables(spec.rope, spec.head_dim, int(batch.positions.max()) + 1, heads.device)
 
     def layers() -> Tensor:
+        places = kernels.places(batch, cache, *angles)
         plan = attention.prepare(batch, cache.block_size)
-        for keys, values in zip(cache.keys, cache.values, strict=True):
-            out = attention(query, keys, values, plan)
+        for layer in range(spec.num_layers):
+            out = kernels.store_and_attend(
+                attention, plan, heads, norms, spec.rms_norm_eps, places, cache, layer
+            )
         return out
 
     return 1000 * replay_ms(layers, rounds)[0] / spec.num_layers

@@ -1,4 +1,8 @@
-"""The kernel of decode attention where its tiles, parts and warps end. It has no interpreter: GPUs only."""
+"""The kernel of decode attention where its tiles, parts and warps end. It has no interpreter: GPUs only.
+
+Heads are neither normed nor turned here (`test_kernels.test_store_and_attend` does both), so that what is to
+be stored is known bit by bit.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,8 @@ import torch
 from torch import Tensor
 
 from tests.gpu.test_kernels import DEVICE, HAS_GPU, Shape, attention_case, batch_to, near, reference_attention
-from tpworker.model.attention.split import Cut, SplitAttention
+from tpworker.model.attention.split import Cut, NewTokens, SplitAttention
+from tpworker.model.batch import Batch
 
 pytestmark = [
     pytest.mark.gpu,
@@ -36,13 +41,29 @@ def _inference() -> Iterator[None]:
         yield
 
 
+def newest(batch: Batch, queries: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, NewTokens]:
+    """Of a cache that holds the newest tokens: their heads, as the product leaves them, and where they go.
+
+    They are gone from the cache then.
+    """
+    last, block_size = batch.lengths.long() - 1, keys.shape[1]
+    blocks = batch.block_tables.long().gather(1, (last // block_size)[:, None])[:, 0]
+    rows = blocks * block_size + last % block_size
+    new = [cache.flatten(0, 1)[rows] for cache in (keys, values)]
+    for cache in (keys, values):
+        cache.view(-1, *cache.shape[2:])[rows] = torch.nan
+    cosine = torch.ones(len(rows), 1, keys.shape[-1] // 2, device=keys.device)
+    return torch.cat((queries, *new), dim=1), NewTokens(None, 0.0, cosine, torch.zeros_like(cosine), rows)
+
+
 def attend(
-    cut: Cut, tables: Tensor, lengths: Tensor, queries: Tensor, keys: Tensor, values: Tensor
+    cut: Cut, tables: Tensor, lengths: Tensor, heads: Tensor, keys: Tensor, values: Tensor, new: NewTokens
 ) -> Tensor:
-    """Of queries, keys and values that hold the newest tokens already; twice, with the same bits."""
+    """Twice, with the same bits."""
     from tpworker.model.attention import ring_kernel
 
-    (count, num_heads, head_dim), num_kv_heads = queries.shape, keys.shape[2]
+    (count, _, head_dim), num_kv_heads = heads.shape, keys.shape[2]
+    num_heads = heads.shape[1] - 2 * num_kv_heads
     shape = (count * num_kv_heads, cut.num_parts, num_heads // num_kv_heads)
     partial = (
         torch.full((*shape, head_dim), torch.nan, device=DEVICE),
@@ -51,7 +72,7 @@ def attend(
         torch.zeros(shape[0], dtype=torch.int32, device=DEVICE),
     )
     first, second = (
-        ring_kernel.attend(queries, keys, values, tables, lengths, partial, cut) for _ in range(2)
+        ring_kernel.attend(heads, keys, values, tables, lengths, partial, cut, new) for _ in range(2)
     )
     assert torch.equal(first, second)
     assert not partial[3].any(), "the counters are as they were"
@@ -62,7 +83,10 @@ def attend(
 @pytest.mark.parametrize("cut", CUTS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_every_end(shape: Shape, cut: Cut, dtype: torch.dtype) -> None:
-    """What no sequence holds is NaN and must not be read; nothing depends on the sequences beside."""
+    """What no sequence holds is NaN and must not be read; nothing depends on the sequences beside.
+
+    What is new is NaN in the cache until it is stored.
+    """
     batch, *tensors = attention_case(shape, 16, LENGTHS, [])
     queries, keys, values = (x.to(dtype) for x in tensors)
     expected = reference_attention(shape, batch, queries, keys, values).to(dtype)
@@ -74,12 +98,16 @@ def test_every_end(shape: Shape, cut: Cut, dtype: torch.dtype) -> None:
         cache.fill_(torch.nan)
         cache.view(-1, *cache.shape[2:])[rows] = held
     there = batch_to(batch, DEVICE)
-    queries, keys, values = (x.to(DEVICE) for x in (queries, keys, values))
-    result = attend(cut, there.block_tables, there.lengths, queries, keys, values)
+    cache = keys.to(DEVICE), values.to(DEVICE)
+    heads, new = newest(there, queries.to(DEVICE), *cache)
+    result = attend(cut, there.block_tables, there.lengths, heads, *cache, new)
     near(result, expected, TOLERANCE[dtype])
+    for stored, held in zip(cache, (keys, values), strict=True):
+        assert torch.equal(stored.cpu().view(torch.int16), held.view(torch.int16)), "or is NaN, as before"
     for row in (0, 7, len(LENGTHS) - 1):
         one = slice(row, row + 1)
-        alone = attend(cut, there.block_tables[one], there.lengths[one], queries[one], keys, values)
+        of_one = NewTokens(None, 0.0, new.cos[one], new.sin[one], new.rows[one])
+        alone = attend(cut, there.block_tables[one], there.lengths[one], heads[one], *cache, of_one)
         assert torch.equal(alone, result[one])
 
 
@@ -90,8 +118,9 @@ def test_long_sequences_and_blocks(block_size: int, lengths: list[int]) -> None:
     shape = SHAPES["16 on 8"]
     batch, *tensors = attention_case(shape, block_size, lengths, [])
     there = batch_to(batch, DEVICE)
-    queries, keys, values = (x.to(DEVICE) for x in tensors)
-    result = attend(Cut(32, 4), there.block_tables, there.lengths, queries, keys, values)
+    queries, *cache = (x.to(DEVICE) for x in tensors)
+    heads, new = newest(there, queries, *cache)
+    result = attend(Cut(32, 4), there.block_tables, there.lengths, heads, *cache, new)
     near(result, reference_attention(shape, batch, *tensors).bfloat16())
 
 
@@ -109,15 +138,18 @@ def test_long_sequences_and_blocks(block_size: int, lengths: list[int]) -> None:
 def test_what_it_takes(
     num_heads: int, num_kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype, is_taken: bool
 ) -> None:
-    """Both kernels, through the backend."""
+    """Both kernels, through the backend; the plain one takes anything."""
     shape = Shape(0, num_heads, num_kv_heads, head_dim, 0, 0)
     batch, *tensors = attention_case(shape, block_size, [1, 90, 300], [])
     tensors = [x.to(dtype) for x in tensors]
     attention = SplitAttention(num_heads, num_kv_heads, head_dim, None, 132)  # type: ignore[arg-type]
     there = batch_to(batch, DEVICE)
-    queries, keys, values = (x.to(DEVICE) for x in tensors)
-    assert attention._takes_ring(keys) == is_taken
+    queries, *cache = (x.to(DEVICE) for x in tensors)
     plan = attention.prepare(there, block_size)
-    for _ in range(2):
-        result = attention(queries, keys, values, plan)
+    results: list[Tensor | None] = [attention(queries, *cache, plan) for _ in range(2)]
+    heads, new = newest(there, queries, *cache)
+    fused = [attention.store_and_attend(heads, *cache, plan, new) for _ in range(2)]
+    assert fused.count(None) == (0 if is_taken else 2)
+    for result in results + fused * is_taken:
+        assert result is not None
         near(result, reference_attention(shape, batch, *tensors).to(dtype), TOLERANCE[dtype])

@@ -25,7 +25,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from tpworker.model import pdl
-from tpworker.model.attention.split import Cut, NewTokens
+from tpworker.model.attention.split import Cut, NewTokens, Partial
 from tpworker.model.pdl import start_next, wait
 
 _FLOOR = gl.constexpr(-1e30)  # of maxima; finite: a warp without tokens weighs nothing, and not NaN
@@ -36,19 +36,17 @@ _SUMS_PER_THREAD = 64  # that the last part has in registers when it puts the pa
 
 @gluon.jit
 def _attend(
-    queries, query_norm, key_norm, cos, sin, rows, keys, values, block_tables, lengths, sums, maxima, totals,
+    heads, query_norm, key_norm, cos, sin, rows, keys, values, block_tables, lengths, sums, maxima, totals,
     arrived, out, scale, eps, table_stride,
-    FUSED: gl.constexpr, HAS_NORM: gl.constexpr, ROTARY_DIM: gl.constexpr, NUM_KV_HEADS: gl.constexpr,
-    GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_SIZE: gl.constexpr, NUM_PARTS: gl.constexpr,
-    ROWS: gl.constexpr, REAL_ROWS: gl.constexpr, CHUNK: gl.constexpr,
-    SLAB: gl.constexpr, SHORTEST: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
-    PDL: gl.constexpr,
+    HAS_NORM: gl.constexpr, ROTARY_DIM: gl.constexpr, NUM_KV_HEADS: gl.constexpr, GROUP: gl.constexpr,
+    HEAD_DIM: gl.constexpr, BLOCK_SIZE: gl.constexpr, NUM_PARTS: gl.constexpr, ROWS: gl.constexpr,
+    REAL_ROWS: gl.constexpr, CHUNK: gl.constexpr, SLAB: gl.constexpr, SHORTEST: gl.constexpr,
+    STAGES: gl.constexpr, WARPS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """One program a sequence, key-value head and part of the sequence; online softmax (arXiv 1805.02867).
 
-    FUSED: `queries` is the whole product, [S, H + 2 K, HEAD_DIM]. Queries and keys are normed and rotated
-    here, as by `kernels.norm_rotate_store`; the last part stores the newest token's key and value, and adds
-    it at the end. Without, it reads them from the cache.
+    `heads` is the whole product, [S, H + 2 K, HEAD_DIM]. Queries and keys are normed and rotated here, as by
+    `kernels.norm_rotate_store`; the last part stores the newest token's key and value, and adds them last.
 
     Lengths, tables, angles and rows are read before the wait: all layers have the same, and between what
     makes them and the first layer `prepare` launches a kernel plainly. So are keys and values of all tokens
@@ -98,23 +96,15 @@ def _attend(
     is_real = (row < GROUP)[:, None]
     head = sequence * NUM_KV_HEADS + kv_head
     place = head * (GROUP * HEAD_DIM) + row[:, None] * HEAD_DIM + column[None, :]
-    if FUSED:
-        place_of_new = gl.load(rows + sequence)
-        query, key, value = _new_heads(
-            queries, query_norm, key_norm, cos, sin, eps, sequence, kv_head, row, column,
-            HAS_NORM, ROTARY_DIM, NUM_KV_HEADS, GROUP, HEAD_DIM, PDL,
-        )  # fmt: skip
+    place_of_new = gl.load(rows + sequence)
+    query, key, value = _new_heads(
+        heads, query_norm, key_norm, cos, sin, eps, sequence, kv_head, row, column,
+        HAS_NORM, ROTARY_DIM, NUM_KV_HEADS, GROUP, HEAD_DIM, PDL,
+    )  # fmt: skip
+    if is_last:
         to_cache = (place_of_new * NUM_KV_HEADS + kv_head) * HEAD_DIM + column
-        if is_last:
-            gl.store(keys + to_cache, key)
-            gl.store(values + to_cache, value)
-    else:
-        place_of_new = gl.load(block_table + old // BLOCK_SIZE).to(gl.int64) * BLOCK_SIZE + old % BLOCK_SIZE
-        to_cache = (place_of_new * NUM_KV_HEADS + kv_head) * HEAD_DIM + column
-        wait(PDL)
-        query = gl.load(queries + place, mask=is_real, other=0.0)
-        key = gl.load(keys + to_cache)
-        value = gl.load(values + to_cache)
+        gl.store(keys + to_cache, key)
+        gl.store(values + to_cache, value)
     new_score = gl.sum(query.to(gl.float32) * key.to(gl.float32)[None, :], axis=1) * scale
     new_score = gl.where(is_last, new_score, float("-inf"))
 
@@ -210,12 +200,12 @@ def _request(
 
 @gluon.jit
 def _new_heads(
-    queries, query_norm, key_norm, cos, sin, eps, sequence, kv_head, row, column,
+    heads, query_norm, key_norm, cos, sin, eps, sequence, kv_head, row, column,
     HAS_NORM: gl.constexpr, ROTARY_DIM: gl.constexpr, NUM_KV_HEADS: gl.constexpr, GROUP: gl.constexpr,
     HEAD_DIM: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """Of the product: query heads [ROWS, HEAD_DIM], key and value [HEAD_DIM], normed and rotated. Waits."""
-    dtype: gl.constexpr = queries.dtype.element_ty
+    dtype: gl.constexpr = heads.dtype.element_ty
     rotated = column < ROTARY_DIM
     cosine = gl.load(cos + (sequence * ROTARY_DIM + column), mask=rotated, other=1.0)
     sine = gl.load(sin + (sequence * ROTARY_DIM + column), mask=rotated, other=0.0)
@@ -230,7 +220,7 @@ def _new_heads(
         key_partner_weight = gl.load(key_norm + partner).to(gl.float32)
     is_real = (row < GROUP)[:, None]
     in_query = row[:, None] * HEAD_DIM
-    from_query = queries + (sequence * (GROUP + 2) * NUM_KV_HEADS + kv_head * GROUP) * HEAD_DIM
+    from_query = heads + (sequence * (GROUP + 2) * NUM_KV_HEADS + kv_head * GROUP) * HEAD_DIM
     from_key = from_query + (GROUP * (NUM_KV_HEADS - kv_head) + kv_head) * HEAD_DIM
     wait(PDL)
     query = gl.load(from_query + (in_query + column[None, :]), mask=is_real, other=0.0)
@@ -312,35 +302,35 @@ def _combine(
 
 
 def attend(
-    queries: Tensor,
+    heads: Tensor,
     keys: Tensor,
     values: Tensor,
     block_tables: Tensor,
     lengths: Tensor,
-    partial: tuple[Tensor, Tensor, Tensor, Tensor],
+    partial: Partial,
     cut: Cut,
-    tokens: NewTokens | None = None,
+    tokens: NewTokens,
 ) -> Tensor:
-    """Attention of one token a sequence, [S, H, head_dim]; see `SplitAttention`.
+    """Attention of one token a sequence, [S, H, head_dim]; see `SplitAttention.store_and_attend`.
 
     Args:
-        queries: [S, H, head_dim]; with `tokens`: [S, H + 2 K, head_dim], queries, keys and values of the
-            newest tokens, neither normed nor rotated nor stored.
+        heads: [S, H + 2 K, head_dim]: queries, keys and values of the newest tokens, neither normed nor
+            rotated nor stored.
     """
-    assert queries.is_contiguous()
-    num_sequences, num_heads, head_dim = queries.shape
+    assert heads.is_contiguous()
+    num_sequences, num_heads, head_dim = heads.shape
     _, block_size, num_kv_heads, _ = keys.shape
-    if tokens is not None:
-        num_heads -= 2 * num_kv_heads
-    out = queries.new_empty(num_sequences, num_heads, head_dim)
+    num_heads -= 2 * num_kv_heads
+    out = heads.new_empty(num_sequences, num_heads, head_dim)
     group = num_heads // num_kv_heads
-    norms = (queries, queries) if tokens is None or tokens.norms is None else tokens.norms
-    places = (out, out, lengths) if tokens is None else (tokens.cos, tokens.sin, tokens.rows)
+    norms = (heads, heads) if tokens.norms is None else tokens.norms
     parts, real_rows = triton.next_power_of_2(cut.num_parts), triton.next_power_of_2(group)
     _attend[(num_kv_heads, num_sequences, cut.num_parts)](
-        queries,
+        heads,
         *norms,
-        *places,
+        tokens.cos,
+        tokens.sin,
+        tokens.rows,
         keys,
         values,
         block_tables,
@@ -348,11 +338,10 @@ def attend(
         *partial,
         out,
         head_dim**-0.5 * _LOG2_E,
-        0.0 if tokens is None else tokens.eps,
+        tokens.eps,
         block_tables.stride(0),
-        FUSED=tokens is not None,
-        HAS_NORM=tokens is not None and tokens.norms is not None,
-        ROTARY_DIM=head_dim if tokens is None else tokens.cos.shape[-1],
+        HAS_NORM=tokens.norms is not None,
+        ROTARY_DIM=tokens.cos.shape[-1],
         NUM_KV_HEADS=num_kv_heads,
         GROUP=group,
         HEAD_DIM=head_dim,

@@ -8,8 +8,9 @@ with a kernel before it; contexts of 650 tokens. Qwen3-0.6B (16 heads on 8), bat
 (5), 64: 23 (20). GLM-4.5-Air at TP 2 (48 on 4), 4: 6.0 (1.2; 12.3), 64: 24 (20; 37). Batches with chunks of
 prompts go to another backend.
 
-Two kernels: `ring_kernel` for what is served, and `split_kernel` for the rest. Lengths and block tables are
-read on the device; both can be captured in a CUDA graph.
+Two kernels: `ring_kernel` for what is served, which also norms, rotates and stores the newest heads, and
+`split_kernel` for the rest. Lengths and block tables are read on the device; both can be captured in a CUDA
+graph.
 """
 
 from __future__ import annotations
@@ -128,7 +129,10 @@ class SplitAttention:
         """See `Attention`."""
         if not isinstance(plan, _SplitPlan):
             return self.others(queries, keys, values, plan)
-        return self._attend(queries, keys, values, plan, None)
+        from tpworker.model.attention import split_kernel
+
+        tables, lengths, partial, cut = plan.block_tables, plan.lengths, plan.partial, plan.cut
+        return split_kernel.attend(queries, keys, values, tables, lengths, partial, cut.num_parts).flatten(1)
 
     def store_and_attend(
         self, heads: Tensor, keys: Tensor, values: Tensor, plan: Any, tokens: NewTokens
@@ -140,23 +144,13 @@ class SplitAttention:
         """
         if not isinstance(plan, _SplitPlan) or not self._takes_ring(keys):
             return None
-        return self._attend(heads, keys, values, plan, tokens)
+        from tpworker.model.attention import ring_kernel
 
-    def _attend(
-        self, queries: Tensor, keys: Tensor, values: Tensor, plan: _SplitPlan, tokens: NewTokens | None
-    ) -> Tensor:
         tables, lengths, partial, cut = plan.block_tables, plan.lengths, plan.partial, plan.cut
-        if self._takes_ring(keys):
-            from tpworker.model.attention import ring_kernel
-
-            return ring_kernel.attend(queries, keys, values, tables, lengths, partial, cut, tokens).flatten(1)
-        from tpworker.model.attention import split_kernel
-
-        assert tokens is None
-        return split_kernel.attend(queries, keys, values, tables, lengths, partial, cut.num_parts).flatten(1)
+        return ring_kernel.attend(heads, keys, values, tables, lengths, partial, cut, tokens).flatten(1)
 
     def _takes_ring(self, keys: Tensor) -> bool:
-        """Whether `ring_kernel` takes this cache; `split_kernel` takes any."""
+        """Whether `ring_kernel` takes this cache."""
         return (
             keys.dtype in (torch.bfloat16, torch.float16)
             and self.head_dim in (64, 128)
