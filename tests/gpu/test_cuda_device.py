@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -50,3 +50,42 @@ def test_an_upload_buffer_is_not_memory_that_a_running_step_has_given_back(
     device.uploads.record().synchronize()
     torch.cuda.synchronize()
     assert sums.tolist() == [num_bytes] * 8
+
+
+def raises() -> None:
+    raise RuntimeError("this is how it ends")
+
+
+def waits() -> None:
+    torch.cuda.current_stream().synchronize()
+
+
+@pytest.mark.parametrize("breaks", [raises, waits])
+def test_a_rehearsal_that_breaks_off_leaves_nothing(
+    device: CudaDevice, breaks: Callable[[], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Captures work afterwards; memory that two streams have used can be used again."""
+    x = torch.ones(1024, device=device.torch_device)
+
+    def work() -> None:
+        torch.empty(1 << 20, device=device.torch_device).zero_()
+        breaks()
+
+    device.compile_ahead(work)
+    assert "kernels are compiled only when they are needed" in caplog.text
+    torch.cuda.synchronize()
+    reserved = torch.cuda.memory_reserved()
+    for _ in range(16):
+        shared = torch.empty(32 << 20, dtype=torch.uint8, device=device.torch_device)
+        shared.record_stream(device.copies.stream)
+        del shared
+        torch.cuda.synchronize()
+    assert torch.cuda.memory_reserved() - reserved <= 64 << 20
+
+    def double() -> None:
+        x.mul_(torch.full_like(x, 2.0))
+
+    replay = device.capture(double)
+    replay()
+    torch.cuda.synchronize()
+    assert (x == 4).all(), "once to load the kernels, and once in the graph"

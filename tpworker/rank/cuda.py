@@ -197,13 +197,20 @@ class CudaDevice:
         matrix = torch.zeros(16, 16, dtype=torch.bfloat16, device=self.torch_device)
         torch.mm(matrix, matrix)  # the library's workspace is made now, or it would be one of the graph's
         graph = _cuda.CUDAGraph(keep_graph=True)  # made into nothing that could be launched
+        pool = _cuda.graph_pool_handle()
         with torch.inference_mode(), _cuda.stream(self.compute.stream):
             # Kernels are loaded meanwhile, by this thread and others, and other threads may do as they like.
-            graph.capture_begin(capture_error_mode="relaxed")
+            graph.capture_begin(pool=pool, capture_error_mode="relaxed")
             try:
                 work()
             finally:
-                graph.capture_end()
+                try:
+                    graph.capture_end()
+                except RuntimeError:
+                    # Of a capture that the work has broken off torch's allocator is never told the end.
+                    torch._C._cuda_endAllocateToPool(self.torch_device.index, pool)
+                    torch._C._cuda_releasePool(self.torch_device.index, pool)
+                    raise
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         """Runs the work twice, the second time into a graph. All graphs share one pool of memory: capture
