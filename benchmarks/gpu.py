@@ -43,7 +43,7 @@ from rich.table import Table
 
 from benchmarks.gpu_run import Case, measure
 from benchmarks.gpu_trace import KINDS, OTHER
-from benchmarks.options import positive, shape
+from benchmarks.options import add_stand_ins, num_stand_ins, positive, shape
 from benchmarks.report import machine, save
 from tpworker.observe.gpus import count_gpus
 
@@ -71,6 +71,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--together", action="store_true", help="shapes of one GPU at a time, each on its own"
     )
+    add_stand_ins(parser)
     parser.add_argument("--timeline", metavar="FILE", help="write some traced steps of each row, to be drawn")
     parser.add_argument("--commit", help="to be noted with the figures; default: what git says")
 
@@ -79,7 +80,8 @@ def run(options: argparse.Namespace) -> int:
     """Measures, prints the tables, writes the JSON files."""
     num_gpus = count_gpus()
     shapes = [(shape.split(":")[0], int(shape.split(":")[1])) for shape in options.shapes]
-    shapes = [(model, ranks) for model, ranks in shapes if ranks <= num_gpus]
+    of_shape = {ranks: num_stand_ins(ranks, num_gpus, options.stand_ins) for _, ranks in shapes}
+    shapes = [(model, ranks) for model, ranks in shapes if of_shape[ranks] is not None]
     if not shapes:
         print(f"{num_gpus} GPUs are not enough for any of these shapes", file=sys.stderr)
         return 1
@@ -98,7 +100,8 @@ def run(options: argparse.Namespace) -> int:
             for lookahead in options.lookahead:
                 overlap = lookahead > 0
                 case = Case(model, ranks, lookahead, batches, trace_steps=TRACE_STEPS[overlap], admit=overlap,
-                            replays=lookahead == options.lookahead[0])  # fmt: skip
+                            replays=lookahead == options.lookahead[0],
+                            stand_ins=of_shape[ranks] or 0)  # fmt: skip
                 rows += measure(case, graphs)
                 write(options, where, rows)
     finally:  # what was measured is told, whatever comes to an end too early
@@ -145,6 +148,12 @@ def write(options: argparse.Namespace, where: dict[str, Any], rows: Sequence[dic
         Path(options.timeline).write_text(json.dumps({"machine": where, "rows": drawn}) + "\n")
 
 
+def told_ranks(row: dict[str, Any]) -> str:
+    """The cell of a row's TP size."""
+    running = row.get("num_running", row["ranks"])
+    return str(row["ranks"]) if running == row["ranks"] else f"{row['ranks']} (on {running})"
+
+
 def number(row: dict[str, Any], key: str, digits: int) -> str:
     """A cell."""
     value = row.get(key)
@@ -172,7 +181,8 @@ def print_tables(rows: Sequence[dict[str, Any]]) -> None:
         peer, goal = PEER.get((row["model"], row["ranks"]), {}).get(row["batch"], ("–", "–"))
         table.add_row(
             row["model"],
-            *(str(row[key]) for key in ("ranks", "batch", "lookahead")),
+            told_ranks(row),
+            *(str(row[key]) for key in ("batch", "lookahead")),
             pair(number(row, "tpot_ms", 3), number(row, "tpot_p99_ms", 3)),
             number(row, "graph_ms", 3),
             number(row, "tpot_over_graph", 3),
@@ -201,7 +211,7 @@ def print_kinds(rows: Sequence[dict[str, Any]], console: Console) -> None:
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         cells = [number(row.get("kinds_us", {}), kind, 0) for kind in kinds]
-        shape = [str(row[key]) for key in ("ranks", "batch", "lookahead")]
+        shape = [told_ranks(row), *(str(row[key]) for key in ("batch", "lookahead"))]
         own, skew = number(row, "all_reduce_own_us", 0), quantiles(row, "skew", 1)
         table.add_row(row["model"], *shape, *cells, own, skew)
     console.print(table)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.routing import UniformRouting
+from benchmarks.stand_ins import stand_in
 from tpworker.ipc.child import RankBoot, run_child
 from tpworker.ipc.messages import BatchPlan
 from tpworker.model.moe import Moe
@@ -49,6 +50,8 @@ class Task:
     """Whether graphs alone are timed."""
     lengths: list[int] = field(default_factory=list)
     """Of the sequences, at which they are timed besides."""
+    group: int = 0
+    """Size of the TP group that the ranks stand for (stand_ins.py); 0: they are the whole of it."""
 
 
 @dataclass(slots=True)
@@ -231,6 +234,8 @@ def main(boot: RankBoot) -> None:
     """What the process does."""
     config = json.loads((Path(boot.model) / "config.json").read_text())
     MeasuringRunner.task = task = Task(**config[TASK])
+    if task.group:
+        stand_in(task.group)
     device: Device
     if boot.settings.device == "cuda":
         from tpworker.rank.cuda import CudaDevice

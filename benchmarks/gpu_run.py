@@ -48,6 +48,7 @@ class Case:
     model: str
     """A folder of configs/, or any folder with a config.json."""
     ranks: int
+    """Of the TP group."""
     lookahead: int
     batches: Sequence[int]
     num_prompt: int = 500
@@ -60,6 +61,13 @@ class Case:
     lengths: Sequence[int] = ()
     """At which they are timed besides."""
     device: str = "cuda"
+    stand_ins: int = 0
+    """How many ranks there are instead, each for several (stand_ins.py); 0: all of them."""
+
+    @property
+    def num_running(self) -> int:
+        """Ranks that there are."""
+        return self.stand_ins or self.ranks
 
     @property
     def step_tokens(self) -> int:
@@ -89,12 +97,15 @@ def measure(case: Case, graphs: dict[int, list[tuple[float, float]]]) -> list[di
     folder = Path(case.model) if Path(case.model).is_dir() else CONFIGS / case.model
     with tempfile.TemporaryDirectory() as copy:
         config = json.loads((folder / "config.json").read_text())
-        task = Task(f"{copy}/report", case.trace_steps, case.replays, list(case.lengths))
+        group = case.ranks if case.stand_ins else 0
+        task = Task(f"{copy}/report", case.trace_steps, case.replays, list(case.lengths), group)
         config[TASK] = asdict(task)
         (Path(copy) / "config.json").write_text(json.dumps(config))
         started = time.monotonic()
         rows = asyncio.run(_serve(Path(copy), case))
-        reports = [json.loads(Path(f"{task.report}.rank{rank}").read_text()) for rank in range(case.ranks)]
+        reports = [
+            json.loads(Path(f"{task.report}.rank{rank}").read_text()) for rank in range(case.num_running)
+        ]
         spec = read_spec(Path(copy))
     for row in rows:
         noted = reports[0]["noted"].get(str(row["batch"]))
@@ -106,7 +117,7 @@ def measure(case: Case, graphs: dict[int, list[tuple[float, float]]]) -> list[di
             row["touched"] = noted["touched"]
             row["floor_ms"] = floor_ms(spec, case.ranks, row["batch"], row["length"], noted["touched"])
         row.update(_traced([report["traces"].get(str(row["batch"])) for report in reports]))
-        row.update(model=case.model, ranks=case.ranks, lookahead=case.lookahead)
+        row.update(model=case.model, ranks=case.ranks, num_running=case.num_running, lookahead=case.lookahead)
         row.update(attention=reports[0]["attention"], kv_blocks=reports[0]["kv_blocks"])
         told = {key: value for key, value in row.items() if key not in _LONG}
         print(json.dumps(told), file=sys.stderr, flush=True)
@@ -178,7 +189,7 @@ async def _serve(folder: Path, case: Case) -> list[dict[str, Any]]:
     async with Runtime(
         folder,
         device=case.device,
-        tensor_parallel_size=case.ranks,
+        tensor_parallel_size=case.num_running,
         lookahead=case.lookahead,
         load_format="dummy",
         max_model_len=case.max_model_len,

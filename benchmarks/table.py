@@ -27,9 +27,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.gpu import number, print_failures, print_kinds, quantiles, write
+from benchmarks.gpu import number, print_failures, print_kinds, quantiles, told_ranks, write
 from benchmarks.gpu_run import Case, measure
-from benchmarks.options import positive
+from benchmarks.options import add_stand_ins, num_stand_ins, positive
 from benchmarks.report import machine
 from tpworker.observe.gpus import count_gpus
 
@@ -76,6 +76,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cut", type=positive, default=300, metavar="N", help="run no more of the output; default: 300"
     )
+    add_stand_ins(parser)
     parser.add_argument("--timeline", metavar="FILE", help="write some traced steps of each row, to be drawn")
     parser.add_argument("--commit", help="to be noted with the figures; default: what git says")
 
@@ -83,8 +84,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Measures, prints the tables, writes the JSON files."""
     ranks, num_gpus = options.tensor_parallel_size, count_gpus()
-    if ranks > num_gpus:
-        print(f"--tensor-parallel-size {ranks} needs as many GPUs; here are {num_gpus}", file=sys.stderr)
+    stand_ins = num_stand_ins(ranks, num_gpus, options.stand_ins)
+    if stand_ins is None:
+        print(
+            f"--tensor-parallel-size {ranks} needs as many GPUs; here are {num_gpus} (with --stand-ins, any "
+            "number that divides it would do)",
+            file=sys.stderr,
+        )
         return 1
     where = machine(options.commit)
     print(json.dumps(where), file=sys.stderr, flush=True)
@@ -93,7 +99,8 @@ def run(options: argparse.Namespace) -> int:
         for load in (load for load in LOADS if load.model in options.models):
             graphs: dict[int, list[tuple[float, float]]] = {}
             for lookahead in options.lookahead:
-                case = case_of(load, lookahead, options, replays=lookahead == options.lookahead[0])
+                replays = lookahead == options.lookahead[0]
+                case = case_of(load, lookahead, options, stand_ins, replays)
                 output = options.output_len or load.num_output
                 rows += [row | {"whole_output": output} for row in measure(case, graphs)]
                 write(options, where, rows)
@@ -102,7 +109,7 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def case_of(load: Load, lookahead: int, options: argparse.Namespace, replays: bool) -> Case:
+def case_of(load: Load, lookahead: int, options: argparse.Namespace, stand_ins: int, replays: bool) -> Case:
     """What is run of a load."""
     num_prompt = options.input_len or load.num_prompt
     num_output = options.output_len or load.num_output
@@ -118,6 +125,7 @@ def case_of(load: Load, lookahead: int, options: argparse.Namespace, replays: bo
         admit=False,
         replays=replays,
         lengths=[num_prompt + num_output // 2] if is_cut and replays else [],
+        stand_ins=stand_ins,
     )
 
 
@@ -134,7 +142,8 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
         peer, goal = PEER.get(shape, (None, None))
         table.add_row(
             row["model"],
-            *(str(row[key]) for key in ("ranks", "batch")),
+            told_ranks(row),
+            str(row["batch"]),
             f"{row['num_prompt']} / {row['num_output']}",
             str(row["lookahead"]),
             number(row, "total_s", 2),

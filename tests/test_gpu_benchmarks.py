@@ -15,11 +15,12 @@ import torch
 
 from benchmarks import gpu
 from benchmarks.floors import BYTES_PER_SECOND, floor_bytes, floor_ms
-from benchmarks.gpu import print_tables
+from benchmarks.gpu import print_tables, told_ranks
 from benchmarks.gpu_rank import collect
 from benchmarks.gpu_run import Case, _compared, measure
 from benchmarks.gpu_trace import UNSETTLED, Trace, TraceFailed, covered, figures, kind_of
 from benchmarks.gpu_trace import timeline as timeline_of
+from benchmarks.options import num_stand_ins
 from benchmarks.routing import UniformRouting
 from benchmarks.table import gain, later, print_table
 from benchmarks.timeline import main as draw
@@ -394,6 +395,21 @@ def test_cpu_ranks_with_experts_are_measured(tmp_path: Path) -> None:
     assert 4 < row["touched"] < 9
     assert row["total_s"] > 0
     assert row["tokens_per_s"] > 0
+
+
+def test_ranks_that_stand_for_more(tmp_path: Path) -> None:
+    """Two of four: their shards are those of four."""
+    tiny_glm(tmp_path)
+    case = Case(str(tmp_path), 4, 2, [3], num_prompt=20, num_output=40, trace_steps=5, admit=False,
+                device="cpu", stand_ins=2)  # fmt: skip
+    (row,) = measure(case, {})
+    assert (row["ranks"], row["num_running"]) == (4, 2)
+    assert row["steps"] >= 20
+    assert row["floor_ms"] < measure(replace(case, ranks=2, stand_ins=0), {})[0]["floor_ms"]
+    assert told_ranks(row) == "4 (on 2)"
+    assert num_stand_ins(4, 2, True) == 2
+    assert num_stand_ins(4, 2, False) is num_stand_ins(4, 3, True) is num_stand_ins(4, 0, True) is None
+    assert num_stand_ins(2, 2, True) == 0
 
 
 def test_cpu_ranks_are_measured_alike_but_for_the_trace(

@@ -25,28 +25,37 @@ ROW_BYTES = 1 << 19
 """Of an inbox: room for a few rows, so that some sums take two launches."""
 
 
-@pytest.mark.parametrize(("size", "exchanges"), [(2, 100), (4, 20)])
-def test_exchanges_of_ranks_that_dawdle(size: int, exchanges: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows of changing number and width, one shot and two, choices in between: all right on all ranks."""
+@pytest.mark.parametrize(
+    ("size", "num_ranks", "exchanges"), [(2, 2, 100), (4, 4, 20), (4, 2, 50), (8, 1, 50)]
+)
+def test_exchanges_of_ranks_that_dawdle(
+    size: int, num_ranks: int, exchanges: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of changing number and width, one shot and two, choices in between: all right on all ranks.
+
+    With fewer ranks than the group's size, each stands for several (benchmarks/stand_ins.py).
+    """
     from tpworker.rank import symmetric_kernels
 
     monkeypatch.setattr(symmetric_kernels, "_ROW_BYTES", ROW_BYTES)
-    fds = [os.memfd_create("inbox") for _ in range(size)]
+    fds = [os.memfd_create("inbox") for _ in range(num_ranks)]
     ranks: list[subprocess.Popen[bytes]] = []
     num_bytes = symmetric_kernels.inbox_bytes(size)
     try:
         for fd in fds:
             os.ftruncate(fd, num_bytes)
             symmetric_kernels.empty_inbox(torch.frombuffer(mmap.mmap(fd, num_bytes), dtype=torch.uint8))
-        for rank in range(size):
-            job = json.dumps({"fds": fds, "row_bytes": ROW_BYTES, "rank": rank, "exchanges": exchanges})
+        for rank in range(num_ranks):
+            job = json.dumps(
+                {"fds": fds, "size": size, "row_bytes": ROW_BYTES, "rank": rank, "exchanges": exchanges}
+            )
             command = [sys.executable, "-m", "tests.children.interpreted_rank", job]
             environment = {**os.environ, "TRITON_INTERPRET": "1"}
             ranks.append(
                 subprocess.Popen(command, cwd=ROOT, env=environment, pass_fds=fds, stdout=subprocess.PIPE)
             )
         answers = [json.loads(rank.communicate(timeout=SECONDS)[0] or "null") for rank in ranks]
-        assert [answer and answer["wrong"] for answer in answers] == [[]] * size
+        assert [answer and answer["wrong"] for answer in answers] == [[]] * num_ranks
         assert len({tuple(answer["uses"]) for answer in answers}) == 1
         for fd in fds:  # everything that came was taken out again
             memory = torch.frombuffer(mmap.mmap(fd, num_bytes), dtype=torch.uint8)

@@ -83,25 +83,30 @@ class SymmetricCollectives(NcclCollectives):
 
     def __init__(self, store_fd: int, rank: int, size: int, timeout: float, device: torch.device) -> None:
         super().__init__(store_fd, rank, size, timeout, device)
-        import torch.distributed._symmetric_memory as symmetric_memory
-
         from tpworker.rank import symmetric_kernels
 
         self._kernels = symmetric_kernels
+        self.inboxes = symmetric_kernels.Inboxes.of(self._share_inboxes(size), rank, device)
+        torch.cuda.synchronize(device)  # its counters are zeros, for streams that wait for nothing
+
+    def _share_inboxes(self, size: int) -> list[int]:
+        """Every rank makes one, with room for `size` ranks' messages. Returns all addresses, as seen here."""
+        import torch.distributed._symmetric_memory as symmetric_memory
+
         memory: Any = symmetric_memory
         # As `memory.empty`, which imports sympy to work out the stride: two seconds of the start.
-        self._inbox: Tensor = memory._SymmetricMemory.empty_strided_p2p(
-            (symmetric_kernels.inbox_bytes(size),), (1,), torch.uint8, device
+        inbox: Tensor = memory._SymmetricMemory.empty_strided_p2p(
+            (self._kernels.inbox_bytes(size),), (1,), torch.uint8, self.device
         )
-        symmetric_kernels.empty_inbox(self._inbox)
-        torch.cuda.synchronize(device)
+        self._kernels.empty_inbox(inbox)
+        torch.cuda.synchronize(self.device)
         # Here the ranks learn each other's addresses, so nobody writes before all have emptied theirs.
-        self._handle = memory.rendezvous(self._inbox, _distributed.group.WORLD.group_name)
-        inboxes = [self._handle.get_buffer(peer, self._inbox.shape, torch.uint8) for peer in range(size)]
-        addresses = [inbox.data_ptr() for inbox in inboxes]
-        assert addresses[rank] == self._inbox.data_ptr()
-        self.inboxes = symmetric_kernels.Inboxes.of(addresses, rank, device)
-        torch.cuda.synchronize(device)  # its counters are zeros, for streams that wait for nothing
+        handle = memory.rendezvous(inbox, _distributed.group.WORLD.group_name)
+        self._shared = inbox, handle  # are kept
+        inboxes = [handle.get_buffer(peer, inbox.shape, torch.uint8) for peer in range(self.size)]
+        addresses = [one.data_ptr() for one in inboxes]
+        assert addresses[self.rank] == inbox.data_ptr()
+        return addresses
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """Sums over the ranks; bitwise the same on all of them. Any shape; x, or a new tensor."""

@@ -1,0 +1,110 @@
+"""Fewer ranks than a TP group has, each of which stands for several: what steps take where GPUs are missing.
+
+Of a group of N ranks the first n run, each with its own shard of N. A rank's kernels are those of the whole
+group, and so is what it sends and waits for: besides its own part of a sum, rank r sends the same part as
+r + n, as r + 2 n and so on. So a sum has each part N / n times. What is computed means nothing, but it is the
+same on all ranks, bit by bit.
+
+What is not as in the whole group: of N - 1 parts that a rank sends, N / n - 1 stay on its own GPU; sums are
+always made in one shot (see symmetric_kernels.py), and those that go through NCCL, of steps with prompts,
+have n parts; n ranks agree sooner than N.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, distributed
+
+from tpworker.ipc.child import RankBoot
+from tpworker.model.families import ModelSpec
+from tpworker.model.tp import Collectives, Shard
+from tpworker.rank import process
+from tpworker.rank.cuda_collectives import SymmetricCollectives
+from tpworker.rank.device import Device
+
+if TYPE_CHECKING:
+    from tpworker.rank.symmetric_kernels import Inboxes
+
+
+def stand_in(size: int) -> None:
+    """From now on, a rank of this process is one of a group of `size`, with fewer ranks to talk to."""
+    patched: Any = process
+
+    def shard_of(spec: ModelSpec, rank: int, num_ranks: int) -> Shard:
+        return Shard.of(spec, rank, size)
+
+    patched.meet = partial(meet, meet=process.meet, size=size)
+    patched.Shard = SimpleNamespace(of=shard_of)
+
+
+def meet(boot: RankBoot, device: Device, meet: Any, size: int) -> Collectives:
+    """In place of `process.meet`."""
+    if device.torch_device.type == "cpu":
+        return StandIns(meet(boot, device), size)
+    device.adopt_thread()
+    timeout = boot.settings.step_timeout
+    return SymmetricStandIns(boot.store_fd, boot.rank, boot.num_ranks, timeout, device.torch_device, size)
+
+
+def spread(inboxes: Inboxes, num_ranks: int) -> Inboxes:
+    """Where the ranks that run write to for all, if peer p's inbox is that of rank p % num_ranks.
+
+    A rank writes to the entry that has its own number, and here to that of the rank which it stands for.
+    """
+    from tpworker.rank.symmetric_kernels import WIDTH
+
+    stood_for = [peer // num_ranks * num_ranks for peer in range(inboxes.size)]
+    row, pair = WIDTH * torch.bfloat16.itemsize, torch.int64.itemsize
+    return replace(
+        inboxes,
+        rows=tuple(address + by * row for address, by in zip(inboxes.rows, stood_for, strict=True)),
+        pairs=tuple(address + by * pair for address, by in zip(inboxes.pairs, stood_for, strict=True)),
+    )
+
+
+class StandIns(Collectives):
+    """Of a group of `size`, by any ranks."""
+
+    def __init__(self, ranks: Collectives, size: int) -> None:
+        self._ranks = ranks
+        self.rank = ranks.rank
+        self.size = size
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """With each part once."""
+        return self._ranks.all_reduce(x)
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """[size, *x.shape]"""
+        gathered = self._ranks.all_gather(x)
+        return gathered.repeat(self.size // len(gathered), *[1] * x.ndim)
+
+
+class SymmetricStandIns(SymmetricCollectives):
+    """Of a group of `size`, by `num_ranks` GPUs that reach each other's memory."""
+
+    def __init__(
+        self, store_fd: int, rank: int, num_ranks: int, timeout: float, device: torch.device, size: int
+    ) -> None:
+        super().__init__(store_fd, rank, num_ranks, timeout, device)
+        addresses = self._share_inboxes(size)
+        inboxes = self._kernels.Inboxes.of(
+            [addresses[peer % num_ranks] for peer in range(size)], rank, device
+        )
+        self.inboxes = spread(inboxes, num_ranks)
+        self._num_ranks, self.size = num_ranks, size
+        torch.cuda.synchronize(device)
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """[size, *x.shape]"""
+        gathered = x.new_empty(self._num_ranks, *x.shape)
+        distributed.all_gather_into_tensor(gathered, x.contiguous())
+        return gathered.repeat(self.size // self._num_ranks, *[1] * x.ndim)
+
+    def _shots(self, num_rows: int, rows: Tensor) -> int:
+        return min(1, super()._shots(num_rows, rows))
