@@ -115,7 +115,7 @@ def assert_greedy(folder: Path, outputs: list[list[int]]) -> None:
     assert same > 0.9 * total
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
 def test_greedy_tokens_are_those_of_transformers_and_of_any_lookahead(folder: Path, num_ranks: int) -> None:
     gpus(num_ranks)
     reference = None
@@ -249,9 +249,10 @@ def test_captured_mixed_steps_give_what_eager_ones_give(folder: Path) -> None:
     assert same > 0.9 * total
 
 
-def test_ranks_agree_bit_by_bit(folder: Path) -> None:
-    gpus(2)
-    alone, together = run(folder, 2, check_ranks_agree=True, rank_module="tpworker.rank")
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_ranks_agree_bit_by_bit(folder: Path, num_ranks: int) -> None:
+    gpus(num_ranks)
+    alone, together = run(folder, num_ranks, check_ranks_agree=True, rank_module="tpworker.rank")
     assert_greedy(folder, alone)
     assert_greedy(folder, together)
 

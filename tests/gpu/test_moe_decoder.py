@@ -161,7 +161,7 @@ async def _answers(folder: Path, device: str, num_ranks: int) -> list[list[int]]
         return list(await asyncio.gather(*map(collect, prompts)))
 
 
-@pytest.mark.parametrize(("name", "num_ranks"), [("ernie", 1), ("glm", 2)])
+@pytest.mark.parametrize(("name", "num_ranks"), [("ernie", 1), ("glm", 2), ("glm", 4)])
 def test_cuda_ranks_answer_as_cpu_ranks(name: str, num_ranks: int, tmp_path: Path) -> None:
     """In float32, through scheduler, graphs and collectives."""
     if count_gpus() < num_ranks:
