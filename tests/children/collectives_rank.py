@@ -184,6 +184,7 @@ def replays(ranks: SymmetricCollectives, count: int = 3000, kinds: int = 16) -> 
         chain(5)
 
     stream = torch.cuda.Stream()
+    torch.cuda.synchronize()  # what was made above is there, which another stream does not wait for
     with torch.cuda.stream(stream):
         graphs = [capture(work, stream) for work in (first, second)]
         draw, delays = random.Random(1), random.Random(100 + ranks.rank)
