@@ -24,7 +24,12 @@ from tpworker.ipc.child import RankBoot
 from tpworker.model.families import ModelSpec
 from tpworker.model.tp import Collectives, Shard
 from tpworker.rank import process
-from tpworker.rank.cuda_collectives import SymmetricCollectives
+from tpworker.rank.cuda_collectives import (
+    ONE_SHOT_BYTES,
+    NcclCollectives,
+    SymmetricCollectives,
+    reach_each_other,
+)
 from tpworker.rank.device import Device
 
 if TYPE_CHECKING:
@@ -47,8 +52,10 @@ def meet(boot: RankBoot, device: Device, meet: Any, size: int) -> Collectives:
     if device.torch_device.type == "cpu":
         return StandIns(meet(boot, device), size)
     device.adopt_thread()
-    timeout = boot.settings.step_timeout
-    return SymmetricStandIns(boot.store_fd, boot.rank, boot.num_ranks, timeout, device.torch_device, size)
+    options = boot.store_fd, boot.rank, boot.num_ranks, boot.settings.step_timeout, device.torch_device
+    if size in ONE_SHOT_BYTES and reach_each_other(boot.num_ranks):
+        return SymmetricStandIns(*options, size)
+    return StandIns(NcclCollectives(*options), size)
 
 
 def spread(inboxes: Inboxes, num_ranks: int) -> Inboxes:
@@ -68,7 +75,7 @@ def spread(inboxes: Inboxes, num_ranks: int) -> Inboxes:
 
 
 class StandIns(Collectives):
-    """Of a group of `size`, by any ranks."""
+    """Of a group of `size`, by any ranks: what passes through NCCL in a whole group does so here."""
 
     def __init__(self, ranks: Collectives, size: int) -> None:
         self._ranks = ranks

@@ -146,6 +146,12 @@ def choose_shots(size: int, num_bytes: int) -> int:
     return 1 if num_bytes <= ONE_SHOT_BYTES[size] else 2
 
 
+def reach_each_other(num_gpus: int) -> bool:
+    """Whether the first of the GPUs can read and write each other's memory, and not this rank's alone: every
+    rank must come to the same answer."""
+    return all(torch.cuda.can_device_access_peer(*pair) for pair in permutations(range(num_gpus), 2))
+
+
 def connect_cuda(store_fd: int, rank: int, size: int, timeout: float, device: torch.device) -> Collectives:
     """The collectives of CUDA ranks, one GPU each: by symmetric memory where the GPUs reach each other's.
 
@@ -154,8 +160,7 @@ def connect_cuda(store_fd: int, rank: int, size: int, timeout: float, device: to
     """
     if size == 1:
         return SoleRank()
-    # All pairs, and not this rank's alone: every rank must come to the same answer.
-    reach = all(torch.cuda.can_device_access_peer(one, other) for one, other in permutations(range(size), 2))
+    reach = reach_each_other(size)
     if size in ONE_SHOT_BYTES and reach:
         return SymmetricCollectives(store_fd, rank, size, timeout, device)
     logger.info("collectives through NCCL alone: %d ranks, peer access %s", size, "yes" if reach else "no")
