@@ -147,8 +147,10 @@ def choose_shots(size: int, num_bytes: int) -> int:
 
 
 def reach_each_other(num_gpus: int) -> bool:
-    """Whether the first of the GPUs can read and write each other's memory, and not this rank's alone: every
-    rank must come to the same answer."""
+    """Whether the first `num_gpus` GPUs can read and write each other's memory.
+
+    All pairs, and not this rank's alone: every rank must come to the same answer.
+    """
     return all(torch.cuda.can_device_access_peer(*pair) for pair in permutations(range(num_gpus), 2))
 
 
