@@ -1,8 +1,9 @@
 """Decode steps on GPUs: time per output token, and what of it is not the GPU's own work.
 
 Public models' shapes (benchmarks/configs) with dummy weights; every size of group that the GPUs here allow,
-each with lookahead 2 and 0. Requests of 500 tokens in and 300 out, greedy, all at once; what is measured is
-all the steps in which all of them decode and none is admitted. Takes some 30 s for each shape and lookahead.
+each with lookahead 2 and 0. With --stand-ins larger groups too: '4 (on 2)' is TP 4 of which two ranks run
+(stand_ins.py). Requests of 500 tokens in and 300 out, greedy, all at once; what is measured is all the steps
+in which all of them decode and none is admitted. Takes some 30 s for each shape and lookahead.
 
 TPOT      from a step's end to the next one's, by one CUDA event a step, no profiler; median and p99, ms
 graph     the same steps' graphs alone, queued back to back, at the same lengths: the median, ms
@@ -43,8 +44,8 @@ from rich.table import Table
 
 from benchmarks.gpu_run import Case, measure
 from benchmarks.gpu_trace import KINDS, OTHER
-from benchmarks.options import add_stand_ins, num_stand_ins, positive, shape
-from benchmarks.report import machine, save
+from benchmarks.options import add_stand_ins, num_stand_ins, positive, shape, why_not
+from benchmarks.report import machine, save, told_ranks
 from tpworker.observe.gpus import count_gpus
 
 PEER: dict[tuple[str, int], dict[int, tuple[float, float]]] = {
@@ -80,10 +81,16 @@ def run(options: argparse.Namespace) -> int:
     """Measures, prints the tables, writes the JSON files."""
     num_gpus = count_gpus()
     shapes = [(shape.split(":")[0], int(shape.split(":")[1])) for shape in options.shapes]
-    of_shape = {ranks: num_stand_ins(ranks, num_gpus, options.stand_ins) for _, ranks in shapes}
-    shapes = [(model, ranks) for model, ranks in shapes if of_shape[ranks] is not None]
+    stand_ins = {ranks: num_stand_ins(ranks, num_gpus, options.stand_ins) for _, ranks in shapes}
+    for model, ranks in shapes:
+        if stand_ins[ranks] is None:
+            reason = why_not(ranks, num_gpus, options.stand_ins)
+            print(f"{model}:{ranks} is left out: {reason}", file=sys.stderr)
+    shapes = [(model, ranks) for model, ranks in shapes if stand_ins[ranks] is not None]
     if not shapes:
-        print(f"{num_gpus} GPUs are not enough for any of these shapes", file=sys.stderr)
+        return 1
+    if options.stand_ins and not any(stand_ins[ranks] for _, ranks in shapes):
+        print("--stand-ins would have no effect: there is a GPU for every rank", file=sys.stderr)
         return 1
     where = machine(options.commit)
     print(json.dumps(where), file=sys.stderr, flush=True)
@@ -101,7 +108,7 @@ def run(options: argparse.Namespace) -> int:
                 overlap = lookahead > 0
                 case = Case(model, ranks, lookahead, batches, trace_steps=TRACE_STEPS[overlap], admit=overlap,
                             replays=lookahead == options.lookahead[0],
-                            stand_ins=of_shape[ranks] or 0)  # fmt: skip
+                            stand_ins=stand_ins[ranks] or 0)  # fmt: skip
                 rows += measure(case, graphs)
                 write(options, where, rows)
     finally:  # what was measured is told, whatever comes to an end too early
@@ -143,15 +150,9 @@ def write(options: argparse.Namespace, where: dict[str, Any], rows: Sequence[dic
     without = [{key: value for key, value in row.items() if key != "timeline"} for row in rows]
     save(options.json, {"machine": where, "rows": without})
     if options.timeline:
-        keys = ("model", "ranks", "lookahead", "batch", "tpot_ms")
+        keys = ("model", "ranks", "num_running", "lookahead", "batch", "tpot_ms")
         drawn = [{key: row.get(key) for key in keys} | row["timeline"] for row in rows if row.get("timeline")]
         Path(options.timeline).write_text(json.dumps({"machine": where, "rows": drawn}) + "\n")
-
-
-def told_ranks(row: dict[str, Any]) -> str:
-    """The cell of a row's TP size."""
-    running = row.get("num_running", row["ranks"])
-    return str(row["ranks"]) if running == row["ranks"] else f"{row['ranks']} (on {running})"
 
 
 def number(row: dict[str, Any], key: str, digits: int) -> str:
@@ -221,5 +222,5 @@ def print_failures(rows: Sequence[dict[str, Any]], console: Console) -> None:
     """Rows of which nothing could be traced, and why."""
     for row in rows:
         if "trace_failed" in row:
-            shape = f"{row['model']} TP {row['ranks']} batch {row['batch']} lookahead {row['lookahead']}"
+            shape = f"{row['model']} TP {told_ranks(row)} batch {row['batch']} lookahead {row['lookahead']}"
             console.print(f"{shape}: no trace: {row['trace_failed']}")

@@ -136,6 +136,7 @@ class MeasuringRunner(Runner):
             "traces": self.traces,
             "kv_blocks": self._cache.num_blocks,
             "attention": type(self._decoder.attention).__name__,
+            "group": self._decoder.shard.size,
         }
 
     def _alone(self, noted: Noted) -> dict[str, list[tuple[float, float]]]:

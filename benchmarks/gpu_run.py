@@ -24,7 +24,7 @@ import numpy as np
 from benchmarks.floors import floor_ms
 from benchmarks.gpu_rank import TASK, TRACE_FROM, Task
 from benchmarks.gpu_trace import Trace, TraceFailed, figures, timeline
-from benchmarks.report import quantile
+from benchmarks.report import quantile, told_ranks
 from tpworker import Runtime, SamplingParams
 from tpworker.model.families import read_spec
 from tpworker.outputs import StepRecord
@@ -117,14 +117,14 @@ def measure(case: Case, graphs: dict[int, list[tuple[float, float]]]) -> list[di
             row["touched"] = noted["touched"]
             row["floor_ms"] = floor_ms(spec, case.ranks, row["batch"], row["length"], noted["touched"])
         row.update(_traced([report["traces"].get(str(row["batch"])) for report in reports]))
-        row.update(model=case.model, ranks=case.ranks, num_running=case.num_running, lookahead=case.lookahead)
+        row.update(model=case.model, ranks=reports[0]["group"], num_running=len(reports))
+        row.update(lookahead=case.lookahead)
         row.update(attention=reports[0]["attention"], kv_blocks=reports[0]["kv_blocks"])
         told = {key: value for key, value in row.items() if key not in _LONG}
         print(json.dumps(told), file=sys.stderr, flush=True)
     took = time.monotonic() - started
-    print(
-        f"{case.model} TP {case.ranks} lookahead {case.lookahead}: {took:.0f} s", file=sys.stderr, flush=True
-    )
+    told_tp = told_ranks({"ranks": case.ranks, "num_running": case.num_running})
+    print(f"{case.model} TP {told_tp} lookahead {case.lookahead}: {took:.0f} s", file=sys.stderr, flush=True)
     return rows
 
 

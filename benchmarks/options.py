@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 
+STAND_IN_SIZES = (2, 4, 8)
+"""TP sizes whose sums go through memory that the ranks share, as those of ranks that stand in must."""
+
 
 def positive(text: str) -> int:
     """An integer of at least 1."""
@@ -27,16 +30,27 @@ def add_stand_ins(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--stand-ins",
         action="store_true",
-        help="where GPUs are fewer than ranks, let each GPU's rank stand for several: every kernel and all "
-        "sums are of the sizes of the whole group, what they compute means nothing (see stand_ins.py)",
+        help="where GPUs are fewer than ranks, let each GPU's rank stand for several: kernels, and sums of "
+        "decode steps, have the sizes of the whole group; what they compute means nothing (stand_ins.py)",
     )
 
 
 def num_stand_ins(ranks: int, num_gpus: int, is_wanted: bool) -> int | None:
-    """How many ranks stand for a TP group; 0: it runs as it is. None: there are not enough GPUs."""
+    """How many ranks stand for a TP group; 0: it runs as it is. None: it cannot run (`why_not`)."""
     if ranks <= num_gpus:
         return 0
-    return num_gpus if is_wanted and num_gpus and ranks % num_gpus == 0 else None
+    if not is_wanted or ranks not in STAND_IN_SIZES:
+        return None
+    return max((number for number in range(1, num_gpus + 1) if ranks % number == 0), default=None)
+
+
+def why_not(ranks: int, num_gpus: int, is_wanted: bool) -> str:
+    """Of a TP group of which `num_stand_ins` is None."""
+    reason = f"TP {ranks} needs as many GPUs, and here are {num_gpus}"
+    if ranks not in STAND_IN_SIZES:
+        sizes = ", ".join(str(size) for size in STAND_IN_SIZES)
+        return f"{reason} (--stand-ins is for TP {sizes})" if is_wanted else reason
+    return reason if is_wanted else f"{reason}; with --stand-ins, any number would do"
 
 
 def new_file(text: str) -> str:

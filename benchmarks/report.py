@@ -104,6 +104,12 @@ def _version(package: str) -> str | None:
         return None
 
 
+def told_ranks(row: dict[str, Any]) -> str:
+    """TP size of a row, and how many ranks stood in for it, if they did."""
+    running = row.get("num_running", row["ranks"])
+    return str(row["ranks"]) if running == row["ranks"] else f"{row['ranks']} (on {running})"
+
+
 def save(path: str | None, data: dict[str, Any]) -> None:
     """Writes `data` as JSON, unless `path` is None. Summaries may be part of it."""
     if path is not None:

@@ -7,11 +7,12 @@ same on all ranks, bit by bit.
 
 What is not as in the whole group: of N - 1 parts that a rank sends, N / n - 1 stay on its own GPU; sums are
 always made in one shot (see symmetric_kernels.py), and those that go through NCCL, of steps with prompts,
-have n parts; n ranks agree sooner than N.
+have n parts; n ranks agree sooner than N. On CPU ranks all sums have n parts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -20,16 +21,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, distributed
 
+from tpworker.errors import ConfigError
 from tpworker.ipc.child import RankBoot
 from tpworker.model.families import ModelSpec
 from tpworker.model.tp import Collectives, Shard
 from tpworker.rank import process
-from tpworker.rank.cuda_collectives import (
-    ONE_SHOT_BYTES,
-    NcclCollectives,
-    SymmetricCollectives,
-    reach_each_other,
-)
+from tpworker.rank.cuda_collectives import SymmetricCollectives, reach_each_other
 from tpworker.rank.device import Device
 
 if TYPE_CHECKING:
@@ -43,25 +40,31 @@ def stand_in(size: int) -> None:
     def shard_of(spec: ModelSpec, rank: int, num_ranks: int) -> Shard:
         return Shard.of(spec, rank, size)
 
-    patched.meet = partial(meet, meet=process.meet, size=size)
+    patched.meet = partial(meet, meet_all=process.meet, size=size)
     patched.Shard = SimpleNamespace(of=shard_of)
 
 
-def meet(boot: RankBoot, device: Device, meet: Any, size: int) -> Collectives:
+def meet(
+    boot: RankBoot, device: Device, meet_all: Callable[[RankBoot, Device], Collectives], size: int
+) -> Collectives:
     """In place of `process.meet`."""
     if device.torch_device.type == "cpu":
-        return StandIns(meet(boot, device), size)
+        return StandIns(meet_all(boot, device), size)
     device.adopt_thread()
-    options = boot.store_fd, boot.rank, boot.num_ranks, boot.settings.step_timeout, device.torch_device
-    if size in ONE_SHOT_BYTES and reach_each_other(boot.num_ranks):
-        return SymmetricStandIns(*options, size)
-    return StandIns(NcclCollectives(*options), size)
+    if not reach_each_other(boot.num_ranks):
+        raise ConfigError("ranks can stand in only where GPUs reach each other's memory; these do not")
+    timeout = boot.settings.step_timeout
+    return SymmetricStandIns(boot.store_fd, boot.rank, boot.num_ranks, timeout, device.torch_device, size)
 
 
 def spread(inboxes: Inboxes, num_ranks: int) -> Inboxes:
-    """Where the ranks that run write to for all, if peer p's inbox is that of rank p % num_ranks.
+    """The inboxes of a whole group, of which peer p is played by rank p % num_ranks.
 
-    A rank writes to the entry that has its own number, and here to that of the rank which it stands for.
+    Args:
+        inboxes: with the address of that rank's inbox for each peer.
+
+    Returns:
+        With addresses from which a rank's own entry, which it writes to, is that of the rank it stands for.
     """
     from tpworker.rank.symmetric_kernels import WIDTH
 
@@ -75,7 +78,7 @@ def spread(inboxes: Inboxes, num_ranks: int) -> Inboxes:
 
 
 class StandIns(Collectives):
-    """Of a group of `size`, by any ranks: what passes through NCCL in a whole group does so here."""
+    """Of a group of `size`, by CPU ranks."""
 
     def __init__(self, ranks: Collectives, size: int) -> None:
         self._ranks = ranks

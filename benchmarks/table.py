@@ -27,10 +27,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.gpu import number, print_failures, print_kinds, quantiles, told_ranks, write
+from benchmarks.gpu import number, print_failures, print_kinds, quantiles, write
 from benchmarks.gpu_run import Case, measure
-from benchmarks.options import add_stand_ins, num_stand_ins, positive
-from benchmarks.report import machine
+from benchmarks.options import add_stand_ins, num_stand_ins, positive, why_not
+from benchmarks.report import machine, told_ranks
 from tpworker.observe.gpus import count_gpus
 
 
@@ -86,11 +86,10 @@ def run(options: argparse.Namespace) -> int:
     ranks, num_gpus = options.tensor_parallel_size, count_gpus()
     stand_ins = num_stand_ins(ranks, num_gpus, options.stand_ins)
     if stand_ins is None:
-        print(
-            f"--tensor-parallel-size {ranks} needs as many GPUs; here are {num_gpus} (with --stand-ins, any "
-            "number that divides it would do)",
-            file=sys.stderr,
-        )
+        print(why_not(ranks, num_gpus, options.stand_ins), file=sys.stderr)
+        return 1
+    if options.stand_ins and not stand_ins:
+        print("--stand-ins would have no effect: there is a GPU for every rank", file=sys.stderr)
         return 1
     where = machine(options.commit)
     print(json.dumps(where), file=sys.stderr, flush=True)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu_trace import KINDS, OTHER
+from benchmarks.report import told_ranks
 from tpworker.outputs import StepRecord
 
 NUM_STEPS = 8
@@ -189,7 +190,7 @@ def main(arguments: Sequence[str]) -> int:
         for row in rows
     }
     gpus = data["machine"].get("gpus", ["GPU"])
-    what = f"{options.model}, TP {options.tp} on {gpus[0]}, {options.batch} requests decode"
+    what = f"{options.model}, TP {told_ranks(rows[0])} on {gpus[0]}, {options.batch} requests decode"
     draw_kernels(options.picture, what, panels)
     return 0
 

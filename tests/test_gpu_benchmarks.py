@@ -13,14 +13,15 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu
+from benchmarks import gpu, table
 from benchmarks.floors import BYTES_PER_SECOND, floor_bytes, floor_ms
-from benchmarks.gpu import print_tables, told_ranks
+from benchmarks.gpu import print_tables
 from benchmarks.gpu_rank import collect
 from benchmarks.gpu_run import Case, _compared, measure
 from benchmarks.gpu_trace import UNSETTLED, Trace, TraceFailed, covered, figures, kind_of
 from benchmarks.gpu_trace import timeline as timeline_of
-from benchmarks.options import num_stand_ins
+from benchmarks.options import num_stand_ins, why_not
+from benchmarks.report import told_ranks
 from benchmarks.routing import UniformRouting
 from benchmarks.table import gain, later, print_table
 from benchmarks.timeline import main as draw
@@ -405,11 +406,37 @@ def test_ranks_that_stand_for_more(tmp_path: Path) -> None:
     (row,) = measure(case, {})
     assert (row["ranks"], row["num_running"]) == (4, 2)
     assert row["steps"] >= 20
-    assert row["floor_ms"] < measure(replace(case, ranks=2, stand_ins=0), {})[0]["floor_ms"]
     assert told_ranks(row) == "4 (on 2)"
-    assert num_stand_ins(4, 2, True) == 2
-    assert num_stand_ins(4, 2, False) is num_stand_ins(4, 3, True) is num_stand_ins(4, 0, True) is None
-    assert num_stand_ins(2, 2, True) == 0
+
+
+@pytest.mark.parametrize(
+    ("ranks", "num_gpus", "is_wanted", "number", "reason"),
+    [
+        (2, 2, True, 0, ""),
+        (4, 2, True, 2, ""),
+        (4, 3, True, 2, ""),
+        (8, 1, True, 1, ""),
+        (4, 2, False, None, "TP 4 needs as many GPUs, and here are 2; with --stand-ins, any number would do"),
+        (4, 0, True, None, "TP 4 needs as many GPUs, and here are 0"),
+        (6, 2, True, None, "TP 6 needs as many GPUs, and here are 2 (--stand-ins is for TP 2, 4, 8)"),
+    ],
+)
+def test_how_many_stand_in(
+    ranks: int, num_gpus: int, is_wanted: bool, number: int | None, reason: str
+) -> None:
+    assert num_stand_ins(ranks, num_gpus, is_wanted) == number
+    assert number is not None or why_not(ranks, num_gpus, is_wanted) == reason
+
+
+def test_stand_ins_that_have_no_effect_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for module, options in ((gpu, ["--shapes", "qwen3-8b:2"]), (table, ["--tensor-parallel-size", "2"])):
+        monkeypatch.setattr(module, "count_gpus", lambda: 2)
+        parser = argparse.ArgumentParser()
+        module.add_options(parser)
+        assert module.run(parser.parse_args([*options, "--stand-ins"])) == 1
+        assert "no effect" in capsys.readouterr().err
 
 
 def test_cpu_ranks_are_measured_alike_but_for_the_trace(

@@ -207,7 +207,7 @@ class CudaDevice:
                 try:
                     graph.capture_end()
                 except RuntimeError:
-                    # Of a capture that the work has broken off torch's allocator is never told the end.
+                    # torch does not tell its allocator of device memory that a broken capture has ended.
                     torch._C._cuda_endAllocateToPool(self.torch_device.index, pool)
                     torch._C._cuda_releasePool(self.torch_device.index, pool)
                     raise

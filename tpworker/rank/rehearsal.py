@@ -96,7 +96,8 @@ def rehearse(steps: Callable[[], None], adopt_thread: Callable[[], None]) -> int
                 with rehearsal:
                     steps()
             except Exception as error:
-                logger.warning("kernels are compiled only when they are needed: %s", error)
+                cause = error.__context__ or error  # a capture that is broken off ends with an error too
+                logger.warning("kernels are compiled only when they are needed: %s", cause)
             return rehearsal.keep()
     finally:
         if collects:
