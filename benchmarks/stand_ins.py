@@ -19,14 +19,14 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 
 from tpworker.errors import ConfigError
 from tpworker.ipc.child import RankBoot
 from tpworker.model.families import ModelSpec
 from tpworker.model.tp import Collectives, Shard
 from tpworker.rank import process
-from tpworker.rank.cuda_collectives import SymmetricCollectives, reach_each_other
+from tpworker.rank.cuda_collectives import SymmetricCollectives, all_gather_single, reach_each_other
 from tpworker.rank.device import Device
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ class SymmetricStandIns(SymmetricCollectives):
     def all_gather(self, x: Tensor) -> Tensor:
         """[size, *x.shape]"""
         gathered = x.new_empty(self._num_ranks, *x.shape)
-        distributed.all_gather_into_tensor(gathered, x.contiguous())
+        all_gather_single(gathered, x.contiguous())
         return gathered.repeat(self.size // self._num_ranks, *[1] * x.ndim)
 
     def _shots(self, num_rows: int, rows: Tensor) -> int:

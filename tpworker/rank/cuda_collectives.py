@@ -18,6 +18,9 @@ from tpworker.rank.collectives import SoleRank
 
 _distributed: Any = distributed  # typed without its stores
 
+all_gather_single: Any = getattr(_distributed, "all_gather_single", _distributed.all_gather_into_tensor)
+"""torch's, which before 2.13 has the other name, and from then on warns of it."""
+
 logger = logging.getLogger(__name__)
 
 ONE_SHOT_BYTES = {2: 16 << 20, 4: 3 << 17, 8: 1 << 17}
@@ -71,7 +74,7 @@ class NcclCollectives(Collectives):
         """[size, *x.shape], in rank order."""
         flat = x.contiguous().view(-1)
         gathered = torch.empty(self.size * flat.numel(), dtype=x.dtype, device=x.device)
-        _distributed.all_gather_into_tensor(gathered, flat)
+        all_gather_single(gathered, flat)
         return gathered.view(self.size, *x.shape)
 
 
