@@ -44,7 +44,7 @@ from rich.table import Table
 
 from benchmarks.gpu_run import Case, measure
 from benchmarks.gpu_trace import KINDS, OTHER
-from benchmarks.options import add_stand_ins, num_stand_ins, positive, shape, why_not
+from benchmarks.options import add_stand_ins, choose_stand_ins, positive, shape
 from benchmarks.report import machine, save, told_ranks
 from tpworker.observe.gpus import count_gpus
 
@@ -81,16 +81,9 @@ def run(options: argparse.Namespace) -> int:
     """Measures, prints the tables, writes the JSON files."""
     num_gpus = count_gpus()
     shapes = [(shape.split(":")[0], int(shape.split(":")[1])) for shape in options.shapes]
-    stand_ins = {ranks: num_stand_ins(ranks, num_gpus, options.stand_ins) for _, ranks in shapes}
-    for model, ranks in shapes:
-        if stand_ins[ranks] is None:
-            reason = why_not(ranks, num_gpus, options.stand_ins)
-            print(f"{model}:{ranks} is left out: {reason}", file=sys.stderr)
-    shapes = [(model, ranks) for model, ranks in shapes if stand_ins[ranks] is not None]
+    stand_ins = choose_stand_ins((ranks for _, ranks in shapes), num_gpus, options.stand_ins)
+    shapes = [(model, ranks) for model, ranks in shapes if ranks in stand_ins]
     if not shapes:
-        return 1
-    if options.stand_ins and not any(stand_ins[ranks] for _, ranks in shapes):
-        print("--stand-ins would have no effect: there is a GPU for every rank", file=sys.stderr)
         return 1
     where = machine(options.commit)
     print(json.dumps(where), file=sys.stderr, flush=True)
@@ -108,7 +101,7 @@ def run(options: argparse.Namespace) -> int:
                 overlap = lookahead > 0
                 case = Case(model, ranks, lookahead, batches, trace_steps=TRACE_STEPS[overlap], admit=overlap,
                             replays=lookahead == options.lookahead[0],
-                            stand_ins=stand_ins[ranks] or 0)  # fmt: skip
+                            stand_ins=stand_ins[ranks])  # fmt: skip
                 rows += measure(case, graphs)
                 write(options, where, rows)
     finally:  # what was measured is told, whatever comes to an end too early

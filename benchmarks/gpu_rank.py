@@ -48,10 +48,10 @@ class Task:
     trace_steps: int
     replays: bool
     """Whether graphs alone are timed."""
+    group: int
+    """Size of the TP group; if there are fewer ranks, they stand for all of it (stand_ins.py)."""
     lengths: list[int] = field(default_factory=list)
     """Of the sequences, at which they are timed besides."""
-    group: int = 0
-    """Size of the TP group that the ranks stand for (stand_ins.py); 0: they are the whole of it."""
 
 
 @dataclass(slots=True)
@@ -235,7 +235,7 @@ def main(boot: RankBoot) -> None:
     """What the process does."""
     config = json.loads((Path(boot.model) / "config.json").read_text())
     MeasuringRunner.task = task = Task(**config[TASK])
-    if task.group:
+    if task.group > boot.num_ranks:
         stand_in(task.group)
     device: Device
     if boot.settings.device == "cuda":

@@ -97,8 +97,7 @@ def measure(case: Case, graphs: dict[int, list[tuple[float, float]]]) -> list[di
     folder = Path(case.model) if Path(case.model).is_dir() else CONFIGS / case.model
     with tempfile.TemporaryDirectory() as copy:
         config = json.loads((folder / "config.json").read_text())
-        group = case.ranks if case.stand_ins else 0
-        task = Task(f"{copy}/report", case.trace_steps, case.replays, list(case.lengths), group)
+        task = Task(f"{copy}/report", case.trace_steps, case.replays, case.ranks, list(case.lengths))
         config[TASK] = asdict(task)
         (Path(copy) / "config.json").write_text(json.dumps(config))
         started = time.monotonic()
@@ -123,8 +122,8 @@ def measure(case: Case, graphs: dict[int, list[tuple[float, float]]]) -> list[di
         told = {key: value for key, value in row.items() if key not in _LONG}
         print(json.dumps(told), file=sys.stderr, flush=True)
     took = time.monotonic() - started
-    told_tp = told_ranks({"ranks": case.ranks, "num_running": case.num_running})
-    print(f"{case.model} TP {told_tp} lookahead {case.lookahead}: {took:.0f} s", file=sys.stderr, flush=True)
+    shape = f"{case.model} TP {told_ranks(rows[0])} lookahead {case.lookahead}"
+    print(f"{shape}: {took:.0f} s", file=sys.stderr, flush=True)
     return rows
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
+from collections.abc import Iterable
 
 STAND_IN_SIZES = (2, 4, 8)
 """TP sizes whose sums go through memory that the ranks share, as those of ranks that stand in must."""
@@ -51,6 +53,24 @@ def why_not(ranks: int, num_gpus: int, is_wanted: bool) -> str:
         sizes = ", ".join(str(size) for size in STAND_IN_SIZES)
         return f"{reason} (--stand-ins is for TP {sizes})" if is_wanted else reason
     return reason if is_wanted else f"{reason}; with --stand-ins, any number would do"
+
+
+def choose_stand_ins(sizes: Iterable[int], num_gpus: int, is_wanted: bool) -> dict[int, int]:
+    """`num_stand_ins` of those of these TP sizes that can run; says of the others why they cannot.
+
+    Empty: nothing is to be measured, and why has been said.
+    """
+    chosen: dict[int, int] = {}
+    for size in dict.fromkeys(sizes):
+        number = num_stand_ins(size, num_gpus, is_wanted)
+        if number is None:
+            print(f"left out: {why_not(size, num_gpus, is_wanted)}", file=sys.stderr)
+        else:
+            chosen[size] = number
+    if is_wanted and chosen and not any(chosen.values()):
+        print("--stand-ins would have no effect: there is a GPU for every rank", file=sys.stderr)
+        return {}
+    return chosen
 
 
 def new_file(text: str) -> str:

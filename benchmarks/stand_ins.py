@@ -77,6 +77,11 @@ def spread(inboxes: Inboxes, num_ranks: int) -> Inboxes:
     )
 
 
+def repeat(gathered: Tensor, size: int) -> Tensor:
+    """What ranks have gathered, [num_ranks, ...], as a whole group would: [size, ...]."""
+    return gathered.repeat(size // len(gathered), *[1] * (gathered.ndim - 1))
+
+
 class StandIns(Collectives):
     """Of a group of `size`, by CPU ranks."""
 
@@ -91,8 +96,7 @@ class StandIns(Collectives):
 
     def all_gather(self, x: Tensor) -> Tensor:
         """[size, *x.shape]"""
-        gathered = self._ranks.all_gather(x)
-        return gathered.repeat(self.size // len(gathered), *[1] * x.ndim)
+        return repeat(self._ranks.all_gather(x), self.size)
 
 
 class SymmetricStandIns(SymmetricCollectives):
@@ -101,20 +105,22 @@ class SymmetricStandIns(SymmetricCollectives):
     def __init__(
         self, store_fd: int, rank: int, num_ranks: int, timeout: float, device: torch.device, size: int
     ) -> None:
+        self._group_size = size
         super().__init__(store_fd, rank, num_ranks, timeout, device)
-        addresses = self._share_inboxes(size)
-        inboxes = self._kernels.Inboxes.of(
-            [addresses[peer % num_ranks] for peer in range(size)], rank, device
-        )
-        self.inboxes = spread(inboxes, num_ranks)
         self._num_ranks, self.size = num_ranks, size
-        torch.cuda.synchronize(device)
+
+    def _connect_inboxes(self) -> Inboxes:
+        """Those of the whole group: each rank's, for every peer that it plays."""
+        addresses = self._share_inboxes(self._group_size)
+        num_ranks = len(addresses)
+        of_peers = [addresses[peer % num_ranks] for peer in range(self._group_size)]
+        return spread(self._kernels.Inboxes.of(of_peers, self.rank, self.device), num_ranks)
 
     def all_gather(self, x: Tensor) -> Tensor:
         """[size, *x.shape]"""
         gathered = x.new_empty(self._num_ranks, *x.shape)
         all_gather_single(gathered, x.contiguous())
-        return gathered.repeat(self.size // self._num_ranks, *[1] * x.ndim)
+        return repeat(gathered, self.size)
 
     def _shots(self, num_rows: int, rows: Tensor) -> int:
         return min(1, super()._shots(num_rows, rows))

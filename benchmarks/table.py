@@ -29,7 +29,7 @@ from rich.table import Table
 
 from benchmarks.gpu import number, print_failures, print_kinds, quantiles, write
 from benchmarks.gpu_run import Case, measure
-from benchmarks.options import add_stand_ins, num_stand_ins, positive, why_not
+from benchmarks.options import add_stand_ins, choose_stand_ins, positive
 from benchmarks.report import machine, told_ranks
 from tpworker.observe.gpus import count_gpus
 
@@ -84,12 +84,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Measures, prints the tables, writes the JSON files."""
     ranks, num_gpus = options.tensor_parallel_size, count_gpus()
-    stand_ins = num_stand_ins(ranks, num_gpus, options.stand_ins)
-    if stand_ins is None:
-        print(why_not(ranks, num_gpus, options.stand_ins), file=sys.stderr)
-        return 1
-    if options.stand_ins and not stand_ins:
-        print("--stand-ins would have no effect: there is a GPU for every rank", file=sys.stderr)
+    stand_ins = choose_stand_ins([ranks], num_gpus, options.stand_ins)
+    if not stand_ins:
         return 1
     where = machine(options.commit)
     print(json.dumps(where), file=sys.stderr, flush=True)
@@ -99,7 +95,7 @@ def run(options: argparse.Namespace) -> int:
             graphs: dict[int, list[tuple[float, float]]] = {}
             for lookahead in options.lookahead:
                 replays = lookahead == options.lookahead[0]
-                case = case_of(load, lookahead, options, stand_ins, replays)
+                case = case_of(load, lookahead, options, stand_ins[ranks], replays)
                 output = options.output_len or load.num_output
                 rows += [row | {"whole_output": output} for row in measure(case, graphs)]
                 write(options, where, rows)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu, table
+from benchmarks import gpu, stand_ins, table
 from benchmarks.floors import BYTES_PER_SECOND, floor_bytes, floor_ms
 from benchmarks.gpu import print_tables
 from benchmarks.gpu_rank import collect
@@ -25,12 +25,14 @@ from benchmarks.report import told_ranks
 from benchmarks.routing import UniformRouting
 from benchmarks.table import gain, later, print_table
 from benchmarks.timeline import main as draw
+from tests.absent_gpu import needs_triton
 from tests.conftest import TINY_CONFIG
 from tpworker.model.families import read_spec
 from tpworker.model.moe import Moe
 from tpworker.model.tp import Shard
 from tpworker.model.weights import dummy_weights
 from tpworker.outputs import StepRecord
+from tpworker.rank.cuda_collectives import NcclCollectives
 
 ROOT = Path(__file__).resolve().parents[1]
 STEP = 100_000  # ns from a step's start to the next one's
@@ -437,6 +439,40 @@ def test_stand_ins_that_have_no_effect_are_refused(
         module.add_options(parser)
         assert module.run(parser.parse_args([*options, "--stand-ins"])) == 1
         assert "no effect" in capsys.readouterr().err
+
+
+@needs_triton
+def test_gpus_that_stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without GPUs: rank 1 of 2 that stand for 4. That such addresses are right is shown by
+    tests/rank/test_symmetric_kernels.py."""
+
+    def connect(
+        self: NcclCollectives, store_fd: int, rank: int, size: int, timeout: float, device: Any
+    ) -> None:
+        self.rank, self.size, self.device = rank, size, device
+
+    def share(self: NcclCollectives, size: int) -> list[int]:
+        shared.append(size)
+        return [0x1000000, 0x2000000]
+
+    def gather(out: torch.Tensor, x: torch.Tensor) -> None:
+        out.copy_(torch.stack((x + 10, x)))
+
+    shared: list[int] = []
+    monkeypatch.setattr(NcclCollectives, "__init__", connect)
+    monkeypatch.setattr(stand_ins.SymmetricStandIns, "_share_inboxes", share)
+    monkeypatch.setattr(stand_ins, "all_gather_single", gather)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    ranks = stand_ins.SymmetricStandIns(-1, 1, 2, 1.0, torch.device("cpu"), 4)
+    assert shared == [4], "inboxes have room for the whole group, and are made once"
+    assert (ranks.rank, ranks.size, ranks.inboxes.rank, ranks.inboxes.size) == (1, 4, 1, 4)
+    row = 2 * 8192 * 2  # bytes of two entries
+    assert ranks.inboxes.rows == (0x1000000, 0x2000000, 0x1000000 + row, 0x2000000 + row)
+    first, second = ranks.inboxes.pairs[:2]
+    assert ranks.inboxes.pairs == (first, second, first + 16, second + 16)
+    assert ranks.all_gather(torch.tensor([1, 2])).tolist() == [[11, 12], [1, 2]] * 2
+    large = torch.empty(1, 4096, dtype=torch.bfloat16)
+    assert [ranks._shots(num_rows, large) for num_rows in (1, 48, 49, 1024, 1025)] == [1, 1, 1, 1, 0]
 
 
 def test_cpu_ranks_are_measured_alike_but_for_the_trace(

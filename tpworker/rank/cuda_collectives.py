@@ -8,13 +8,16 @@ from __future__ import annotations
 import logging
 from datetime import timedelta
 from itertools import permutations
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, distributed
 
 from tpworker.model.tp import Collectives
 from tpworker.rank.collectives import SoleRank
+
+if TYPE_CHECKING:
+    from tpworker.rank.symmetric_kernels import Inboxes
 
 _distributed: Any = distributed  # typed without its stores
 
@@ -89,8 +92,12 @@ class SymmetricCollectives(NcclCollectives):
         from tpworker.rank import symmetric_kernels
 
         self._kernels = symmetric_kernels
-        self.inboxes = symmetric_kernels.Inboxes.of(self._share_inboxes(size), rank, device)
+        self.inboxes = self._connect_inboxes()
         torch.cuda.synchronize(device)  # its counters are zeros, for streams that wait for nothing
+
+    def _connect_inboxes(self) -> Inboxes:
+        """Those of the whole group, as seen here."""
+        return self._kernels.Inboxes.of(self._share_inboxes(self.size), self.rank, self.device)
 
     def _share_inboxes(self, size: int) -> list[int]:
         """Every rank makes one, with room for `size` ranks' messages. Returns all addresses, as seen here."""
