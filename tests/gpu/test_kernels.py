@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import LlamaConfig, Qwen3Config
 
 from tests.model.helpers import CPU, SPEC, Work, make_batch, shuffled_tables, tiny_model
-from tests.model.test_sampling import logits_of, rows_of
+from tests.model.test_sampling import logits_of, rows_of, through_slots
 from tpworker.model import kernels
 from tpworker.model.attention import choose, flash
 from tpworker.model.attention.paged import PagedAttention
@@ -412,8 +412,9 @@ def batch_to(batch: Batch, device: torch.device) -> Batch:
 @on_gpu
 @pytest.mark.parametrize(
     "mode",
-    [SamplingMode(False, False, False), SamplingMode(True, False, False), SamplingMode(True, True, True)],
-)
+    [SamplingMode(random, truncate, suppress)
+     for random, truncate in ((False, False), (True, False), (True, True)) for suppress in (False, True)],
+)  # fmt: skip
 def test_sampling_in_a_graph(mode: SamplingMode) -> None:
     """Whole `sample`, captured: the CPU's tokens, also after the rows' seeds and positions have changed."""
     count, vocab = 16, 5000
@@ -422,7 +423,8 @@ def test_sampling_in_a_graph(mode: SamplingMode) -> None:
     top_p, top_k = ([0.9, 1.0] * 8, [0, 20, 7, 0] * 4) if mode.truncate else (1.0, 0)
     stops = [[1, 2, int(logits[0].argmax())]]
     rows = rows_of(count, temperature, top_p, top_k, min_length=20 * mode.suppress, stop_ids=stops)
-    there, source, work = on_device(rows), logits.to(DEVICE), torch.empty_like(logits, device=DEVICE)
+    there, source = through_slots(rows, mode, DEVICE), logits.to(DEVICE)
+    work = torch.empty_like(logits, device=DEVICE)
 
     def step() -> Tensor:
         return sample(work.copy_(source), there, mode, 0, SoleRank())
@@ -432,8 +434,8 @@ def test_sampling_in_a_graph(mode: SamplingMode) -> None:
     for seed in range(4):
         rows.seed += seed
         rows.position += 9 * seed
-        there.seed.copy_(rows.seed)
-        there.position.copy_(rows.position)
+        for ours, theirs in ((there.seed, rows.seed), (there.position, rows.position)):
+            ours.copy_(theirs[: len(ours)])  # none where the mode does not look at it
         graph.replay()
         equal += int((tokens.cpu() == sample(logits.float(), rows, mode, 0, SoleRank())).sum())
     assert equal >= 4 * count - 1  # logarithms of CPU and GPU may round apart
@@ -720,7 +722,7 @@ def test_a_decoder_on_cuda(name: str, is_split: bool, block_size: int, tmp_path:
 def test_padding_is_minus_infinity_and_never_sampled() -> None:
     logits = torch.zeros(4, 64, dtype=torch.bfloat16, device=DEVICE)
     logits[:, 60:] = -torch.inf
-    rows = on_device(rows_of(4, [0.0, 0.5, 1.0, 9.0]))
+    rows = through_slots(rows_of(4, [0.0, 0.5, 1.0, 9.0]), SamplingMode(True, False, False), DEVICE)
     tokens = sample(logits, rows, SamplingMode(True, False, False), 0, SoleRank())
     assert int(tokens.max()) < 60
     assert int(tokens[0]) == 0

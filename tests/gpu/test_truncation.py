@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.model.helpers import run_ranks
-from tests.model.test_sampling import rows_of
+from tests.model.test_sampling import rows_of, through_slots
 from tpworker.model import sampling
 from tpworker.model.sampling import SamplingMode, SamplingRows, sample
 from tpworker.model.tp import Collectives
@@ -44,16 +44,13 @@ def logits_like(kind: str, vocab_size: int, dtype: torch.dtype) -> Tensor:
     return logits.to(dtype).cuda()
 
 
-def on_device(rows: SamplingRows) -> SamplingRows:
-    return SamplingRows(*(getattr(rows, name).cuda() for name in SamplingRows.__slots__))
-
-
 def every_kind() -> SamplingRows:
     """All pairs of TOP_P and TOP_K, and a row of temperature 0 in between."""
     pairs = [(p, k) for p in TOP_P for k in TOP_K]
     picked = [pairs[row % len(pairs)] for row in range(ROWS)]
     temperatures = [0.0 if row == 10 else (0.7, 1.0, 1.6)[row % 3] for row in range(ROWS)]
-    return on_device(rows_of(ROWS, temperatures, [p for p, _ in picked], [k for _, k in picked]))
+    rows = rows_of(ROWS, temperatures, [p for p, _ in picked], [k for _, k in picked])
+    return through_slots(rows, TRUNCATED, torch.device("cuda"))
 
 
 def reference(logits: Tensor, rows: SamplingRows) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import fields
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from tests.model.helpers import run_ranks
 from tpworker.model import sampling
 from tpworker.model.sampling import SamplingMode, SamplingRows, gumbel_noise, sample
 from tpworker.model.tp import Collectives
+from tpworker.rank.slots import SlotTable
 
 GREEDY = SamplingMode(random=False, truncate=False, suppress=False)
 RANDOM = SamplingMode(random=True, truncate=False, suppress=False)
@@ -48,6 +50,20 @@ def rows_of(
     )
 
 
+def through_slots(rows: SamplingRows, mode: SamplingMode, device: torch.device | None = None) -> SamplingRows:
+    """These rows as a rank has them: gathered from its slot table, without what the mode does not look at."""
+    count = len(rows.seed)
+    table = SlotTable(count, 1, device or torch.device("cpu"))
+    for field in fields(rows):
+        column = getattr(rows, field.name)
+        there = getattr(table, field.name)[:count]
+        (there[:, : column.shape[1]] if column.dim() == 2 else there).copy_(column)
+    gathered = table.sampling_rows(torch.arange(count, device=device), mode)
+    if mode == GREEDY:
+        assert not any(len(getattr(gathered, field.name)) for field in fields(gathered))
+    return gathered
+
+
 def sample_at(size: int, logits: Tensor, rows: SamplingRows, mode: SamplingMode) -> Tensor:
     """Split logits [R, V] over `size` ranks, padded with -inf, and sample. All ranks must agree."""
     count, vocab_size = logits.shape
@@ -55,10 +71,11 @@ def sample_at(size: int, logits: Tensor, rows: SamplingRows, mode: SamplingMode)
     local = -(-local // 8) * 8
     full = torch.full((count, size * local), -math.inf)
     full[:, :vocab_size] = logits
+    there = through_slots(rows, mode)
 
     def main(collectives: Collectives) -> Tensor:
         start = collectives.rank * local
-        return sample(full[:, start : start + local].clone(), rows, mode, start, collectives)
+        return sample(full[:, start : start + local].clone(), there, mode, start, collectives)
 
     results = run_ranks(size, main)
     assert all(torch.equal(result, results[0]) for result in results)

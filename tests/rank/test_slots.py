@@ -1,12 +1,17 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
+import pytest
 import torch
 
+from tests.model.helpers import run_ranks
+from tests.model.test_sampling import logits_of, reference_tokens, rows_of
 from tests.scheduler.helpers import sampling
 from tpworker.ipc.messages import Admission, Grant, pack_int32
-from tpworker.model.sampling import SamplingMode
+from tpworker.model.sampling import SamplingMode, sample
+from tpworker.model.tp import Collectives
 from tpworker.rank.device import CpuDevice
 from tpworker.rank.slots import MAX_STOP_IDS, SlotTable
 from tpworker.rank.staging import StagingPool
@@ -94,3 +99,64 @@ def test_sampling_rows_are_gathered() -> None:
     rows = table.sampling_rows(torch.tensor([3, 1]), SamplingMode(True, True, True))
     assert rows.seed.tolist() == [3, 1]
     assert rows.position.tolist() == [10, 20]
+
+
+GREEDY: dict[str, Any] = {"temperature": 0.0}
+PLAIN: dict[str, Any] = {"temperature": 0.7}
+# What people ask for, and sets that end before, at and after each of the constants of sampling.
+TRUNCATED: tuple[dict[str, Any], ...] = (
+    {"temperature": 1.0, "top_p": 0.95},
+    {"temperature": 0.7, "top_p": 0.9, "top_k": 40},
+    {"temperature": 1.0, "top_k": 40},
+    {"temperature": 5.0, "top_p": 0.999},
+    *({"temperature": 100.0, "top_k": top_k} for top_k in (255, 256, 257, 2000)),
+)
+SUPPRESSED: dict[str, Any] = {"min_tokens": 3, "stop_ids": pack_int32([0, 5, 11])}
+BATCHES: dict[str, tuple[dict[str, Any], ...]] = {
+    "greedy": (GREEDY, GREEDY),
+    "random": (PLAIN, GREEDY),
+    "truncated": (*TRUNCATED, PLAIN, GREEDY),
+    "greedy, suppressed": ({**GREEDY, **SUPPRESSED}, GREEDY),
+    "random, suppressed": ({**PLAIN, **SUPPRESSED}, PLAIN, GREEDY),
+    "truncated, suppressed": (*({**kind, **SUPPRESSED} for kind in TRUNCATED), *TRUNCATED, PLAIN, GREEDY),
+}
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("vocab_size", [40, 256, 257, 3000, 49152])
+def test_from_admissions_to_tokens(batch: str, vocab_size: int) -> None:
+    """Every mode, with what the table gives that mode and nothing else: the tokens of the definition."""
+    kinds = [sampling(**{"seed": seed, **kind}) for seed, kind in enumerate(BATCHES[batch])]
+    count = len(kinds)
+    table = SlotTable(count, 8, torch.device("cpu"))
+    apply(table, [admission(slot, sampling=kind) for slot, kind in enumerate(kinds)], [])
+    table.position[:count] = 12  # below the prompt of 10 and its min_tokens
+    mode = table.sampling_mode(range(count))
+    is_truncated, is_suppressed = batch.startswith("truncated"), batch.endswith("suppressed")
+    assert mode == SamplingMode(not batch.startswith("greedy"), is_truncated, is_suppressed)
+
+    logits = logits_of(count, vocab_size, scale=1.0, seed=vocab_size)
+    logits[:, [0, 5, 11]] += 4  # which suppression has to keep down
+    local = vocab_size // 2 + 8
+    halves = torch.full((2, count, local), -torch.inf)
+    halves[0], halves[1, :, : vocab_size - local] = logits[:, :local], logits[:, local:]
+
+    def main(collectives: Collectives) -> list[int]:
+        rows = table.sampling_rows(torch.arange(count), mode)
+        rank = collectives.rank
+        return sample(halves[rank].clone(), rows, mode, rank * local, collectives).tolist()
+
+    for slot, kind in enumerate(kinds):
+        if kind.min_tokens:
+            logits[slot, [0, 5, 11]] = -torch.inf
+    expected = reference_tokens(
+        logits,
+        rows_of(
+            count,
+            [kind.temperature for kind in kinds],
+            [kind.top_p for kind in kinds],
+            [kind.top_k for kind in kinds],
+            position=12,
+        ),
+    )
+    assert run_ranks(2, main) == [expected, expected]

@@ -23,7 +23,7 @@ GREEDY_BELOW = 1e-5  # a lower temperature is greedy: its quotients would overfl
 
 @dataclass(slots=True)
 class SamplingRows:
-    """Sampling parameters on the device, one row a sampled token."""
+    """Sampling parameters on the device, one row a sampled token; empty what the mode does not need."""
 
     temperature: Tensor  # float32 [R]; below GREEDY_BELOW: greedy
     top_p: Tensor  # float32 [R], above 0; 1 or more: all
@@ -32,6 +32,11 @@ class SamplingRows:
     position: Tensor  # int64 [R], of the token being sampled, in its sequence
     min_length: Tensor  # int64 [R], stop ids are suppressed while position < min_length
     stop_ids: Tensor  # int64 [R, K], -1: none
+
+    def select(self, rows: Tensor) -> SamplingRows:
+        """Some of the rows (int64 [n]), in that order; what is empty stays so."""
+        columns = (getattr(self, field.name) for field in fields(self))
+        return SamplingRows(*(column[rows] if len(column) else column for column in columns))
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,8 +139,7 @@ def _sample_truncated(full: Tensor, rows: SamplingRows, is_truncated: Tensor) ->
     token, fits = _sample_ranked(full, rows, _NUM_CANDIDATES)
     large = (is_truncated & ~fits).nonzero()[:, 0]
     if large.numel():
-        selected = SamplingRows(*(getattr(rows, field.name)[large] for field in fields(rows)))
-        token[large] = _sample_ranked(full[large], selected, full.shape[1])[0]
+        token[large] = _sample_ranked(full[large], rows.select(large), full.shape[1])[0]
     return token
 
 
