@@ -35,7 +35,7 @@ class Linear:
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.bias = bias
         self.is_packed = can_pack(weight.device, weight.dtype)
-        self._doubles_a_row = self.is_packed and weight.shape[1] > _SHORT_ROW
+        self._fewest_rows = 2 if weight.shape[1] > _SHORT_ROW else 1
         if self.is_packed:
             weight = torch.ops.mkldnn._reorder_linear_weight(weight, _PACK_ROWS)
         elif weight.is_cuda:
@@ -47,11 +47,7 @@ class Linear:
         if self.weight.is_cuda:
             return self._multiply_on_cuda(x, gated=False)
         x = tensor_of(x)
-        if not self.is_packed:
-            return F.linear(x, self.weight, self.bias)
-        if self._doubles_a_row and x.shape[0] == 1:
-            return self._multiply_packed(x.repeat(2, 1))[:1]
-        return self._multiply_packed(x)
+        return self._multiply_packed(x) if self.is_packed else F.linear(x, self.weight, self.bias)
 
     def gated(self, x: Tensor | Normed) -> Tensor:
         """silu(gate) * up, [T, F], of a product [T, 2 F], gate then up."""
@@ -89,8 +85,23 @@ class Linear:
             yield self.bias
 
     def _multiply_packed(self, x: Tensor) -> Tensor:
+        count = len(x)
+        padded = max(padded_rows(count), self._fewest_rows)
+        if padded > count:
+            x = F.pad(x, (0, 0, 0, padded - count))
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-        return y
+        return y[:count]
+
+
+def padded_rows(count: int) -> int:
+    """The number of rows that a packed product has for `count` of them: four between powers of two.
+
+    oneDNN compiles and keeps a kernel with its buffers, a MB or more, for every number of rows and shape of
+    weights. Beyond a thousand it makes them again and again, and memory grows without end: to 4 GB with the
+    default model's products. These are 32 sizes up to 512 rows; on average a tenth of them is padding.
+    """
+    step = 1 << max(0, count.bit_length() - 3)
+    return -(-count // step) * step
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
