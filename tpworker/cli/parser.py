@@ -1,154 +1,15 @@
-"""The command line: `tpworker serve …`, `tpworker doctor …`.
-
-Importing this, and being told of a mistake in an option, takes an instant: what serving needs is imported
-when it is needed.
-"""
+"""The options and their help, for argparse."""
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import dataclasses
-import logging
-import os
-import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from tpworker.config import RuntimeConfig
-from tpworker.errors import ConfigError, InvalidRequest, ModelError, TpworkerError
 
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 8000
-
-_SERVER_PACKAGES = ("fastapi", "starlette", "pydantic", "uvicorn", "prometheus_client")
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the command line says, checked."""
-
-    config: RuntimeConfig
-    host: str
-    port: int
-    served_model_name: str | None
-    api_key: str | None
-    ask: str | None
-
-
-@dataclass(frozen=True)
-class DoctorOptions:
-    """What the command line of `tpworker doctor` says, checked."""
-
-    config: RuntimeConfig
-    as_json: bool
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit status: 0, or 2 for a mistake of the user's, or 1 for a failure."""
-    try:
-        options = parse(arguments)
-        logging.basicConfig(format="%(asctime)s tpworker %(levelname)s %(message)s", level=logging.WARNING)
-        if isinstance(options, DoctorOptions):
-            from tpworker.observe.doctor import run_doctor
-
-            return run_doctor(options.config, options.as_json)
-        return _serve(options) if options.ask is None else _ask(options, options.ask)
-    except (ConfigError, ModelError, InvalidRequest) as error:
-        print(f"tpworker: error: {error}", file=sys.stderr)
-        return 2
-    except TpworkerError as error:
-        print(f"tpworker: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # whoever read the answer has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-
-
-# ----------------------------------------------------------------------------------- options
-
-
-def parse(arguments: Sequence[str] | None = None) -> Options | DoctorOptions:
-    """Read the command line.
-
-    Raises:
-        ConfigError: a value out of range, or an option that has no effect beside the others.
-        SystemExit: what argparse itself finds, or --help.
-    """
-    parser = _parser()
-    known, unknown = parser.parse_known_args(arguments)
-    if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}{_hint(unknown[0])}")
-    given = vars(known)
-    command = given.pop("command")
-    given.setdefault("tensor_parallel_size", _default_tensor_parallel_size(given.get("device", "auto")))
-    return _doctor_options(given) if command == "doctor" else _serve_options(given)
-
-
-def _hint(unknown: str) -> str:
-    """What somebody may have meant who knows other command lines."""
-    if not unknown.startswith("-"):
-        return f" (use --model {unknown})"
-    if unknown.partition("=")[0] in ("--tp", "--tp-size", "--tensor-parallel"):
-        return " (use -tp or --tensor-parallel-size)"
-    return ""
-
-
-def _doctor_options(given: dict[str, Any]) -> DoctorOptions:
-    as_json = given.pop("json", False)
-    for name in given:
-        if "model" not in given and name not in ("device", "tensor_parallel_size"):
-            raise ConfigError(f"--{name.replace('_', '-')} has no effect without --model: leave it out")
-    return DoctorOptions(RuntimeConfig(**given), as_json)
-
-
-def _serve_options(given: dict[str, Any]) -> Options:
-    lookahead = _lookahead(given.pop("enable_overlap_schedule", None), given.get("lookahead"))
-    if lookahead is not None:
-        given["lookahead"] = lookahead
-    serving = {
-        name: given.pop(name) for name in ("host", "port", "served_model_name", "api_key") if name in given
-    }
-    ask = given.pop("ask", None)
-    if ask is not None:
-        for name in [*serving, *({"max_queue"} & given.keys())]:
-            raise ConfigError(
-                f"--{name.replace('_', '-')} has no effect with --ask, which serves nobody: leave it out"
-            )
-    if not 0 <= serving.get("port", DEFAULT_PORT) <= 65535:
-        raise ConfigError(f"--port {serving['port']}: must be from 0 (any that is free) to 65535")
-    if "" in (serving.get("api_key"), serving.get("served_model_name"), ask):
-        raise ConfigError("--api-key, --served-model-name and --ask must not be empty: leave them out")
-    return Options(
-        RuntimeConfig(**given),
-        serving.get("host", DEFAULT_HOST),
-        serving.get("port", DEFAULT_PORT),
-        serving.get("served_model_name"),
-        serving.get("api_key"),
-        ask,
-    )
-
-
-def _lookahead(overlap: bool | None, lookahead: int | None) -> int | None:
-    if overlap is False and lookahead:
-        raise ConfigError(
-            f"--lookahead {lookahead} has no effect with --no-enable-overlap-schedule: leave out one"
-        )
-    if overlap is True and lookahead == 0:
-        raise ConfigError(
-            "--lookahead 0 switches off what --enable-overlap-schedule switches on: leave out one"
-        )
-    return 0 if overlap is False else lookahead
-
-
-def _default_tensor_parallel_size(device: str) -> int:
-    """2 on the CPU, where a rank costs little; on GPUs 1, for each rank takes a whole one."""
-    from tpworker.observe.gpus import count_gpus
-
-    return 2 if device == "cpu" or (device == "auto" and not count_gpus()) else 1
 
 
 class _Version(argparse.Action):
@@ -161,7 +22,8 @@ class _Version(argparse.Action):
         parser.exit()
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of `tpworker`; options that are not given are missing in what it returns."""
     parser = argparse.ArgumentParser(
         prog="tpworker", description="A tensor-parallel runtime for LLM serving.", allow_abbrev=False
     )
@@ -367,46 +229,3 @@ def _add_server_options(group: _Group) -> None:
     group.add_argument(
         "--ask", metavar="TEXT", help="answer this one question, greedily, on stdout, and exit: no server"
     )
-
-
-# ---------------------------------------------------------------------------------- commands
-
-
-def _serve(options: Options) -> int:
-    try:
-        from tpworker.server import bind, run_server
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] not in _SERVER_PACKAGES:
-            raise
-        raise ConfigError(
-            f"the HTTP server needs the package {error.name}, which is not installed: "
-            "pip install 'tpworker[server]' (--ask works without it)"
-        ) from error
-    from tpworker.runtime import Runtime
-    from tpworker.terminal import StartProgress, ready_text
-
-    listener = bind(options.host, options.port)
-    with StartProgress() as progress:
-        runtime = Runtime(config=options.config, progress=progress)
-
-        def on_ready() -> None:
-            progress.close()
-            port = listener.getsockname()[1]
-            text = ready_text(
-                runtime, options.host, port, options.served_model_name, options.api_key is not None
-            )
-            print(text, file=sys.stderr, flush=True)
-
-        asyncio.run(
-            run_server(runtime, listener, options.served_model_name, options.api_key, on_ready=on_ready)
-        )
-    return 0
-
-
-def _ask(options: Options, question: str) -> int:
-    from tpworker.ask import answer
-    from tpworker.terminal import StartProgress
-
-    with StartProgress() as progress:
-        asyncio.run(answer(options.config, question, progress))
-    return 0
