@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from tpworker.ipc.barrier import Barrier
+from tpworker.ipc.limits import usable_cores
 from tpworker.model.decoder import Batch, Decoder, KVCache
 from tpworker.model.families import read_spec
 from tpworker.model.sampling import SamplingMode, SamplingRows, sample
@@ -77,7 +78,7 @@ def start_ranks(size: int) -> int:
 
 def run_rank(arguments: argparse.Namespace) -> None:
     size, rank = arguments.tp, arguments.rank
-    torch.set_num_threads(arguments.threads or max(1, len(os.sched_getaffinity(0)) // size))
+    torch.set_num_threads(arguments.threads or max(1, usable_cores() // size))
     collectives = connect(*arguments.fds, rank, size, 60.0)
     spec = read_spec(arguments.model)
     shard = Shard.of(spec, rank, size)

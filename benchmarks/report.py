@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from tpworker.ipc.limits import usable_cores
 from tpworker.observe.nvml import Nvml, NvmlUnavailable
 
 
@@ -52,7 +53,7 @@ def machine(commit: str | None = None) -> dict[str, Any]:
             break
     return {
         "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": usable_cores(),
         "kernel": platform.release(),
         "python": platform.python_version(),
         "torch": importlib.metadata.version("torch"),

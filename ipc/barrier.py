@@ -45,13 +45,13 @@ word slept on), whatever else goes wrong.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
 from tpworker.ipc import futex
+from tpworker.ipc.limits import usable_cores
 from tpworker.ipc.memory import LINE, WORD, SharedWords
 
 _SIGNATURE = int.from_bytes(b"tpwbarr1", "little")
@@ -108,10 +108,10 @@ class BarrierAborted(BarrierError):
 def default_spin(num_ranks: int) -> float:
     """Seconds to spin: SPIN if every rank can have a core of its own, else 0 (it would starve its peers).
 
-    The cores are those that this process may use. Pin a rank to a core of its own after it has attached,
-    or say `spin`.
+    The cores are those that this process may use, within its container's limit. Pin a rank to a core of its
+    own after it has attached, or say `spin`.
     """
-    return SPIN if len(os.sched_getaffinity(0)) >= num_ranks else 0.0
+    return SPIN if usable_cores() >= num_ranks else 0.0
 
 
 @dataclass(slots=True)

@@ -49,7 +49,7 @@ def gpu_machine(monkeypatch: pytest.MonkeyPatch) -> FakeNvml:
     monkeypatch.setattr(
         libraries.importlib.util, "find_spec", lambda name: SimpleNamespace() if name in here else found(name)
     )
-    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda pid: set(range(64)))
+    monkeypatch.setattr(machine, "usable_cores", lambda: 64)
     return library
 
 
@@ -332,6 +332,19 @@ def test_cores(device: str, ranks: int, cores: int, state: str) -> None:
     assert machine._cores("cpu", 1, 2).found == "2 for 1 rank"
 
 
+def test_a_containers_cpu_limit_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "usable_cores", lambda: 2)
+    monkeypatch.setattr(machine, "cpu_quota", lambda: 2.5)
+    (check,) = [check for check in machine.check_machine("cpu", 4) if check.subject == "cores"]
+    assert check == Check(
+        "cores",
+        "warning",
+        "2 for 4 ranks (the container's CPU limit is 2.5): they take turns, and get slower",
+        "use fewer ranks: -tp 2, or raise the limit",
+    )
+    assert machine._cores("cpu", 2, 2, 64.0).found == "2 for 2 ranks", "taskset, not the container"
+
+
 def test_shm(monkeypatch: pytest.MonkeyPatch) -> None:
     for free, state in ((64 << 20, "warning"), (1 << 30, "ok")):
         monkeypatch.setattr(
@@ -397,10 +410,10 @@ def test_a_model_that_does_not_fit() -> None:
 
 
 def test_a_model_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    import tpworker.rank.device
+    import tpworker.ipc.limits
 
     for available, state in ((64 * GIB, "ok"), (15 * GIB, "missing")):
-        monkeypatch.setattr(tpworker.rank.device, "available_bytes", lambda available=available: available)
+        monkeypatch.setattr(tpworker.ipc.limits, "available_bytes", lambda available=available: available)
         check = model_checks("cpu", tensor_parallel_size=2)["memory"]
         assert check.state == state
         assert "TP ranks" not in str(check.remedy), "they would share the same memory"

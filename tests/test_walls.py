@@ -72,7 +72,7 @@ def test_families_import_no_torch() -> None:
 
 def test_observing_needs_no_torch_and_no_other_process() -> None:
     assert not ours(
-        "tpworker/observe", "tpworker.observe", "tpworker.ipc", "tpworker.model", "tpworker.rank.device",
+        "tpworker/observe", "tpworker.observe", "tpworker.ipc", "tpworker.model",
         "tpworker.config", "tpworker.errors", "tpworker.loading", "tpworker.settings",
     )  # fmt: skip
     for_the_size_of_a_model = {"tpworker/observe/model_check.py"}

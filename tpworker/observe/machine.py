@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 
 from tpworker.ipc.futex import sleeper
+from tpworker.ipc.limits import cpu_quota, usable_cores
 from tpworker.ipc.memory import SharedWords
 from tpworker.observe.check import Check, missing, ok, warning
 
@@ -36,7 +37,7 @@ def check_machine(device: str, num_ranks: int) -> Iterator[Check]:
         yield _shm(num_ranks)
     yield _descriptors(num_ranks)
     yield _locked_memory()
-    yield _cores(device, num_ranks, len(os.sched_getaffinity(0)))
+    yield _cores(device, num_ranks, usable_cores(), cpu_quota())
 
 
 def _kernel() -> Check:
@@ -144,13 +145,17 @@ def _ranks(number: int) -> str:
     return "1 rank" if number == 1 else f"{number} ranks"
 
 
-def _cores(device: str, num_ranks: int, cores: int) -> Check:
-    found = f"{cores} for {_ranks(num_ranks)}"
+def _cores(device: str, num_ranks: int, cores: int, quota: float | None = None) -> Check:
+    """`quota`: cores' worth of time that a control group allows, perhaps why there are so few `cores`."""
+    is_limited = quota is not None and quota < cores + 1
+    limit = f" (the container's CPU limit is {quota:g})" if is_limited else ""
+    found = f"{cores} for {_ranks(num_ranks)}{limit}"
     wanted = num_ranks if device == "cpu" else 2 * num_ranks + 2
     if cores >= wanted:
         return ok("cores", found)
     if device == "cpu":
-        return warning("cores", f"{found}: they take turns, and get slower", f"use fewer ranks: -tp {cores}")
+        remedy = f"use fewer ranks: -tp {cores}" + ", or raise the limit" * is_limited
+        return warning("cores", f"{found}: they take turns, and get slower", remedy)
     return warning(
         "cores",
         f"{found}: each wants one to launch steps and one to publish, scheduler and server one each",

@@ -101,7 +101,7 @@ def _memory(config: RuntimeConfig, spec: ModelSpec, length: int, device: str, gp
         room = int((min(free) - CONTEXT_BYTES - weights) * config.gpu_memory_utilization)
         place = f"{min(free) / _GIB:.1f} GiB free on the GPU that has least"
     else:
-        from tpworker.rank.device import available_bytes
+        from tpworker.ipc.limits import available_bytes
 
         available = available_bytes()
         room = int((available - num_ranks * weights) // 2 // num_ranks * config.gpu_memory_utilization)
@@ -114,7 +114,7 @@ def _memory(config: RuntimeConfig, spec: ModelSpec, length: int, device: str, gp
         f"{place}; a rank has {weights / _GIB:.2f} GiB of weights, and KV blocks for {tokens} tokens beside "
         f"them ({block / config.block_size / 1024:.1f} KiB a token)"
     )
-    more = "take more TP ranks" if device == "cuda" else "end other programs"  # ranks on the CPU share it
+    more = "take more TP ranks" if device == "cuda" else "end other programs or raise the container's limit"
     if tokens < config.block_size:
         return missing("memory", told, f"{more}, or take a smaller model")
     if tokens < length:

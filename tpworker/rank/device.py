@@ -12,17 +12,16 @@ delays every piece of work, on both streams, at random, and must change no outpu
 
 from __future__ import annotations
 
-import contextlib
-import os
 import queue
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from tpworker.ipc.limits import available_bytes
 
 
 class Event(Protocol):
@@ -214,21 +213,3 @@ class CpuDevice:
     def close(self) -> None:
         for stream in (self.uploads, self.compute, self.copies):
             stream.close()
-
-
-def available_bytes(group: Path = Path("/sys/fs/cgroup")) -> int:
-    """What the kernel says can be had without swapping, within this process's control group."""
-    with open("/proc/meminfo") as meminfo:
-        fields = dict(line.split(":", 1) for line in meminfo)
-    available = int(fields["MemAvailable"].split()[0]) * 1024
-    with contextlib.suppress(OSError, ValueError, KeyError):  # no limit ("max"), or no control groups
-        limit, current = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
-        kinds = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        cached = int(kinds["active_file"]) + int(kinds["inactive_file"])  # e.g. checkpoints that were read
-        available = min(available, limit - current + cached)
-    return max(0, available)
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0))

@@ -25,6 +25,7 @@ from tpworker.ipc.barrier import Barrier
 from tpworker.ipc.board import Board, Field, Phase, Row
 from tpworker.ipc.channels import Channel, ChannelError, close_all
 from tpworker.ipc.child import RankBoot, RankSettings, Report, board_names, write_report
+from tpworker.ipc.limits import available_bytes, usable_cores
 from tpworker.ipc.messages import Allocate, RankLoaded, RankReady, expect
 from tpworker.model.decoder import Decoder
 from tpworker.model.families import ModelSpec, read_spec
@@ -32,7 +33,7 @@ from tpworker.model.kv_cache import KVCache
 from tpworker.model.tp import Collectives, Shard
 from tpworker.model.weights import DecoderWeights, dummy_weights, load_weights
 from tpworker.rank.collectives import connect
-from tpworker.rank.device import CpuDevice, Device, StreamBroken, available_bytes, usable_cores
+from tpworker.rank.device import CpuDevice, Device, StreamBroken
 from tpworker.rank.loop import RankLoop
 from tpworker.rank.publisher import Publisher
 from tpworker.rank.runner import Runner
@@ -226,7 +227,10 @@ def check_room(boot: RankBoot, device: Device, wanted: int) -> None:
         held = sum(row[Field.WEIGHTS] for row in board.rows())
         free = (available_bytes() + held) // boot.num_ranks
         place = "are available" + (f" for each of {boot.num_ranks} ranks" if boot.num_ranks > 1 else "")
-        remedy = "take a smaller model, or a --dtype of fewer bytes, or end other programs"
+        remedy = (
+            "take a smaller model or a --dtype of fewer bytes, end other programs, or raise the container's "
+            "memory limit"
+        )
     if wanted > free:
         raise ConfigError(
             f"no memory for the weights: a rank's take {wanted / _GIB:.2f} GiB, and {free / _GIB:.2f} GiB "

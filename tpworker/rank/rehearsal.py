@@ -24,7 +24,7 @@ from typing import Any
 
 import triton
 
-from tpworker.rank.device import usable_cores
+from tpworker.ipc.limits import usable_cores
 
 logger = logging.getLogger(__name__)
 
