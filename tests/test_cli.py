@@ -12,8 +12,8 @@ import pytest
 
 import tpworker.observe.gpus
 from tpworker import cli
-from tpworker.config import RuntimeConfig
-from tpworker.errors import ConfigError
+from tpworker.config import RuntimeConfig, SamplingParams
+from tpworker.errors import ConfigError, InvalidRequest
 
 ROOT = Path(__file__).parents[1]
 
@@ -220,7 +220,9 @@ def test_what_cannot_be_is_one_line_and_status_2(
     assert error.count("\n") == 1
 
 
-@pytest.mark.parametrize("arguments", ["", "serve --max-num", "serve --port x", "serve --device tpu", "sing"])
+@pytest.mark.parametrize(
+    "arguments", ["", "serve --max-num-seqs", "serve --port x", "serve --device tpu", "sing"]
+)
 def test_what_argparse_finds_is_status_2(capsys: pytest.CaptureFixture[str], arguments: str) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.main(arguments.split())
@@ -228,22 +230,99 @@ def test_what_argparse_finds_is_status_2(capsys: pytest.CaptureFixture[str], arg
     assert "usage: tpworker" in capsys.readouterr().err
 
 
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line that is said of a command line that cannot be."""
+    assert cli.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("tpworker: error: ")
+    assert error.count("\n") == 1
+    return error.removeprefix("tpworker: error: ").rstrip()
+
+
+def test_a_model_may_come_first(capsys: pytest.CaptureFixture[str]) -> None:
+    assert parse("some/model").config.model == "some/model"
+    assert parse("some/model", "-tp", "4").config == RuntimeConfig(model="some/model", tensor_parallel_size=4)
+    options = cli.parse(["doctor", "some/model", "--json"])
+    assert options.config.model == "some/model"
+    assert refused(capsys, "serve", "a/b", "--model", "c/d") == (
+        "a model is named twice, 'a/b' and by '--model': leave out one"
+    )
+    assert "named twice" in refused(capsys, "serve", "a/b", "--port", "1", "--model=c/d")
+    assert refused(capsys, "serve", "") == refused(capsys, "serve", "--model", "")
+
+
+# ------------------------------------------------------------------------------------ odd values
+
+
 @pytest.mark.parametrize(
-    ("arguments", "hint"),
+    ("seqs", "tokens", "remedy"),
     [
-        ("serve some/model", "(use --model some/model)"),
-        ("doctor some/model -tp 2", "(use --model some/model)"),
-        ("serve --tp 4", "(use -tp or --tensor-parallel-size)"),
-        ("serve --tensor-parallel=4", "(use -tp or --tensor-parallel-size)"),
+        (600, None, "raise max_num_batched_tokens to 600 or more, or lower max_num_seqs to 512 or less"),
+        (None, 32, "raise max_num_batched_tokens to 64 or more, or lower max_num_seqs to 32 or less"),
     ],
 )
-def test_what_other_command_lines_have_is_hinted_at(
-    capsys: pytest.CaptureFixture[str], arguments: str, hint: str
+def test_slots_and_tokens_of_a_step_that_do_not_go_together(
+    capsys: pytest.CaptureFixture[str], seqs: int | None, tokens: int | None, remedy: str
 ) -> None:
-    with pytest.raises(SystemExit) as caught:
-        cli.main(arguments.split())
-    assert caught.value.code == 2
-    assert hint in capsys.readouterr().err
+    given = {"--max-num-seqs": seqs, "--max-num-batched-tokens": tokens}
+    error = refused(capsys, "serve", *(f"{flag}={value}" for flag, value in given.items() if value))
+    assert error.startswith(f"max_num_seqs={seqs or 64} is more than max_num_batched_tokens={tokens or 512}")
+    assert error.endswith(remedy)
+
+
+@pytest.mark.parametrize("host", ["", "a..b", "x" * 64, "http://localhost", "0.0.0.0:80", "a\nb", "::g"])
+def test_hosts_that_cannot_be(capsys: pytest.CaptureFixture[str], host: str) -> None:
+    error = refused(capsys, "serve", "--host", host)
+    assert error.startswith(f"--host {host!r}: must be an IP address or a name")
+
+
+@pytest.mark.parametrize(
+    ("host", "meant"),
+    [
+        ("::1", "::1"),
+        ("[::1]", "::1"),
+        ("::", "::"),
+        ("fe80::1%eth0", "fe80::1%eth0"),
+        ("localhost", "localhost"),
+    ],
+)
+def test_hosts_that_can_be(host: str, meant: str) -> None:
+    assert parse("--host", host).host == meant
+
+
+@pytest.mark.parametrize("flag", ["--gpu-memory-utilization", "--step-timeout", "--start-timeout"])
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e999", "9" * 5000])
+def test_numbers_that_are_none(capsys: pytest.CaptureFixture[str], flag: str, value: str) -> None:
+    error = refused(capsys, "serve", f"{flag}={value}")
+    assert error.startswith(f"{flag.removeprefix('--').replace('-', '_')}={float(value)}: must be ")
+
+
+@pytest.mark.parametrize("flag", ["--seed", "--port", "--max-num-seqs", "--max-queue", "-tp", "--block-size"])
+@pytest.mark.parametrize("digits", [30, 4000, 5000])
+def test_integers_of_any_length(capsys: pytest.CaptureFixture[str], flag: str, digits: int) -> None:
+    """Python itself reads and writes none of more than 4,300 digits."""
+    try:
+        status = cli.main(["serve", flag, "9" * digits])
+    except SystemExit as exit:
+        status = exit.code  # type: ignore[assignment]
+    assert status == 2
+    error = capsys.readouterr().err
+    assert "must be " in error
+    assert len(error) < 300
+
+
+def test_an_embedder_may_write_any_integer_too() -> None:
+    with pytest.raises(ConfigError, match=r"seed=a number of thousands of digits: must be from 0 to"):
+        RuntimeConfig(seed=10**5000)
+    with pytest.raises(InvalidRequest, match=r"top_k=a number of thousands of digits: must be an integer"):
+        SamplingParams(top_k=10**5000)
+
+
+def test_what_is_no_utf_8(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["--model", "/tmp/\udcff"], ["--ask", "\udcff"], ["--host", "\udcff"], ["\udcff"]):
+        assert refused(capsys, "serve", *arguments).endswith("on the command line is not UTF-8, and must be")
+    with pytest.raises(ConfigError, match="in UTF-8"):
+        RuntimeConfig(model="/tmp/\udcff")
 
 
 def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:

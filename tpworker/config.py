@@ -23,6 +23,8 @@ MAX_STOP_IDS = 16  # per request, the model's end-of-sequence ids included: one 
 MAX_STOP_STRINGS = 16
 MAX_SEED = 2**63 - 1
 
+_SHOWN = 80  # characters
+
 _KINDS: dict[str, tuple[type, ...]] = {
     "int": (int,),
     "float": (float, int),
@@ -34,6 +36,24 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "LoadFormat": (str,),
 }
 """What a field of `RuntimeConfig` may be, by its annotation: an integer is no bool, and no float either."""
+
+
+def shown(value: object) -> str:
+    """A value in a message: on one line, and not at any length."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python refuses to write an integer of more than some thousand digits
+        text = "a number of thousands of digits"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}… ({len(text)} characters)"
+
+
+def is_utf8(text: str) -> bool:
+    """Whether it can be written: bytes of a command line that are no UTF-8 come as lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,23 +105,30 @@ class RuntimeConfig:
     def __post_init__(self) -> None:
         def check(ok: bool, name: str, limit: str) -> None:
             if not ok:
-                raise ConfigError(f"{name}={getattr(self, name)!r}: must be {limit}")
+                raise ConfigError(f"{name}={shown(getattr(self, name))}: must be {limit}")
 
         for option in fields(self):
             value, kinds = getattr(self, option.name), _KINDS[str(option.type)]
             check(type(value) in kinds, option.name, " or ".join(sorted(k.__name__ for k in kinds)))
-        check(self.model != "", "model", "a folder or a name on the hub; None is the default model")
+        check(
+            self.model != "" and is_utf8(self.model or ""),
+            "model",
+            "a folder or a name on the hub, in UTF-8; leave it out for the default model",
+        )
         check(1 <= self.tensor_parallel_size <= 64, "tensor_parallel_size", "from 1 to 64")
         check(self.device in ("auto", "cpu", "cuda"), "device", "auto, cpu or cuda")
         check(self.dtype in ("auto", "float32", "bfloat16", "float16"), "dtype",
               "auto, float32, bfloat16 or float16")  # fmt: skip
         check(self.max_model_len is None or self.max_model_len >= 2, "max_model_len", "at least 2")
         check(1 <= self.max_num_seqs <= MAX_NUM_SEQS, "max_num_seqs", f"from 1 to {MAX_NUM_SEQS}")
-        check(
-            self.max_num_seqs <= self.max_num_batched_tokens <= 2**20,
-            "max_num_batched_tokens",
-            f"from max_num_seqs ({self.max_num_seqs}; a decoding request needs one token a step) to {2**20}",
-        )
+        check(1 <= self.max_num_batched_tokens <= 2**20, "max_num_batched_tokens", f"from 1 to {2**20}")
+        if self.max_num_seqs > self.max_num_batched_tokens:  # whichever of the two was set
+            raise ConfigError(
+                f"max_num_seqs={self.max_num_seqs} is more than max_num_batched_tokens="
+                f"{self.max_num_batched_tokens}, and each request that decodes takes one token of a step: "
+                f"raise max_num_batched_tokens to {self.max_num_seqs} or more, or lower max_num_seqs to "
+                f"{self.max_num_batched_tokens} or less"
+            )
         check(0 <= self.lookahead <= MAX_LOOKAHEAD, "lookahead", f"from 0 to {MAX_LOOKAHEAD}")
         check(
             1 <= self.block_size <= 256 and self.block_size & (self.block_size - 1) == 0,
@@ -153,7 +180,7 @@ class SamplingParams:
 
         def check(name: str, ok: bool, limit: str) -> None:
             if not ok:
-                raise InvalidRequest(f"{name}={getattr(self, name)!r}: must be {limit}", parameter=name)
+                raise InvalidRequest(f"{name}={shown(getattr(self, name))}: must be {limit}", parameter=name)
 
         def integer(name: str, low: int, high: int, limit: str, optional: bool = True) -> None:
             value = getattr(self, name)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import ipaddress
+import sys
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tpworker.cli.habits import explain
 from tpworker.cli.parser import DEFAULT_HOST, DEFAULT_PORT, make_parser
-from tpworker.config import RuntimeConfig
+from tpworker.config import RuntimeConfig, is_utf8, shown
 from tpworker.errors import ConfigError
 
 
@@ -38,23 +41,28 @@ def parse(arguments: Sequence[str] | None = None) -> Options | DoctorOptions:
         ConfigError: a value out of range, or an option that has no effect beside the others.
         SystemExit: what argparse itself finds, or --help.
     """
-    parser = make_parser()
-    known, unknown = parser.parse_known_args(arguments)
+    parser, flags = make_parser()
+    words = _with_model_named(list(sys.argv[1:] if arguments is None else arguments), flags)
+    for word in words:
+        if not is_utf8(word):
+            raise ConfigError(f"{shown(word)} on the command line is not UTF-8, and must be")
+    known, unknown = parser.parse_known_args(words)
     if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}{_hint(unknown[0])}")
+        raise ConfigError(explain(unknown, words, flags))
     given = vars(known)
     command = given.pop("command")
     given.setdefault("tensor_parallel_size", _default_tensor_parallel_size(given.get("device", "auto")))
     return _doctor_options(given) if command == "doctor" else _serve_options(given)
 
 
-def _hint(unknown: str) -> str:
-    """What somebody may have meant who knows other command lines."""
-    if not unknown.startswith("-"):
-        return f" (use --model {unknown})"
-    if unknown.partition("=")[0] in ("--tp", "--tp-size", "--tensor-parallel"):
-        return " (use -tp or --tensor-parallel-size)"
-    return ""
+def _with_model_named(words: list[str], commands: Collection[str]) -> list[str]:
+    """A model may come first, without --model: there it can be no option's value."""
+    if len(words) < 2 or words[0] not in commands or words[1].startswith("-"):
+        return words
+    command, model, *rest = words
+    if named := next((word for word in rest if word.partition("=")[0] == "--model"), None):
+        raise ConfigError(f"a model is named twice, {shown(model)} and by {shown(named)}: leave out one")
+    return [command, "--model", model, *rest]
 
 
 def _doctor_options(given: dict[str, Any]) -> DoctorOptions:
@@ -79,17 +87,36 @@ def _serve_options(given: dict[str, Any]) -> Options:
                 f"--{name.replace('_', '-')} has no effect with --ask, which serves nobody: leave it out"
             )
     if not 0 <= serving.get("port", DEFAULT_PORT) <= 65535:
-        raise ConfigError(f"--port {serving['port']}: must be from 0 (any that is free) to 65535")
+        raise ConfigError(f"--port {shown(serving['port'])}: must be from 0 (any that is free) to 65535")
     if "" in (serving.get("api_key"), serving.get("served_model_name"), ask):
         raise ConfigError("--api-key, --served-model-name and --ask must not be empty: leave them out")
     return Options(
         RuntimeConfig(**given),
-        serving.get("host", DEFAULT_HOST),
+        _host(serving.get("host", DEFAULT_HOST)),
         serving.get("port", DEFAULT_PORT),
         serving.get("served_model_name"),
         serving.get("api_key"),
         ask,
     )
+
+
+def _host(text: str) -> str:
+    """An address or a name, an IPv6 address without the brackets that it has in URLs."""
+    host = text[1:-1] if text.startswith("[") and text.endswith("]") else text
+    try:
+        if ":" in host:
+            ipaddress.ip_address(host.partition("%")[0])  # an IPv6 address, perhaps with a zone
+        else:
+            host.encode("idna")  # as looking it up does, with the same errors
+        is_fine = host.isprintable() and not {" ", "/", ""} & {host, *host}
+    except ValueError:
+        is_fine = False
+    if not is_fine:
+        raise ConfigError(
+            f"--host {shown(text)}: must be an IP address or a name, without scheme or port: 127.0.0.1 for "
+            "this machine alone, 0.0.0.0 or :: for all of its addresses"
+        )
+    return host
 
 
 def _lookahead(overlap: bool | None, lookahead: int | None) -> int | None:

@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 from typing import Any
 
-from tpworker.config import RuntimeConfig
+from tpworker.config import RuntimeConfig, shown
 
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 8000
@@ -22,8 +22,11 @@ class _Version(argparse.Action):
         parser.exit()
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The parser of `tpworker`; options that are not given are missing in what it returns."""
+def make_parser() -> tuple[argparse.ArgumentParser, dict[str, dict[str, bool]]]:
+    """The parser of `tpworker`, and of each command the options, and whether they take a value.
+
+    Options that are not given are missing in what the parser returns.
+    """
     parser = argparse.ArgumentParser(
         prog="tpworker", description="A tensor-parallel runtime for LLM serving.", allow_abbrev=False
     )
@@ -39,7 +42,9 @@ def make_parser() -> argparse.ArgumentParser:
     serve = commands.add_parser(
         "serve",
         help="serve a model through an OpenAI-compatible HTTP API",
-        description="Serve a model through an OpenAI-compatible HTTP API; without options the default model.",
+        usage="tpworker serve [MODEL] [OPTION …]",
+        description="Serve a model through an OpenAI-compatible HTTP API; without options the default model. "
+        "MODEL, which comes first, is the same as --model MODEL.",
         argument_default=argparse.SUPPRESS,  # so that what was given can be told from what was not
         allow_abbrev=False,
     )
@@ -48,6 +53,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_server_options(serve.add_argument_group("server"))
     doctor = commands.add_parser(
         "doctor",
+        usage="tpworker doctor [MODEL] [OPTION …]",
         help="say what a TP group would find on this machine, and what is missing for one",
         description="Say what a TP group would find on this machine, and what is missing for one. Starts "
         "nothing and fetches nothing. The exit status is 0 if the group would start, 1 if not, and 2 for a "
@@ -56,7 +62,25 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     _add_doctor_options(doctor)
-    return parser
+    flags = {
+        command: {flag: action.nargs != 0 for action in one._actions for flag in action.option_strings}
+        for command, one in (("serve", serve), ("doctor", doctor))
+    }
+    return parser, flags
+
+
+def _integer(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{shown(text)} must be a whole number below 2**63") from None
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{shown(text)} must be a number") from None
 
 
 _Group = Any  # argparse's groups have no public type
@@ -87,7 +111,7 @@ def _add_model_options(group: _Group) -> None:
         "dummy: random weights of the right shapes, for benchmarks",
         choices=["auto", "dummy"],
     )
-    _add(group, "--seed", "of dummy weights, and of requests that give none", type=int, metavar="N")
+    _add(group, "--seed", "of dummy weights, and of requests that give none", type=_integer, metavar="N")
 
 
 def _add_model(group: _Group, text: str) -> None:
@@ -100,7 +124,7 @@ def _add_ranks(group: _Group) -> None:
         "--tensor-parallel-size",
         "number of TP ranks, a process each, and on GPUs a GPU each (default: 1 if there is a GPU, else 2)",
         "-tp",
-        type=int,
+        type=_integer,
         metavar="N",
     )
     _add(
@@ -126,7 +150,7 @@ def _add_max_model_len(group: _Group) -> None:
         group,
         "--max-model-len",
         "most tokens of one request, prompt and output together (default: what the model's config says)",
-        type=int,
+        type=_integer,
         metavar="N",
     )
 
@@ -142,20 +166,20 @@ def _add_doctor_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_memory_options(group: _Group) -> None:
-    _add(group, "--max-num-seqs", "most requests that run at once", type=int, metavar="N")
+    _add(group, "--max-num-seqs", "most requests that run at once", type=_integer, metavar="N")
     _add(
         group,
         "--max-num-batched-tokens",
         "most tokens of one step: one for each request that decodes, the rest for prompts",
-        type=int,
+        type=_integer,
         metavar="N",
     )
-    _add(group, "--block-size", "tokens in one KV block, a power of two", type=int, metavar="N")
+    _add(group, "--block-size", "tokens in one KV block, a power of two", type=_integer, metavar="N")
     _add(
         group,
         "--gpu-memory-utilization",
         "share of what is free beside the weights for KV blocks; on the CPU, of a rank's part of half of it",
-        type=float,
+        type=_number,
         metavar="SHARE",
     )
 
@@ -171,7 +195,7 @@ def _add_schedule_options(group: _Group) -> None:
         group,
         "--lookahead",
         "steps launched beyond the oldest one that is not answered",
-        type=int,
+        type=_integer,
         metavar="N",
     )
     _add(
@@ -186,21 +210,21 @@ def _add_schedule_options(group: _Group) -> None:
         "--max-queue",
         "most requests that wait for a slot, those still being tokenised included; each prompt of a request "
         "counts; one more is refused with status 429",
-        type=int,
+        type=_integer,
         metavar="N",
     )
     _add(
         group,
         "--step-timeout",
         "seconds after which a step that is not answered ends the server",
-        type=float,
+        type=_number,
         metavar="SECONDS",
     )
     _add(
         group,
         "--start-timeout",
         "seconds within which all ranks must have loaded the model",
-        type=float,
+        type=_number,
         metavar="SECONDS",
     )
 
@@ -212,7 +236,7 @@ def _add_server_options(group: _Group) -> None:
     )
     group.add_argument(
         "--port",
-        type=int,
+        type=_integer,
         metavar="N",
         help=f"port to listen on; 0: any that is free (default: {DEFAULT_PORT})",
     )

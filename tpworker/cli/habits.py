@@ -1,0 +1,219 @@
+"""Options that people know from other engines, and what holds here instead: a table, and how it is told.
+
+From the command lines of vLLM, SGLang, TensorRT-LLM and FastDeploy. None of them is accepted and ignored.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+
+from tpworker.config import shown
+
+NAMES = {
+    "-m": "--model",
+    "--model-path": "--model",
+    "--model-name-or-path": "--model",
+    "--tp": "-tp or --tensor-parallel-size",
+    "--tp-size": "-tp or --tensor-parallel-size",
+    "--tensor-parallel": "-tp or --tensor-parallel-size",
+    "--max-batch-size": "--max-num-seqs",
+    "--max-running-requests": "--max-num-seqs",
+    "--max-concurrent-requests": "--max-num-seqs",
+    "--max-num-tokens": "--max-num-batched-tokens",
+    "--chunked-prefill-size": "--max-num-batched-tokens",
+    "--max-prefill-tokens": "--max-num-batched-tokens",
+    "--long-prefill-token-threshold": "--max-num-batched-tokens",
+    "--context-length": "--max-model-len",
+    "--max-seq-len": "--max-model-len",
+    "--max-input-len": "--max-model-len, for prompt and output together",
+    "--mem-fraction-static": "--gpu-memory-utilization, a share of what is free beside the weights",
+    "--free-gpu-memory-fraction": "--gpu-memory-utilization, a share of what is free beside the weights",
+    "--kv-cache-free-gpu-memory-fraction": (
+        "--gpu-memory-utilization, a share of what is free beside the weights"
+    ),
+    "--page-size": "--block-size",
+    "--tokens-per-block": "--block-size",
+    "--random-seed": "--seed",
+    "--max-queued-requests": "--max-queue",
+    "--watchdog-timeout": "--step-timeout",
+    "--disable-radix-cache": "--no-prefix-caching",
+    "--no-enable-prefix-caching": "--no-prefix-caching",
+    "--disable-overlap-schedule": "--no-enable-overlap-schedule",
+    "--no-async-scheduling": "--no-enable-overlap-schedule",
+}
+"""What has another name here."""
+
+_ON = "always on: leave it out"
+_STEPS = "not needed: steps on GPUs are always graph replays, and their sizes are chosen at the start"
+_QUIET = "not needed: requests are not logged, and /metrics counts them"
+_CHOSEN = "not needed: chosen by device and model"
+_LOCAL = "not needed: ranks are processes of this machine, started by this one"
+_PORTS = "not needed: processes talk without ports, and /metrics is on --port"
+_WITH_MODEL = "not supported: it is read from the model's folder, put another one there"
+_ONE_KIND = "not supported yet: tensor parallelism (-tp) on one machine is all there is"
+_QUANTISED = "not supported yet: weights are served in float32, bfloat16 or float16 (--dtype)"
+_SPECULATION = "not supported yet: one token a step"
+_ADAPTERS = "not supported yet: merge the adapter into the weights"
+_TOOLS = "not supported yet: answers are plain text"
+_TLS = "not supported: put a proxy in front that speaks TLS"
+_SIZED = "not an option: KV blocks take the share that --gpu-memory-utilization gives"
+_EMBEDDED = "not an option: a field of RuntimeConfig, for programs that embed tpworker"
+
+FACTS = {
+    "--enable-prefix-caching": "always on (--no-prefix-caching switches it off): leave it out",
+    "--enable-chunked-prefill": _ON,
+    "--enable-mixed-chunk": _ON,
+    "--async-scheduling": "always on (--no-enable-overlap-schedule switches it off): leave it out",
+    "--enable-metrics": _ON,
+    "--no-enable-chunked-prefill": "not supported: prompts are always computed in chunks, of up to "
+    "--max-num-batched-tokens",
+    "--disable-chunked-prefill": "not supported: prompts are always computed in chunks, of up to "
+    "--max-num-batched-tokens",
+    "--trust-remote-code": "not needed: no code of a model's folder is ever run",
+    "--swap-space": "not needed: a request that is preempted is computed again, and nothing is swapped",
+    "--disable-log-requests": _QUIET,
+    "--enable-log-requests": _QUIET,
+    "--no-enable-log-requests": _QUIET,
+    "--disable-log-stats": _QUIET,
+    "--disable-uvicorn-access-log": _QUIET,
+    "--enforce-eager": _STEPS,
+    "--disable-cuda-graph": _STEPS,
+    "--cuda-graph-max-bs": _STEPS,
+    "--cuda-graph-sizes": _STEPS,
+    "--cudagraph-capture-sizes": _STEPS,
+    "--use-cudagraph": _STEPS,
+    "--graph-optimization-config": _STEPS,
+    "--compilation-config": _STEPS,
+    "--enable-torch-compile": _STEPS,
+    "--max-seq-len-to-capture": _STEPS,
+    "--num-scheduler-steps": "not needed: steps are launched ahead of their results (--lookahead)",
+    "--num-continuous-decode-steps": "not needed: steps are launched ahead of their results (--lookahead)",
+    "--attention-backend": _CHOSEN,
+    "--sampling-backend": _CHOSEN,
+    "--moe-backend": _CHOSEN,
+    "--disable-custom-all-reduce": _CHOSEN,
+    "--backend": _CHOSEN,
+    "--use-v2-block-manager": _CHOSEN,
+    "--distributed-executor-backend": _LOCAL,
+    "--worker-use-ray": _LOCAL,
+    "--engine-worker-queue-port": _PORTS,
+    "--cache-queue-port": _PORTS,
+    "--metrics-port": _PORTS,
+    "--controller-port": _PORTS,
+    "--nccl-port": _PORTS,
+    "--tokenizer": _WITH_MODEL,
+    "--tokenizer-path": _WITH_MODEL,
+    "--tokenizer-mode": _WITH_MODEL,
+    "--chat-template": _WITH_MODEL,
+    "--generation-config": _WITH_MODEL,
+    "--hf-config-path": _WITH_MODEL,
+    "--hf-overrides": _WITH_MODEL,
+    "--rope-scaling": _WITH_MODEL,
+    "--override-generation-config": "not supported: it is read from the model's folder, edit "
+    "generation_config.json there",
+    "--skip-tokenizer-init": "not needed: a model without a tokenizer takes token ids",
+    "--revision": "not supported: `hf download NAME --revision …`, then --model FOLDER",
+    "--download-dir": "not an option: the environment variable HF_HOME says where the hub's models lie",
+    "--quantization": _QUANTISED,
+    "-q": _QUANTISED,
+    "--kv-cache-dtype": "not supported yet: the KV cache has the dtype of the weights (--dtype)",
+    "--cpu-offload-gb": "not supported: weights and KV cache stay on the device",
+    "--pipeline-parallel-size": _ONE_KIND,
+    "-pp": _ONE_KIND,
+    "--pp": _ONE_KIND,
+    "--pp-size": _ONE_KIND,
+    "--data-parallel-size": _ONE_KIND,
+    "-dp": _ONE_KIND,
+    "--dp": _ONE_KIND,
+    "--dp-size": _ONE_KIND,
+    "--expert-parallel-size": _ONE_KIND,
+    "--ep": _ONE_KIND,
+    "--ep-size": _ONE_KIND,
+    "--enable-expert-parallel": _ONE_KIND,
+    "--enable-dp-attention": _ONE_KIND,
+    "--nnodes": _ONE_KIND,
+    "--node-rank": _ONE_KIND,
+    "--dist-init-addr": _ONE_KIND,
+    "--splitwise-role": "not supported yet: prompts and decoding share the ranks",
+    "--disaggregation-mode": "not supported yet: prompts and decoding share the ranks",
+    "--speculative-config": _SPECULATION,
+    "--speculative-model": _SPECULATION,
+    "--speculative-algorithm": _SPECULATION,
+    "--num-speculative-tokens": _SPECULATION,
+    "--enable-lora": _ADAPTERS,
+    "--lora-modules": _ADAPTERS,
+    "--lora-paths": _ADAPTERS,
+    "--enable-auto-tool-choice": _TOOLS,
+    "--tool-call-parser": _TOOLS,
+    "--reasoning-parser": _TOOLS,
+    "--enable-logprob": "not supported yet: no log probabilities",
+    "--max-logprobs": "not supported yet: no log probabilities",
+    "--guided-decoding-backend": "not supported yet: no structured output",
+    "--grammar-backend": "not supported yet: no structured output",
+    "--limit-mm-per-prompt": "not supported: models of text only",
+    "--ssl-keyfile": _TLS,
+    "--ssl-certfile": _TLS,
+    "--num-gpu-blocks-override": _SIZED,
+    "--max-total-tokens": _SIZED,
+    "--num-kv-blocks": _EMBEDDED,
+    "--check-ranks-agree": _EMBEDDED,
+}
+"""What is always so here, is not needed, or is not supported (yet), and what to do about it."""
+
+
+Flags = Mapping[str, bool]
+"""The options of a command, and whether they take a value."""
+
+
+def explain(unknown: Sequence[str], arguments: Sequence[str], flags: Mapping[str, Flags]) -> str:
+    """One line on all that argparse has left over.
+
+    Args:
+        unknown: what it has left over: options, their values, and words that belong to no option.
+        arguments: the whole command line, the command first.
+        flags: of each command.
+    """
+    command = arguments[0]
+    said: dict[str, None] = {}  # in order, each once
+    for word in unknown:
+        if word.startswith("-"):
+            said[_option(word, command, flags)] = None
+        elif (owner := _owner(word, arguments, flags[command])) in flags[command] or not owner:
+            said[_stray(word, owner, flags[command])] = None
+    return "; ".join(said)
+
+
+def _option(word: str, command: str, flags: Mapping[str, Flags]) -> str:
+    written = word.partition("=")[0]
+    flag = written.partition(".")[0].replace("_", "-")  # vLLM takes --a_b for --a-b, and --a.b
+    others = [other for other in flags if flag in flags[other]]
+    if command in others:
+        return f"{written}: the name here is {flag}"
+    if others:
+        return f"{flag}: an option of `tpworker {others[0]}` alone: leave it out"
+    if flag in NAMES:
+        return f"{written}: the name here is {NAMES[flag]}"
+    if flag in FACTS:
+        return f"{written}: {FACTS[flag]}"
+    near = difflib.get_close_matches(flag, list(flags[command]), n=1, cutoff=0.75)
+    return f"{shown(written)}: no such option; " + (
+        f"is {near[0]} meant?" if near else f"`tpworker {command} --help` lists all"
+    )
+
+
+def _owner(word: str, arguments: Sequence[str], flags: Flags) -> str:
+    """The option that a stray word stands behind; '' if it stands behind none."""
+    for at, argument in enumerate(arguments):
+        before = arguments[at - 1]
+        if argument == word and not (flags.get(before) and at):  # or it would be that option's value
+            behind = (one for one in reversed(arguments[1:at]) if one.startswith("-"))
+            return next(behind, "").partition("=")[0]
+    return ""
+
+
+def _stray(word: str, owner: str, flags: Flags) -> str:
+    model = "a model is named first, or with --model"
+    if flags.get(owner):
+        return f"{shown(word)}: {owner} takes one value, and one with spaces needs quotes; {model}"
+    return f"{shown(word)}: belongs to no option; {model}"
