@@ -12,8 +12,16 @@ quick; none of it imports torch, transformers, or what the HTTP server needs.
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+if sys.version_info < (3, 11):  # noqa: UP036  # whoever has an older one shall be told, not find out
+    _found = ".".join(map(str, sys.version_info[:3]))
+    raise ImportError(
+        f"tpworker needs Python 3.11 or later, and this is {_found}: run it with a newer one",
+        name="tpworker",  # so that `python -m tpworker` says it in one line
+    )
 
 if TYPE_CHECKING:
     from tpworker.config import RuntimeConfig, SamplingParams
