@@ -18,7 +18,12 @@ from typing import Any
 import httpx
 import pytest
 
+from tpworker.cli import serve
+from tpworker.config import RuntimeConfig
 from tpworker.errors import ConfigError
+from tpworker.ipc.limits import usable_cores
+from tpworker.observe import doctor
+from tpworker.observe.check import ok
 from tpworker.server import bind
 
 ROOT = Path(__file__).parents[2]
@@ -187,6 +192,36 @@ def test_without_the_extra_it_says_what_to_install() -> None:
     assert done.returncode == 2
     assert "pip install 'tpworker[server]'" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def _cores_here() -> str:
+    return f"tpworker: warning: cores: {usable_cores()} for 64 ranks"
+
+
+@pytest.mark.skipif(usable_cores() >= 64, reason="so many ranks would be right here")
+def test_it_says_what_the_doctor_warns_of(run: Run) -> None:
+    process = run("--port", "0", "-tp", "64", "--device", "cpu")
+    process.wait_for(_cores_here())
+    process.url()
+    process.popen.send_signal(signal.SIGINT)
+    assert process.end()[0] == 0
+    said = [line for line in process.errors.splitlines() if "warning" in line]
+    assert len([line for line in said if line.startswith(_cores_here())]) == 1, "once"
+    assert all(line.startswith("tpworker: warning: ") for line in said)
+
+
+def test_it_says_nothing_of_what_is_as_it_should_be(capsys: pytest.CaptureFixture[str]) -> None:
+    config = RuntimeConfig(device="cpu", model="no/such/model")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(doctor, "examine", lambda *unused, **options: {"checks": [ok("cores", "2 for 1 rank")]})
+        serve._warn(config)
+        assert capsys.readouterr().err == ""
+        patch.setattr(doctor, "examine", lambda *unused, **options: {}["checks"])
+        serve._warn(config)  # the doctor is ill: the start goes on
+        assert capsys.readouterr().err == ""
+    subjects = {check.subject for check in doctor.examine(config, is_starting=True)["checks"]}
+    assert "cores" in subjects
+    assert not subjects & {"model", "weights", "tokenizer", "memory"}, "the start looks at these itself"
 
 
 # --------------------------------------------------------------------------------- the end

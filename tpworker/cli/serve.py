@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from tpworker.cli.options import Options
+from tpworker.config import RuntimeConfig
 from tpworker.errors import ConfigError
 
+logger = logging.getLogger(__name__)
+
 _SERVER_PACKAGES = ("fastapi", "starlette", "pydantic", "uvicorn", "prometheus_client")
+_DOCTOR_S = 1.0
 
 
 def serve(options: Options) -> int:
@@ -26,7 +34,7 @@ def serve(options: Options) -> int:
     from tpworker.terminal import StartProgress, ready_text
 
     listener = bind(options.host, options.port)
-    with StartProgress() as progress:
+    with StartProgress() as progress, _warnings(options.config):
         runtime = Runtime(config=options.config, progress=progress)
 
         def on_ready() -> None:
@@ -41,6 +49,28 @@ def serve(options: Options) -> int:
             run_server(runtime, listener, options.served_model_name, options.api_key, on_ready=on_ready)
         )
     return 0
+
+
+@contextmanager
+def _warnings(config: RuntimeConfig) -> Iterator[None]:
+    """Meanwhile, beside the start, what `tpworker doctor` would warn of is said on stderr."""
+    thread = threading.Thread(target=_warn, args=[config], name="tpworker-doctor", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join(_DOCTOR_S)  # it has long ended, unless the start was refused at once, or a driver is sick
+
+
+def _warn(config: RuntimeConfig) -> None:
+    from tpworker.observe.doctor import troubles
+
+    try:
+        for check in troubles(config):
+            remedy = f": {check.remedy}" if check.remedy else ""
+            print(f"tpworker: warning: {check.subject}: {check.found}{remedy}", file=sys.stderr, flush=True)
+    except Exception:
+        logger.info("the doctor could not look at this machine", exc_info=True)
 
 
 def ask(options: Options, question: str) -> int:

@@ -35,8 +35,17 @@ def run_doctor(config: RuntimeConfig, as_json: bool, out: TextIO = sys.stdout) -
     return 0 if report["would_start"] else 1
 
 
-def examine(config: RuntimeConfig) -> dict[str, Any]:
-    """What there is, and a `Check` for each thing that a group of this configuration needs."""
+def troubles(config: RuntimeConfig) -> list[Check]:
+    """What is not as it should be, but for what a start says itself: of the model, and of GPUs not used."""
+    report = examine(config, is_starting=True)
+    return [check for check in report["checks"] if check.state != "ok"]
+
+
+def examine(config: RuntimeConfig, is_starting: bool = False) -> dict[str, Any]:
+    """What there is, and a `Check` for each thing that a group of this configuration needs.
+
+    `is_starting` leaves out what a start says itself.
+    """
     num_ranks = config.tensor_parallel_size
     with ExitStack() as stack:
         nvml: Nvml | None = None
@@ -47,14 +56,17 @@ def examine(config: RuntimeConfig) -> dict[str, Any]:
         device = config.device
         if device == "auto":
             device = "cuda" if obstacle is None else "cpu"
-        checks = [*check_machine(device, num_ranks), *check_libraries(device, config.model is None)]
+        is_default_model = config.model is None and not is_starting
+        checks = [*check_machine(device, num_ranks), *check_libraries(device, is_default_model)]
         if device == "cuda":
             checks += check_gpus(nvml, found, num_ranks)
+        elif is_starting:
+            pass
         elif found.gpus and obstacle is not None and config.device == "auto":
             checks.append(warning("GPUs", f"{len(found.gpus)} found, but not used: {obstacle}", None))
         elif not found.gpus and found.problem and found.has_library and config.device == "auto":
             checks.append(warning("GPUs", f"none can be used: {found.problem}", None))
-        if config.model is not None:
+        if config.model is not None and not is_starting:
             checks += _check_model(config, device, found.gpus[:num_ranks])
         pairs = [] if nvml is None else list(links(nvml, found.gpus[:num_ranks]))
         return {
