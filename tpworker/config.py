@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
-from tpworker.errors import ConfigError, InvalidRequest
+from tpworker.errors import ConfigError, InvalidRequest, shown
 
 DeviceName = Literal["auto", "cpu", "cuda"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
@@ -22,8 +22,6 @@ MAX_NUM_SEQS = 4096
 MAX_STOP_IDS = 16  # per request, the model's end-of-sequence ids included: one row of a device table
 MAX_STOP_STRINGS = 16
 MAX_SEED = 2**63 - 1
-
-_SHOWN = 80  # characters
 
 _KINDS: dict[str, tuple[type, ...]] = {
     "int": (int,),
@@ -36,15 +34,6 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "LoadFormat": (str,),
 }
 """What a field of `RuntimeConfig` may be, by its annotation: an integer is no bool, and no float either."""
-
-
-def shown(value: object) -> str:
-    """A value in a message: on one line, and not at any length."""
-    try:
-        text = repr(value)
-    except ValueError:  # Python refuses to write an integer of more than some thousand digits
-        text = "a number of thousands of digits"
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}… ({len(text)} characters)"
 
 
 def is_utf8(text: str) -> bool:

@@ -15,6 +15,8 @@ Messages say what was wrong, the limit, and the remedy.
 
 from __future__ import annotations
 
+_SHOWN = 80  # characters
+
 
 class TpworkerError(Exception):
     """Base class of all errors raised by tpworker."""
@@ -71,3 +73,12 @@ class RuntimeFailed(TpworkerError):
         self.summary = message
         self.process = process
         self.traceback = traceback
+
+
+def shown(value: object) -> str:
+    """A value in a message: on one line, and not at any length."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python refuses to write an integer of more than some thousand digits
+        text = "a number of thousands of digits"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}… ({len(text)} characters)"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from tpworker.config import RuntimeConfig
+from tpworker.errors import ConfigError
 
 if TYPE_CHECKING:
     from tpworker.model.families import ModelSpec
@@ -37,8 +39,10 @@ def find_model(config: RuntimeConfig, progress: Progress) -> FoundModel:
     """Finds the model of a configuration, downloading it if need be, and reads its config.json.
 
     Raises:
+        ConfigError: the working directory is gone.
         ModelError: there is no such model, or it cannot be served.
     """
+    check_working_directory()
     from tpworker.model.families import read_spec
     from tpworker.model.resolve import resolve_model
 
@@ -48,6 +52,20 @@ def find_model(config: RuntimeConfig, progress: Progress) -> FoundModel:
         ignored = ", ".join(f"{name}={value!r}" for name, value in spec.generation_ignored.items())
         logger.warning("generation_config.json asks for what is not supported, ignored: %s", ignored)
     return FoundModel(folder, spec, config.model or folder.name)
+
+
+def check_working_directory() -> None:
+    """Libraries ask for it when they are imported, and relative paths begin there.
+
+    Raises:
+        ConfigError: it was deleted.
+    """
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise ConfigError(
+            f"the working directory is gone ({error.strerror}): change to one that exists, then try again"
+        ) from None
 
 
 def has_tokenizer(folder: Path) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 
-from tpworker.config import shown
+from tpworker.errors import shown
 
 NAMES = {
     "-m": "--model",

@@ -10,8 +10,8 @@ from typing import Any
 
 from tpworker.cli.habits import explain
 from tpworker.cli.parser import DEFAULT_HOST, DEFAULT_PORT, make_parser
-from tpworker.config import RuntimeConfig, is_utf8, shown
-from tpworker.errors import ConfigError
+from tpworker.config import RuntimeConfig, is_utf8
+from tpworker.errors import ConfigError, shown
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def _serve_options(given: dict[str, Any]) -> Options:
         raise ConfigError("--api-key, --served-model-name and --ask must not be empty: leave them out")
     return Options(
         RuntimeConfig(**given),
-        _host(serving.get("host", DEFAULT_HOST)),
+        _host(serving["host"]) if "host" in serving else DEFAULT_HOST,
         serving.get("port", DEFAULT_PORT),
         serving.get("served_model_name"),
         serving.get("api_key"),

@@ -6,7 +6,8 @@ import argparse
 import dataclasses
 from typing import Any
 
-from tpworker.config import RuntimeConfig, shown
+from tpworker.config import RuntimeConfig
+from tpworker.errors import shown
 
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 8000

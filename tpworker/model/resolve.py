@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
+import stat
+from collections.abc import Iterator
 from pathlib import Path
 
-from tpworker.errors import ModelError
+from tpworker.errors import ModelError, shown
 from tpworker.model.default_model import Progress, ensure_default_model
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -36,12 +40,21 @@ def local_folder(model: str) -> Path | None:
     """The folder on this machine that `model` names; None: it is a name on the hub.
 
     Raises:
-        ModelError: it is neither.
+        ModelError: it is neither, or cannot be looked at.
     """
-    path = Path(model).expanduser()
-    if path.is_dir():
+    try:
+        path = Path(model).expanduser()
+        kind = _kind(path)
+    except RuntimeError:
+        raise ModelError(
+            f"--model {shown(model)}: nobody knows of this home folder (no such user, or HOME is not set). "
+            "Give the whole path of the model's folder."
+        ) from None
+    except (OSError, ValueError) as error:
+        raise _unreadable(f"--model {shown(model)}", error) from error
+    if kind == "folder":
         return path
-    if path.exists():
+    if kind is not None:
         raise ModelError(
             f"--model {model} is a file, and a model is a folder with config.json, *.safetensors and "
             f"tokenizer.json. If the folder is {path.parent}, name that; other formats must be converted."
@@ -53,15 +66,41 @@ def local_folder(model: str) -> Path | None:
 
 def _neither(model: str) -> ModelError:
     return ModelError(
-        f"--model {model!r} is neither a folder on this machine nor a hub name (org/name). Check the "
+        f"--model {shown(model)} is neither a folder on this machine nor a hub name (org/name). Check the "
         "spelling, or leave --model out to serve the default model."
+    )
+
+
+def _kind(path: Path) -> str | None:
+    """'folder', 'file', 'other' (a pipe, a device), None: nothing.
+
+    Raises:
+        OSError, ValueError: it cannot be looked at. pathlib tells of some of these, and not in every Python.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return "folder" if stat.S_ISDIR(mode) else "file" if stat.S_ISREG(mode) else "other"
+
+
+def _unreadable(what: str, error: Exception) -> ModelError:
+    why = (isinstance(error, OSError) and error.strerror) or error
+    return ModelError(
+        f"{what} cannot be read: {why}. Name a folder that this user (uid {os.getuid()}) may read and "
+        "search, with all that is in it."
     )
 
 
 def _checked(folder: Path) -> Path:
     """The folder, if it has config.json. Weights and tokenizer are for their loaders to miss or not."""
-    if (folder / "config.json").is_file():
-        return folder
+    config = folder / "config.json"
+    try:
+        if _kind(config) == "file":
+            config.open("rb").close()
+            return folder
+    except OSError as error:
+        raise _unreadable(str(config), error) from error
     wanted = ["config.json", "*.safetensors", "tokenizer.json"]
     missing = [pattern for pattern in wanted if not any(folder.glob(pattern))]
     raise ModelError(
@@ -74,7 +113,7 @@ def cached_folder(name: str) -> Path | None:
     """What the hub's cache on this machine holds of a model, perhaps not all; None: nothing.
 
     Raises:
-        ModelError: there can be no such name.
+        ModelError: there can be no such name, or the cache cannot be read.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
@@ -85,6 +124,8 @@ def cached_folder(name: str) -> Path | None:
         return None
     except HFValidationError:
         raise _neither(name) from None
+    except Exception as error:
+        raise _useless_cache(name, str(error)) from error
 
 
 def _from_hub(name: str, progress: Progress, weights: bool) -> Path:
@@ -112,9 +153,32 @@ def _from_hub(name: str, progress: Progress, weights: bool) -> Path:
             "the spelling, or set HF_TOKEN if it is private."
         ) from error
     except Exception as error:  # whatever its HTTP library raises, which is not the same in every release
+        if trouble := next(filter(_is_of_the_cache, _chain(error)), None):
+            raise _useless_cache(name, str(trouble)) from error
         cause = str(error.__cause__ or error).rstrip(". ")
         raise ModelError(
             f"--model {name}: not a folder, and the hub could not be reached: {cause}. Download the model "
             "elsewhere and give its folder, or leave --model out to serve the default model."
         ) from error
     return Path(folder)
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and those that it came of."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _is_of_the_cache(error: BaseException) -> bool:
+    """Whether it is files that failed, or finding a place for them, and not the network."""
+    if isinstance(error, OSError):
+        return error.filename is not None or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+    return type(error) is RuntimeError and "home directory" in str(error)  # as pathlib says it
+
+
+def _useless_cache(name: str, why: str) -> ModelError:
+    return ModelError(
+        f"--model {name}: not a folder, and the hub's cache cannot be used: {why.rstrip('. ')}. Set HF_HOME "
+        f"to a folder that this user (uid {os.getuid()}) may write to and that has room for the model."
+    )

@@ -13,11 +13,13 @@ from dataclasses import asdict
 from typing import Any, TextIO
 
 from tpworker.config import RuntimeConfig
+from tpworker.errors import ConfigError
+from tpworker.loading import check_working_directory
 from tpworker.observe.check import Check, warning
 from tpworker.observe.gpu_checks import check_gpus
 from tpworker.observe.gpus import cuda_obstacle
 from tpworker.observe.libraries import check_libraries
-from tpworker.observe.machine import check_machine
+from tpworker.observe.machine import check_machine, check_place
 from tpworker.observe.nvml import Gpu, Nvml, NvmlUnavailable, find_gpus, links
 
 _COLOURS = {"ok": "32", "warning": "33", "missing": "31"}
@@ -66,6 +68,8 @@ def examine(config: RuntimeConfig, is_starting: bool = False) -> dict[str, Any]:
             checks.append(warning("GPUs", f"{len(found.gpus)} found, but not used: {obstacle}", None))
         elif not found.gpus and found.problem and found.has_library and config.device == "auto":
             checks.append(warning("GPUs", f"none can be used: {found.problem}", None))
+        if not is_starting:
+            checks.append(check_place())
         if config.model is not None and not is_starting:
             checks += _check_model(config, device, found.gpus[:num_ranks])
         pairs = [] if nvml is None else list(links(nvml, found.gpus[:num_ranks]))
@@ -84,10 +88,11 @@ def examine(config: RuntimeConfig, is_starting: bool = False) -> dict[str, Any]:
 
 def _check_model(config: RuntimeConfig, device: str, gpus: tuple[Gpu, ...]) -> list[Check]:
     try:
+        check_working_directory()
         from tpworker.observe.model_check import check_model
 
         return list(check_model(config, device, gpus))
-    except ImportError as error:  # it is listed among the libraries
+    except (ImportError, ConfigError) as error:  # each is told of among the other checks
         return [warning("model", f"not looked at: {error}", None)]
 
 

@@ -11,9 +11,11 @@ import socket
 import sys
 from collections.abc import Iterator
 
+from tpworker.errors import ConfigError
 from tpworker.ipc.futex import sleeper
 from tpworker.ipc.limits import cpu_quota, usable_cores
 from tpworker.ipc.memory import SharedWords
+from tpworker.loading import check_working_directory
 from tpworker.observe.check import Check, missing, ok, warning
 
 RANK_DESCRIPTORS = 256
@@ -46,6 +48,15 @@ def _kernel() -> Check:
     if sys.platform != "linux":
         return missing("system", found, "run it on Linux")
     return ok("system", found)
+
+
+def check_place() -> Check:
+    """Whether there is a working directory."""
+    try:
+        check_working_directory()
+    except ConfigError as error:
+        return missing("working directory", str(error), None)
+    return ok("working directory", os.getcwd())
 
 
 def _futex() -> Check:
