@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import subprocess
 import sys
@@ -297,7 +298,9 @@ def test_numbers_that_are_none(capsys: pytest.CaptureFixture[str], flag: str, va
     assert error.startswith(f"{flag.removeprefix('--').replace('-', '_')}={float(value)}: must be ")
 
 
-@pytest.mark.parametrize("flag", ["--seed", "--port", "--max-num-seqs", "--max-queue", "-tp", "--block-size"])
+@pytest.mark.parametrize(
+    "flag", ["--seed", "--port", "--max-num-seqs", "--max-queue", "-tp", "--max-model-len"]
+)
 @pytest.mark.parametrize("digits", [30, 4000, 5000])
 def test_integers_of_any_length(capsys: pytest.CaptureFixture[str], flag: str, digits: int) -> None:
     """Python itself reads and writes none of more than 4,300 digits."""
@@ -316,6 +319,18 @@ def test_an_embedder_may_write_any_integer_too() -> None:
         RuntimeConfig(seed=10**5000)
     with pytest.raises(InvalidRequest, match=r"top_k=a number of thousands of digits: must be an integer"):
         SamplingParams(top_k=10**5000)
+
+
+@pytest.mark.parametrize("arguments", [["serve", "--help"], ["doctor", "-tp", "64", "--device", "cuda"]])
+def test_a_terminal_that_knows_ascii_only(arguments: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tpworker", *arguments],
+        capture_output=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )
+    assert done.stderr == b""
+    assert b"\\u2026" in done.stdout or b"\\u2192" in done.stdout
 
 
 def test_what_is_no_utf_8(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import socket
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from tests.conftest import TINY_CONFIG
 from tests.observe.fake_nvml import GIB, FakeGpu, FakeNvml
 from tests.server.fake_runtime import byte_tokenizer
 from tpworker.config import RuntimeConfig
+from tpworker.model import default_model
 from tpworker.observe import doctor, gpu_checks, gpus, libraries, machine, model_check
 from tpworker.observe.check import Check
 from tpworker.observe.nvml import find_gpus
@@ -433,6 +435,33 @@ def test_a_model_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert "neither a folder" in model_checks(model=model)["model"].found
     assert "is a file, and a model is a folder" in model_checks(model=str(ROOT / "README.md"))["model"].found
     assert "max_model_len=99999" in model_checks(max_model_len=99999)["model"].found
+
+
+def test_the_default_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def check() -> Check:
+        (found,) = checks(examine(device="cpu"), "model")
+        return found
+
+    name = default_model.NAME
+    assert check() == Check(
+        "model", "warning", f"{name} is not in the cache", "the first start will fetch it"
+    )
+    assert not (tmp_path / "cache").exists(), "the doctor changes nothing"
+    usage = shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10_000_000))
+        assert check().state == "missing"
+        assert "10 MB are free. It needs 0.5 GB there" in check().found
+    folder = default_model.default_model_folder()
+    folder.mkdir(parents=True)
+    for file in default_model._FILES:
+        (folder / file).touch()
+    assert check() == Check("model", "ok", f"{name}, in {folder}")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
+    assert check().state == "missing"
+    assert "cannot be stored in /proc/nowhere/tpworker/models" in check().found
 
 
 @pytest.fixture

@@ -108,7 +108,11 @@ class RuntimeConfig:
         check(self.device in ("auto", "cpu", "cuda"), "device", "auto, cpu or cuda")
         check(self.dtype in ("auto", "float32", "bfloat16", "float16"), "dtype",
               "auto, float32, bfloat16 or float16")  # fmt: skip
-        check(self.max_model_len is None or self.max_model_len >= 2, "max_model_len", "at least 2")
+        check(
+            self.max_model_len is None or 2 <= self.max_model_len < 2**31,
+            "max_model_len",
+            "from 2 to 2**31 - 1",
+        )
         check(1 <= self.max_num_seqs <= MAX_NUM_SEQS, "max_num_seqs", f"from 1 to {MAX_NUM_SEQS}")
         check(1 <= self.max_num_batched_tokens <= 2**20, "max_num_batched_tokens", f"from 1 to {2**20}")
         if self.max_num_seqs > self.max_num_batched_tokens:  # whichever of the two was set

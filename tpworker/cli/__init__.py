@@ -6,6 +6,7 @@ when it is needed.
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -19,6 +20,8 @@ __all__ = ["DoctorOptions", "Options", "main", "parse"]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status: 0, or 2 for a mistake of the user's, or 1 for a failure."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # not whatever takes its place, or None
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: any text can be shown on any terminal
     try:
         options = parse(arguments)
         logging.basicConfig(format="%(asctime)s tpworker %(levelname)s %(message)s", level=logging.WARNING)

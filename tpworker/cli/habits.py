@@ -5,7 +5,6 @@ From the command lines of vLLM, SGLang, TensorRT-LLM and FastDeploy. None of the
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 
 from tpworker.errors import shown
@@ -196,6 +195,8 @@ def _option(word: str, command: str, flags: Mapping[str, Flags]) -> str:
         return f"{written}: the name here is {NAMES[flag]}"
     if flag in FACTS:
         return f"{written}: {FACTS[flag]}"
+    import difflib
+
     near = difflib.get_close_matches(flag, list(flags[command]), n=1, cutoff=0.75)
     return f"{shown(written)}: no such option; " + (
         f"is {near[0]} meant?" if near else f"`tpworker {command} --help` lists all"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -102,6 +101,8 @@ def _serve_options(given: dict[str, Any]) -> Options:
 
 def _host(text: str) -> str:
     """An address or a name, an IPv6 address without the brackets that it has in URLs."""
+    import ipaddress
+
     host = text[1:-1] if text.startswith("[") and text.endswith("]") else text
     try:
         if ":" in host:

@@ -67,7 +67,7 @@ def _warn(config: RuntimeConfig) -> None:
 
     try:
         for check in troubles(config):
-            remedy = f": {check.remedy}" if check.remedy else ""
+            remedy = f"; {check.remedy}" if check.remedy else ""
             print(f"tpworker: warning: {check.subject}: {check.found}{remedy}", file=sys.stderr, flush=True)
     except Exception:
         logger.info("the doctor could not look at this machine", exc_info=True)

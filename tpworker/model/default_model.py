@@ -73,6 +73,25 @@ def default_model_folder() -> Path:
     return Path(cache) / "tpworker" / "models" / NAME
 
 
+def find_default_model() -> Path | None:
+    """Its folder if it is there, whole; None: the first start will fetch it.
+
+    Raises:
+        ModelError: there can be no such folder, or not enough room for it, or it may not be looked at.
+    """
+    folder = default_model_folder()
+    try:
+        if _is_complete(folder):
+            return folder
+        there = next(parent for parent in folder.parents if parent.exists())
+        _require_room(there)
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(there))
+    except OSError as error:
+        raise _no_place(folder, error) from error
+    return None
+
+
 def ensure_default_model(progress: Progress) -> Path:
     """Return the default model's folder, fetching and converting the model first if it is not there.
 
@@ -93,11 +112,7 @@ def ensure_default_model(progress: Progress) -> Path:
                 _require_room(folder.parent)
                 _build(folder, progress)
     except OSError as error:
-        raise ModelError(
-            f"the default model cannot be stored in {folder.parent}: {error}. It needs "
-            f"{_ROOM_BYTES / 1e9:g} GB there; set XDG_CACHE_HOME to a folder that can be written to and has "
-            f"room. {_REMEDY}"
-        ) from error
+        raise _no_place(folder, error) from error
     return folder
 
 
@@ -126,6 +141,13 @@ def convert_gguf(gguf_path: Path, folder: Path, progress: Progress) -> None:
     _write_json(folder / "tokenizer_config.json", _tokenizer_config(fields))
     _write_tokenizer(fields, folder / "tokenizer.json")
     _write_weights(reader, fields, folder / "model.safetensors", progress)
+
+
+def _no_place(folder: Path, error: OSError) -> ModelError:
+    return ModelError(
+        f"the default model cannot be stored in {folder.parent}: {error}. It needs {_ROOM_BYTES / 1e9:g} GB "
+        f"there; set XDG_CACHE_HOME to a folder that can be written to and has room. {_REMEDY}"
+    )
 
 
 def _is_complete(folder: Path) -> bool:

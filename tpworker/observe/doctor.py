@@ -70,7 +70,6 @@ def examine(config: RuntimeConfig, is_starting: bool = False) -> dict[str, Any]:
             checks.append(warning("GPUs", f"none can be used: {found.problem}", None))
         if not is_starting:
             checks.append(check_place())
-        if config.model is not None and not is_starting:
             checks += _check_model(config, device, found.gpus[:num_ranks])
         pairs = [] if nvml is None else list(links(nvml, found.gpus[:num_ranks]))
         return {
@@ -89,8 +88,10 @@ def examine(config: RuntimeConfig, is_starting: bool = False) -> dict[str, Any]:
 def _check_model(config: RuntimeConfig, device: str, gpus: tuple[Gpu, ...]) -> list[Check]:
     try:
         check_working_directory()
-        from tpworker.observe.model_check import check_model
+        from tpworker.observe.model_check import check_default_model, check_model
 
+        if config.model is None:
+            return [check_default_model()]
         return list(check_model(config, device, gpus))
     except (ImportError, ConfigError) as error:  # each is told of among the other checks
         return [warning("model", f"not looked at: {error}", None)]

@@ -54,6 +54,19 @@ def check_model(config: RuntimeConfig, device: str, gpus: tuple[Gpu, ...]) -> It
     yield _memory(config, spec, length, device, gpus)
 
 
+def check_default_model() -> Check:
+    """Whether the default model is there, or can be put there."""
+    from tpworker.model.default_model import NAME, find_default_model
+
+    try:
+        folder = find_default_model()
+    except ModelError as error:
+        return missing("model", str(error), None)
+    if folder is None:
+        return warning("model", f"{NAME} is not in the cache", "the first start will fetch it")
+    return ok("model", f"{NAME}, in {folder}")
+
+
 def _weights(folder: Path, spec: ModelSpec, is_fetched: bool) -> Check:
     from tpworker.model.checkpoint import absent_files
     from tpworker.model.weights import check_weights
