@@ -15,6 +15,7 @@ import tpworker.observe.gpus
 from tpworker import cli
 from tpworker.config import RuntimeConfig, SamplingParams
 from tpworker.errors import ConfigError, InvalidRequest
+from tpworker.settings import StepSizes
 
 ROOT = Path(__file__).parents[1]
 
@@ -255,20 +256,21 @@ def test_a_model_may_come_first(capsys: pytest.CaptureFixture[str]) -> None:
 # ------------------------------------------------------------------------------------ odd values
 
 
-@pytest.mark.parametrize(
-    ("seqs", "tokens", "remedy"),
-    [
-        (600, None, "raise max_num_batched_tokens to 600 or more, or lower max_num_seqs to 512 or less"),
-        (None, 32, "raise max_num_batched_tokens to 64 or more, or lower max_num_seqs to 32 or less"),
-    ],
-)
-def test_slots_and_tokens_of_a_step_that_do_not_go_together(
-    capsys: pytest.CaptureFixture[str], seqs: int | None, tokens: int | None, remedy: str
-) -> None:
-    given = {"--max-num-seqs": seqs, "--max-num-batched-tokens": tokens}
-    error = refused(capsys, "serve", *(f"{flag}={value}" for flag, value in given.items() if value))
-    assert error.startswith(f"max_num_seqs={seqs or 64} is more than max_num_batched_tokens={tokens or 512}")
-    assert error.endswith(remedy)
+def test_slots_and_tokens_of_a_step_that_do_not_go_together(capsys: pytest.CaptureFixture[str]) -> None:
+    error = refused(capsys, "serve", "--max-num-seqs=600", "--max-num-batched-tokens=32")
+    assert error.startswith("max_num_seqs=600 is more than max_num_batched_tokens=32")
+    assert error.endswith("raise max_num_batched_tokens to 600 or more, or lower max_num_seqs to 32 or less")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_help_names_the_step_sizes_of_each_device(capsys: pytest.CaptureFixture[str], device: str) -> None:
+    with pytest.raises(SystemExit):
+        cli.parse(["serve", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    place = {"cpu": "on the CPU", "cuda": "on GPUs"}[device]
+    sizes = StepSizes.of(RuntimeConfig(), device)
+    for size in (sizes.max_num_seqs, sizes.max_num_batched_tokens):
+        assert f"{size} {place}" in text
 
 
 @pytest.mark.parametrize("host", ["", "a..b", "x" * 64, "http://localhost", "0.0.0.0:80", "a\nb", "::g"])

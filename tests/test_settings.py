@@ -25,7 +25,7 @@ def test_max_model_len_is_the_models_unless_less_is_asked_for() -> None:
 def test_settings_cross_the_pipe_also_when_seconds_are_whole_numbers() -> None:
     config = RuntimeConfig(step_timeout=5, start_timeout=7, gpu_memory_utilization=1)
     for made in (
-        settings.scheduler_settings(config, 2048),
+        settings.scheduler_settings(config, "cpu", 2048),
         settings.rank_settings(config, SPEC, "cpu", 2048),
     ):
         assert unpack_dataclass(type(made), pack_dataclass(made)) == made
@@ -38,12 +38,36 @@ def test_what_ranks_are_told() -> None:
 
 
 @pytest.mark.parametrize(
+    ("device", "slots", "tokens", "sizes"),
+    [
+        ("cpu", None, None, (64, 512)),
+        ("cuda", None, None, (256, 2048)),
+        ("cpu", 600, None, (600, 600)),
+        ("cuda", 600, None, (600, 2048)),
+        ("cpu", 8, None, (8, 512)),
+        ("cpu", None, 32, (32, 32)),
+        ("cuda", None, 512, (256, 512)),
+        ("cuda", 8, 16, (8, 16)),
+    ],
+)
+def test_step_sizes_suit_the_device_and_what_is_asked_for(
+    device: str, slots: int | None, tokens: int | None, sizes: tuple[int, int]
+) -> None:
+    config = RuntimeConfig(max_num_seqs=slots, max_num_batched_tokens=tokens)
+    for made in (
+        settings.scheduler_settings(config, device, 2048),
+        settings.rank_settings(config, SPEC, device, 2048),
+    ):
+        assert (made.max_num_seqs, made.max_num_batched_tokens) == sizes
+
+
+@pytest.mark.parametrize(
     ("option", "value", "kinds"),
     [
         ("lookahead", 2.0, "int"),
         ("lookahead", True, "int"),
         ("prefix_caching", 1, "bool"),
-        ("max_num_seqs", "8", "int"),
+        ("max_num_seqs", "8", "NoneType or int"),
         ("step_timeout", "1", "float or int"),
         ("model", 5, "NoneType or str"),
     ],

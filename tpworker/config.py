@@ -62,10 +62,12 @@ class RuntimeConfig:
     """Of weights, activations and KV cache. `auto` is what the checkpoint says."""
     max_model_len: int | None = None
     """Most tokens of one request, prompt and output together. None: what the model's config says."""
-    max_num_seqs: int = 64
-    """Most requests that run at once: the number of slots."""
-    max_num_batched_tokens: int = 512
-    """Token budget of one step: decoding requests count one each, the rest goes to prefill chunks."""
+    max_num_seqs: int | None = None
+    """Most requests that run at once: the number of slots. None: 256 on GPUs, 64 on the CPU, but no more than
+    the token budget that is asked for."""
+    max_num_batched_tokens: int | None = None
+    """Token budget of one step: decoding requests count one each, the rest goes to prefill chunks. None: 2048
+    on GPUs, 512 on the CPU, or as many as there are slots."""
     lookahead: int = 2
     """Steps launched beyond the oldest unanswered one. 0 is the plain schedule, without overlap."""
     block_size: int = 16
@@ -113,14 +115,14 @@ class RuntimeConfig:
             "max_model_len",
             "from 2 to 2**31 - 1",
         )
-        check(1 <= self.max_num_seqs <= MAX_NUM_SEQS, "max_num_seqs", f"from 1 to {MAX_NUM_SEQS}")
-        check(1 <= self.max_num_batched_tokens <= 2**20, "max_num_batched_tokens", f"from 1 to {2**20}")
-        if self.max_num_seqs > self.max_num_batched_tokens:  # whichever of the two was set
+        slots, tokens = self.max_num_seqs, self.max_num_batched_tokens
+        check(slots is None or 1 <= slots <= MAX_NUM_SEQS, "max_num_seqs", f"from 1 to {MAX_NUM_SEQS}")
+        check(tokens is None or 1 <= tokens <= 2**20, "max_num_batched_tokens", f"from 1 to {2**20}")
+        if slots is not None and tokens is not None and slots > tokens:
             raise ConfigError(
-                f"max_num_seqs={self.max_num_seqs} is more than max_num_batched_tokens="
-                f"{self.max_num_batched_tokens}, and each request that decodes takes one token of a step: "
-                f"raise max_num_batched_tokens to {self.max_num_seqs} or more, or lower max_num_seqs to "
-                f"{self.max_num_batched_tokens} or less"
+                f"max_num_seqs={slots} is more than max_num_batched_tokens={tokens}, and each request that "
+                f"decodes takes one token of a step: raise max_num_batched_tokens to {slots} or more, or "
+                f"lower max_num_seqs to {tokens} or less"
             )
         check(0 <= self.lookahead <= MAX_LOOKAHEAD, "lookahead", f"from 0 to {MAX_LOOKAHEAD}")
         check(

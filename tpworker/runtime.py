@@ -85,7 +85,7 @@ class Runtime:
         if model is not None:
             options["model"] = os.fspath(model)
         self.config = dataclasses.replace(config or RuntimeConfig(), **options)
-        """As it was given; `max_model_len` is what came of it."""
+        """As it was given; `max_model_len` and `max_num_seqs` are what came of it."""
         self.start_times: StartTimes | None = None
         """Where the time of the start went, once it is ready."""
         self._progress = progress or _no_progress
@@ -96,7 +96,7 @@ class Runtime:
         self._fault: Fault | None = None
         self._found: FoundModel | None = None
         self._tokenizer: Tokenizer | None = None
-        self._max_model_len = 0
+        self._max_model_len = self._max_num_seqs = 0
         self._device = self._dtype = ""
         self._limits: Limits | None = None
         self._total_blocks = 0
@@ -162,11 +162,12 @@ class Runtime:
         self._max_model_len = resolve_max_model_len(self.config, found.spec)
         rank = rank_settings(self.config, found.spec, "cuda" if gpus else "cpu", self._max_model_len)
         self._device, self._dtype = rank.device, rank.dtype
+        self._max_num_seqs = rank.max_num_seqs
         group = Group(
             generation=0,
             num_ranks=self.config.tensor_parallel_size,
             model=str(found.folder),
-            scheduler=scheduler_settings(self.config, self._max_model_len),
+            scheduler=scheduler_settings(self.config, rank.device, self._max_model_len),
             rank=rank,
             rank_cpus=near_cpus(gpus),
             **self._modules,
@@ -338,7 +339,7 @@ class Runtime:
             raise _failure(self._fault)
         if self._state != "ready":
             raise RuntimeStopped(f"the runtime takes no requests: it is {self._state}")
-        slots, places = self.config.max_num_seqs, self.config.max_queue
+        slots, places = self._max_num_seqs, self.config.max_queue
         if num_requests > slots + places:
             raise InvalidRequest(
                 f"{num_requests} prompts are more than the {slots + places} that can be open at once "
@@ -504,6 +505,12 @@ class Runtime:
         """Most tokens of one request, prompt and output together."""
         self._model  # noqa: B018  # raises before the start
         return self._max_model_len
+
+    @property
+    def max_num_seqs(self) -> int:
+        """Most requests that run at once."""
+        self._model  # noqa: B018  # raises before the start
+        return self._max_num_seqs
 
     @property
     def _model(self) -> FoundModel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tpworker.config import RuntimeConfig
@@ -11,6 +12,28 @@ from tpworker.ipc.messages import MAX_SEQUENCE
 
 if TYPE_CHECKING:
     from tpworker.model.families import ModelSpec
+
+
+@dataclass(frozen=True, slots=True)
+class StepSizes:
+    """What a step holds at most."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+
+    @classmethod
+    def of(cls, config: RuntimeConfig, device: str) -> StepSizes:
+        """As configured, or what suits the device ('cpu' or 'cuda'); what is asked for moves the other one.
+
+        On an H200, 64 slots and 512 tokens lose to these with 256 clients, and with prompts of thousands of
+        tokens (docs/benchmarks.md). A CPU is as fast in small steps as in large ones, and answers sooner.
+        """
+        slots, tokens = (256, 2048) if device == "cuda" else (64, 512)
+        if config.max_num_seqs is not None:
+            slots, tokens = config.max_num_seqs, max(tokens, config.max_num_seqs)
+        if config.max_num_batched_tokens is not None:
+            tokens = config.max_num_batched_tokens
+        return cls(min(slots, tokens), tokens)
 
 
 def resolve_max_model_len(config: RuntimeConfig, spec: ModelSpec) -> int:
@@ -29,12 +52,13 @@ def resolve_max_model_len(config: RuntimeConfig, spec: ModelSpec) -> int:
     return config.max_model_len
 
 
-def scheduler_settings(config: RuntimeConfig, max_model_len: int) -> SchedulerSettings:
+def scheduler_settings(config: RuntimeConfig, device: str, max_model_len: int) -> SchedulerSettings:
     """What the scheduler is told of the configuration."""
+    sizes = StepSizes.of(config, device)
     return SchedulerSettings(
         lookahead=config.lookahead,
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_num_seqs=sizes.max_num_seqs,
+        max_num_batched_tokens=sizes.max_num_batched_tokens,
         max_model_len=max_model_len,
         block_size=config.block_size,
         prefix_caching=config.prefix_caching,
@@ -45,10 +69,11 @@ def scheduler_settings(config: RuntimeConfig, max_model_len: int) -> SchedulerSe
 
 def rank_settings(config: RuntimeConfig, spec: ModelSpec, device: str, max_model_len: int) -> RankSettings:
     """What a rank is told of the configuration."""
+    sizes = StepSizes.of(config, device)
     return RankSettings(
         lookahead=config.lookahead,
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_num_seqs=sizes.max_num_seqs,
+        max_num_batched_tokens=sizes.max_num_batched_tokens,
         max_model_len=max_model_len,
         block_size=config.block_size,
         num_kv_blocks=config.num_kv_blocks or 0,

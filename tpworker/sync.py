@@ -152,7 +152,7 @@ class SyncRuntime:
     async def _complete_all(
         self, prompts: Sequence[str | Sequence[int]], sampling: SamplingParams | None
     ) -> list[Completion]:
-        slots = asyncio.Semaphore(self.runtime.config.max_num_seqs)
+        slots = asyncio.Semaphore(self.runtime.max_num_seqs)
 
         async def complete(prompt: str | Sequence[int]) -> Completion:
             async with slots:

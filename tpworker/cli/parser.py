@@ -167,11 +167,18 @@ def _add_doctor_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_memory_options(group: _Group) -> None:
-    _add(group, "--max-num-seqs", "most requests that run at once", type=_integer, metavar="N")
+    _add(
+        group,
+        "--max-num-seqs",
+        "most requests that run at once (default: 256 on GPUs, 64 on the CPU)",
+        type=_integer,
+        metavar="N",
+    )
     _add(
         group,
         "--max-num-batched-tokens",
-        "most tokens of one step: one for each request that decodes, the rest for prompts",
+        "most tokens of one step: one for each request that decodes, the rest for prompts (default: 2048 on "
+        "GPUs, 512 on the CPU)",
         type=_integer,
         metavar="N",
     )

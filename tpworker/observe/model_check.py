@@ -11,7 +11,7 @@ from tpworker.errors import ConfigError, ModelError
 from tpworker.loading import load_tokenizer
 from tpworker.observe.check import Check, missing, ok, warning
 from tpworker.observe.nvml import Gpu
-from tpworker.settings import resolve_max_model_len
+from tpworker.settings import StepSizes, resolve_max_model_len
 
 if TYPE_CHECKING:
     from tpworker.model.families import ModelSpec
@@ -121,7 +121,8 @@ def _memory(config: RuntimeConfig, spec: ModelSpec, length: int, device: str, gp
         place = (
             f"{available / _GIB:.1f} GiB available for {'1 rank' if num_ranks == 1 else f'{num_ranks} ranks'}"
         )
-    most = config.max_num_seqs * -(-length // config.block_size)  # no more is taken than all slots can use
+    slots = StepSizes.of(config, device).max_num_seqs
+    most = slots * -(-length // config.block_size)  # no more is taken than all slots can use
     tokens = min(most, max(0, room // block - 1)) * config.block_size
     told = (
         f"{place}; a rank has {weights / _GIB:.2f} GiB of weights, and KV blocks for {tokens} tokens beside "
