@@ -12,6 +12,7 @@ from tpworker.model.families.llama import LLAMA
 from tpworker.model.families.mixtral import MIXTRAL
 from tpworker.model.families.qwen3_moe import QWEN3_MOE
 from tpworker.model.families.spec import (
+    MAX_ALL_EXPERTS,
     Config,
     Family,
     Llama3Scaling,
@@ -21,6 +22,7 @@ from tpworker.model.families.spec import (
     RopeSpec,
     WeightNames,
 )
+from tpworker.model.json_file import shown
 
 __all__ = [
     "FAMILIES",
@@ -67,9 +69,9 @@ def read_spec(folder: Path) -> ModelSpec:
     for key in ("quantization_config", "compression_config"):
         quantization = config.section(key)
         if quantization is not None and quantization.values:
-            method = quantization.get("quant_method") or "unnamed"
+            method = shown(quantization.get("quant_method") or "unnamed")
             raise ModelError(
-                f"{config.path}: the checkpoint is quantised ({key}, method {method!r}), which is not "
+                f"{config.path}: the checkpoint is quantised ({key}, method {method}), which is not "
                 "supported; use the model's float32, bfloat16 or float16 weights"
             )
     fields = family.read(config)
@@ -77,6 +79,13 @@ def read_spec(folder: Path) -> ModelSpec:
     if dtype not in _DTYPES:
         key = "dtype" if config.get("dtype") else "torch_dtype"
         config.fail(key, f"must be one of {', '.join(_DTYPES)}")
+    moe: MoeSpec | None = fields.get("moe")
+    num_experts = 0 if moe is None else len(moe.layers) * (moe.num_experts + moe.num_shared)
+    if num_experts > MAX_ALL_EXPERTS:
+        raise ModelError(
+            f"{config.path}: all layers together have {num_experts} experts, shared ones included; the limit "
+            f"is {MAX_ALL_EXPERTS}: correct the file"
+        )
     vocab_size: int = fields["vocab_size"]
     generation = Config(folder / "generation_config.json", optional=True)
     bos_ids = config.ids("bos_token_id", vocab_size) or generation.ids("bos_token_id", vocab_size)
@@ -107,7 +116,7 @@ def _family(config: Config) -> Family:
             return family
     supported = ", ".join(name for family in FAMILIES.values() for name in family.architectures)
     raise ModelError(
-        f"{config.path}: the architecture {architectures[0]!r} is not supported. Supported: {supported}"
+        f"{config.path}: the architecture {shown(architectures[0])} is not supported. Supported: {supported}"
     )
 
 
@@ -126,7 +135,5 @@ def _generation_defaults(generation: Config) -> dict[str, float]:
         if defaults["top_p"] > 1:
             generation.fail("top_p", "must be above 0 and at most 1")
     if generation.get("top_k") is not None:
-        defaults["top_k"] = generation.integer("top_k", minimum=0)
-        if defaults["top_k"] > MAX_TOP_K:
-            generation.fail("top_k", f"must be at most {MAX_TOP_K}")
+        defaults["top_k"] = generation.integer("top_k", minimum=0, maximum=MAX_TOP_K)
     return defaults

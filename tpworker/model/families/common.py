@@ -9,7 +9,20 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from tpworker.model.families.spec import Config, Llama3Scaling, MoeNames, RopeSpec, WeightNames, with_article
+from tpworker.model.families.spec import (
+    MAX_HEAD_DIM,
+    MAX_HEADS,
+    MAX_LAYERS,
+    MAX_LENGTH,
+    MAX_VOCAB_SIZE,
+    Config,
+    Llama3Scaling,
+    MoeNames,
+    RopeSpec,
+    WeightNames,
+    with_article,
+)
+from tpworker.model.json_file import shown
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     # Keys that change what a model computes and that the decoder knows nothing of, with the values at which
@@ -105,7 +118,7 @@ def read_decoder(
         partial_rotary: what an absent partial_rotary_factor means; None: the family rotates whole heads.
         kv_heads_required: num_key_value_heads must be there; else an absent one means as many as heads.
     """
-    num_heads = config.integer("num_attention_heads")
+    num_heads = config.integer("num_attention_heads", maximum=MAX_HEADS)
     hidden_size = config.integer("hidden_size")
     if config.get("num_key_value_heads") is None and kv_heads_required:
         config.fail("num_key_value_heads", "is required")
@@ -116,18 +129,21 @@ def read_decoder(
         config.fail(
             "hidden_size", f"without head_dim, must be a multiple of num_attention_heads ({num_heads})"
         )
-    head_dim = config.integer("head_dim", default=head_dim or hidden_size // num_heads)
+    head_dim = config.integer("head_dim", default=head_dim or hidden_size // num_heads, maximum=MAX_HEAD_DIM)
+    max_length = config.integer("max_position_embeddings", maximum=MAX_LENGTH)
+    if max_length < 2:
+        config.fail("max_position_embeddings", "must be at least 2: a prompt's token and one of the answer")
     if head_dim % 2:
         config.fail("head_dim", f"rotary positions need an even size of a head, not {head_dim}")
     return {
-        "vocab_size": config.integer("vocab_size"),
+        "vocab_size": config.integer("vocab_size", maximum=MAX_VOCAB_SIZE),
         "hidden_size": hidden_size,
         "intermediate_size": config.integer("intermediate_size"),
-        "num_layers": config.integer("num_hidden_layers"),
+        "num_layers": config.integer("num_hidden_layers", maximum=MAX_LAYERS),
         "num_heads": num_heads,
         "num_kv_heads": num_kv_heads,
         "head_dim": head_dim,
-        "max_model_len": config.integer("max_position_embeddings"),
+        "max_model_len": max_length,
         "rms_norm_eps": config.number("rms_norm_eps", default=rms_norm_eps),
         "rope": _read_rope(config, rope_theta, partial_rotary, head_dim),
         "tie_embeddings": config.boolean("tie_word_embeddings", default=tie_embeddings),
@@ -147,11 +163,11 @@ def refuse_sliding_window(config: Config, *, absent: int | None = None, used: bo
     window = config.values.get("sliding_window", absent)
     if window is None or not config.boolean("use_sliding_window", default=used):
         return
-    if not isinstance(window, int) or window < config.integer("max_position_embeddings"):
+    if not isinstance(window, int) or window < config.integer("max_position_embeddings", maximum=MAX_LENGTH):
         config.fail(
             "sliding_window",
             f"sliding-window attention is not supported; a copy of the folder with sliding_window=null and "
-            f"max_position_embeddings={window} gives the same output within the window",
+            f"max_position_embeddings={shown(window)} gives the same output within the window",
         )
 
 
@@ -173,7 +189,9 @@ def _read_rope(config: Config, theta: float, partial: float | None, head_dim: in
         factor=section.number("factor"),
         low_freq_factor=section.number("low_freq_factor"),
         high_freq_factor=section.number("high_freq_factor"),
-        original_max_position_embeddings=section.integer("original_max_position_embeddings"),
+        original_max_position_embeddings=section.integer(
+            "original_max_position_embeddings", maximum=MAX_LENGTH
+        ),
     )
     if scaling.high_freq_factor <= scaling.low_freq_factor:
         section.fail("high_freq_factor", f"must be above low_freq_factor ({scaling.low_freq_factor:g})")

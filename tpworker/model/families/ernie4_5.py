@@ -16,7 +16,7 @@ from tpworker.model.families.common import (
     refuse_sliding_window,
     refuse_unknown,
 )
-from tpworker.model.families.spec import Config, Family, MoeSpec
+from tpworker.model.families.spec import MAX_EXPERTS, Config, Family, MoeSpec
 
 _THETA = 500000.0
 
@@ -72,13 +72,13 @@ def _read_moe(config: Config, num_layers: int) -> MoeSpec | None:
     layers = tuple(number for number in range(first, last + 1) if (number + 1) % interval == 0)
     if not layers:
         return None
-    num_experts = config.integer("moe_num_experts")
+    num_experts = config.integer("moe_num_experts", maximum=MAX_EXPERTS)
     return MoeSpec(
         layers=layers,
         num_experts=num_experts,
         experts_per_token=config.integer("moe_k", maximum=num_experts, reason="moe_num_experts"),
         intermediate_size=config.integer("moe_intermediate_size"),
-        num_shared=config.integer("moe_num_shared_experts", default=2, minimum=0),
+        num_shared=config.integer("moe_num_shared_experts", default=2, minimum=0, maximum=MAX_EXPERTS),
         has_bias=config.boolean("moe_use_aux_free", default=True),
         norm_min=config.number("moe_norm_min", default=1e-12),
         float32_gate=True,

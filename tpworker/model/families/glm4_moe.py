@@ -17,7 +17,7 @@ from tpworker.model.families.common import (
     refuse_sliding_window,
     refuse_unknown,
 )
-from tpworker.model.families.spec import Config, Family, MoeSpec
+from tpworker.model.families.spec import MAX_EXPERTS, MAX_LAYERS, Config, Family, MoeSpec
 
 _KNOWN: dict[str, tuple[Any, ...] | None] = {
     "partial_rotary_factor": None,
@@ -40,7 +40,9 @@ def _read(config: Config) -> dict[str, Any]:
         "qkv_bias": config.boolean("attention_bias", default=False),
         "qk_norm": config.boolean("use_qk_norm", default=False),
         "moe": _read_moe(config, fields["num_layers"]),
-        "num_mtp_layers": config.integer("num_nextn_predict_layers", default=1, minimum=0),
+        "num_mtp_layers": config.integer(
+            "num_nextn_predict_layers", default=1, minimum=0, maximum=MAX_LAYERS
+        ),
     }
 
 
@@ -49,7 +51,7 @@ def _read_moe(config: Config, num_layers: int) -> MoeSpec | None:
     first = config.integer("first_k_dense_replace", default=1, minimum=0)
     if first >= num_layers:
         return None
-    num_experts = config.integer("n_routed_experts")
+    num_experts = config.integer("n_routed_experts", maximum=MAX_EXPERTS)
     num_groups = config.integer("n_group", default=1)
     top_groups = config.integer("topk_group", default=1)
     if num_experts % num_groups or (num_groups > 1 and num_experts < 2 * num_groups):
@@ -65,7 +67,7 @@ def _read_moe(config: Config, num_layers: int) -> MoeSpec | None:
         num_experts=num_experts,
         experts_per_token=config.integer("num_experts_per_tok", maximum=eligible, reason=reason),
         intermediate_size=config.integer("moe_intermediate_size"),
-        num_shared=config.integer("n_shared_experts", default=1, minimum=0),
+        num_shared=config.integer("n_shared_experts", default=1, minimum=0, maximum=MAX_EXPERTS),
         score="sigmoid",
         has_bias=True,
         normalise=config.boolean("norm_topk_prob", default=True),

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from tpworker.model.families.common import NAMES, read_decoder, refuse_sliding_window, refuse_unknown
-from tpworker.model.families.spec import Config, Family, MoeNames, MoeSpec
+from tpworker.model.families.spec import MAX_EXPERTS, Config, Family, MoeNames, MoeSpec
 
 _KNOWN: dict[str, tuple[Any, ...] | None] = {"num_local_experts": None, "norm_topk_prob": (True,)}
 
@@ -16,7 +16,7 @@ def _read(config: Config) -> dict[str, Any]:
     refuse_unknown(config, "MixtralForCausalLM", _KNOWN)
     refuse_sliding_window(config)
     fields = read_decoder(config, rms_norm_eps=1e-5, rope_theta=1e6)
-    num_experts = config.integer("num_local_experts")
+    num_experts = config.integer("num_local_experts", maximum=MAX_EXPERTS)
     moe = MoeSpec(
         layers=tuple(range(fields["num_layers"])),
         num_experts=num_experts,

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from tpworker.model.families.common import EXPERTS, NAMES, read_decoder, refuse_sliding_window, refuse_unknown
-from tpworker.model.families.spec import Config, Family, MoeSpec
+from tpworker.model.families.spec import MAX_EXPERTS, Config, Family, MoeSpec
 
 _KNOWN: dict[str, tuple[Any, ...] | None] = {"num_experts": None, "num_local_experts": None}
 
@@ -31,10 +31,11 @@ def _read_moe(config: Config, num_layers: int) -> MoeSpec | None:
     dense = config.get("mlp_only_layers") or []
     if not isinstance(dense, list) or not all(isinstance(number, int) for number in dense):
         config.fail("mlp_only_layers", "must be a list of layer numbers")
+    dense = frozenset(dense)  # which may be long
     layers = tuple(n for n in range(num_layers) if n not in dense and (n + 1) % step == 0)
     # Published as num_experts; transformers 5 writes num_local_experts.
     key = "num_local_experts" if config.get("num_experts") is None else "num_experts"
-    num_experts = config.integer(key, minimum=0)
+    num_experts = config.integer(key, minimum=0, maximum=MAX_EXPERTS)
     if not layers or num_experts == 0:
         return None
     return MoeSpec(

@@ -6,14 +6,25 @@ refused in an instant.
 
 from __future__ import annotations
 
-import json
-import math
+import sys
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from tpworker.errors import ModelError
+from tpworker.model.json_file import read_object, shown
+
+# What a dimension may be: far above any published model's, and so little that no product overflows, and that
+# what is done once for each layer, head or expert takes no time to speak of.
+MAX_SIZE = 1 << 20
+MAX_VOCAB_SIZE = 1 << 24  # the ranks exchange token ids as float32, which is exact below
+MAX_LENGTH = 2**31 - 1
+MAX_LAYERS = 1024
+MAX_HEADS = 4096
+MAX_HEAD_DIM = 4096
+MAX_EXPERTS = 4096  # of a layer
+MAX_ALL_EXPERTS = 1 << 16  # of all layers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,20 +214,10 @@ class Config:
         self.path = path
         self.values: dict[str, Any] = {}
         try:
-            text = path.read_text(encoding="utf-8")
+            self.values = read_object(path)
         except FileNotFoundError:
-            if optional:
-                return
-            raise ModelError(f"{path} is missing: a model folder needs it") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise ModelError(f"{path} cannot be read: {error}") from error
-        try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ModelError(f"{path} is not valid JSON: {error}") from error
-        if not isinstance(values, dict):
-            raise ModelError(f"{path} holds {type(values).__name__}, not an object")
-        self.values = values
+            if not optional:
+                raise ModelError(f"{path} is missing: a model folder needs it") from None
 
     def get(self, key: str) -> Any:
         """The value, None if it is absent or null."""
@@ -224,34 +225,36 @@ class Config:
 
     def fail(self, key: str, problem: str) -> NoReturn:
         """Raise a ModelError that names file, key and value."""
-        raise ModelError(f"{self.path}: {key}={self.values.get(key)!r}: {problem}")
+        raise ModelError(f"{self.path}: {key}={shown(self.values.get(key))}: {problem}")
 
     def integer(
         self,
         key: str,
         default: int | None = None,
         minimum: int = 1,
-        maximum: int | None = None,
+        maximum: int = MAX_SIZE,
         reason: str = "",
+        whole_floats: bool = False,
     ) -> int:
         """An integer in these bounds. Raises ModelError, also if it is absent without a default.
 
         Args:
             reason: what the maximum comes from.
+            whole_floats: 50.0 will do for 50.
         """
         value = self.get(key)
         if value is None:
             if default is None:
                 self.fail(key, "is required")
             return default
-        if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-            self.fail(key, f"must be an integer of at least {minimum}")
-        if maximum is not None and value > maximum:
+        if not _is_whole(value, whole_floats) or value < minimum:
+            self.fail(key, f"must be an integer of at least {minimum} and at most {maximum}")
+        if value > maximum:
             self.fail(key, f"must be at most {maximum}" + (f" ({reason})" if reason else ""))
-        return value
+        return int(value)
 
-    def number(self, key: str, default: float | None = None, above: float = 0.0) -> float:
-        """A finite number greater than `above`. Raises ModelError, also if it is absent without a default."""
+    def number(self, key: str, default: float | None = None, minimum: float | None = None) -> float:
+        """A finite number above 0, or from `minimum` on; `default` if it is absent. Raises ModelError."""
         value = self.get(key)
         if value is None:
             if default is None:
@@ -259,8 +262,9 @@ class Config:
             return default
         if not isinstance(value, (int, float)) or isinstance(value, bool):
             self.fail(key, "must be a number")
-        if not (math.isfinite(value) and value > above):
-            self.fail(key, f"must be a finite number above {above:g}")
+        if not (value > 0 if minimum is None else value >= minimum) or value > sys.float_info.max:
+            limit = "above 0" if minimum is None else f"of at least {minimum:g}"
+            self.fail(key, f"must be a finite number {limit}")
         return float(value)
 
     def boolean(self, key: str, default: bool) -> bool:
@@ -294,3 +298,10 @@ class Config:
             if not isinstance(id_, int) or isinstance(id_, bool) or not 0 <= id_ < vocab_size:
                 self.fail(key, f"must be token ids from 0 to {vocab_size - 1}")
         return tuple(ids)
+
+
+def _is_whole(value: object, floats: bool) -> bool:
+    """Whether it is an integer, or with `floats` a float without a fraction; true and false are neither."""
+    if isinstance(value, float):
+        return floats and value.is_integer()
+    return isinstance(value, int) and not isinstance(value, bool)
