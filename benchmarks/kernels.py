@@ -32,10 +32,11 @@ from benchmarks.report import machine, save
 from tpworker.model import kernels
 from tpworker.model.attention import Attention, flash
 from tpworker.model.batch import Batch
-from tpworker.model.decoder import Decoder, rope_tables
+from tpworker.model.decoder import Decoder
 from tpworker.model.families import ModelSpec, read_spec
 from tpworker.model.kv_cache import KVCache
 from tpworker.model.mlp import Mlp
+from tpworker.model.rope import rope_tables
 from tpworker.model.sampling import SamplingMode, SamplingRows, sample
 from tpworker.model.tp import Shard
 from tpworker.model.weights import dummy_weights

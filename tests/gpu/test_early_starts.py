@@ -22,8 +22,8 @@ from tests.gpu.test_kernels import (
 )
 from tpworker.model import kernels
 from tpworker.model.attention.split import NewTokens
-from tpworker.model.decoder import rope_tables
 from tpworker.model.families import RopeSpec
+from tpworker.model.rope import rope_tables
 
 pytestmark = pytest.mark.gpu
 STEPS = 6

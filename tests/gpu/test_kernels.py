@@ -23,9 +23,10 @@ from tpworker.model.attention import choose, flash
 from tpworker.model.attention.paged import PagedAttention
 from tpworker.model.attention.split import SplitAttention
 from tpworker.model.batch import Batch
-from tpworker.model.decoder import Decoder, KVCache, rope_tables
+from tpworker.model.decoder import Decoder, KVCache
 from tpworker.model.deferred import Normed
 from tpworker.model.families import RopeSpec, read_spec
+from tpworker.model.rope import rope_tables
 from tpworker.model.sampling import SamplingMode, SamplingRows, gumbel_noise, sample
 from tpworker.model.tp import Shard
 from tpworker.model.weights import dummy_weights, load_weights

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -127,6 +128,13 @@ def tiny_model(folder: Path, config: Any, dtype: torch.dtype = torch.float32, se
     return model
 
 
+def edit_config(folder: Path, change: dict[str, Any], name: str = "config.json") -> None:
+    """Change keys of a JSON file of the folder; None takes them out."""
+    path = folder / name
+    values = json.loads(path.read_text()) | change
+    path.write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
+
+
 @dataclasses.dataclass
 class Rank:
     """One rank with a cache; `steps` computes plans of the form the tests use."""
@@ -239,8 +247,21 @@ class Reference:
 
     @classmethod
     def make(cls, folder: Path, config: Any) -> Reference:
-        model = tiny_model(folder, config)
-        ids = torch.randint(0, config.vocab_size, (3, 40), generator=torch.Generator().manual_seed(1))
+        return cls._of(folder, tiny_model(folder, config))
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> Reference:
+        """What transformers makes of the folder's files as they are."""
+        from transformers import AutoModelForCausalLM
+
+        return cls._of(
+            folder, AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+        )
+
+    @classmethod
+    def _of(cls, folder: Path, model: Any) -> Reference:
+        generator = torch.Generator().manual_seed(1)
+        ids = torch.randint(0, model.config.vocab_size, (3, 40), generator=generator)
         with torch.inference_mode():
             return cls(folder, ids, model(ids).logits)
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import Ernie4_5Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import Ernie4_5Config, Glm4MoeConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from tests.model.helpers import (
     CPU,
@@ -19,12 +19,15 @@ from tests.model.helpers import (
     Rank,
     Reference,
     Work,
+    edit_config,
     make_batch,
     run_ranks,
     shuffled_tables,
+    tiny_model,
 )
-from tpworker.model.decoder import Decoder, KVCache, rope_tables
+from tpworker.model.decoder import Decoder, KVCache
 from tpworker.model.families import Llama3Scaling, MoeSpec, RopeSpec
+from tpworker.model.rope import rope_tables
 from tpworker.model.tp import Collectives, Shard
 from tpworker.model.weights import dummy_weights
 from tpworker.rank.collectives import SoleRank
@@ -93,6 +96,54 @@ def test_logits_are_transformers(models: Models, name: str, size: int) -> None:
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name not in FULL_MATRIX])
 def test_logits_are_transformers_in_other_variants(models: Models, name: str, size: int) -> None:
     models(name).check(size)
+
+
+YARN: dict[str, Any] = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32}
+ROPES: dict[str, dict[str, Any]] = {
+    # rope_theta beside rope_scaling is transformers 4's way; rope_parameters are transformers 5's.
+    "linear": {"rope_theta": 500.0, "rope_scaling": {"type": "linear", "factor": 4.0}},
+    "linear-5": {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}},
+    "yarn": {"rope_theta": 500.0, "rope_scaling": YARN},
+    "yarn-5": {"rope_parameters": YARN | {"rope_theta": 500.0}},
+    "yarn-of-type": {"rope_scaling": {"type": "yarn", "factor": 2.0}},
+    "yarn-without-factor": {"rope_scaling": YARN | {"factor": None}},
+    "yarn-attention-factor": {"rope_scaling": YARN | {"attention_factor": 1.7}},
+    "yarn-mscale": {"rope_scaling": YARN | {"mscale": 0.7, "mscale_all_dim": 1.3}},
+    "yarn-one-mscale": {"rope_scaling": YARN | {"mscale": 0.7, "mscale_all_dim": 0}},
+    "yarn-betas": {"rope_scaling": YARN | {"beta_fast": 3, "beta_slow": 0.2, "truncate": False}},
+    "yarn-ramp-of-no-length": {"rope_scaling": YARN | {"beta_fast": 1, "beta_slow": 1, "truncate": False}},
+    "yarn-original-length-outside": {"rope_scaling": YARN, "original_max_position_embeddings": 48},
+    "llama3-without-original-length": {
+        "rope_scaling": {key: value for key, value in LLAMA3.items() if "original" not in key}
+    },
+    "both": {"rope_scaling": YARN, "rope_parameters": {"rope_theta": 77.0, "rope_type": "default"}},
+    "both-and-theta": {"rope_theta": 500.0, "rope_scaling": YARN, "rope_parameters": {"rope_theta": 77.0}},
+    "rope-scaling-is-empty": {"rope_scaling": {}, "rope_parameters": LLAMA3},
+}
+ROPE_MODELS: dict[str, Callable[[], Any]] = {
+    "llama": lambda: LlamaConfig(**BASE, **heads(4, 2)),
+    "ernie4_5": lambda: Ernie4_5Config(**BASE, **heads(4, 2)),
+    "glm": lambda: Glm4MoeConfig(
+        **BASE, **heads(4, 2), first_k_dense_replace=1, n_routed_experts=4, num_experts_per_tok=2,
+        moe_intermediate_size=16,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize(
+    ("model", "rope"),
+    [("llama", rope) for rope in ROPES] + [(m, r) for m in ("ernie4_5", "glm") for r in ("yarn", "linear-5")],
+)
+def test_scaled_rotary_positions_are_transformers(tmp_path: Path, model: str, rope: str, size: int) -> None:
+    tiny_model(tmp_path, ROPE_MODELS[model]())
+    edit_config(tmp_path, {"rope_parameters": None} | ROPES[rope])
+    reference = Reference.of_folder(tmp_path)
+    edit_config(tmp_path, {"rope_parameters": None, "rope_scaling": None})
+    plain = Reference.of_folder(tmp_path)
+    assert (reference.logits - plain.logits).abs().max() > 0.01 * plain.logits.abs().max()
+    edit_config(tmp_path, {"rope_parameters": None} | ROPES[rope])
+    reference.check(size)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -309,8 +309,23 @@ def test_generation_defaults_that_cannot_be_had_are_told(tmp_path: Path) -> None
         ({"hidden_act": "gelu"}, "hidden_act='gelu': is not supported"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5: is not supported"),
         ({"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0: is not supported"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type='yarn': .*only llama3"),
-        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "type='linear': .*only llama3"),
+        *(
+            (
+                {key: {kind_key: kind, "factor": 4.0}},
+                f"{kind_key}='{kind}': is not supported; .* linear, llama3",
+            )
+            for key in ("rope_scaling", "rope_parameters")
+            for kind_key, kind in (("type", "dynamic"), ("rope_type", "longrope"), ("type", "su"))
+        ),
+        ({"rope_scaling": {"type": "linear"}}, "factor=None: is required"),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 4.0, "rope_theta": 1.0}},
+            "rope_theta=1.0: must be above 1",
+        ),
+        (
+            {"rope_parameters": {"full_attention": {"rope_type": "yarn"}}},
+            "rope_parameters=.*each type of layer",
+        ),
         ({"rope_scaling": "linear"}, "rope_scaling='linear': must be an object"),
         ({"rope_scaling": LLAMA3 | {"factor": None}}, "factor=None: is required"),
         ({"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}}, "high_freq_factor=1.0: must be above"),
@@ -377,7 +392,11 @@ def test_what_cannot_be_served_is_refused_by_name(
         (GLM, {"hidden_act": "gelu"}, "hidden_act='gelu': is not supported in a Glm4MoeForCausalLM"),
         (GLM, {"routed_scaling_factor": 0}, "routed_scaling_factor=0: must be a finite number above 0"),
         (GLM, {"norm_topk_prob": 1}, "norm_topk_prob=1: must be true or false"),
-        (GLM, {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type='yarn': .*only llama3"),
+        (
+            GLM,
+            {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}},
+            "rope_type='dynamic': .* linear, llama3",
+        ),
         (ERNIE, {"use_bias": True}, "use_bias=True: biases are not supported"),
         (ERNIE, {"moe_k": 9}, r"moe_k=9: must be at most 8 \(moe_num_experts\)"),
         (ERNIE, {"moe_gate_act": "sigmoid"}, "moe_gate_act='sigmoid': is not supported"),

@@ -7,10 +7,8 @@ this rank's query and key-value heads. What is split over ranks, and how: `tpwor
 from __future__ import annotations
 
 import copy
-import math
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from tpworker.model import kernels
@@ -18,8 +16,9 @@ from tpworker.model.attention import Attention
 from tpworker.model.attention import choose as choose_attention
 from tpworker.model.batch import Batch
 from tpworker.model.deferred import Product, tensor_of
-from tpworker.model.families import ModelSpec, RopeSpec
+from tpworker.model.families import ModelSpec
 from tpworker.model.kv_cache import KVCache
+from tpworker.model.rope import rope_tables
 from tpworker.model.tp import Collectives, Shard, embed
 from tpworker.model.weights import DecoderWeights, LayerWeights
 
@@ -121,30 +120,3 @@ def _norms(layer: LayerWeights) -> tuple[Tensor, Tensor] | None:
     if layer.query_norm is None or layer.key_norm is None:
         return None
     return layer.query_norm, layer.key_norm
-
-
-def rope_tables(
-    rope: RopeSpec, head_dim: int, num_positions: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every position's angles: float32 [num_positions, rotary_dim] each.
-
-    Both halves hold the same angles; the first half of the sines is negated, so that x * cos + swapped * sin
-    is the rotation (Su et al., arXiv 2104.09864). Llama 3's scaling: `apply_scaling` of Meta's llama-models.
-    """
-    rotary_dim = rope.rotary_dim or head_dim
-    exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float32) / rotary_dim
-    frequencies = 1.0 / (rope.theta**exponents)
-    if rope.scaling is not None:
-        scaling = rope.scaling
-        wavelengths = 2 * math.pi / frequencies
-        context = scaling.original_max_position_embeddings
-        # 0: a wavelength of context / low_freq_factor or more, to be stretched; 1: one of
-        # context / high_freq_factor or less, to be kept; in between, a mixture of both.
-        kept = (context / wavelengths - scaling.low_freq_factor) / (
-            scaling.high_freq_factor - scaling.low_freq_factor
-        )
-        kept = kept.clamp(0, 1)
-        frequencies = frequencies * (kept + (1 - kept) / scaling.factor)
-    angles = torch.outer(torch.arange(num_positions, dtype=torch.float32), frequencies)
-    cos, sin = angles.cos(), angles.sin()
-    return torch.cat((cos, cos), dim=-1).to(device), torch.cat((-sin, sin), dim=-1).to(device)

@@ -15,24 +15,28 @@ from tpworker.model.families.spec import (
     MAX_ALL_EXPERTS,
     Config,
     Family,
+    LinearScaling,
     Llama3Scaling,
     ModelSpec,
     MoeNames,
     MoeSpec,
     RopeSpec,
     WeightNames,
+    YarnScaling,
 )
 from tpworker.model.json_file import shown
 
 __all__ = [
     "FAMILIES",
     "Family",
+    "LinearScaling",
     "Llama3Scaling",
     "ModelSpec",
     "MoeNames",
     "MoeSpec",
     "RopeSpec",
     "WeightNames",
+    "YarnScaling",
     "read_spec",
 ]
 

@@ -28,6 +28,13 @@ MAX_ALL_EXPERTS = 1 << 16  # of all layers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LinearScaling:
+    """Every wavelength is stretched: position interpolation (arXiv 2306.15595)."""
+
+    factor: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Llama3Scaling:
     """Frequency scaling of Llama 3.1 and later: long wavelengths are stretched, short ones kept."""
 
@@ -38,11 +45,27 @@ class Llama3Scaling:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class YarnScaling:
+    """YaRN (arXiv 2309.00071): as Llama 3's, but its ramp is one over the pairs; attention is sharper."""
+
+    factor: float
+    original_max_position_embeddings: int
+    attention_factor: float
+    """Of cosine and sine alike."""
+    beta_fast: float = 32.0
+    """Pairs that turn at least so often within the original context are kept."""
+    beta_slow: float = 1.0
+    """Pairs that turn at most so often are stretched by the factor."""
+    truncate: bool = True
+    """The ramp begins and ends at whole pairs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RopeSpec:
     """Rotary position embedding, halves rotated against each other (GPT-NeoX style)."""
 
     theta: float
-    scaling: Llama3Scaling | None = None
+    scaling: LinearScaling | Llama3Scaling | YarnScaling | None = None
     rotary_dim: int | None = None
     """The first so many entries of a head are rotated, the others are passed on. None: the whole head."""
     interleaved: bool = False
