@@ -7,12 +7,13 @@ import logging
 import os
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from tpworker.config import RuntimeConfig
 from tpworker.errors import ConfigError
+from tpworker.model.json_file import shown
 
 if TYPE_CHECKING:
     from tpworker.model.families import ModelSpec
@@ -34,6 +35,17 @@ class FoundModel:
     spec: ModelSpec
     name: str  # what to call it towards clients
 
+    def with_tokenizer(self, tokenizer: Tokenizer) -> FoundModel:
+        """The model as its tokenizer ends its outputs, too. Raises ModelError if too many tokens do."""
+        spec = self.spec.ended_by(tokenizer.eos_id)
+        if not spec.eos_ids:
+            logger.warning(
+                "%s names no end-of-sequence token (eos_token_id in generation_config.json or config.json, "
+                "eos_token in tokenizer_config.json): outputs end by length, or where a request says",
+                self.folder,
+            )
+        return replace(self, spec=spec)
+
 
 def find_model(config: RuntimeConfig, progress: Progress) -> FoundModel:
     """Finds the model of a configuration, downloading it if need be, and reads its config.json.
@@ -48,8 +60,10 @@ def find_model(config: RuntimeConfig, progress: Progress) -> FoundModel:
 
     folder = resolve_model(config.model, progress, weights=config.load_format != "dummy").absolute()
     spec = read_spec(folder)
+    for line in spec.notes:
+        logger.warning("%s", line)
     if spec.generation_ignored:
-        ignored = ", ".join(f"{name}={value!r}" for name, value in spec.generation_ignored.items())
+        ignored = ", ".join(f"{name}={shown(value)}" for name, value in spec.generation_ignored.items())
         logger.warning("generation_config.json asks for what is not supported, ignored: %s", ignored)
     return FoundModel(folder, spec, config.model or folder.name)
 

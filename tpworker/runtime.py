@@ -183,6 +183,8 @@ class Runtime:
             await asyncio.wait(both, return_when=asyncio.FIRST_EXCEPTION)
             # Of two errors the tokenizer's is the plainer one.
             self._tokenizer = await tokenizer if tokenizer.done() else None
+            if self._tokenizer is not None:
+                self._found = found.with_tokenizer(self._tokenizer)
             num_kv_blocks = await ready
         finally:
             ready.cancel()

@@ -109,6 +109,12 @@ class Tokenizer:
         return text
 
     @property
+    def eos_id(self) -> int | None:
+        """The token that ends a text, if the tokenizer names one."""
+        eos_id: int | None = self._fast.eos_token_id
+        return eos_id
+
+    @property
     def has_chat_template(self) -> bool:
         """Whether `apply_chat_template` can work."""
         return bool(self._fast.chat_template)

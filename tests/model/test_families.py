@@ -9,9 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, LlamaConfig
 
+from tests.model.helpers import edit_config, tiny_model
+from tpworker.config import MAX_STOP_IDS
 from tpworker.errors import ModelError
-from tpworker.model.families import Llama3Scaling, MoeSpec, RopeSpec, read_spec
+from tpworker.model.families import FAMILIES, Llama3Scaling, MoeSpec, RopeSpec, read_spec
+from tpworker.model.families.generation import LEAST_TOP_P
+from tpworker.model.families.spec import MAX_EOS_IDS, MAX_VOCAB_SIZE
+from tpworker.model.sampling import _keep
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -63,6 +71,10 @@ MIXTRAL = DECODER | {
     "num_local_experts": 8,
     "num_experts_per_tok": 2,
 }
+
+FAMILY_CONFIGS = {config["architectures"][0]: config for config in (GLM, ERNIE, ERNIE_DENSE, QWEN, MIXTRAL)}
+ARCHITECTURES = [name for family in FAMILIES.values() for name in family.architectures]
+SMALL = {key: DECODER[key] for key in DECODER if key != "moe_intermediate_size"}
 
 CONFIGS = Path(__file__).parents[2] / "benchmarks" / "configs"
 
@@ -244,21 +256,87 @@ def test_configs_of_benchmarks_are_supported(path: Path) -> None:
     assert (spec.moe is None) == (path.parent.name in ("qwen3-0.6b", "qwen3-8b"))
 
 
-@pytest.mark.parametrize(
-    ("config_ids", "generation_ids", "expected"),
-    [
-        (2, None, (2,)),
-        (None, None, ()),
-        (2, [5, 7], (5, 7, 2)),
-        ([2, 7], [5, 7], (5, 7, 2)),
-        ([], 9, (9,)),
-    ],
-)
-def test_end_of_sequence_ids_of_both_files_are_merged(
-    tmp_path: Path, config_ids: Any, generation_ids: Any, expected: tuple[int, ...]
+@pytest.mark.parametrize("config_ids", [2, [2, 7], [7, 7]])
+@pytest.mark.parametrize("generation_ids", ["no file", 5, [5, 7], [7, 5, 7]])
+def test_ends_are_those_of_transformers_generate(
+    tmp_path: Path, config_ids: Any, generation_ids: Any
 ) -> None:
-    spec = read_spec(folder(tmp_path, LLAMA | {"eos_token_id": config_ids}, {"eos_token_id": generation_ids}))
-    assert spec.eos_ids == expected
+    tiny_model(tmp_path, LlamaConfig(**SMALL))
+    edit_config(tmp_path, {"eos_token_id": config_ids})
+    (tmp_path / "generation_config.json").unlink()
+    if generation_ids != "no file":
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": generation_ids}))
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path).generation_config.eos_token_id
+    expected = expected if isinstance(expected, list) else [expected]
+    spec = read_spec(tmp_path)
+    assert set(spec.eos_ids) == set(expected)
+    assert len(spec.eos_ids) == len(set(expected))
+    assert not spec.eos_is_default
+    assert spec.notes == ()
+
+
+@pytest.mark.parametrize("generation", [None, {}, {"eos_token_id": None}, {"eos_token_id": []}])
+def test_a_generation_config_that_names_no_end_hides_none(
+    tmp_path: Path, generation: dict[str, Any] | None
+) -> None:
+    assert read_spec(folder(tmp_path, LLAMA, generation)).eos_ids == (2,)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_an_end_that_no_file_names_is_the_config_classes(tmp_path: Path, architecture: str) -> None:
+    config = FAMILY_CONFIGS.get(architecture, LLAMA) | {
+        "architectures": [architecture],
+        "sliding_window": None,
+    }
+    config = {key: value for key, value in config.items() if key != "eos_token_id"}
+    expected = getattr(transformers, architecture.replace("ForCausalLM", "Config"))().eos_token_id
+    silent = read_spec(folder(tmp_path, config, {}))
+    assert silent.eos_ids == (() if expected is None else (expected,))
+    assert silent.ended_by(None).eos_ids == silent.eos_ids
+    assert silent.ended_by(9).eos_ids == (9,), "the tokenizer's counts more than the class's"
+    null = read_spec(folder(tmp_path, config | {"eos_token_id": None}))
+    assert null.eos_ids == ()
+    assert null.ended_by(9).eos_ids == (9,)
+    small = read_spec(folder(tmp_path, config | {"vocab_size": 2}))
+    assert small.eos_ids == ()
+
+
+def test_the_tokenizers_end_counts_besides(tmp_path: Path) -> None:
+    spec = read_spec(folder(tmp_path, LLAMA, {"eos_token_id": [5, 7]}))
+    assert spec.ended_by(2).eos_ids == (5, 7, 2)
+    assert spec.ended_by(7).eos_ids == (5, 7)
+    for nothing in (None, -1, 49152):
+        assert spec.ended_by(nothing) == spec
+
+
+def test_as_many_tokens_end_an_output_as_there_is_room_for(tmp_path: Path) -> None:
+    assert MAX_EOS_IDS == MAX_STOP_IDS
+    spec = read_spec(folder(tmp_path, LLAMA | {"eos_token_id": list(range(16)) * 2}))
+    assert spec.eos_ids == tuple(range(16))
+    with pytest.raises(ModelError, match="the tokenizer's EOS, 99, are 17 tokens; at most 16 can end"):
+        spec.ended_by(99)
+    with pytest.raises(
+        ModelError, match=r"config.json: eos_token_id=\[0, 1, .*\]: names 17 tokens; at most 16"
+    ):
+        read_spec(folder(tmp_path, LLAMA | {"eos_token_id": list(range(17))}))
+
+
+@pytest.mark.parametrize("ids", [-1, 49152, [2, 49152], [-1], 10**30])
+def test_an_end_outside_the_vocabulary_is_told_of(tmp_path: Path, ids: Any) -> None:
+    """transformers loads such a model, too, and warns of negative ones."""
+    for config, generation in ((LLAMA, {"eos_token_id": ids}), (LLAMA | {"eos_token_id": ids}, {})):
+        spec = read_spec(folder(tmp_path, config, generation))
+        assert spec.eos_ids in ((2,), ())
+        (note,) = spec.notes
+        assert "config.json: eos_token_id=" in note
+        assert "the vocabulary has ids from 0 to 49151; others are never generated" in note
+
+
+@pytest.mark.parametrize("ids", [-1, [-1], 49152, None, 1.0])
+def test_a_beginning_outside_the_vocabulary_is_none(tmp_path: Path, ids: Any) -> None:
+    spec = read_spec(folder(tmp_path, LLAMA | {"bos_token_id": ids}))
+    assert spec.bos_id == (1 if ids == 1 else None)
+    assert spec.notes == ()
 
 
 def test_a_quantisation_that_says_nothing_is_none(tmp_path: Path) -> None:
@@ -280,8 +358,39 @@ def test_generation_defaults_may_be_greedy_or_absent(tmp_path: Path) -> None:
 
 
 def test_generation_defaults_that_cannot_be_had_are_told(tmp_path: Path) -> None:
-    spec = read_spec(folder(tmp_path, LLAMA, {"repetition_penalty": 1.1, "min_p": 0.05}))
-    assert spec.generation_ignored == {"repetition_penalty": 1.1, "min_p": 0.05}
+    asked = {"repetition_penalty": 1.1, "min_p": 0.05, "suppress_tokens": [3], "stop_strings": ["x"]}
+    asked |= {"num_beams": 4, "eta_cutoff": 0.1, "forced_eos_token_id": 2}
+    assert read_spec(folder(tmp_path, LLAMA, asked)).generation_ignored == asked
+    neutral = {"repetition_penalty": 1, "suppress_tokens": [], "num_beams": 1, "min_length": 0}
+    assert read_spec(folder(tmp_path, LLAMA, neutral)).generation_ignored == {}
+
+
+@pytest.mark.parametrize(
+    ("generation", "defaults"),
+    [
+        ({"top_k": -1}, {"top_k": 0}),
+        ({"top_k": 50.0}, {"top_k": 50}),
+        ({"top_k": 0}, {"top_k": 0}),
+        ({"top_p": 0}, {"top_p": LEAST_TOP_P}),
+        ({"top_p": 0.0, "top_k": None}, {"top_p": LEAST_TOP_P}),
+        ({"do_sample": 0}, {"temperature": 0.0}),
+    ],
+)
+def test_what_others_write_for_none(
+    tmp_path: Path, generation: dict[str, Any], defaults: dict[str, float]
+) -> None:
+    spec = read_spec(folder(tmp_path, LLAMA, generation))
+    assert spec.generation_defaults == defaults
+    assert {type(value) for value in spec.generation_defaults.values()} <= {int, float}
+
+
+def test_a_top_p_of_0_keeps_the_most_probable_token_alone() -> None:
+    """As transformers' TopPLogitsWarper does; even where all are nearly alike, in the largest vocabulary."""
+    values = torch.zeros(1, 64, dtype=torch.float32)  # the 64 best of all
+    log_total = torch.tensor(MAX_VOCAB_SIZE, dtype=torch.float32).log()[None]
+    top_k, top_p = torch.tensor([MAX_VOCAB_SIZE]), torch.tensor([LEAST_TOP_P])
+    kept = _keep(values, log_total, top_k, top_p, MAX_VOCAB_SIZE)
+    assert kept.tolist() == [[True] + [False] * 63]
 
 
 @pytest.mark.parametrize(
@@ -340,8 +449,9 @@ def test_generation_defaults_that_cannot_be_had_are_told(tmp_path: Path) -> None
             "sliding-window attention is not supported",
         ),
         ({"architectures": ["Qwen2ForCausalLM"], "num_key_value_heads": None}, "num_key_value_heads"),
-        ({"eos_token_id": 49152}, "eos_token_id=49152: must be token ids from 0 to 49151"),
-        ({"eos_token_id": ["</s>"]}, "eos_token_id=.*: must be token ids"),
+        ({"eos_token_id": ["</s>"]}, "eos_token_id=.*: must be a token id or a list"),
+        ({"bos_token_id": 1.5}, "bos_token_id=1.5: must be a token id or a list"),
+        ({"eos_token_id": [True]}, r"eos_token_id=\[True\]: must be a token id or a list"),
     ],
 )
 def test_what_cannot_be_served_is_refused_by_name(
@@ -432,9 +542,12 @@ def test_mixtures_that_cannot_be_served_are_refused_by_name(
         ({"temperature": -1}, "temperature=-1: must be a finite number above 0"),
         ({"temperature": 150}, "temperature=150: must be at most 100"),
         ({"top_k": 2**31}, f"top_k={2**31}: must be at most {2**31 - 1}"),
-        ({"top_p": 1.5}, "top_p=1.5: must be above 0 and at most 1"),
-        ({"top_k": -3}, "top_k=-3: must be an integer of at least 0"),
-        ({"eos_token_id": -1}, "eos_token_id=-1"),
+        ({"top_p": 1.5}, "top_p=1.5: must be at least 0 and at most 1"),
+        ({"top_p": -0.1}, "top_p=-0.1: must be a finite number of at least 0"),
+        ({"top_k": -3}, "top_k=-3: must be an integer of at least -1"),
+        ({"top_k": 50.5}, "top_k=50.5: must be an integer of at least -1"),
+        ({"top_k": True}, "top_k=True: must be an integer of at least -1"),
+        ({"eos_token_id": "</s>"}, "eos_token_id='</s>': must be a token id or a list"),
     ],
 )
 def test_bad_generation_defaults_are_refused(

@@ -7,6 +7,13 @@ from typing import Any
 
 from tpworker.errors import ModelError
 from tpworker.model.families.ernie4_5 import ERNIE4_5, ERNIE4_5_MOE
+from tpworker.model.families.generation import (
+    MAX_TEMPERATURE,
+    MAX_TOP_K,
+    read_defaults,
+    read_ends,
+    read_ignored,
+)
 from tpworker.model.families.glm4_moe import GLM4_MOE
 from tpworker.model.families.llama import LLAMA
 from tpworker.model.families.mixtral import MIXTRAL
@@ -28,6 +35,8 @@ from tpworker.model.json_file import shown
 
 __all__ = [
     "FAMILIES",
+    "MAX_TEMPERATURE",
+    "MAX_TOP_K",
     "Family",
     "LinearScaling",
     "Llama3Scaling",
@@ -45,20 +54,6 @@ FAMILIES: dict[str, Family] = {
 }
 
 _DTYPES = ("float32", "bfloat16", "float16")
-# What generation_config.json may set, that would change the output and that sampling does not do, with the
-# values at which it changes nothing.
-_OTHER_DEFAULTS: dict[str, tuple[float, ...]] = {
-    "repetition_penalty": (1.0,),
-    "presence_penalty": (0.0,),
-    "frequency_penalty": (0.0,),
-    "min_p": (0.0,),
-    "typical_p": (1.0,),
-    "no_repeat_ngram_size": (0,),
-}
-
-MAX_TEMPERATURE = 100
-MAX_TOP_K = 2**31 - 1
-"""What a request may ask for, a model's defaults may ask for, and no more."""
 
 
 def read_spec(folder: Path) -> ModelSpec:
@@ -90,22 +85,16 @@ def read_spec(folder: Path) -> ModelSpec:
             f"{config.path}: all layers together have {num_experts} experts, shared ones included; the limit "
             f"is {MAX_ALL_EXPERTS}: correct the file"
         )
-    vocab_size: int = fields["vocab_size"]
     generation = Config(folder / "generation_config.json", optional=True)
-    bos_ids = config.ids("bos_token_id", vocab_size) or generation.ids("bos_token_id", vocab_size)
-    eos_ids = generation.ids("eos_token_id", vocab_size) + config.ids("eos_token_id", vocab_size)
+    ends, notes = read_ends(config, generation, fields["vocab_size"])
     return ModelSpec(
         family=family.name,
         architecture=config.values["architectures"][0],
         dtype=dtype,
-        bos_id=bos_ids[0] if bos_ids else None,
-        eos_ids=tuple(dict.fromkeys(eos_ids)),
-        generation_defaults=_generation_defaults(generation),
-        generation_ignored={
-            key: generation.get(key)
-            for key, neutral in _OTHER_DEFAULTS.items()
-            if generation.get(key) is not None and generation.get(key) not in neutral
-        },
+        generation_defaults=read_defaults(generation),
+        generation_ignored=read_ignored(generation),
+        notes=tuple(notes),
+        **ends,
         **fields,
     )
 
@@ -122,22 +111,3 @@ def _family(config: Config) -> Family:
     raise ModelError(
         f"{config.path}: the architecture {shown(architectures[0])} is not supported. Supported: {supported}"
     )
-
-
-def _generation_defaults(generation: Config) -> dict[str, float]:
-    """temperature, top_p and top_k, as far as they are set. Raises ModelError when one is out of range."""
-    defaults: dict[str, float] = {}
-    temperature = generation.get("temperature")
-    if temperature is not None:
-        defaults["temperature"] = 0.0 if temperature == 0 else generation.number("temperature")
-        if defaults["temperature"] > MAX_TEMPERATURE:
-            generation.fail("temperature", f"must be at most {MAX_TEMPERATURE}")
-    if generation.get("do_sample") is False:
-        defaults["temperature"] = 0.0
-    if generation.get("top_p") is not None:
-        defaults["top_p"] = generation.number("top_p")
-        if defaults["top_p"] > 1:
-            generation.fail("top_p", "must be above 0 and at most 1")
-    if generation.get("top_k") is not None:
-        defaults["top_k"] = generation.integer("top_k", minimum=0, maximum=MAX_TOP_K)
-    return defaults

@@ -25,6 +25,7 @@ MAX_HEADS = 4096
 MAX_HEAD_DIM = 4096
 MAX_EXPERTS = 4096  # of a layer
 MAX_ALL_EXPERTS = 1 << 16  # of all layers
+MAX_EOS_IDS = 16  # a row of the device's table of stop tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,11 +144,27 @@ class ModelSpec:
     """Layers for multi-token prediction (MTP) that the checkpoint holds behind the model's own: not read."""
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
-    """End-of-sequence ids of generation_config.json and config.json, each once, in that order."""
+    """What ends an output, each once: see `tpworker.model.families.generation`."""
+    eos_is_default: bool = False
+    """No file names any: they are transformers' config class's, and count unless the tokenizer has one."""
     generation_defaults: Mapping[str, float] = field(default_factory=dict)
     """temperature, top_p and top_k, as far as generation_config.json sets them."""
-    generation_ignored: Mapping[str, float] = field(default_factory=dict)
+    generation_ignored: Mapping[str, object] = field(default_factory=dict)
     """Defaults of generation_config.json that would change the output and cannot be had: to be warned of."""
+    notes: tuple[str, ...] = ()
+    """What else is to be warned of, a line each."""
+
+    def ended_by(self, eos_id: int | None) -> ModelSpec:
+        """The model with a tokenizer whose EOS this is. Raises ModelError if there is no room for it."""
+        if eos_id is None or not 0 <= eos_id < self.vocab_size:
+            return self
+        eos_ids = tuple(dict.fromkeys((*(() if self.eos_is_default else self.eos_ids), eos_id)))
+        if len(eos_ids) > MAX_EOS_IDS:
+            raise ModelError(
+                f"eos_token_id and the tokenizer's EOS, {eos_id}, are {len(eos_ids)} tokens; at most "
+                f"{MAX_EOS_IDS} can end an output: take some out of generation_config.json or config.json"
+            )
+        return replace(self, eos_ids=eos_ids, eos_is_default=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -311,16 +328,15 @@ class Config:
         section.values = value
         return section
 
-    def ids(self, key: str, vocab_size: int) -> tuple[int, ...]:
-        """One token id or a list of them, none if it is absent. Raises ModelError."""
+    def ids(self, key: str) -> tuple[int, ...]:
+        """One token id or a list of them, of any vocabulary; none if it is absent. Raises ModelError."""
         value = self.get(key)
         if value is None:
             return ()
         ids = value if isinstance(value, list) else [value]
-        for id_ in ids:
-            if not isinstance(id_, int) or isinstance(id_, bool) or not 0 <= id_ < vocab_size:
-                self.fail(key, f"must be token ids from 0 to {vocab_size - 1}")
-        return tuple(ids)
+        if not all(_is_whole(id_, floats=True) for id_ in ids):
+            self.fail(key, "must be a token id or a list of them")
+        return tuple(map(int, ids))
 
 
 def _is_whole(value: object, floats: bool) -> bool:
