@@ -480,7 +480,7 @@ def tiny(tmp_path: Path) -> Path:
     tensors: dict[str, Any] = {}
 
     def note(out: Any, name: str, dim: int, split: Any) -> None:
-        tensors[name] = torch.zeros([split.full if at == dim else n for at, n in enumerate(out.shape)])
+        tensors[name] = torch.ones([split.full if at == dim else n for at, n in enumerate(out.shape)])
 
     spec = read_spec(folder)
     shard_bytes(spec, Shard.of(spec, 0, 1), torch.float32, look_up=note)

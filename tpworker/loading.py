@@ -7,12 +7,13 @@ import logging
 import os
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from tpworker.config import RuntimeConfig
-from tpworker.errors import ConfigError
+from tpworker.errors import ConfigError, ModelError
 from tpworker.model.json_file import shown
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ Progress = Callable[[str, float | None], None]
 T = TypeVar("T")
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+_SHORT_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_LONGEST_LINE = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +50,11 @@ class FoundModel:
         return replace(self, spec=spec)
 
 
-def find_model(config: RuntimeConfig, progress: Progress) -> FoundModel:
-    """Finds the model of a configuration, downloading it if need be, and reads its config.json.
+def find_model(config: RuntimeConfig, progress: Progress, *, check_weights: bool = True) -> FoundModel:
+    """Finds the model of a configuration, downloading it if need be, and reads all but its tensors.
+
+    Args:
+        check_weights: whether the ranks are such as read the weights, unless these are dummies.
 
     Raises:
         ConfigError: the working directory is gone.
@@ -60,12 +66,25 @@ def find_model(config: RuntimeConfig, progress: Progress) -> FoundModel:
 
     folder = resolve_model(config.model, progress, weights=config.load_format != "dummy").absolute()
     spec = read_spec(folder)
-    for line in spec.notes:
+    for line in what_is_odd(folder, spec, check_weights and config.load_format != "dummy"):
         logger.warning("%s", line)
+    check_tokenizer_files(folder)
+    return FoundModel(folder, spec, config.model or folder.name)
+
+
+def what_is_odd(folder: Path, spec: ModelSpec, check_weights: bool) -> list[str]:
+    """What a user should know of a model that can be served, a line each.
+
+    Raises:
+        ModelError: it cannot be served: its weights are missing, cut off, or were never written.
+    """
+    from tpworker.model.weight_files import check_files
+
+    odd = list(spec.notes)
     if spec.generation_ignored:
         ignored = ", ".join(f"{name}={shown(value)}" for name, value in spec.generation_ignored.items())
-        logger.warning("generation_config.json asks for what is not supported, ignored: %s", ignored)
-    return FoundModel(folder, spec, config.model or folder.name)
+        odd.append(f"generation_config.json asks for what is not supported, ignored: {ignored}")
+    return odd + check_files(folder, spec) if check_weights else odd
 
 
 def check_working_directory() -> None:
@@ -84,7 +103,23 @@ def check_working_directory() -> None:
 
 def has_tokenizer(folder: Path) -> bool:
     """Whether a model's folder has any of the files that a tokenizer is read from."""
-    return any((folder / name).exists() for name in _TOKENIZER_FILES)
+    return any(os.path.lexists(folder / name) for name in _TOKENIZER_FILES)
+
+
+def check_tokenizer_files(folder: Path) -> None:
+    """What can be told of a tokenizer's files in an instant, without the library that reads them.
+
+    Raises:
+        ModelError: one may not be read, is no file, or, if it is one of the short ones, holds no JSON object.
+    """
+    from tpworker.model.json_file import open_file, read_object
+
+    for name in _TOKENIZER_FILES:
+        with suppress(FileNotFoundError):
+            open_file(folder / name).close()
+    for name in _SHORT_FILES:
+        with suppress(FileNotFoundError):
+            read_object(folder / name)
 
 
 def load_tokenizer(folder: Path) -> Tokenizer | None:
@@ -95,9 +130,25 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
     """
     if not has_tokenizer(folder):
         return None
+    check_tokenizer_files(folder)
     from tpworker.text import Tokenizer
 
-    return Tokenizer.load(folder)
+    try:
+        return Tokenizer.load(folder)
+    except ModelError as error:
+        raise ModelError(_in_one_line(str(error))) from error
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of the tokenizers library, which is no Exception
+            raise
+        raise ModelError(
+            f"the tokenizer in {folder} cannot be read: {_in_one_line(str(error))}; fetch it again"
+        ) from None
+
+
+def _in_one_line(text: str) -> str:
+    """What another library says, shortened."""
+    text = " ".join(text.split())
+    return text if len(text) <= _LONGEST_LINE else f"{text[:_LONGEST_LINE]}…"
 
 
 def in_daemon_thread(function: Callable[[], T]) -> asyncio.Future[T]:

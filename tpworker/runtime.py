@@ -49,6 +49,7 @@ T = TypeVar("T")
 NUM_RECENT_STEPS = 4096
 NUM_TOKENISERS = 4
 """Threads that turn prompts into tokens; they do not block the event loop."""
+RANK_MODULE = "tpworker.rank"
 STARTS_ONCE = "a runtime starts once, and not after it was stopped: make a new one"
 
 
@@ -78,7 +79,7 @@ class Runtime:
         config: RuntimeConfig | None = None,
         progress: Progress | None = None,
         needs_tokenizer: bool = False,
-        rank_module: str = "tpworker.rank",
+        rank_module: str = RANK_MODULE,
         scheduler_module: str = "tpworker.scheduler",
         **options: Any,
     ) -> None:
@@ -152,7 +153,10 @@ class Runtime:
         def progress(text: str, fraction: float | None) -> None:
             loop.call_soon_threadsafe(self._progress, text, fraction)
 
-        self._found = found = await in_daemon_thread(lambda: find_model(self.config, progress))
+        is_ours = self._modules["rank_module"] == RANK_MODULE  # others read what they read
+        self._found = found = await in_daemon_thread(
+            lambda: find_model(self.config, progress, check_weights=is_ours)
+        )
         if self._state != "starting":
             raise RuntimeStopped("the runtime was stopped while it started")
         if self._needs_tokenizer and not has_tokenizer(found.folder):

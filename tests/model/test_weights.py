@@ -312,8 +312,9 @@ Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
         ),
         (
             replaced("model.layers.0.self_attn.q_norm.weight", torch.zeros(8)),
-            r"LlamaForCausalLM .* has no use for .* model.layers.0.self_attn.q_norm.weight",
+            r"LlamaForCausalLM .* has no use for .* model.layers.0.self_attn.q_norm.weight\. If",
         ),
+        (replaced("with\na line", torch.zeros(8)), r"has no use for .* 'with\\na line'\. If"),
     ],
 )
 def test_tensors_that_do_not_fit_the_config_are_named(
@@ -359,9 +360,13 @@ def test_progress_of_dummies(folder: Path) -> None:
     assert 0 < seen[0] < seen[-1] == shard_bytes(spec, Shard.of(spec, 0, 1), torch.float32)
 
 
-def test_old_rotary_frequencies_are_ignored(folder: Path) -> None:
-    change(folder, replaced("model.layers.0.self_attn.rotary_emb.inv_freq", torch.zeros(4)))
-    load(folder)
+@pytest.mark.parametrize("config", [LlamaConfig(**TINY), GLM, ERNIE], ids=["llama", "glm", "ernie"])
+def test_buffers_of_rotary_positions_are_ignored(tmp_path: Path, config: Any) -> None:
+    tiny_model(tmp_path, config)
+    for buffer in ("inv_freq", "cos_cached", "sin_cached"):
+        for place in ("model.layers.0.self_attn.rotary_emb", "model.rotary_emb"):
+            change(tmp_path, replaced(f"{place}.{buffer}", torch.zeros(4)))
+    load(tmp_path)
 
 
 def test_a_truncated_file_is_named_with_its_sizes_and_first_tensor(folder: Path) -> None:
@@ -418,6 +423,7 @@ def test_an_index_that_names_the_wrong_file(folder: Path) -> None:
 
 @pytest.mark.parametrize("text", ["{", "{}", "[]", '{"weight_map": 3}'])
 def test_a_broken_index(folder: Path, text: str) -> None:
+    (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(text)
     with pytest.raises(ModelError, match=r"index\.json is not a safetensors index"):
         load(folder)

@@ -20,6 +20,7 @@ from tpworker.model.linear import Linear, can_pack
 from tpworker.model.mlp import Mlp
 from tpworker.model.moe import Moe
 from tpworker.model.tp import Shard, Split
+from tpworker.model.weight_files import WeightFiles, output_head
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ def load_weights(
         ModelError: a file is missing, truncated or no safetensors; a tensor is missing, has another shape
             than config.json says, is not of a float type, or is one that this decoder has no use for.
     """
-    checkpoint = Checkpoint(folder)
+    checkpoint, spec = _open(folder, spec)
     total = shard_bytes(spec, shard, dtype, device, checkpoint.look_up)
     skipped = _refuse_unused(checkpoint, spec)
     if skipped and shard.rank == 0:
@@ -106,9 +107,16 @@ def check_weights(folder: Path, spec: ModelSpec) -> None:
     Raises:
         ModelError: as `load_weights` does.
     """
-    checkpoint = Checkpoint(folder)
+    checkpoint, spec = _open(folder, spec)
     shard_bytes(spec, Shard.of(spec, 0, 1), torch.float32, look_up=checkpoint.look_up)
     _refuse_unused(checkpoint, spec)
+
+
+def _open(folder: Path, spec: ModelSpec) -> tuple[Checkpoint, ModelSpec]:
+    """The checkpoint, and the model with the output head that it has. Raises ModelError."""
+    files = WeightFiles(folder)
+    head = output_head(files, spec)
+    return Checkpoint(files, head.aliases), head.spec
 
 
 def _refuse_unused(checkpoint: Checkpoint, spec: ModelSpec) -> list[str]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from tpworker.config import RuntimeConfig
 from tpworker.errors import ConfigError, ModelError
-from tpworker.loading import load_tokenizer
+from tpworker.loading import load_tokenizer, what_is_odd
 from tpworker.observe.check import Check, missing, ok, warning
 from tpworker.observe.nvml import Gpu
 from tpworker.settings import StepSizes, resolve_max_model_len
@@ -48,8 +48,7 @@ def check_model(config: RuntimeConfig, device: str, gpus: tuple[Gpu, ...]) -> It
         yield missing("model", str(error), None)
         return
     yield ok("model", f"{spec.architecture}, {spec.num_layers} layers, up to {length} tokens a request")
-    if config.load_format != "dummy":
-        yield _weights(folder, spec, is_fetched)
+    yield from _files(config, folder, spec, is_fetched)
     yield _tokenizer(folder, is_fetched)
     yield _memory(config, spec, length, device, gpus)
 
@@ -67,20 +66,29 @@ def check_default_model() -> Check:
     return ok("model", f"{NAME}, in {folder}")
 
 
-def _weights(folder: Path, spec: ModelSpec, is_fetched: bool) -> Check:
-    from tpworker.model.checkpoint import absent_files
-    from tpworker.model.weights import check_weights
+def _files(config: RuntimeConfig, folder: Path, spec: ModelSpec, is_fetched: bool) -> Iterator[Check]:
+    """What a start would find in the files and warn of, and whether the weights are all there."""
+    from tpworker.model.weight_files import absent_files
 
-    if is_fetched and (absent := absent_files(folder)):
+    has_weights = config.load_format != "dummy"
+    if has_weights and is_fetched and (absent := absent_files(folder)):
         more = f" and {len(absent) - 1} more files" if len(absent) > 1 else ""
-        return warning(
+        yield warning(
             "weights", f"{absent[0]}{more} not in the hub's cache", "the first start will fetch them"
         )
+        return
     try:
+        for line in what_is_odd(folder, spec, has_weights):
+            yield warning("files", line, None)
+        if not has_weights:
+            return
+        from tpworker.model.weights import check_weights  # imports torch
+
         check_weights(folder, spec)
     except ModelError as error:
-        return missing("weights", str(error), None)
-    return ok("weights", "every tensor is there, in its shape")
+        yield missing("weights", str(error), None)
+        return
+    yield ok("weights", "every tensor is there, in its shape")
 
 
 def _tokenizer(folder: Path, is_fetched: bool) -> Check:

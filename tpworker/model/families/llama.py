@@ -37,6 +37,4 @@ LLAMA = Family(
     architectures=("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"),
     read=_read,
     names=NAMES,
-    # Old exports carry the rotary frequencies, which are computed here.
-    ignored_tensors=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
 )

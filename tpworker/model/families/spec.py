@@ -223,7 +223,8 @@ class Family:
     read: Callable[[Config], dict[str, Any]]
     """From config.json to the fields of `ModelSpec` that are the family's business. Raises ModelError."""
     names: WeightNames
-    ignored_tensors: tuple[str, ...] = ()
+    # Old exports carry buffers of the rotary positions, which are computed here.
+    ignored_tensors: tuple[str, ...] = (r"(?:.+\.)?rotary_emb\.(?:inv_freq|cos_cached|sin_cached)",)
     """Regular expressions of published tensors that no computation needs."""
     mtp_tensors: tuple[str, ...] = ()
     """Regular expressions of the tensors for multi-token prediction; `{layer}`: number of such a layer."""
