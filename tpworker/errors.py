@@ -15,7 +15,13 @@ Messages say what was wrong, the limit, and the remedy.
 
 from __future__ import annotations
 
-_SHOWN = 80  # characters
+import reprlib
+
+_shown = reprlib.Repr()
+_shown.maxstring = _shown.maxother = 80
+_shown.maxlong = 40
+_shown.maxlevel = 3
+_LONGEST = 120
 
 
 class TpworkerError(Exception):
@@ -76,9 +82,9 @@ class RuntimeFailed(TpworkerError):
 
 
 def shown(value: object) -> str:
-    """A value in a message: on one line, and not at any length."""
+    """A value in a message: on one line, and not at any length or depth."""
     try:
-        text = repr(value)
+        text = _shown.repr(value)
     except ValueError:  # Python refuses to write an integer of more than some thousand digits
         text = "a number of thousands of digits"
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}… ({len(text)} characters)"
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 20]}...{text[-17:]}"

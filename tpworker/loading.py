@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from tpworker.config import RuntimeConfig
-from tpworker.errors import ConfigError, ModelError
-from tpworker.model.json_file import shown
+from tpworker.errors import ConfigError, ModelError, shown
 
 if TYPE_CHECKING:
     from tpworker.model.families import ModelSpec

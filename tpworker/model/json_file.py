@@ -1,33 +1,20 @@
 """JSON files of a model folder, which may hold anything: read within bounds, or refused in one line.
 
-Imports no torch. `shown` bounds what a message quotes of them.
+Imports no torch.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import reprlib
 import stat
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from tpworker.errors import ModelError
+from tpworker.errors import ModelError, shown
 
 MAX_BYTES = 16 << 20
 """Of a file that a person may have written. Those of published models have less than 1 MiB."""
-
-_shown = reprlib.Repr()
-_shown.maxstring = _shown.maxother = 80
-_shown.maxlong = 40
-_shown.maxlevel = 3
-_LONGEST = 120
-
-
-def shown(value: object) -> str:
-    """`repr` of a value from a file, shortened to what fits into a message."""
-    text = _shown.repr(value)
-    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 20]}...{text[-17:]}"
 
 
 def shown_name(name: object) -> str:

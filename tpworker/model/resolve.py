@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tpworker.errors import ModelError, shown
 from tpworker.model.default_model import Progress, ensure_default_model
+from tpworker.model.json_file import open_file, unreadable
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _CONFIG_FILES = ["*.json", "*.jinja", "*.txt", "tokenizer.model"]
@@ -50,8 +51,10 @@ def local_folder(model: str) -> Path | None:
             f"--model {shown(model)}: nobody knows of this home folder (no such user, or HOME is not set). "
             "Give the whole path of the model's folder."
         ) from None
-    except (OSError, ValueError) as error:
-        raise _unreadable(f"--model {shown(model)}", error) from error
+    except PermissionError:
+        raise unreadable(path) from None
+    except (OSError, ValueError) as error:  # a name that can be none
+        raise _neither(model, error) from None
     if kind == "folder":
         return path
     if kind is not None:
@@ -64,10 +67,11 @@ def local_folder(model: str) -> Path | None:
     raise _neither(model)
 
 
-def _neither(model: str) -> ModelError:
+def _neither(model: str, error: Exception | None = None) -> ModelError:
+    why = "" if error is None else f" ({getattr(error, 'strerror', None) or error})"
     return ModelError(
-        f"--model {shown(model)} is neither a folder on this machine nor a hub name (org/name). Check the "
-        "spelling, or leave --model out to serve the default model."
+        f"--model {shown(model)} is neither a folder on this machine nor a hub name (org/name){why}. Check "
+        "the spelling, or leave --model out to serve the default model."
     )
 
 
@@ -84,23 +88,13 @@ def _kind(path: Path) -> str | None:
     return "folder" if stat.S_ISDIR(mode) else "file" if stat.S_ISREG(mode) else "other"
 
 
-def _unreadable(what: str, error: Exception) -> ModelError:
-    why = (isinstance(error, OSError) and error.strerror) or error
-    return ModelError(
-        f"{what} cannot be read: {why}. Name a folder that this user (uid {os.getuid()}) may read and "
-        "search, with all that is in it."
-    )
-
-
 def _checked(folder: Path) -> Path:
     """The folder, if it has config.json. Weights and tokenizer are for their loaders to miss or not."""
-    config = folder / "config.json"
     try:
-        if _kind(config) == "file":
-            config.open("rb").close()
-            return folder
-    except OSError as error:
-        raise _unreadable(str(config), error) from error
+        open_file(folder / "config.json").close()
+        return folder
+    except FileNotFoundError:
+        pass
     wanted = ["config.json", "*.safetensors", "tokenizer.json"]
     missing = [pattern for pattern in wanted if not any(folder.glob(pattern))]
     raise ModelError(

@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import Any, BinaryIO, NamedTuple
 
-from tpworker.errors import ModelError
+from tpworker.errors import ModelError, shown
 from tpworker.model.families import FAMILIES, ModelSpec
-from tpworker.model.json_file import open_file, parse_object, read_object, shown, shown_name, unreadable
+from tpworker.model.json_file import open_file, parse_object, read_object, shown_name, unreadable
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tpworker.errors import ModelError
+from tpworker.errors import ModelError, shown
 from tpworker.model.families.ernie4_5 import ERNIE4_5, ERNIE4_5_MOE
 from tpworker.model.families.generation import (
     MAX_TEMPERATURE,
@@ -31,7 +31,6 @@ from tpworker.model.families.spec import (
     WeightNames,
     YarnScaling,
 )
-from tpworker.model.json_file import shown
 
 __all__ = [
     "FAMILIES",

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from tpworker.errors import shown
 from tpworker.model.families.spec import (
     MAX_HEAD_DIM,
     MAX_HEADS,
@@ -25,7 +26,6 @@ from tpworker.model.families.spec import (
     YarnScaling,
     with_article,
 )
-from tpworker.model.json_file import shown
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     # Keys that change what a model computes and that the decoder knows nothing of, with the values at which

@@ -18,8 +18,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from tpworker.errors import shown
 from tpworker.model.families.spec import MAX_EOS_IDS, Config
-from tpworker.model.json_file import shown
 
 MAX_TEMPERATURE = 100
 MAX_TOP_K = 2**31 - 1
