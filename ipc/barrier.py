@@ -53,6 +53,7 @@ from typing import NoReturn
 from tpworker.ipc import futex
 from tpworker.ipc.limits import usable_cores
 from tpworker.ipc.memory import LINE, WORD, SharedWords
+from tpworker.ipc.patience import Patience
 
 _SIGNATURE = int.from_bytes(b"tpwbarr1", "little")
 _ABORT = 1
@@ -206,7 +207,7 @@ class Barrier:
             rank: 0 … num_ranks - 1.
             step: one more than in this rank's wait before; the first is the barrier's `first_step`.
             digest: 32 bits, e.g. a CRC of the plan's bytes.
-            timeout: seconds, from now.
+            timeout: seconds, from now, of the time in which this process runs (see `Patience`).
 
         Raises:
             BarrierTimeout: not all came in time. It names those missing, and the step they are at.
@@ -261,26 +262,27 @@ class Barrier:
         """Returns when all others have come, with this rank's digest: spins for a while, then sleeps."""
         words = self._words
         place = self._places[rank]
-        now = time.monotonic()
-        deadline = now + timeout
-        spin_end = now + place.next_spin(min(self.spin, timeout))
+        patience: Patience | None = None  # begins where spinning, which is short, has ended
+        spin_end = time.monotonic() + place.next_spin(min(self.spin, timeout))
         for other in place.others:
             while (seen := words[other]) != post:
                 ahead = _ahead(seen, post)
                 if ahead == 1:
                     break
                 if ahead == 0:
-                    self._differs(rank, step, deadline)
+                    self._differs(rank, step, patience or Patience(timeout))
                 if ahead > 1:
                     raise BarrierError(f"rank {rank} at step {step} sees {self._where(other // LINE - 1)}")
                 if words[_ABORT]:
                     self._aborted(rank, step)
-                if (now := time.monotonic()) < spin_end:
+                if time.monotonic() < spin_end:
                     for _ in range(_LOOKS):
                         if words[other] != seen:
                             break
-                elif now < deadline:
-                    self._places[other // LINE - 1].sleep(seen & _LOW, deadline - now)
+                    continue
+                patience = patience or Patience(timeout)
+                if seconds := patience.slice():
+                    self._places[other // LINE - 1].sleep(seen & _LOW, seconds)
                 else:
                     self._timed_out(step, timeout)
         place.spun(time.monotonic() <= spin_end)
@@ -293,12 +295,12 @@ class Barrier:
             names = ", ".join(self._where(rank) for rank in missing)
             raise BarrierTimeout(f"step {step}: waited {timeout:g} s for {names}", missing)
 
-    def _differs(self, rank: int, step: int, deadline: float) -> NoReturn:
+    def _differs(self, rank: int, step: int, patience: Patience) -> NoReturn:
         """A digest is not ours. Who is wrong shows when the others have come, or soon enough."""
-        end = min(deadline, time.monotonic() + GRACE)
+        patience = Patience(min(patience.left(), GRACE))
         while True:
             digests, missing = self._look(step)
-            if not missing or time.monotonic() >= end:
+            if not missing or not patience.left():
                 raise _diverged(step, digests, missing)
             if self._words[_ABORT]:
                 self._aborted(rank, step)

@@ -13,9 +13,9 @@ A channel belongs to one thread.
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
-import time
 from collections.abc import Sequence
 
 import zmq
@@ -29,6 +29,7 @@ from tpworker.ipc.messages import (
     decode,
     encode,
 )
+from tpworker.ipc.patience import Patience
 
 # Of our own: what an embedding process does with ZeroMQ's global context is not our business, nor ours its.
 _context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -106,7 +107,8 @@ class Channel:
             raise ChannelError(f"{self.address}: {error}") from None
 
     def receive(self, timeout: float | None) -> Message | None:
-        """The next message; None if there is none within `timeout` seconds (None: waits for ever)."""
+        """The next message; None if there is none within `timeout` seconds in which this process runs (see
+        `Patience`; None: waits for ever)."""
         data = self.receive_encoded(timeout)
         return None if data is None else decode(data)
 
@@ -118,9 +120,11 @@ class Channel:
             return self._socket.recv(zmq.DONTWAIT)
         except zmq.Again:
             pass
-        if timeout <= 0 or not self._socket.poll(round(timeout * 1000)):
-            return None
-        return self._socket.recv(zmq.DONTWAIT)
+        patience = Patience(timeout)
+        while seconds := patience.slice():
+            if self._socket.poll(_milliseconds(seconds)):
+                return self._socket.recv(zmq.DONTWAIT)
+        return None
 
     def receive_now(self) -> Message | None:
         """The next message if it is here already."""
@@ -155,8 +159,12 @@ class Poller:
 
     def wait(self, timeout: float | None) -> list[Channel]:
         """The channels that have a message; an empty list after `timeout` seconds (None: waits for ever)."""
-        events = self._poller.poll(None if timeout is None else max(0, round(timeout * 1000)))
+        events = self._poller.poll(None if timeout is None else _milliseconds(timeout))
         return [self._channels[socket] for socket, _ in events]
+
+
+def _milliseconds(seconds: float) -> int:
+    return math.ceil(max(0.0, seconds) * 1000)
 
 
 def accept_all(expected: Sequence[tuple[Channel, str]], generation: int, timeout: float) -> None:
@@ -165,11 +173,11 @@ def accept_all(expected: Sequence[tuple[Channel, str]], generation: int, timeout
     Raises:
         ChannelError: names those who did not come within `timeout` seconds, or the one who is not it.
     """
-    deadline = time.monotonic() + timeout
+    patience = Patience(timeout)
     waiting = dict(expected)
     while waiting:
-        ready = Poller(list(waiting)).wait(max(0.0, deadline - time.monotonic()))
-        if not ready:
+        ready = Poller(list(waiting)).wait(patience.slice())
+        if not ready and not patience.left():
             raise ChannelError(f"{', '.join(waiting.values())} did not connect within {timeout:.0f} s")
         for channel in ready:
             hello = channel.receive_now()

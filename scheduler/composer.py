@@ -15,7 +15,6 @@ preempted request, whose tokens in flight must be known by then.
 from __future__ import annotations
 
 import heapq
-import time
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -168,7 +167,7 @@ class Composer:
             request for request, chunk in zip(draft.prefilling, draft.chunks, strict=True) if chunk.sample
         ]
         prefill_tokens = sum(chunk.length for chunk in draft.chunks)
-        return InFlight(step, sampled, prefill_tokens, len(draft.decoding), time.monotonic())
+        return InFlight(step, sampled, prefill_tokens, len(draft.decoding))
 
     # ----------------------------------------------------------------------- slots and blocks
 

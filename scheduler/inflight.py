@@ -6,11 +6,11 @@ are still on their way (invariant 5), so a result is never resolved through the 
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from dataclasses import dataclass
 
 from tpworker.ipc.messages import StepResult, unpack_int32
+from tpworker.ipc.patience import Patience
 from tpworker.scheduler.requests import Request
 
 
@@ -26,16 +26,22 @@ class InFlight:
     sampled: list[Request]  # whose tokens come back, in the plan's order
     num_prefill_tokens: int
     num_decodes: int
-    streamed: float  # time.monotonic(), when it was composed
 
 
 class InFlightPlans:
-    """At most `lookahead` + 1 plans; answers come in step order."""
+    """At most `lookahead` + 1 plans; answers come in step order.
 
-    def __init__(self, lookahead: int) -> None:
+    Args:
+        lookahead: see above.
+        timeout: seconds that the oldest plan may take to be answered.
+    """
+
+    def __init__(self, lookahead: int, timeout: float) -> None:
         self._limit = lookahead + 1
         self._plans: deque[InFlight] = deque()
-        self._last_answer = 0.0  # time.monotonic()
+        self.patience = Patience(timeout)
+        """With the oldest plan, since it has been the next to be answered. Not since it was streamed: with
+        lookahead it waited its turn behind others."""
 
     def __len__(self) -> int:
         return len(self._plans)
@@ -46,6 +52,8 @@ class InFlightPlans:
 
     def add(self, plan: InFlight) -> None:
         assert self.has_room()
+        if not self._plans:
+            self.patience.restart()
         self._plans.append(plan)
 
     def answered(self, result: StepResult) -> tuple[InFlight, list[int]]:
@@ -61,14 +69,5 @@ class InFlightPlans:
         plan = self._plans.popleft()
         if len(tokens) != len(plan.sampled):
             raise ProtocolError(f"step {result.step}: {len(tokens)} tokens for {len(plan.sampled)} rows")
-        self._last_answer = time.monotonic()
+        self.patience.restart()
         return plan, tokens
-
-    def oldest_age(self) -> float:
-        """Seconds for which the oldest plan has been the next to be answered; 0 without one.
-
-        Not since it was streamed: with lookahead it waited its turn behind others.
-        """
-        if not self._plans:
-            return 0.0
-        return time.monotonic() - max(self._plans[0].streamed, self._last_answer)

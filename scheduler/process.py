@@ -36,6 +36,7 @@ from tpworker.ipc.messages import (
     pack_int32,
     pack_int64,
 )
+from tpworker.ipc.patience import Patience
 from tpworker.scheduler.composer import Composer
 from tpworker.scheduler.inflight import InFlight, InFlightPlans
 from tpworker.scheduler.kv_blocks import BlockPool
@@ -44,9 +45,6 @@ from tpworker.scheduler.requests import Request, State
 logger = logging.getLogger(__name__)
 
 _M = TypeVar("_M")
-
-BEAT_SECONDS = 1.0
-"""While there is work, the loop turns at least this often, so that a hang can be told from a long step."""
 
 STEP_PATIENCE = 1.25
 """Times step_timeout: the ranks, who wait for each other that long, know better whom they miss."""
@@ -89,7 +87,7 @@ class Scheduler:
         self.settings = settings
         pool = BlockPool(num_kv_blocks, settings.block_size, settings.prefix_caching)
         self.composer = Composer(settings.max_num_seqs, settings.max_num_batched_tokens, pool)
-        self.in_flight = InFlightPlans(settings.lookahead)
+        self.in_flight = InFlightPlans(settings.lookahead, settings.step_timeout * STEP_PATIENCE)
         self.next_step = 0
         self._open: dict[int, Request] = {}
         self._committed: list[StepOutput] = []  # not forwarded yet
@@ -129,8 +127,9 @@ class Scheduler:
         return True
 
     def _patience(self) -> float | None:
+        """How long to sleep. In slices while there is work, so that a hang can be told from a long step."""
         if len(self.in_flight):
-            return BEAT_SECONDS
+            return self.in_flight.patience.slice()
         assert self.composer.is_idle(), "requests wait, but nothing is in flight and nothing can be composed"
         gc.collect(0)  # what the last requests left, while nobody waits
         return None
@@ -223,7 +222,7 @@ class Scheduler:
         )
 
     def _check_deadline(self) -> None:
-        if self.in_flight.oldest_age() <= self.settings.step_timeout * STEP_PATIENCE:
+        if not len(self.in_flight) or self.in_flight.patience.left():
             return
         rows = self._board.rows()[1:]
         completed = [row[Field.COMPLETED] for row in rows]
@@ -281,12 +280,12 @@ def agree_on_blocks(plans: list[Channel], ranks: list[str], generation: int, tim
 
 def gather(channels: list[Channel], ranks: list[str], kind: type[_M], timeout: float) -> list[_M]:
     """One message of a kind from every rank."""
-    deadline = time.monotonic() + timeout
+    patience = Patience(timeout)
     answers: dict[Channel, _M] = {}
     while len(answers) < len(channels):
         waiting = [channel for channel in channels if channel not in answers]
-        ready = Poller(waiting).wait(max(0.0, deadline - time.monotonic()))
-        if not ready:
+        ready = Poller(waiting).wait(patience.slice())
+        if not ready and not patience.left():
             late = [name for channel, name in zip(channels, ranks, strict=True) if channel in waiting]
             raise TimeoutError(f"{', '.join(late)}: no {kind.__name__} within {timeout:g} s (start_timeout)")
         for channel in ready:

@@ -24,6 +24,7 @@ from tpworker.ipc.child import (
     pack_boot,
     read_report,
 )
+from tpworker.ipc.patience import Patience
 
 logger = logging.getLogger(__name__)
 
@@ -144,11 +145,14 @@ class Child:
 
     def wait(self, timeout: float) -> bool:
         """Whether it has been reaped, within `timeout` seconds."""
-        try:
-            self.process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            return False
-        return True
+        patience = Patience(timeout)
+        while True:
+            try:
+                self.process.wait(patience.slice())
+                return True
+            except subprocess.TimeoutExpired:
+                if not patience.left():
+                    return False
 
     def kill(self) -> None:
         """SIGKILL; nothing if it is dead already."""

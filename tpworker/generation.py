@@ -10,6 +10,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import logging
+import math
 import traceback
 from collections.abc import Callable
 
@@ -18,6 +19,7 @@ from tpworker.ipc.board import Field, Phase, Row
 from tpworker.ipc.channels import Channel, ChannelError, new_address
 from tpworker.ipc.child import SCHEDULER_NAME
 from tpworker.ipc.messages import Message, MessageError, SchedulerReady, StepOutput, Stop
+from tpworker.ipc.patience import Patience
 from tpworker.loading import Progress
 from tpworker.supervisor import Group, Supervisor
 
@@ -33,9 +35,6 @@ BEAT_SECONDS = 1.0
 """A scheduler that has work beats at least as often."""
 POLL_SECONDS = 0.2
 """How often the start's progress is looked at."""
-TICKS = 4
-"""How often the watchdog looks within its time limit. Ticks without a sign of life count, not seconds: a
-machine that was suspended, or a runtime stopped by Ctrl-Z, must not end in a fault when it goes on."""
 
 _PHASES = {
     Phase.STARTING: "starting processes",
@@ -75,7 +74,8 @@ class Generation:
         is_busy: Callable[[], bool],
     ) -> None:
         self.number = group.generation
-        self._step_timeout = group.scheduler.step_timeout
+        # To its own deadline the scheduler sees itself.
+        self._patience = Patience(group.scheduler.step_timeout + BEAT_SECONDS)
         self._on_output = on_output
         self._on_fault = on_fault
         self._is_busy = is_busy
@@ -87,7 +87,6 @@ class Generation:
         self._fault: Fault | None = None
         self._watchdog: asyncio.TimerHandle | None = None
         self._beat = 0
-        self._idle_ticks = 0
         self._channel: Channel | None = Channel.bind(new_address("runtime"))
         try:
             self._supervisor = Supervisor(group, self._channel.address, self._fault_from_thread)
@@ -103,17 +102,17 @@ class Generation:
         Raises:
             StartFailed: they did not all get ready within `timeout` seconds and a few.
         """
-        deadline = self._loop.time() + timeout + START_MARGIN_SECONDS
+        patience = Patience(timeout + START_MARGIN_SECONDS)
         shown: tuple[str, float | None] | None = None
         while not self._ready.done():
             now = self._progress()
             if now != shown:
                 progress(*now)
                 shown = now
-            if self._loop.time() > deadline:
+            if not patience.left():
                 self._blame_late_starter(timeout)
-                deadline = float("inf")
-            await asyncio.wait([self._ready], timeout=POLL_SECONDS)
+                patience = Patience(math.inf)
+            await asyncio.wait([self._ready], timeout=min(patience.slice(), POLL_SECONDS))
         return self._ready.result()
 
     @property
@@ -132,7 +131,7 @@ class Generation:
         # ZeroMQ's descriptor is signalled by edge: a message that came while we sent would go unnoticed.
         self._drain()
         if self._watchdog is None:
-            self._beat, self._idle_ticks = -1, 0
+            self._beat = -1
             self._tick()
 
     async def stop(self) -> None:
@@ -230,17 +229,17 @@ class Generation:
         if self._fault is not None or self._is_stopping or not self._is_busy():
             return
         beat = self._supervisor.board.row(SCHEDULER_NAME)[Field.BEAT]
-        self._idle_ticks = self._idle_ticks + 1 if beat == self._beat else 0
-        self._beat = beat
-        limit = self._step_timeout + BEAT_SECONDS  # to its own deadline it sees itself
-        if self._idle_ticks >= TICKS:
+        if beat != self._beat:
+            self._beat = beat
+            self._patience.restart()
+        if not self._patience.left():
             summary = (
-                f"{SCHEDULER_NAME} hangs: there are requests, but its loop has not turned for {limit:g} s "
-                "(a little more than --step-timeout)"
+                f"{SCHEDULER_NAME} hangs: there are requests, but its loop has not turned for "
+                f"{self._patience.seconds:g} s (a little more than --step-timeout)"
             )
             self._supervisor.blame(Fault(SCHEDULER_NAME, summary, hung=True))
             return
-        self._watchdog = self._loop.call_later(limit / TICKS, self._tick)
+        self._watchdog = self._loop.call_later(self._patience.slice(), self._tick)
 
     def _blame_late_starter(self, timeout: float) -> None:
         rows = self._supervisor.board.rows()

@@ -16,7 +16,6 @@ import logging
 import os
 import selectors
 import threading
-import time
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
@@ -35,6 +34,7 @@ from tpworker.ipc.child import (
     SchedulerSettings,
     board_names,
 )
+from tpworker.ipc.patience import Patience
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ class Supervisor:
         self._children: list[Child] = []
         self._over: list[Child] = []  # in the order in which they were seen to end
         self._blamed: Fault | None = None
-        self._stop_deadline: float | None = None
+        self._stopping: Patience | None = None
         self._killed = False
         self._lock = threading.Lock()  # of the wake-up pipe: a closed descriptor's number may be another's
         self._closed = False
@@ -115,7 +115,7 @@ class Supervisor:
 
     def stop(self, timeout: float) -> None:
         """From now on the processes are expected to end by themselves; after `timeout` s they are killed."""
-        self._stop_deadline = time.monotonic() + timeout
+        self._stopping = Patience(timeout)
         self._wake()
 
     def kill(self) -> None:
@@ -210,37 +210,36 @@ class Supervisor:
 
     def _watch(self) -> Fault | None:
         """Sleeps until there is a reason to end everything. None: it was asked for."""
-        deadline: float | None = None
-        while not self._killed and self._stop_deadline is None:
+        grace: Patience | None = None
+        while not self._killed and self._stopping is None:
             if self._blamed is not None:
                 return self._explained(self._blamed)
-            if len(self._over) == len(self._children) or (deadline and time.monotonic() >= deadline):
+            if len(self._over) == len(self._children) or (grace is not None and not grace.left()):
                 return self._cause()
-            self._collect(deadline)
+            self._collect(None if grace is None else grace.slice())
             if self._over:
-                grace = min(GRACE_SECONDS[child.ending.kind] for child in self._over)
-                latest = time.monotonic() + grace
-                deadline = latest if deadline is None else min(deadline, latest)
+                seconds = min(GRACE_SECONDS[child.ending.kind] for child in self._over)
+                if grace is None or seconds < grace.left():
+                    grace = Patience(seconds)
         self._watch_stopping()
         return None
 
     def _watch_stopping(self) -> None:
         """Waits until all have ended, to the deadline; a process that ends badly now is only logged."""
-        while not self._killed and self._stop_deadline is not None:
+        while not self._killed and self._stopping is not None:
             if all(child.status is not None for child in self._children):
                 break
-            if time.monotonic() >= self._stop_deadline:
+            if not self._stopping.left():
                 late = [child.name for child in self._children if child.status is None]
                 logger.warning("%s did not end in time and will be killed", ", ".join(late))
                 return
-            self._collect(min(self._stop_deadline, time.monotonic() + 0.1))  # not all kernels have pidfds
+            self._collect(min(self._stopping.slice(), 0.1))  # not all kernels have pidfds
         for child in self._children:
             if child.status not in (0, None):
                 logger.warning("while stopping, %s", child.ending.describe())
 
-    def _collect(self, deadline: float | None) -> None:
-        """Sleeps until something happens, at most until the deadline, and notes what has."""
-        timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
+    def _collect(self, timeout: float | None) -> None:
+        """Sleeps until something happens, at most so many seconds, and notes what has."""
         for key, _ in self._selector.select(timeout):
             child = key.data
             if child is None:
@@ -290,10 +289,10 @@ class Supervisor:
         if child.over or child.stopped:
             return ""
         child.ask_for_stacks()
-        deadline = time.monotonic() + STACKS_SECONDS
-        while time.monotonic() < deadline and not child.over:
+        patience = Patience(STACKS_SECONDS)
+        while patience.left() and not child.over:
             seen = len(child.stacks)
-            self._collect(min(deadline, time.monotonic() + 0.1))
+            self._collect(0.1)
             if seen and len(child.stacks) == seen:
                 break  # quiet for a while: that was all
         return child.stacks
@@ -311,9 +310,9 @@ class Supervisor:
                 self._on_fault(fault)
             except Exception:
                 logger.exception("on_fault raised")
-        deadline = time.monotonic() + REAP_SECONDS
+        patience = Patience(REAP_SECONDS)
         for child in self._children:
-            if not child.wait(max(0.0, deadline - time.monotonic())):
+            if not child.wait(patience.left()):
                 logger.error("%s (pid %d) was killed, but does not end", child.name, child.process.pid)
             child.close()
         self._selector.close()

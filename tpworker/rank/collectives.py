@@ -24,6 +24,10 @@ _gloo: Any = distributed  # typed without its process groups and stores
 
 logger = logging.getLogger(__name__)
 
+LIBRARY_SECONDS = 86400.0
+"""The timeout that gloo and NCCL are given: their clocks go on where nobody runs, and would blame a rank.
+A step that does not end in them is the scheduler's to see, a start that does not is start_timeout's."""
+
 EXCHANGE_BYTES = 1 << 20
 """A rank's part of the shared memory of `SharedMemoryCollectives`; larger tensors go through in pieces."""
 
@@ -140,7 +144,8 @@ def connect(meeting_fd: int, store_fd: int, rank: int, size: int, timeout: float
     Args:
         meeting_fd: a `Barrier` for nothing else.
         store_fd: an empty memfd.
-        rank, size, timeout: see the classes.
+        rank, size: see the classes.
+        timeout: of `SharedMemoryCollectives`.
     """
     if size == 1:
         return SoleRank()
@@ -148,4 +153,5 @@ def connect(meeting_fd: int, store_fd: int, rank: int, size: int, timeout: float
         barrier = Barrier.attach(meeting_fd, size)
         return SharedMemoryCollectives(barrier, store_fd, rank, size, timeout)
     logger.info("%s orders memory weakly: collectives through gloo", platform.machine())
-    return GlooCollectives(_gloo.FileStore(f"/proc/self/fd/{store_fd}", size), rank, size, timeout)
+    store = _gloo.FileStore(f"/proc/self/fd/{store_fd}", size)
+    return GlooCollectives(store, rank, size, LIBRARY_SECONDS)

@@ -32,7 +32,7 @@ from tpworker.model.families import ModelSpec, read_spec
 from tpworker.model.kv_cache import KVCache
 from tpworker.model.tp import Collectives, Shard
 from tpworker.model.weights import DecoderWeights, dummy_weights, load_weights
-from tpworker.rank.collectives import connect
+from tpworker.rank.collectives import LIBRARY_SECONDS, connect
 from tpworker.rank.device import CpuDevice, Device, StreamBroken
 from tpworker.rank.loop import RankLoop
 from tpworker.rank.publisher import Publisher
@@ -172,12 +172,12 @@ def connect_loop(
 def meet(boot: RankBoot, device: Device) -> Collectives:
     """The collectives of this rank's kind of device."""
     device.adopt_thread()
-    timeout = boot.settings.step_timeout
     if device.torch_device.type == "cpu":
+        timeout = boot.settings.step_timeout
         return connect(boot.meeting_fd, boot.store_fd, boot.rank, boot.num_ranks, timeout)
     from tpworker.rank.cuda_collectives import connect_cuda
 
-    return connect_cuda(boot.store_fd, boot.rank, boot.num_ranks, timeout, device.torch_device)
+    return connect_cuda(boot.store_fd, boot.rank, boot.num_ranks, LIBRARY_SECONDS, device.torch_device)
 
 
 def ring_rows(settings: RankSettings) -> int:
