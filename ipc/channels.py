@@ -31,8 +31,14 @@ from tpworker.ipc.messages import (
 )
 from tpworker.ipc.patience import Patience
 
-# Of our own: what an embedding process does with ZeroMQ's global context is not our business, nor ours its.
-_context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+_contexts: dict[int, zmq.Context[zmq.Socket[bytes]]] = {}  # by process id
+
+
+def _context() -> zmq.Context[zmq.Socket[bytes]]:
+    """ZeroMQ's context of our own: what an embedding process does with the global one is not our business,
+    nor ours its. And of this process' own: a context's threads do not survive a fork, and with those that it
+    has inherited a forked process would wait for ever. (Its parent's stays as it is, never closed here.)"""
+    return _contexts.get(os.getpid()) or _contexts.setdefault(os.getpid(), zmq.Context())
 
 
 class ChannelError(Exception):
@@ -49,7 +55,7 @@ class Channel:
 
     def __init__(self, address: str) -> None:
         self.address = address
-        self._socket: zmq.Socket[bytes] = _context.socket(zmq.PAIR)
+        self._socket: zmq.Socket[bytes] = _context().socket(zmq.PAIR)
         self._socket.set(zmq.LINGER, 0)  # a peer that died must not keep us from leaving
         self._socket.set(zmq.SNDHWM, 0)  # bounded by lookahead and by max_queue, not here
         self._socket.set(zmq.RCVHWM, 0)
@@ -145,7 +151,7 @@ def close_all(linger: float) -> None:
 
     For the end of a process: closing a single channel drops what was not sent yet.
     """
-    _context.destroy(linger=round(linger * 1000))
+    _context().destroy(linger=round(linger * 1000))
 
 
 class Poller:

@@ -560,6 +560,22 @@ def test_a_rank_that_never_gets_ready_is_named(
     run(main)
 
 
+def test_a_scheduler_that_is_ready_and_does_not_say_so_is_named(
+    fake_runtime: MakeRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when its messages do not come through: it may not be said that somebody is not ready who is."""
+    monkeypatch.setattr("tpworker.generation.START_MARGIN_SECONDS", -15.0)
+
+    async def main() -> None:
+        runtime = fake_runtime(start_timeout=20, scheduler_module="tests.children.mute_scheduler")
+        with pytest.raises(RuntimeFailed) as caught:
+            await runtime.start()
+        assert caught.value.process == "tpworker-scheduler"
+        assert "has not been heard within 20 s (--start-timeout), though all" in caught.value.summary
+
+    run(main)
+
+
 @pytest.mark.parametrize("how", ["cancel", "stop"])
 def test_a_start_can_be_called_off(fake_runtime: MakeRuntime, model_folder: Path, how: str) -> None:
     (model_folder / "tpworker-rank0.early").write_text("time.sleep(1000)")
@@ -862,3 +878,116 @@ if __name__ == "__main__":
         stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (0, "3\n")
+
+
+# --------------------------------------------------------------------------------- event loops
+
+
+async def everything(runtime: Runtime) -> dict[str, str]:
+    """What each coroutine, called here, says; '' for those that say nothing."""
+
+    async def abort() -> None:
+        runtime.abort("nobody")
+
+    calls = {
+        "generate": lambda: collect(runtime, [5], ids_only(3)),
+        "prepare": lambda: runtime.prepare(lambda: 1),
+        "abort": abort,
+        "drain": lambda: runtime.drain(1.0),
+        "stop": runtime.stop,
+    }
+    said = {}
+    for name, call in calls.items():
+        try:
+            await asyncio.wait_for(call(), 20)
+            said[name] = ""
+        except RuntimeStopped as error:
+            said[name] = str(error)
+    return said
+
+
+def test_on_another_event_loop_it_says_so_at_once(fake_runtime: MakeRuntime) -> None:
+    async def main() -> None:
+        async with fake_runtime() as runtime:
+            said = await asyncio.to_thread(lambda: asyncio.run(everything(runtime)))
+            for name, words in said.items():
+                assert words.startswith("this runtime was started on another event loop"), (name, words)
+                assert "SyncRuntime" in words
+            with pytest.raises(RuntimeStopped, match="another event loop"):  # nor from no loop at all
+                await asyncio.to_thread(runtime.abort, "nobody")
+            assert tokens_of(await collect(runtime, [5], ids_only(3))) == [5, 5, 5], "it goes on where it is"
+
+    run(main)
+
+
+def test_a_request_goes_on_where_it_began_or_says_so(fake_runtime: MakeRuntime) -> None:
+    async def main() -> None:
+        async with fake_runtime() as runtime:
+            outputs = runtime.generate([5], ids_only())
+            await anext(outputs)
+
+            async def elsewhere() -> None:
+                await asyncio.wait_for(rest_of(outputs), 20)
+
+            with pytest.raises(RuntimeStopped, match="another event loop"):
+                await asyncio.to_thread(lambda: asyncio.run(elsewhere()))
+            while runtime.stats().running:  # it has been withdrawn, here
+                await asyncio.sleep(0.01)
+            assert runtime.stats().open == 0
+
+    run(main)
+
+
+def test_when_its_event_loop_has_been_closed_it_says_so_and_can_be_ended(fake_runtime: MakeRuntime) -> None:
+    async def first() -> Runtime:
+        runtime = fake_runtime()
+        await runtime.start()
+        await collect(runtime, [5], ids_only(3))
+        return runtime
+
+    runtime = asyncio.run(first())
+    said = asyncio.run(everything(runtime))
+    for name, words in said.items():
+        assert words.startswith("the event loop that this runtime was started on has been closed"), name
+        assert "within one asyncio.run" in words
+    assert not children("")
+    asyncio.run(runtime.stop())  # once more does no harm, here neither
+    with pytest.raises(RuntimeStopped, match="it is stopped"):
+        asyncio.run(collect(runtime, [5], ids_only(3)))
+
+
+# ---------------------------------------------------------------------------- prompts under way
+
+
+def test_who_waits_for_a_prompt_to_be_tokenised_is_told_at_once(
+    fake_runtime: MakeRuntime, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both that it was stopped and that it failed; the threads are done when they are done."""
+    byte_tokenizer()._backend.save(str(model_folder / "tokenizer.json"))
+    done = threading.Event()
+
+    async def main(fails: bool) -> None:
+        async with fake_runtime() as runtime:
+            begun = asyncio.Event()
+            loop = asyncio.get_running_loop()
+
+            def endless(text: str) -> list[int]:
+                loop.call_soon_threadsafe(begun.set)
+                done.wait(60)
+                return [1]
+
+            monkeypatch.setattr(runtime.tokenizer, "encode", endless)
+            texts = [asyncio.ensure_future(collect(runtime, "text", ids_only(4))) for _ in range(6)]
+            preparing = asyncio.ensure_future(runtime.prepare(lambda: endless("")))
+            await begun.wait()
+            if fails:
+                children("tpworker-rank0")[0].kill()
+            else:
+                await runtime.stop()
+            for task in (*texts, preparing):
+                with pytest.raises(RuntimeFailed if fails else RuntimeStopped):
+                    await asyncio.wait_for(task, 20)
+
+    for fails in (False, True):
+        run(lambda fails=fails: main(fails))
+    done.set()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
 from contextlib import aclosing
+from functools import partial
 from typing import TYPE_CHECKING
 
 from tpworker.config import RuntimeConfig, SamplingParams
@@ -27,7 +27,7 @@ async def answer(config: RuntimeConfig, question: str, progress: StartProgress) 
     """
     async with Runtime(config=config, progress=progress, needs_tokenizer=True) as runtime:
         progress.close()
-        prompt = await asyncio.to_thread(_prompt, runtime, question)
+        prompt = await runtime.prepare(partial(_prompt, runtime, question))
         async with aclosing(runtime.generate(prompt, SamplingParams(temperature=0.0))) as outputs:
             async for output in outputs:
                 print(output.text, end="", flush=True)

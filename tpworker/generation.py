@@ -120,6 +120,11 @@ class Generation:
         """The ranks' rows of the status board. Only until `stop`."""
         return self._supervisor.board.rows()[1:]
 
+    @property
+    def is_over(self) -> bool:
+        """Whether it has been stopped, and nothing is left of it."""
+        return self._channel is None
+
     def send(self, message: Message) -> None:
         """Sends to the scheduler; nothing happens once the generation has failed or is stopping."""
         if self._channel is None or self._fault is not None or self._is_stopping:
@@ -137,9 +142,12 @@ class Generation:
     async def stop(self) -> None:
         """Ends the processes, in good order if they are in one, and waits until they are gone.
 
-        When it is cancelled it kills them, and they are gone nevertheless.
+        When it is cancelled it kills them, and they are gone nevertheless. On another event loop it may be
+        awaited only when its own has been closed; then it kills them too.
         """
-        if self._ready.done() and self._fault is None and not self._is_stopping:
+        if self._loop.is_closed():
+            self._supervisor.kill()
+        elif self._ready.done() and self._fault is None and not self._is_stopping:
             self._supervisor.stop(STOP_SECONDS)  # first: whatever becomes of the message, they will end
             try:
                 self.send(Stop(self.number))
@@ -164,11 +172,12 @@ class Generation:
         if self._watchdog is not None:
             self._watchdog.cancel()
         if self._channel is not None:
-            self._loop.remove_reader(self._channel.fileno())
+            if not self._loop.is_closed():
+                self._loop.remove_reader(self._channel.fileno())
             self._channel.close()
             self._channel = None
             self._supervisor.close()
-        if not self._ready.done():
+        if not self._ready.done() and not self._loop.is_closed():
             self._ready.set_exception(StartFailed(Fault(SCHEDULER_NAME, "stopped while it was starting")))
             self._ready.exception()  # as in `_failed`
 
@@ -244,9 +253,16 @@ class Generation:
     def _blame_late_starter(self, timeout: float) -> None:
         rows = self._supervisor.board.rows()
         late = min(reversed(rows), key=lambda row: row[Field.PHASE])  # of equals a rank, not the scheduler
-        phase = Phase(late[Field.PHASE]).name.lower()
-        summary = f"{late.name} is not ready after {timeout:g} s (--start-timeout); it is {phase}"
-        self._supervisor.blame(Fault(late.name, summary, hung=True))
+        name, phase = late.name, Phase(late[Field.PHASE])
+        if phase < Phase.READY:
+            summary = f"{name} is not ready after {timeout:g} s (--start-timeout); it is {phase.name.lower()}"
+        else:
+            name = SCHEDULER_NAME
+            summary = (
+                f"{name} has not been heard within {timeout:g} s (--start-timeout), though all processes are "
+                "ready: its messages do not come through to this one"
+            )
+        self._supervisor.blame(Fault(name, summary, hung=True))
 
     def _progress(self) -> tuple[str, float | None]:
         """What the slowest rank does, and how far all are with it."""

@@ -18,7 +18,7 @@ import secrets
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -37,6 +37,7 @@ from tpworker.outputs import Health, RequestOutput, RuntimeState, Stats, StepRec
 from tpworker.requests import Request, Requests
 from tpworker.settings import rank_settings, resolve_max_model_len, scheduler_settings
 from tpworker.supervisor import Group
+from tpworker.workers import Workers
 
 if TYPE_CHECKING:
     from tpworker.model.families import ModelSpec
@@ -103,7 +104,8 @@ class Runtime:
         self._total_blocks = 0
         self._generation: Generation | None = None
         self._gpu_watch: GpuWatch | None = None
-        self._tokenisers = ThreadPoolExecutor(NUM_TOKENISERS, thread_name_prefix="tpworker-tokenise")
+        self._loop: asyncio.AbstractEventLoop | None = None  # the one it was started on, and works on
+        self._tokenisers = Workers(NUM_TOKENISERS, "tpworker-tokenise")
         self._seeds = random.Random(self.config.seed)
         self._requests = Requests()  # those that the scheduler may still say something about
         self._open: dict[str, Request] = {}  # those whose consumers still wait for something
@@ -129,6 +131,7 @@ class Runtime:
         if self._is_used:
             raise RuntimeStopped(STARTS_ONCE)
         self._is_used = True
+        self._loop = asyncio.get_running_loop()
         self._state = "starting"
         try:
             await self._start()
@@ -217,18 +220,31 @@ class Runtime:
         """Ends open requests with `RuntimeStopped`, stops all processes and waits until they are gone.
 
         May be called at any time, also more than once. When it is cancelled, the processes are killed.
+
+        Raises:
+            RuntimeStopped: it was started on another event loop, which must stop it; or had to, and has been
+                closed: then the processes have been killed.
         """
+        if self._generation is None or self._generation.is_over:
+            self._loop = None  # nothing is left that belongs to it
+        stray = self._astray()
+        if stray is not None and self._loop is not None and not self._loop.is_closed():
+            raise stray
         self._is_used = True
         if self._state != "failed":
             self._state = "stopped"
-        self._requests.fail_all(lambda: RuntimeStopped("the runtime was stopped"))
-        self._tokenisers.shutdown(wait=False)
+        self._tokenisers.abandon(_stopped)
+        if stray is None:
+            self._requests.fail_all(_stopped)
         try:
             if self._generation is not None:
                 await self._generation.stop()
         finally:
             if self._gpu_watch is not None:
                 self._gpu_watch.close()  # last: it waits for an answer of the driver, which may be sick
+        self._loop = None
+        if stray is not None:
+            raise stray
 
     async def __aenter__(self) -> Runtime:
         await self.start()
@@ -246,7 +262,9 @@ class Runtime:
         Raises:
             TimeoutError: some are still open after `timeout` seconds.
             RuntimeFailed: the runtime failed meanwhile.
+            RuntimeStopped: it was started on another event loop.
         """
+        self._check_loop()
         if self._state == "ready":
             self._state = "draining"
         try:
@@ -287,13 +305,14 @@ class Runtime:
             InvalidRequest: a parameter is out of range, or not supported.
             PromptTooLong: the prompt, or the prompt and max_tokens together, do not fit.
             QueueFull: as many requests wait as `max_queue` allows.
-            RuntimeStopped: the runtime is not started, drains, or was stopped.
+            RuntimeStopped: the runtime is not started, drains, was stopped, or started on another event loop.
             RuntimeFailed: a process has died, hung, diverged or raised; names it, with its traceback.
         """
         request = self._reserve(request_id)
         try:
             await self._submit(request, prompt, sampling or SamplingParams(), default_max_tokens)
             while True:
+                self._check_loop()
                 await request.arrival()
                 output = request.take()
                 if output.finish_reason is not None:
@@ -324,11 +343,37 @@ class Runtime:
             self._num_preparing -= num_requests
 
     def abort(self, request_id: str) -> None:
-        """Ends a request, whose last output then has the finish reason 'abort'. Unknown ids are ignored."""
+        """Ends a request, whose last output then has the finish reason 'abort'. Unknown ids are ignored.
+
+        Raises:
+            RuntimeStopped: the runtime was started on another event loop.
+        """
+        self._check_loop()
         request = self._open.get(request_id)
         if request is not None:
             self._withdraw(request)
             request.end("abort")
+
+    def _check_loop(self) -> None:
+        """Raises RuntimeStopped where every wait would be for ever: on another event loop than its own."""
+        stray = self._astray()
+        if stray is not None:
+            raise stray
+
+    def _astray(self) -> RuntimeStopped | None:
+        """What to say to who is not on the event loop of `start`; None: they are, or there is none yet."""
+        if self._loop is None or self._loop is asyncio._get_running_loop():
+            return None
+        if self._loop.is_closed():
+            return RuntimeStopped(
+                "the event loop that this runtime was started on has been closed, as asyncio.run does in the "
+                "end, and the runtime is of no use without it: start and use one within one asyncio.run, or "
+                "take SyncRuntime"
+            )
+        return RuntimeStopped(
+            "this runtime was started on another event loop: use it there (run_coroutine_threadsafe), or "
+            "start one for each loop, or take SyncRuntime, which any thread may call"
+        )
 
     def _reserve(self, request_id: str | None) -> Request:
         """A place in the queue, before anything is done that takes time."""
@@ -345,6 +390,7 @@ class Runtime:
             raise _failure(self._fault)
         if self._state != "ready":
             raise RuntimeStopped(f"the runtime takes no requests: it is {self._state}")
+        self._check_loop()
         slots, places = self._max_num_seqs, self.config.max_queue
         if num_requests > slots + places:
             raise InvalidRequest(
@@ -399,6 +445,10 @@ class Runtime:
 
     def _close(self, request: Request) -> None:
         """Its consumer has all it will get."""
+        if self._loop is not None and self._astray() is not None:
+            with suppress(RuntimeError):  # that loop has been closed: there is nothing left to tell
+                self._loop.call_soon_threadsafe(self._close, request)
+            return
         del self._open[request.request_id]
         self._withdraw(request)
         if request.finish in ("stop", "length"):
@@ -431,6 +481,7 @@ class Runtime:
         self._state = "failed"
         logger.error("%s", _failure(fault))
         self._requests.fail_all(lambda: _failure(fault))
+        self._tokenisers.abandon(lambda: _failure(fault))
 
     # ---------------------------------------------------------------------------- what it is
 
@@ -527,6 +578,10 @@ class Runtime:
 
 def _failure(fault: Fault) -> RuntimeFailed:
     return RuntimeFailed(fault.summary, fault.process, fault.traceback)
+
+
+def _stopped() -> RuntimeStopped:
+    return RuntimeStopped("the runtime was stopped")
 
 
 def _no_progress(text: str, fraction: float | None) -> None:

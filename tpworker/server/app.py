@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
 from tpworker.errors import InvalidRequest, RuntimeFailed, RuntimeStopped, TpworkerError
+from tpworker.loading import in_daemon_thread
 from tpworker.server.answer import Answer
 from tpworker.server.errors import ApiError, ModelNotFound, describe, describe_validation, internal_error
 from tpworker.server.formats import ChatFormat, CompletionFormat, Format
@@ -198,7 +198,7 @@ def _add_probes(app: FastAPI, runtime: Runtime, metrics: Metrics) -> None:
     @app.get("/metrics")
     async def metrics_page() -> Response:
         """For Prometheus."""
-        await asyncio.to_thread(runtime.gpus)  # asking takes milliseconds, which no stream shall wait for
+        await in_daemon_thread(runtime.gpus)  # asking takes milliseconds, which no stream shall wait for
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     def probe(good: set[str]) -> Response:
