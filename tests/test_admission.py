@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from tests.conftest import VOCAB_SIZE
 from tpworker.admission import Limits, fit, pack_prompt, resolve_sampling
@@ -24,8 +26,12 @@ spec: Any = Spec()
 
 def test_a_prompt_is_packed() -> None:
     assert unpack_int32(pack_prompt([0, 5, VOCAB_SIZE - 1], spec)).tolist() == [0, 5, VOCAB_SIZE - 1]
-    others: Any = np.array([1, 2])
-    assert unpack_int32(pack_prompt(others, spec)).tolist() == [1, 2]
+    arrays: list[Any] = [
+        np.array([1, 2]), np.array([1, 2], dtype=np.uint8), torch.tensor([1, 2]), torch.tensor([1, 2]).int(),
+        [np.int64(1), torch.tensor(2)], (1, np.uint16(2)), array("q", [1, 2]), iter([1, 2]),
+    ]  # fmt: skip
+    for ids in arrays:
+        assert unpack_int32(pack_prompt(ids, spec)).tolist() == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -38,6 +44,13 @@ def test_a_prompt_is_packed() -> None:
         ([1, 1.5], "must be a string, or token ids"),
         ([1, "a"], "must be a string, or token ids"),
         ([[1]], "must be a string, or token ids"),
+        ([1, True], "a bool is no token id"),
+        (np.array([True, False]), "a bool is no token id"),
+        (np.array([1.0]), "must be a string, or token ids"),
+        (np.array([[1]]), "must be a string, or token ids"),
+        (np.array(1), "must be a string, or token ids"),
+        (torch.tensor([1.0]), "must be a string, or token ids"),
+        (np.array([2**40]), "must be a string, or token ids"),
         (None, "must be a string, or token ids"),
         (5, "must be a string, or token ids"),
     ],

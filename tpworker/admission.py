@@ -20,12 +20,20 @@ if TYPE_CHECKING:
 def pack_prompt(token_ids: Sequence[int], spec: ModelSpec) -> bytes:
     """A prompt's token ids as int32, 4 bytes each.
 
+    Args:
+        token_ids: a sequence of whatever is an integer; or an array or a tensor of them.
+        spec: of the model.
+
     Raises:
         InvalidRequest: it is empty, or holds what is no id of the model's vocabulary.
     """
     highest = spec.vocab_size - 1
     try:
-        packed = pack_int32(token_ids)
+        # An array's or a tensor's `tolist` has Python's own types; to go through it would be slow besides.
+        listed = token_ids.tolist() if hasattr(token_ids, "tolist") else list(token_ids)
+        if bool in map(type, listed):
+            raise TypeError("a bool is no token id")
+        packed = pack_int32(listed)
     except (TypeError, OverflowError) as error:
         raise InvalidRequest(
             f"the prompt must be a string, or token ids from 0 to {highest}: {error}", "prompt"

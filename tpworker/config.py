@@ -6,10 +6,10 @@ instant, before a process is started.
 
 from __future__ import annotations
 
-import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import Any, Literal
 
 from tpworker.errors import ConfigError, InvalidRequest, shown
 
@@ -43,6 +43,29 @@ def is_utf8(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def _plain(value: Any) -> Any:
+    """What a scalar of an array library holds (numpy, torch; also an array of no dimensions), as Python's own
+    type; anything else as it is."""
+    is_scalar = getattr(value, "ndim", None) == 0 and hasattr(value, "item")
+    return value.item() if is_scalar else value
+
+
+def _number(value: Any, kind: type[int] | type[float]) -> Any:
+    """A number of whatever type as an int, or, for `float`, as an int or a float; anything else, a bool above
+    all, as it is."""
+    value = _plain(value)
+    if isinstance(value, (bool, str)) or getattr(value, "ndim", None):  # no array is a number
+        return value
+    try:
+        if hasattr(value, "__index__"):
+            return operator.index(value)
+        if kind is float and hasattr(value, "__float__"):
+            return float(value)
+    except (TypeError, ValueError, OverflowError):
+        pass
+    return value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +122,10 @@ class RuntimeConfig:
                 raise ConfigError(f"{name}={shown(getattr(self, name))}: must be {limit}")
 
         for option in fields(self):
-            value, kinds = getattr(self, option.name), _KINDS[str(option.type)]
+            given, kinds = getattr(self, option.name), _KINDS[str(option.type)]
+            kind = next((kind for kind in (float, int) if kind in kinds), None)
+            value = _plain(given) if kind is None else _number(given, kind)
+            object.__setattr__(self, option.name, value)
             check(type(value) in kinds, option.name, " or ".join(sorted(k.__name__ for k in kinds)))
         check(
             self.model != "" and is_utf8(self.model or ""),
@@ -170,26 +196,34 @@ class SamplingParams:
     """False: outputs carry token ids only, and `stop` must be empty."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
-
         def check(name: str, ok: bool, limit: str) -> None:
             if not ok:
                 raise InvalidRequest(f"{name}={shown(getattr(self, name))}: must be {limit}", parameter=name)
 
-        def integer(name: str, low: int, high: int, limit: str, optional: bool = True) -> None:
+        def settle(name: str, value: object) -> None:
+            object.__setattr__(self, name, value)
+
+        def listed(name: str, limit: str) -> None:
             value = getattr(self, name)
-            check(
-                name,
-                (optional and value is None)
-                or (isinstance(value, int) and not isinstance(value, bool) and low <= value <= high),
-                limit,
-            )
+            check(name, isinstance(value, str) or hasattr(value, "__iter__"), limit)
+            check(name, getattr(value, "ndim", 1) == 1, limit)  # or an array cannot be gone through
+            settle(name, (value,) if isinstance(value, str) else tuple(value))
+
+        def integer(name: str, low: int, high: int, limit: str, optional: bool = True) -> None:
+            settle(name, value := _number(getattr(self, name), int))
+            check(name, (optional and value is None) or (type(value) is int and low <= value <= high), limit)
 
         def number(name: str, low: float, high: float, limit: str) -> None:
-            value = getattr(self, name)
-            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            check(name, value is None or (is_number and math.isfinite(value) and low <= value <= high), limit)
+            settle(name, value := _number(getattr(self, name), float))
+            check(name, value is None or (type(value) in (int, float) and low <= value <= high), limit)
+
+        def boolean(name: str) -> None:
+            settle(name, _plain(getattr(self, name)))
+            check(name, isinstance(getattr(self, name), bool), "true or false")
+
+        listed("stop", "a string, or a sequence of strings")
+        listed("stop_token_ids", "a sequence of token ids")
+        settle("stop_token_ids", tuple(_number(i, int) for i in self.stop_token_ids))
 
         integer("max_tokens", 1, 2**31 - 1, "an integer of at least 1")
         number("temperature", 0.0, 100.0, "a number from 0 to 100")
@@ -203,8 +237,8 @@ class SamplingParams:
             self.max_tokens is None or self.min_tokens <= self.max_tokens,
             f"at most max_tokens ({self.max_tokens})",
         )
-        check("ignore_eos", isinstance(self.ignore_eos, bool), "true or false")
-        check("detokenize", isinstance(self.detokenize, bool), "true or false")
+        boolean("ignore_eos")
+        boolean("detokenize")
         check(
             "stop",
             len(self.stop) <= MAX_STOP_STRINGS and all(isinstance(s, str) and s for s in self.stop),
@@ -214,6 +248,6 @@ class SamplingParams:
         check(
             "stop_token_ids",
             len(self.stop_token_ids) <= MAX_STOP_IDS
-            and all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in self.stop_token_ids),
+            and all(type(i) is int and i >= 0 for i in self.stop_token_ids),
             f"at most {MAX_STOP_IDS} token ids",
         )
