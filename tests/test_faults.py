@@ -62,7 +62,7 @@ def test_a_death_beats_an_exception_that_may_be_its_consequence() -> None:
     other = reported(RANK0, "RuntimeError", "something that no pattern knows")
     fault = find_cause([other, killed], {})
     assert fault.process == RANK1
-    assert fault.summary == f"{RANK1} was killed by SIGKILL: by hand, or by the kernel for want of memory"
+    assert fault.summary.startswith(f"{RANK1} was killed by SIGKILL: by another program, by hand, or by the")
     assert fault.traceback is None
 
 
@@ -136,3 +136,23 @@ def test_a_rank_that_diverges_is_at_fault_though_others_say_so() -> None:
 )
 def test_an_end_without_a_report_is_described(status: int | None, words: str) -> None:
     assert words in find_cause([Ending(RANK1, status, None)], {}).summary
+
+
+@pytest.mark.parametrize(
+    ("oom_kills", "words"),
+    [
+        (None, "by another program, by hand, or by the kernel for want of memory"),
+        (0, "by another program or by hand, not by the kernel for want of memory"),
+        (2, "by the kernel for want of memory, it seems: it has killed 2 here since the start"),
+    ],
+)
+def test_want_of_memory_is_blamed_where_there_is_a_sign_of_it(oom_kills: int | None, words: str) -> None:
+    endings = [Ending(name, -signal.SIGKILL, None, oom_kills) for name in (RANK1, SCHEDULER)]
+    standing = {RANK0: Standing(False, (1,))}
+    assert find_cause(endings, standing).summary == f"{RANK1} was killed by SIGKILL: {words}"
+    fault = find_cause(endings, {})
+    assert fault.process == f"{RANK1}, {SCHEDULER}"
+    assert fault.summary == f"all processes ({RANK1}, {SCHEDULER}) were killed by SIGKILL at once: {words}"
+    assert find_cause(endings[:1], {}).process == RANK1
+    other = Ending(RANK0, -signal.SIGSEGV, None, oom_kills)
+    assert find_cause([other, *endings], {}).process == RANK0

@@ -69,6 +69,7 @@ class Child:
         self.silent = False
         """Nothing will come out of its pipe any more."""
         self._data = b""
+        self._oom_kills = _oom_kills()
 
     @classmethod
     def spawn(
@@ -131,7 +132,9 @@ class Child:
     @property
     def ending(self) -> Ending:
         """How it ended, as far as it is known."""
-        return Ending(self.name, self.status, self.report)
+        before, now = self._oom_kills, _oom_kills()
+        oom_kills = None if before is None or now is None else now - before
+        return Ending(self.name, self.status, self.report, oom_kills)
 
     def read(self) -> None:
         """Takes what is in its pipe. At EOF it is `silent`."""
@@ -193,6 +196,17 @@ class Child:
         assert self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.close()
+
+
+def _oom_kills() -> int | None:
+    """How many processes the kernel has killed for want of memory since the machine was started."""
+    try:
+        for line in Path("/proc/vmstat").read_text().splitlines():
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    except OSError:
+        pass
+    return None
 
 
 def _log_descriptor() -> int:

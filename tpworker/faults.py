@@ -43,12 +43,19 @@ class Ending:
     """How one process ended.
 
     `status` is None while it is not known (it reported, or its pipe closed, but it still exits); negative:
-    the number of the signal that killed it.
+    the number of the signal that killed it. `oom_kills`: how many processes the kernel has killed for want of
+    memory since this one began, on the whole machine; None: it does not tell.
     """
 
     process: str
     status: int | None
     report: Report | None
+    oom_kills: int | None = None
+
+    @property
+    def was_killed(self) -> bool:
+        """Whether it ended by SIGKILL, which none of ours sends before a fault is found."""
+        return self.report is None and self.status == -signal.SIGKILL
 
     @property
     def kind(self) -> Kind:
@@ -67,8 +74,8 @@ class Ending:
         if self.status is None:
             return f"{self.process} ended without a word"
         if self.status < 0:
-            cause = ": by hand, or by the kernel for want of memory" if self.status == -signal.SIGKILL else ""
-            return f"{self.process} was killed by {_signal_name(-self.status)}{cause}"
+            killer = f": {_killer(self.oom_kills)}" if self.was_killed else ""
+            return f"{self.process} was killed by {_signal_name(-self.status)}{killer}"
         return f"{self.process} ended with status {self.status}, without a report; its log may say more"
 
 
@@ -99,6 +106,10 @@ def find_cause(endings: Sequence[Ending], standings: Mapping[str, Standing]) -> 
         standings: of each process that still lives, by name.
     """
     first = min(endings, key=_rank_of)  # min keeps the first of equals
+    if not standings and len(endings) > 1 and all(ending.was_killed for ending in endings):
+        names = ", ".join(ending.process for ending in endings)
+        killer = _killer(first.oom_kills)
+        return Fault(names, f"all processes ({names}) were killed by SIGKILL at once: {killer}")
     report = first.report
     if report and first.kind in (Kind.WAITED, Kind.LOST):
         suspect = _suspect([RANK_NAME.format(rank) for rank in report.missing], standings)
@@ -132,6 +143,15 @@ def _suspect(named: Sequence[str], standings: Mapping[str, Standing]) -> str | N
     ranks = {name: standing.progress for name, standing in standings.items() if standing.progress}
     behind = [name for name, progress in ranks.items() if progress == min(ranks.values())]
     return behind[0] if len(behind) < len(ranks) else None
+
+
+def _killer(oom_kills: int | None) -> str:
+    """Who has sent a SIGKILL, as far as it is known."""
+    if oom_kills is None:
+        return "by another program, by hand, or by the kernel for want of memory"
+    if oom_kills:
+        return f"by the kernel for want of memory, it seems: it has killed {oom_kills} here since the start"
+    return "by another program or by hand, not by the kernel for want of memory"
 
 
 def _signal_name(number: int) -> str:

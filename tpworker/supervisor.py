@@ -38,7 +38,7 @@ from tpworker.ipc.patience import Patience
 
 logger = logging.getLogger(__name__)
 
-GRACE_SECONDS = {Kind.DIED: 0.0, Kind.RAISED: 0.1, Kind.ABORTED: 0.5, Kind.WAITED: 0.5, Kind.LOST: 0.5}
+GRACE_SECONDS = {Kind.DIED: 0.1, Kind.RAISED: 0.1, Kind.ABORTED: 0.5, Kind.WAITED: 0.5, Kind.LOST: 0.5}
 """How long to wait for further endings after one of a kind: the less it tells, the longer."""
 STATUS_SECONDS = 2.0
 """How long a process that ended without a report may take to be reaped; its memory is freed before."""

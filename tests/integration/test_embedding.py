@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import signal
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.integration.embedder import Embedder
@@ -86,3 +89,49 @@ def test_a_stopped_runtime_does_not_keep_the_interpreter_from_ending(tmp_path: P
         assert embedder.output.splitlines() == [
             "tokenising", "the runtime was stopped", "tokenising", "the end",
         ]  # fmt: skip
+
+
+SERVING = (
+    COMMON
+    + """
+    async def serve(then):
+        model = fake_model(__import__("pathlib").Path(sys.argv[1]), step_seconds=0.01)
+        params = SamplingParams(max_tokens=16000, detokenize=False)
+        async with Runtime(model, **FAKE_RANKS, tensor_parallel_size=2) as runtime:
+            async for output in runtime.generate([1, 2, 3], params):
+                if output.num_output_tokens == 20:
+                    print("serving")
+                    then()
+
+    def kill_children():
+        for name in os.listdir(f"/proc/self/task/"):
+            for pid in open(f"/proc/self/task/{name}/children").read().split():
+                os.kill(int(pid), signal.SIGKILL)
+
+    logging.basicConfig(level=logging.INFO)
+    """
+)
+
+
+def test_when_its_owner_is_killed_all_end_without_a_word(tmp_path: Path) -> None:
+    code = SERVING + "asyncio.run(serve(lambda: None))"
+    with Embedder(code, str(tmp_path / "model")) as embedder:
+        number = embedder.wait_for("serving")
+        children = embedder.children()
+        assert len(children) == 3
+        embedder.process.kill()
+        assert embedder.wait() == -signal.SIGKILL  # which waits until nobody has its stdout any more
+        assert embedder.lines[number + 1 :] == []
+        _, alive = psutil.wait_procs(list(children.values()), 30)
+        assert not alive
+
+
+def test_who_kills_all_of_them_is_not_taken_for_want_of_memory(tmp_path: Path) -> None:
+    """As `ray.kill` does, before it ends their owner."""
+    with Embedder(SERVING + "asyncio.run(serve(kill_children))", str(tmp_path / "model")) as embedder:
+        assert embedder.wait() == 1
+        last = embedder.output.splitlines()[-1]
+    names = sorted(re.findall("tpworker-[a-z]+[01]?", last))
+    assert names == ["tpworker-rank0", "tpworker-rank1", "tpworker-scheduler"]
+    if "oom_kill " in Path("/proc/vmstat").read_text():
+        assert "by another program or by hand, not by the kernel for want of memory" in last
