@@ -12,7 +12,6 @@ asked for PDEATHSIG; PDEATHSIG when the child hangs in native code and no Python
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import faulthandler
 import logging
@@ -40,6 +39,7 @@ from tpworker.ipc.messages import (
     pack_dataclass,
     unpack_dataclass,
 )
+from tpworker.ipc.streams import leave, make_output_safe
 
 RANK_NAME = "tpworker-rank{}"
 SCHEDULER_NAME = "tpworker-scheduler"
@@ -219,14 +219,15 @@ def run_child(boot_class: type[Boot], main: Callable[[Boot], None]) -> NoReturn:
     The process ends with status 0 when `main` returns and 1, with a report, when it raises. It ends
     without running exit handlers: threads and native libraries that hang there would keep it alive.
     """
+    make_output_safe()
     boot = _read_boot(boot_class)
     os.set_inheritable(boot.report_fd, False)  # EOF must mean that this process is gone, not its children
     setproctitle.setproctitle(boot.name)
     threading.current_thread().name = boot.name
     _die_with_parent()
     # A service manager or a terminal may signal all processes at once; when to stop is for the parent to say.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     faulthandler.enable()  # a crash in native code leaves its stacks on stderr
     faulthandler.register(STACKS_SIGNAL, file=boot.report_fd, all_threads=True)
     _log_as(boot.name, boot.log_level)
@@ -234,8 +235,8 @@ def run_child(boot_class: type[Boot], main: Callable[[Boot], None]) -> NoReturn:
         main(boot)
     except BaseException as error:
         write_report(boot.report_fd, Report.of(error))
-        _leave(1)
-    _leave(0)
+        leave(1)
+    leave(0)
 
 
 def _read_boot(boot_class: type[Boot]) -> Boot:
@@ -280,11 +281,3 @@ def _log_as(name: str, level: int) -> None:
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
     logging.getLogger("tpworker").setLevel(level)
-
-
-def _leave(status: int) -> NoReturn:
-    logging.shutdown()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # nobody listens at the other end any more
-            stream.flush()
-    os._exit(status)

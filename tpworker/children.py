@@ -86,12 +86,14 @@ class Child:
         Raises:
             OSError: it cannot be started.
         """
+        log = _log_descriptor()
         read_end, write_end = os.pipe2(os.O_CLOEXEC)
         try:
             process = subprocess.Popen(
                 [sys.executable, "-P", "-m", module, boot.name],
                 stdin=subprocess.PIPE,
-                stdout=_log_descriptor(),  # our own standard output may be somebody's data
+                stdout=log,  # our own standard output may be somebody's data
+                stderr=log,
                 pass_fds=[*descriptors, write_end],
                 env=environment,
                 # Keys typed in a terminal (Ctrl-C, Ctrl-Z) are signals to all of a session: they are for us.
@@ -210,8 +212,9 @@ def _oom_kills() -> int | None:
 
 
 def _log_descriptor() -> int:
+    """Our stderr. Where there was none when we began, 2 is whatever was opened next: nothing to write to."""
     try:
         os.fstat(2)
-    except OSError:  # a daemon that has closed it
+    except OSError:  # closed since
         return subprocess.DEVNULL
-    return 2
+    return 2 if sys.__stderr__ is not None else subprocess.DEVNULL

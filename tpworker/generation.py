@@ -20,6 +20,7 @@ from tpworker.ipc.channels import Channel, ChannelError, new_address
 from tpworker.ipc.child import SCHEDULER_NAME
 from tpworker.ipc.messages import Message, MessageError, SchedulerReady, StepOutput, Stop
 from tpworker.ipc.patience import Patience
+from tpworker.ipc.streams import open_standard_descriptors
 from tpworker.loading import Progress
 from tpworker.supervisor import Group, Supervisor
 
@@ -87,6 +88,8 @@ class Generation:
         self._fault: Fault | None = None
         self._watchdog: asyncio.TimerHandle | None = None
         self._beat = 0
+        # A daemon may have closed them. Somebody writes to them nevertheless, which shall not be our memory.
+        open_standard_descriptors()
         self._channel: Channel | None = Channel.bind(new_address("runtime"))
         try:
             self._supervisor = Supervisor(group, self._channel.address, self._fault_from_thread)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 from pathlib import Path
@@ -135,3 +136,35 @@ def test_who_kills_all_of_them_is_not_taken_for_want_of_memory(tmp_path: Path) -
     assert names == ["tpworker-rank0", "tpworker-rank1", "tpworker-scheduler"]
     if "oom_kill " in Path("/proc/vmstat").read_text():
         assert "by another program or by hand, not by the kernel for want of memory" in last
+
+
+@pytest.mark.parametrize("when", ["before it began", "later"])
+def test_with_descriptors_closed_its_processes_have_dev_null(
+    tmp_path: Path, model_folder: Path, when: str
+) -> None:
+    """And none of what is opened meanwhile, to which their logs would be written; nor do we have it."""
+    links = "[os.readlink(f'/proc/self/fd/{i}') for i in range(3)]"
+    (model_folder / "tpworker-rank0").write_text(f"fail(ValueError({links}))")
+    code = f"""
+    async def main():
+        if sys.argv[2] == "later":
+            os.close(0)
+            os.close(2)
+        ranks, scheduler = "tests.children.idle_rank", "tpworker.testing.fake_scheduler"
+        async with Runtime(sys.argv[1], rank_module=ranks, scheduler_module=scheduler) as runtime:
+            print(any("memfd" in link or "socket" in link for link in {links}))
+            async for _ in runtime.generate([5], SamplingParams(max_tokens=400, detokenize=False)):
+                pass
+
+    try:
+        asyncio.run(main())
+    except RuntimeFailed as error:
+        print(error.summary)
+    """
+    options = {"preexec_fn": lambda: [os.close(fd) for fd in (0, 2)]} if when != "later" else {}
+    with Embedder(code, str(model_folder), when, **options) as embedder:
+        assert embedder.wait() == 0, embedder.output
+    ours, theirs = embedder.output.splitlines()
+    assert theirs == "tpworker-rank0 raised ValueError: ['/dev/null', '/dev/null', '/dev/null']"
+    if when == "later":  # else asyncio's own were opened before ours
+        assert ours == "False"

@@ -11,6 +11,7 @@ from typing import Any
 
 import tpworker.runtime
 from tests.server.fake_runtime import FakeRuntime, byte_tokenizer
+from tpworker.__main__ import run
 from tpworker.cli import main
 from tpworker.config import RuntimeConfig
 from tpworker.errors import ConfigError, ModelError, RuntimeFailed
@@ -45,11 +46,12 @@ class TalkingRuntime(FakeRuntime):
         print("the runtime was stopped", file=sys.stderr, flush=True)
 
     async def drain(self, timeout: float | None = None) -> None:
-        await super().drain(None)  # for ever, so that a test that should not wait for it cannot pass
+        # For ever, so that a test that should not wait for it cannot pass.
+        await super().drain(0.5 if self.config.model == "hasty" else None)
 
     async def _before(self, position: int) -> None:
         if position == 3:
-            if self.config.model == "endless":
+            if self.config.model in ("endless", "hasty"):
                 await asyncio.Event().wait()
             if self.config.model == "lazy":
                 await asyncio.sleep(1)
@@ -59,7 +61,11 @@ class TalkingRuntime(FakeRuntime):
 
 if __name__ == "__main__":
     tpworker.runtime.Runtime = TalkingRuntime  # type: ignore[assignment, misc]
-    status = main()
-    server_packages = {"fastapi", "uvicorn", "starlette", "prometheus_client"} & set(sys.modules)
-    print(f"server packages: {sorted(server_packages)}", file=sys.stderr)
-    sys.exit(status)
+
+    def command() -> int:
+        status = main()
+        server_packages = {"fastapi", "uvicorn", "starlette", "prometheus_client"} & set(sys.modules)
+        print(f"server packages: {sorted(server_packages)}", file=sys.stderr)
+        return status
+
+    run(command)

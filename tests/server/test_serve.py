@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import re
 import shutil
 import signal
@@ -12,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +36,14 @@ WAIT_S = 60
 class Process:
     """A `tpworker` process; what it writes to stderr is kept."""
 
-    def __init__(self, *arguments: str) -> None:
+    def __init__(self, *arguments: str, **options: Any) -> None:
         self.popen = subprocess.Popen(
             [sys.executable, "-m", "tests.server.fake_cli", *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             cwd=ROOT,
+            **options,
         )
         self.errors = ""
         self._changed = threading.Condition()
@@ -83,8 +87,8 @@ Run = Callable[..., Process]
 def run() -> Iterator[Run]:
     processes: list[Process] = []
 
-    def runner(*arguments: str) -> Process:
-        processes.append(Process("serve", *arguments))
+    def runner(*arguments: str, **options: Any) -> Process:
+        processes.append(Process("serve", *arguments, **options))
         return processes[-1]
 
     yield runner
@@ -227,12 +231,13 @@ def test_it_says_nothing_of_what_is_as_it_should_be(capsys: pytest.CaptureFixtur
 # --------------------------------------------------------------------------------- the end
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_it_with_status_0(run: Run, number: signal.Signals) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_it_with_status_0_and_the_log_says_which(run: Run, number: signal.Signals) -> None:
     process = run("--port", "0")
     process.url()
     process.popen.send_signal(number)
     assert process.end()[0] == 0
+    assert f"WARNING {number.name}: no more requests are taken\n" in process.errors
     assert "the runtime was stopped" in process.errors
     assert "Traceback" not in process.errors
 
@@ -248,6 +253,10 @@ def test_open_requests_are_ended_and_no_new_ones_taken(run: Run) -> None:
     assert text.endswith("data: [DONE]\n\n")
     assert '"finish_reason": "stop"' in text
     assert process.end()[0] == 0
+    assert (
+        "SIGTERM: no more requests are taken; 1 request is open, which may take 20 s more" in process.errors
+    )
+    assert " cut " not in process.errors
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{url}/health")
 
@@ -272,6 +281,89 @@ def test_the_second_signal_ends_them_at_once(run: Run) -> None:
         text += "".join(parts)
     assert json.loads(text.split("\n\n")[-2].removeprefix("data: "))["error"]["code"] == "unavailable"
     assert process.end()[0] == 0
+    assert "1 request is cut at once, at one more signal (SIGTERM)" in process.errors
+
+
+def test_what_is_cut_at_the_deadline_is_told_to_clients_and_in_the_log(run: Run) -> None:
+    process = run("--port", "0", "--model", "hasty")
+    url = process.url()
+    with stream_of(url) as first, stream_of(url) as second:
+        texts = [response.iter_text() for response in (first, second)]
+        begun = [next(text) for text in texts]
+        process.popen.send_signal(signal.SIGTERM)
+        for start, text in zip(begun, texts, strict=True):
+            last = (start + "".join(text)).split("\n\n")[-2]
+            assert json.loads(last.removeprefix("data: "))["error"]["code"] == "unavailable"
+    assert process.end()[0] == 0
+    assert "2 requests are open, which may take 20 s more" in process.errors
+    assert "2 requests are cut at the deadline, 20 s after SIGTERM" in process.errors
+
+
+def test_a_terminal_that_is_closed_lets_open_requests_end(run: Run) -> None:
+    """It sends SIGHUP, more than once; that is no hurry."""
+    process = run("--port", "0", "--model", "lazy")
+    with stream_of(process.url()) as response:
+        parts = response.iter_text()
+        text = next(parts)
+        for _ in range(3):
+            process.popen.send_signal(signal.SIGHUP)
+            process.wait_for("SIGHUP: no more requests are taken; 1 request is open")
+        text += "".join(parts)
+    assert '"finish_reason": "stop"' in text
+    assert process.end()[0] == 0
+    assert " cut " not in process.errors
+
+
+def test_nohup_is_respected(run: Run) -> None:
+    process = run("--port", "0", preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    url = process.url()
+    process.popen.send_signal(signal.SIGHUP)
+    for _ in range(3):
+        assert httpx.get(f"{url}/health", timeout=WAIT_S).json() == {"status": "ready"}
+    process.popen.send_signal(signal.SIGTERM)
+    assert process.end()[0] == 0
+    assert "SIGHUP" not in process.errors
+
+
+# ------------------------------------------------------------------------- what its log goes to
+
+
+@pytest.mark.parametrize("kind", ["closed", "all closed", "full", "reader gone", "reader stalled"])
+def test_it_serves_whatever_becomes_of_its_stderr(kind: str) -> None:
+    with bind("127.0.0.1", 0) as free:
+        port = free.getsockname()[1]
+    receiver, sender = os.pipe()
+    closed = {"closed": (2,), "all closed": (0, 1, 2)}.get(kind, ())
+    if kind == "full":
+        os.dup2(os.open("/dev/full", os.O_WRONLY), sender)
+    elif kind == "reader gone":
+        os.close(receiver)
+        receiver = os.open(os.devnull, os.O_RDONLY)
+    elif kind == "reader stalled":
+        os.write(sender, bytes(fcntl.fcntl(sender, fcntl.F_SETPIPE_SZ, 4096)))
+    popen = subprocess.Popen(
+        [sys.executable, "-m", "tests.server.fake_cli", "serve", "--port", str(port)],
+        stderr=sender, cwd=ROOT, preexec_fn=lambda: [os.close(fd) for fd in closed],
+    )  # fmt: skip
+    try:
+        url = f"http://127.0.0.1:{port}"
+        deadline = time.monotonic() + WAIT_S
+        while True:
+            with suppress(httpx.TransportError):
+                if httpx.get(f"{url}/ready", timeout=WAIT_S).status_code == 200:
+                    break
+            assert popen.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        with stream_of(url) as response:
+            assert response.read().decode().endswith("data: [DONE]\n\n")
+        popen.send_signal(signal.SIGTERM)
+        assert popen.wait(WAIT_S) == 0
+    finally:
+        popen.kill()
+        popen.wait()
+        os.close(sender)
+        os.close(receiver)
 
 
 def test_a_failure_is_told_to_clients_and_to_the_shell(run: Run) -> None:

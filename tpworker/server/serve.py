@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
-import signal
 import socket
 from collections.abc import Callable, Coroutine, Generator
 from contextlib import contextmanager, suppress
@@ -15,6 +14,7 @@ import uvicorn
 
 from tpworker.errors import ConfigError, RuntimeFailed
 from tpworker.server.app import create_app
+from tpworker.server.signals import Signals, watched_signals
 
 if TYPE_CHECKING:
     from tpworker.runtime import Runtime
@@ -75,10 +75,10 @@ async def run_server(
     on_ready: Callable[[], None] = lambda: None,
     drain_timeout: float = DRAIN_S,
 ) -> None:
-    """Start the runtime and serve it until SIGINT or SIGTERM, or until it fails. Stops both in the end.
+    """Start the runtime and serve it until a signal comes, or until it fails. Stops both in the end.
 
     The server answers while the runtime starts (/ready says when). At the first signal it takes no more
-    requests and waits for the open ones; at the second it ends them.
+    requests and waits for the open ones; at the second it ends them (see `Signals`, which says of which).
 
     Args:
         runtime: not started yet.
@@ -102,19 +102,18 @@ async def run_server(
             timeout_graceful_shutdown=_FLUSH_S,
         )
     )
-    with _signals() as signals:
+    with watched_signals() as signals:
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         try:
-            if not await _first_of(runtime.start(), signals.acquire()):
+            if not await _first_of(runtime.start(), signals.one()):
+                logger.warning("%s: ended before it was ready", signals.last)
                 return
             on_ready()
-            if await _first_of(_ended(runtime, serving), signals.acquire()):
+            if await _first_of(_ended(runtime, serving), signals.one()):
                 # Its traceback is in the log already: the runtime wrote it when it failed.
                 raise RuntimeFailed((runtime.health().error or "the HTTP server ended").partition("\n")[0])
-            logger.info("no more requests are taken; those that are open have %.0f s", drain_timeout)
             server.stop_listening()
-            with suppress(TimeoutError):
-                await _first_of(runtime.drain(drain_timeout), signals.acquire())
+            await _drain(runtime, drain_timeout, signals)
         finally:
             # In this order: a stopped runtime ends all streams, and the server waits for those.
             await runtime.stop()
@@ -154,15 +153,20 @@ class _Server(uvicorn.Server):
             listener.close()
 
 
-@contextmanager
-def _signals() -> Generator[asyncio.Semaphore, None, None]:
-    """A semaphore that each SIGINT and SIGTERM releases."""
-    loop = asyncio.get_running_loop()
-    arrived = asyncio.Semaphore(0)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, arrived.release)
-    try:
-        yield arrived
-    finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.remove_signal_handler(number)
+async def _drain(runtime: Runtime, timeout: float, signals: Signals) -> None:
+    """Waits for the open requests, and says how many were not waited for to their end."""
+    say = logger.warning  # no fault, but whoever reads the log wants to know why it ends there
+    num_open = runtime.stats().open
+    waits = f"; {_requests(num_open)} open, which may take {timeout:g} s more" if num_open else ""
+    say("%s: no more requests are taken%s", signals.last, waits)
+    why = f"at the deadline, {timeout:g} s after {signals.last}"
+    with suppress(TimeoutError):
+        if await _first_of(runtime.drain(timeout), signals.one()):
+            return
+        why = f"at once, at one more signal ({signals.last})"
+    if num_open := runtime.stats().open:
+        say("%s cut %s", _requests(num_open), why)
+
+
+def _requests(number: int) -> str:
+    return "1 request is" if number == 1 else f"{number} requests are"
