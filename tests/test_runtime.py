@@ -959,6 +959,42 @@ def test_when_its_event_loop_has_been_closed_it_says_so_and_can_be_ended(fake_ru
 # ---------------------------------------------------------------------------- prompts under way
 
 
+def test_drain_waits_for_what_is_being_prepared_and_lets_it_in(fake_runtime: MakeRuntime) -> None:
+    async def main() -> None:
+        async with fake_runtime() as runtime:
+            gate = threading.Event()
+            preparing = asyncio.ensure_future(runtime.prepare(lambda: gate.wait(60), 2))
+            await asyncio.sleep(0)
+            draining = asyncio.ensure_future(runtime.drain())
+            await asyncio.sleep(0.1)
+            assert not draining.done()
+            for call in (collect(runtime, [5], ids_only(3)), runtime.prepare(lambda: None)):
+                with pytest.raises(RuntimeStopped, match="it is draining"):
+                    await call
+            gate.set()
+            await preparing
+            both = await asyncio.gather(*(collect(runtime, [5], ids_only(3)) for _ in range(2)))
+            assert [tokens_of(outputs) for outputs in both] == [[5, 5, 5]] * 2
+            with pytest.raises(RuntimeStopped, match="it is draining"):
+                await collect(runtime, [5], ids_only(3))
+            await asyncio.wait_for(draining, 20)
+
+    run(main)
+
+
+def test_drain_does_not_wait_for_ever_for_what_was_prepared_and_never_came(fake_runtime: MakeRuntime) -> None:
+    async def main() -> None:
+        async with fake_runtime() as runtime:
+            preparing = asyncio.ensure_future(runtime.prepare(lambda: time.sleep(0.2)))
+            await asyncio.sleep(0)
+            await asyncio.wait_for(runtime.drain(), 20)
+            assert preparing.done()
+            with pytest.raises(RuntimeStopped, match="it is draining"):
+                await collect(runtime, [5], ids_only(3))
+
+    run(main)
+
+
 def test_who_waits_for_a_prompt_to_be_tokenised_is_told_at_once(
     fake_runtime: MakeRuntime, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

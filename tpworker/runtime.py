@@ -51,6 +51,8 @@ NUM_RECENT_STEPS = 4096
 NUM_TOKENISERS = 4
 """Threads that turn prompts into tokens; they do not block the event loop."""
 RANK_MODULE = "tpworker.rank"
+PROMISE_SECONDS = 1.0
+"""How long, while the runtime drains, requests that were being prepared may take from there to `generate`."""
 STARTS_ONCE = "a runtime starts once, and not after it was stopped: make a new one"
 
 
@@ -110,6 +112,7 @@ class Runtime:
         self._requests = Requests()  # those that the scheduler may still say something about
         self._open: dict[str, Request] = {}  # those whose consumers still wait for something
         self._num_preparing = 0  # requests to come, see `prepare`
+        self._promises: list[float] = []  # until when each of those may still come, though we drain
         self._closed: asyncio.Future[None] | None = None  # set when one of them is closed, for `drain`
         self._num_finished = 0
         self._num_aborted = 0
@@ -254,7 +257,8 @@ class Runtime:
         await self.stop()
 
     async def drain(self, timeout: float | None = None) -> None:
-        """Refuses new requests from now on, and waits until the open ones have ended.
+        """Refuses new requests from now on, and waits until the open ones have ended, those included whose
+        prompts are being prepared.
 
         Args:
             timeout: in seconds; None waits for ever.
@@ -269,12 +273,13 @@ class Runtime:
             self._state = "draining"
         try:
             async with asyncio.timeout(timeout):
-                while self._open:
+                while (is_open := self._open or self._num_preparing) or self._promised():
                     if self._closed is None or self._closed.done():
                         self._closed = asyncio.get_running_loop().create_future()
-                    await asyncio.wait([self._closed])
+                    await asyncio.wait([self._closed], timeout=None if is_open else PROMISE_SECONDS)
         except TimeoutError:
-            raise TimeoutError(f"{len(self._open)} requests are still open after {timeout:g} s") from None
+            num_open = len(self._open) + self._num_preparing
+            raise TimeoutError(f"{num_open} requests are still open after {timeout:g} s") from None
         if self._fault is not None:
             raise _failure(self._fault)
 
@@ -341,6 +346,10 @@ class Runtime:
             return await asyncio.get_running_loop().run_in_executor(self._tokenisers, work)
         finally:
             self._num_preparing -= num_requests
+            if self._state == "draining":  # they were taken before that
+                until = asyncio.get_running_loop().time() + PROMISE_SECONDS
+                self._promises += [until] * num_requests
+            self._wake_drain()
 
     def abort(self, request_id: str) -> None:
         """Ends a request, whose last output then has the finish reason 'abort'. Unknown ids are ignored.
@@ -377,18 +386,34 @@ class Runtime:
 
     def _reserve(self, request_id: str | None) -> Request:
         """A place in the queue, before anything is done that takes time."""
-        self._check_room(1)
+        self._check_room(1, is_promised=self._take_promise())
         if request_id in self._open:
             raise InvalidRequest(f"request_id {request_id!r} is that of another open request", "request_id")
         request = self._requests.open(request_id or f"request-{secrets.token_hex(8)}")
         self._open[request.request_id] = request
         return request
 
-    def _check_room(self, num_requests: int) -> None:
+    def _promised(self) -> int:
+        """How many requests may still come, while we drain, since they were prepared just now."""
+        now = asyncio.get_running_loop().time()
+        self._promises = [until for until in self._promises if until > now]
+        return len(self._promises)
+
+    def _take_promise(self) -> bool:
+        if not self._promised():
+            return False
+        self._promises.pop()
+        return True
+
+    def _wake_drain(self) -> None:
+        if self._closed is not None and not self._closed.done():
+            self._closed.set_result(None)
+
+    def _check_room(self, num_requests: int, is_promised: bool = False) -> None:
         """Whether so many more requests can be taken now."""
         if self._fault is not None:
             raise _failure(self._fault)
-        if self._state != "ready":
+        if self._state != "ready" and not (self._state == "draining" and is_promised):
             raise RuntimeStopped(f"the runtime takes no requests: it is {self._state}")
         self._check_loop()
         slots, places = self._max_num_seqs, self.config.max_queue
@@ -455,8 +480,7 @@ class Runtime:
             self._num_finished += 1
         elif request.is_submitted:
             self._num_aborted += 1
-        if self._closed is not None and not self._closed.done():
-            self._closed.set_result(None)
+        self._wake_drain()
 
     # ------------------------------------------------------------------ from the generation
 
