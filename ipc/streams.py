@@ -12,7 +12,7 @@ import logging
 import os
 import select
 import sys
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, TextIO
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -32,18 +32,21 @@ def open_standard_descriptors() -> None:
 def make_stderr_safe() -> None:
     """From now on nothing that is written to `sys.stderr` raises, or waits for longer than STALL_SECONDS."""
     open_standard_descriptors()
-    sys.stderr = _safe_stream(2)
+    sys.stderr = _safe_stream(2, sys.stderr)
+    if sys.stdout is None:  # it was closed: whoever prints shall find what is there now
+        sys.stdout = _safe_stream(1, None)
 
 
 def make_output_safe() -> None:
     """The same for `sys.stdout` besides: for a process whose output is nothing but a log."""
     make_stderr_safe()
-    sys.stdout = _safe_stream(1)
+    sys.stdout = _safe_stream(1, sys.stdout)
 
 
-def _safe_stream(fd: int) -> io.TextIOWrapper:
+def _safe_stream(fd: int, instead: TextIO | None) -> io.TextIOWrapper:
+    encoding = "utf-8" if instead is None else instead.encoding
     binary = io.BufferedWriter(_Lossy(fd))
-    return io.TextIOWrapper(binary, "utf-8", errors="backslashreplace", line_buffering=True)
+    return io.TextIOWrapper(binary, encoding, errors="backslashreplace", line_buffering=True)
 
 
 def leave(status: int) -> NoReturn:

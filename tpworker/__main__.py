@@ -19,8 +19,7 @@ def run(command: Callable[[], int] = main) -> NoReturn:
     make_stderr_safe()
     status = command()
     try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        sys.stdout.flush()
     except BrokenPipeError:  # whoever read the answer has left
         status = 1
     except OSError as error:

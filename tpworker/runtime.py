@@ -59,7 +59,8 @@ STARTS_ONCE = "a runtime starts once, and not after it was stopped: make a new o
 class Runtime:
     """A model served by a scheduler process and TP ranks, for one event loop. Start it once, stop it once.
 
-    It installs no signal handlers and changes nothing that is global to the process; several may live in
+    It installs no signal handlers and changes nothing that is global to the process (but standard descriptors
+    that are closed: they are opened on /dev/null, or memory of ours could become one). Several may live in
     one. Every process that it starts ends with it, whatever happens to either.
 
     Args:

@@ -96,7 +96,8 @@ from tpworker.ipc.streams import *
 make_stderr_safe()
 memory = os.memfd_create("ours")
 print("to nobody", file=sys.stderr)
-print("to nobody")
+print("to nobody", flush=True)
+sys.stdout.isatty()
 os.write(2, b"to nobody")
 links = [os.readlink(f"/proc/self/fd/{fd}") for fd in range(3)]
 open(sys.argv[1], "w").write("\\n".join([str(memory), str(os.fstat(memory).st_size), *links]))
