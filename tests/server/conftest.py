@@ -11,12 +11,13 @@ from typing import Any, TypeVar
 import httpx
 import openai
 import pytest
-import uvicorn
 from starlette.applications import Starlette
 from starlette.routing import Mount
 
 from tests.server.fake_runtime import FakeRuntime
 from tpworker.server import bind, create_app
+from tpworker.server.connection import Crowd
+from tpworker.server.serve import Server, http_config
 
 T = TypeVar("T")
 MODEL = "fake-model"
@@ -31,12 +32,12 @@ class LiveServer:
         self.address = self._listener.getsockname()
         self.url = f"http://127.0.0.1:{self.address[1]}"
         mount = options.pop("mount", None)
+        self.crowd = Crowd(options.pop("max_open", 1000))
         app: Any = create_app(runtime, options.pop("name", None), **options)  # type: ignore[arg-type]
         if mount is not None:
             app = Starlette(routes=[Mount(mount, app)])
-        self.server = uvicorn.Server(
-            uvicorn.Config(app, log_config=None, lifespan="off", timeout_graceful_shutdown=2)
-        )
+        self.server = Server(http_config(app, self.crowd))
+        self.server.config.timeout_graceful_shutdown = 2
         self._thread = threading.Thread(target=self._run)
         self._loop: Future[asyncio.AbstractEventLoop] = Future()
 

@@ -218,6 +218,8 @@ class FakeRuntime:
             ids = list(prompt)
         if not ids:
             raise InvalidRequest("the prompt is empty", "prompt")
+        if not all(0 <= i <= 256 for i in ids):
+            raise InvalidRequest("the prompt holds what is no token id", "prompt")
         if len(ids) + (sampling.max_tokens or 1) > self.max_model_len:
             raise PromptTooLong(
                 f"{len(ids)} tokens and max_tokens={sampling.max_tokens} do not fit into {self.max_model_len}"

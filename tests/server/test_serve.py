@@ -13,8 +13,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +31,28 @@ from tpworker.server import bind
 
 ROOT = Path(__file__).parents[2]
 WAIT_S = 60
+#: A program that becomes another one, whose soft and hard limits of descriptors are given before it.
+LIMITED = (
+    "import os, resource, sys; "
+    "resource.setrlimit(resource.RLIMIT_NOFILE, tuple(map(int, sys.argv[1:3]))); "
+    "os.execv(sys.argv[3], sys.argv[3:])"
+)
 
 
 class Process:
     """A `tpworker` process; what it writes to stderr is kept."""
 
-    def __init__(self, *arguments: str, **options: Any) -> None:
+    def __init__(
+        self,
+        *arguments: str,
+        limits: tuple[int, int] | None = None,
+        environment: Mapping[str, str] | None = None,
+        **options: Any,
+    ) -> None:
+        limited = [] if limits is None else [sys.executable, "-c", LIMITED, *map(str, limits)]
         self.popen = subprocess.Popen(
-            [sys.executable, "-m", "tests.server.fake_cli", *arguments],
+            [*limited, sys.executable, "-m", "tests.server.fake_cli", *arguments],
+            env={**os.environ, **(environment or {})},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -226,6 +240,59 @@ def test_it_says_nothing_of_what_is_as_it_should_be(capsys: pytest.CaptureFixtur
     subjects = {check.subject for check in doctor.examine(config, is_starting=True)["checks"]}
     assert "cores" in subjects
     assert not subjects & {"model", "weights", "tokenizer", "memory"}, "the start looks at these itself"
+
+
+# ------------------------------------------------------------------- clients of all kinds
+
+
+def test_more_idle_connections_than_descriptors(run: Run) -> None:
+    process = run("--port", "0", limits=(320, 320))
+    url = process.url()
+    address = "127.0.0.1", int(url.rpartition(":")[2])
+    with ExitStack() as opened, httpx.Client(base_url=url, timeout=WAIT_S) as client:
+        for _ in range(500):
+            opened.enter_context(socket.create_connection(address))
+        for _ in range(3):
+            assert client.get("/health").json() == {"status": "ready"}
+            assert httpx.get(f"{url}/health", timeout=WAIT_S).json() == {"status": "ready"}
+            assert client.post("/v1/completions", json={"prompt": "a"}).status_code == 200
+        assert "Too many open files" not in process.errors
+        assert "Traceback" not in process.errors
+
+
+def test_the_limit_of_descriptors_is_raised(run: Run) -> None:
+    process = run("--port", "0", "--max-queue", "100", limits=(300, 2000))
+    process.url()
+    limits = Path(f"/proc/{process.popen.pid}/limits").read_text()
+    assert re.search(r"Max open files\s+2000\s+2000", limits)
+    process = run("--port", "0", "--max-queue", "100", "--max-num-seqs", "4", limits=(300, 20_000))
+    process.url()
+    limits = Path(f"/proc/{process.popen.pid}/limits").read_text()
+    assert re.search(rf"Max open files\s+{4096 + 100 + 4 + 256 + 8}\s+20000", limits)
+
+
+def test_what_is_no_http_does_not_fill_the_log(run: Run) -> None:
+    process = run("--port", "0")
+    address = "127.0.0.1", int(process.url().rpartition(":")[2])
+    for _ in range(30):
+        with socket.create_connection(address) as client:
+            client.sendall(b"no HTTP\r\n\r\n")
+            assert client.recv(100).startswith(b"HTTP/1.1 400 ")
+    process.popen.send_signal(signal.SIGTERM)
+    assert process.end()[0] == 0
+    assert process.errors.count("Invalid HTTP request") == 1
+
+
+@pytest.mark.parametrize("way", ["variable", "file", "both"])
+def test_the_key_from_where_ps_does_not_show_it(run: Run, tmp_path: Path, way: str) -> None:
+    file = tmp_path / "key"
+    file.write_text("the key\n")
+    options = [] if way == "variable" else ["--api-key-file", str(file)]
+    variable = {"file": {}, "variable": {"TPWORKER_API_KEY": "the key"}, "both": {"TPWORKER_API_KEY": "no"}}
+    url = run("--port", "0", *options, environment=variable[way]).url()
+    for key, status in (("the key", 200), ("no", 401)):
+        headers = {"Authorization": f"Bearer {key}"}
+        assert httpx.get(f"{url}/v1/models", headers=headers, timeout=WAIT_S).status_code == status
 
 
 # --------------------------------------------------------------------------------- the end

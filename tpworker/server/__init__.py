@@ -1,6 +1,7 @@
 """The OpenAI-compatible HTTP server. Needs the extra `server`; nothing else in tpworker imports it."""
 
 from tpworker.server.app import create_app
+from tpworker.server.descriptors import raise_descriptor_limit
 from tpworker.server.serve import bind, run_server
 
-__all__ = ["bind", "create_app", "run_server"]
+__all__ = ["bind", "create_app", "raise_descriptor_limit", "run_server"]

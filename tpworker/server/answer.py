@@ -17,13 +17,14 @@ from tpworker.errors import RuntimeStopped
 from tpworker.outputs import RequestOutput
 from tpworker.server.errors import describe, internal_error
 from tpworker.server.formats import DONE, Choice, Format
-from tpworker.server.gate import OUTCOME
+from tpworker.server.gate import HALF_CLOSED, OUTCOME
 from tpworker.server.merge import Outputs, merge
 from tpworker.server.metrics import Timing
 
 logger = logging.getLogger(__name__)
 
 _EVENT_STREAM = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+_COMMENT = b":\n\n"  # in a stream of events: of no meaning
 
 
 class Answer(Response):
@@ -38,12 +39,14 @@ class Answer(Response):
         self._timing = timing
         self._stream = stream
         self._choices = [Choice() for _ in streams]
+        self._is_sent = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         answering = asyncio.create_task(
             self._send_events(scope, send) if self._stream else self._send_whole(send)
         )
         leaving = asyncio.create_task(_client_left(receive))
+        probing = asyncio.create_task(self._probe(scope, send))
         try:
             await asyncio.wait([answering, leaving], return_when=asyncio.FIRST_COMPLETED)
             if not answering.done():
@@ -53,6 +56,7 @@ class Answer(Response):
         finally:
             answering.cancel()
             leaving.cancel()
+            probing.cancel()
             with suppress(asyncio.CancelledError, Exception):  # raised above, or of no interest any more
                 await answering
 
@@ -92,7 +96,16 @@ class Answer(Response):
                 logger.exception("while answering %s", self._format.request_id)
             event = f"data: {(described or internal_error()).as_json()}\n\n"
             await send({"type": "http.response.body", "body": event.encode(), "more_body": True})
+        self._is_sent = True
         await send({"type": "http.response.body", "body": b""})
+
+    async def _probe(self, scope: Scope, send: Send) -> None:
+        """Sends a comment into a stream of events that has begun, when it is time to see who reads it."""
+        half_closed = scope.get("extensions", {}).get(HALF_CLOSED)
+        if half_closed is not None and self._stream:
+            await half_closed.wait()
+            if not self._is_sent:
+                await send({"type": "http.response.body", "body": _COMMENT, "more_body": True})
 
     async def _events(self) -> AsyncGenerator[str, None]:
         """The events of all choices; one string for what is there at once."""

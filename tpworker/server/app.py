@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -12,6 +13,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response
 
 from tpworker.errors import InvalidRequest, RuntimeFailed, RuntimeStopped, TpworkerError
@@ -33,6 +35,7 @@ def create_app(
     runtime: Runtime,
     served_model_name: str | None = None,
     api_key: str | None = None,
+    allowed_origins: Sequence[str] = (),
 ) -> FastAPI:
     """The app that serves a runtime. It neither starts nor stops it: whoever made it does.
 
@@ -42,16 +45,29 @@ def create_app(
         runtime: may be starting still.
         served_model_name: what clients call the model; None: what the runtime calls it.
         api_key: what they must send as a Bearer token, for /v1/…; None: nothing.
+        allowed_origins: of web pages that browsers may let use the API, as https://host; "*": all.
     """
     metrics = Metrics(runtime, served_model_name)
     front = _Front(runtime, served_model_name, metrics)
-    app = FastAPI(title="tpworker", description="OpenAI-compatible API of a tensor-parallel runtime.")
+    app = FastAPI(
+        title="tpworker",
+        description="OpenAI-compatible API of a tensor-parallel runtime.",
+        redirect_slashes=False,  # to where the Host header says: anywhere
+    )
     app.add_middleware(
         Gate,
         count=lambda outcome: metrics.requests.labels(outcome).inc(),
         api_key=api_key,
         max_model_len=front.max_model_len,
     )
+    if allowed_origins:  # around the gate: browsers ask without the key, and read its refusals
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=allowed_origins,
+            allow_methods=["GET", "HEAD", "POST"],
+            allow_headers=["*"],
+            expose_headers=["Retry-After"],
+        )
     _add_error_handlers(app)
     _add_generation(app, front)
     _add_models(app, front)
@@ -226,11 +242,14 @@ def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
         if error.status_code == 404:
-            message = f"there is no {request.url.path} here: see /docs for what there is"
+            message = f"there is no {request.scope['path']} here: see /docs for what there is"
         elif error.status_code == 405:
-            message = f"{request.method} is not for {request.url.path}: see /docs"
+            message = f"{request.method} is not for {request.scope['path']}: see /docs"
         elif error.status_code == 400:
-            message = "the body is not valid JSON: not UTF-8, or nested too deeply"
+            message = (
+                "the body is not valid JSON that can be read: not UTF-8, nested too deeply, or with a number "
+                f"of more than {sys.get_int_max_str_digits()} digits"
+            )
         else:
             message = str(error.detail)
         return ApiError(error.status_code, message, headers=error.headers or {}).as_response()

@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from tpworker.errors import InvalidRequest, PromptTooLong, QueueFull, RuntimeFailed, RuntimeStopped
 
-_RETRY = {"Retry-After": "1"}
+RETRY = {"Retry-After": "1"}
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,9 @@ class ApiError:
     headers: Mapping[str, str] = field(default_factory=dict)
 
     def as_json(self) -> str:
-        """In ASCII: what it quotes of a request may be no Unicode."""
-        error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
+        """In ASCII, and of bounded length: what it quotes of a request may be no Unicode, and long."""
+        param = None if self.param is None else _cut(self.param, 200)
+        error = {"message": _cut(self.message, 2000), "type": self.type, "param": param, "code": self.code}
         return json.dumps({"error": error})
 
     def as_response(self) -> Response:
@@ -48,9 +49,9 @@ def describe(error: Exception) -> ApiError | None:
         case InvalidRequest():
             return ApiError(400, str(error), param=error.parameter)
         case QueueFull():
-            return ApiError(429, str(error), "rate_limit_error", code="queue_full", headers=_RETRY)
+            return ApiError(429, str(error), "rate_limit_error", code="queue_full", headers=RETRY)
         case RuntimeStopped():
-            return ApiError(503, str(error), "service_unavailable", code="unavailable", headers=_RETRY)
+            return ApiError(503, str(error), "service_unavailable", code="unavailable", headers=RETRY)
         case RuntimeFailed():
             return ApiError(503, error.summary, "server_error", code="runtime_failed")
     return None
@@ -96,5 +97,8 @@ def _place(loc: Sequence[int | str]) -> str:
 
 
 def _shortened(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return _cut(repr(value), 80)
+
+
+def _cut(text: str, max_chars: int) -> str:
+    return text if len(text) <= max_chars else f"{text[: max_chars - 3]}..."

@@ -1,4 +1,4 @@
-"""Before any request is looked at: is it counted, is the key right, is the body of a sane size."""
+"""Before any request is looked at: what it asks for, is it counted, is the key right, is the body sane."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ from collections.abc import Callable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from tpworker.server.bodies import BODY_BYTES, BODY_BYTES_PER_TOKEN, Bodies, Body, Disconnected, Refused
 from tpworker.server.errors import ApiError
 
-BODY_BYTES = 1 << 20
-BODY_BYTES_PER_TOKEN = 16
-"""A body may have BODY_BYTES, and so many for each token of max_model_len: room for a prompt that fits, with
-escapes, and for what is around it. Not more, for parsing holds up every other request, by 50 ms a MB of token
-ids, and so it would in a thread: it keeps the interpreter lock."""
 OUTCOME = "tpworker.outcome"
 """Key in an ASGI scope: how a request ended that its status does not tell of."""
+HALF_CLOSED = "tpworker.half_closed"
+"""Among an ASGI scope's extensions: an Event, set when a client that has closed its sending side should be
+sent something, however little. What that meets shows whether it reads on."""
 
 _OUTCOMES = {2: "ok", 4: "invalid", 5: "failed", 429: "busy", 503: "unavailable"}
 
@@ -40,10 +39,13 @@ class Gate:
     ) -> None:
         self._app = app
         self._count = count
-        self._key = api_key.encode() if api_key is not None else None
+        self._keys = [] if api_key is None else _encodings(api_key)
         self._max_model_len = max_model_len
+        self._bodies = Bodies()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            scope = _plain(scope)
         path = scope["path"].removeprefix(scope.get("root_path", "")) if scope["type"] == "http" else ""
         if not path.startswith("/v1/"):
             await self._app(scope, receive, send)
@@ -78,55 +80,60 @@ class Gate:
             )
             await error.as_response()(scope, receive, send)
             return
-        limit = BODY_BYTES + BODY_BYTES_PER_TOKEN * self._max_model_len()
-        body = await _read_body(receive, limit)
-        if body is None:
-            scope[OUTCOME] = "disconnected"
-            return
-        if len(body) > limit:
+        coding = _header(scope, b"content-encoding")
+        if coding not in (None, b"", b"identity"):
             error = ApiError(
-                413,
-                f"the body is longer than {limit} bytes ({BODY_BYTES}, and {BODY_BYTES_PER_TOKEN} for each "
-                "token of max_model_len): shorten the prompt, or spread several prompts over several "
-                "requests",
-                code="body_too_large",
+                415,
+                "the body has a Content-Encoding, as of compression: send it as it is, without that header",
+                code="unsupported_encoding",
             )
             await error.as_response()(scope, receive, send)
             return
-        unread = [body]
+        limit = BODY_BYTES + BODY_BYTES_PER_TOKEN * self._max_model_len()
+        with Body(self._bodies) as held:
+            try:
+                unread = [await self._bodies.read(held, receive, limit)]
+            except Disconnected:
+                scope[OUTCOME] = "disconnected"
+                return
+            except Refused as refused:
+                await refused.error.as_response()(scope, receive, send)
+                return
 
-        async def replayed() -> Message:
-            if unread:
-                return {"type": "http.request", "body": unread.pop(), "more_body": False}
-            return await receive()
+            async def replayed() -> Message:
+                if unread:
+                    return {"type": "http.request", "body": unread.pop(), "more_body": False}
+                return await receive()
 
-        await self._app(scope, replayed, send)
+            await self._app(scope, replayed, send)
 
     def _has_key(self, scope: Scope) -> bool:
-        if self._key is None:
+        if not self._keys:
             return True
-        for name, value in scope["headers"]:
-            if name == b"authorization":
-                scheme, _, key = value.partition(b" ")
-                return scheme.lower() == b"bearer" and hmac.compare_digest(key.strip(), self._key)
-        return False
+        scheme, _, sent = (_header(scope, b"authorization") or b"").partition(b" ")
+        is_right = [hmac.compare_digest(sent.strip(), key) for key in self._keys]
+        return scheme.lower() == b"bearer" and any(is_right)
 
 
-async def _read_body(receive: Receive, limit: int) -> bytes | None:
-    """The body, or a little more than `limit` bytes of it; None if the client leaves before its end.
+def _header(scope: Scope, name: bytes) -> bytes | None:
+    """The first header of this name."""
+    return next((value for key, value in scope["headers"] if key == name), None)
 
-    What is too long is read to its end, or to eight times the limit: a client that cannot send its body
-    would not read why.
-    """
-    parts: list[bytes] = []
-    num_read = 0
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            return None
-        part: bytes = message.get("body", b"")
-        if num_read <= limit:
-            parts.append(part)
-        num_read += len(part)
-        if not message.get("more_body", False) or num_read > 8 * limit:
-            return b"".join(parts)
+
+def _encodings(key: str) -> list[bytes]:
+    """As the headers of different clients have it: which encoding that is, nothing says."""
+    return list({key.encode(), key.encode("latin-1", "ignore")})
+
+
+def _plain(scope: Scope) -> Scope:
+    """The scope as the routes know it: with no host in its path, as requests to proxies have it, no slash at
+    its end, and GET for HEAD, of which the server sends the headers only."""
+    path: str = scope["path"]
+    scheme, found, rest = path.partition("://")
+    if found and scheme.lower() in ("http", "https"):
+        path = "/" + rest.partition("/")[2]
+    path = path.rstrip("/") or "/"
+    method = "GET" if scope["method"] == "HEAD" else scope["method"]
+    if path == scope["path"] and method == scope["method"]:
+        return scope
+    return {**scope, "path": path, "method": method}

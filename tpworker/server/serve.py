@@ -6,14 +6,19 @@ import asyncio
 import errno
 import logging
 import socket
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Callable, Coroutine, Generator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from tpworker.errors import ConfigError, RuntimeFailed
 from tpworker.server.app import create_app
+from tpworker.server.connection import KEEP_ALIVE_S, Connection, Crowd
+from tpworker.server.descriptors import max_connections
+from tpworker.server.seldom import seldom
 from tpworker.server.signals import Signals, watched_signals
 
 if TYPE_CHECKING:
@@ -24,7 +29,8 @@ logger = logging.getLogger(__name__)
 DRAIN_S = 20.0
 """How long open requests may take to end after the first signal."""
 _FLUSH_S = 5  # how long clients may take to read the end of their streams
-_KEEP_ALIVE_S = 75  # clients and load balancers drop idle connections after a minute: not before them
+_BACKLOG = 2048  # connections that the system holds for us until we come to accept them
+_ACCEPTED_AT_ONCE = 16  # of them: so few that it is seen in time when there are too many
 _POLL_S = 0.2
 
 
@@ -42,16 +48,18 @@ def bind(host: str, port: int) -> socket.socket:
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(address)
-            listener.listen(2048)
+            listener.listen(_BACKLOG)
         except OSError:
             listener.close()
             raise
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         raise ConfigError(_why_not_bound(host, port, error)) from error
     return listener
 
 
-def _why_not_bound(host: str, port: int, error: OSError) -> str:
+def _why_not_bound(host: str, port: int, error: OSError | UnicodeError) -> str:
+    if isinstance(error, UnicodeError):  # from Python's own conversion of names to ASCII
+        return f"--host {host!r} is no name of a host: use 127.0.0.1 for this machine alone, or 0.0.0.0"
     if error.errno == errno.EADDRINUSE:
         return (
             f"--port {port} is in use on {host}: choose another one (0 takes any that is free), or end the "
@@ -72,6 +80,7 @@ async def run_server(
     served_model_name: str | None = None,
     api_key: str | None = None,
     *,
+    allowed_origins: Sequence[str] = (),
     on_ready: Callable[[], None] = lambda: None,
     drain_timeout: float = DRAIN_S,
 ) -> None:
@@ -85,6 +94,7 @@ async def run_server(
         listener: from `bind`.
         served_model_name: what clients call the model; None: what the runtime calls it.
         api_key: what clients must send; None: nothing.
+        allowed_origins: of web pages that browsers may let use the API; "*": all.
         on_ready: called when requests are taken.
         drain_timeout: seconds that open requests may take after the first signal.
 
@@ -92,17 +102,9 @@ async def run_server(
         RuntimeFailed: the runtime failed; open requests were told.
         ConfigError, ModelError: it could not start.
     """
-    server = _Server(
-        uvicorn.Config(
-            create_app(runtime, served_model_name, api_key),
-            log_config=None,
-            access_log=False,
-            lifespan="off",
-            timeout_keep_alive=_KEEP_ALIVE_S,
-            timeout_graceful_shutdown=_FLUSH_S,
-        )
-    )
-    with watched_signals() as signals:
+    crowd = Crowd(max_connections(runtime.config))
+    server = Server(http_config(create_app(runtime, served_model_name, api_key, allowed_origins), crowd))
+    with seldom(), watched_signals() as signals:
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         try:
             if not await _first_of(runtime.start(), signals.one()):
@@ -142,7 +144,30 @@ async def _first_of(work: Coroutine[Any, Any, object], other: Coroutine[Any, Any
     return first
 
 
-class _Server(uvicorn.Server):
+def http_config(app: ASGIApp, crowd: Crowd) -> uvicorn.Config:
+    """How uvicorn serves an app; `crowd` are the connections."""
+    return uvicorn.Config(
+        app,
+        http=partial(Connection, crowd=crowd),  # type: ignore[arg-type]  # it is called, and no more
+        ws="none",
+        proxy_headers=False,  # who asks makes no difference
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        backlog=_ACCEPTED_AT_ONCE,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=_FLUSH_S,
+    )
+
+
+class Server(uvicorn.Server):
+    """uvicorn's, with `http_config`; signals are not its own."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for listener in sockets or ():
+            listener.listen(_BACKLOG)  # uvicorn has one number for both, and has set that now
+
     @contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
         yield  # they are run_server's
