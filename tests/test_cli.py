@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 import subprocess
@@ -21,7 +22,9 @@ ROOT = Path(__file__).parents[1]
 
 #: FastDeploy's command line carries over, and people's scripts use the rest: a flag here is a promise.
 FLAGS = {
+    "--allowed-origins",
     "--api-key",
+    "--api-key-file",
     "--ask",
     "--block-size",
     "--device",
@@ -69,6 +72,7 @@ DOCTOR_FLAGS = {
 @pytest.fixture(autouse=True)
 def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tpworker.observe.gpus, "count_gpus", lambda: 0)
+    monkeypatch.delenv("TPWORKER_API_KEY", raising=False)
 
 
 def parse(*arguments: str) -> cli.Options:
@@ -108,7 +112,7 @@ def test_without_arguments_it_is_the_default_model_at_tp_2_on_the_cpu() -> None:
     options = parse()
     assert options.config == RuntimeConfig(tensor_parallel_size=2)
     assert (options.host, options.port, options.ask) == ("127.0.0.1", 8000, None)
-    assert (options.served_model_name, options.api_key) == (None, None)
+    assert (options.served_model_name, options.api_key, options.allowed_origins) == (None, None, ())
 
 
 def test_every_option_gets_to_its_place() -> None:
@@ -164,6 +168,113 @@ def test_the_options_of_the_doctor() -> None:
     assert cli.main(["doctor", "--model", "m", "--max-num-seqs", "0"]) == 2
 
 
+def test_the_key_may_stand_in_a_file_or_in_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "key"
+    monkeypatch.setenv("TPWORKER_API_KEY", "from the environment")
+    assert parse().api_key == "from the environment"
+    assert parse("--api-key", "given").api_key == "given"
+    assert parse("--ask", "Hi").api_key is None
+    for content in ("sk-1 2", "sk-1 2\n", "sk-1 2\r\n"):
+        file.write_text(content)
+        assert parse("--api-key-file", str(file)).api_key == "sk-1 2"
+    assert parse("--api-key", "kéy").api_key == "kéy"
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("", "must not be empty"),
+        ("a\nb", "U+000A"),
+        ("\x7f", "U+007F"),
+        ("a\x00", "U+0000"),
+        ("a\x85b", "U+0085"),
+        (" a", "begins or ends with a space"),
+        ("a\t", "begins or ends with a space"),
+        ("a\u20acb", "character 2 of the key is U+20AC"),
+        ("\udcff", "U+DCFF"),
+        ("x" * 5000, "5000 characters or more; the limit is 4096"),
+    ],
+)
+def test_a_key_that_no_header_carries_is_refused_without_showing_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, words: str
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(words)) as caught:
+        parse("--api-key", key)
+    errors = [str(caught.value)]
+    if "\x00" not in key:
+        monkeypatch.setitem(os.environ, "TPWORKER_API_KEY", key)
+        with pytest.raises(ConfigError, match=re.escape(words)) as caught:
+            parse()
+        errors.append(str(caught.value))
+    for error in errors:
+        assert "\n" not in error
+        assert len(key) < 3 or key.strip() not in error
+
+
+def test_a_file_without_a_key_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "key"
+    for content, words in (
+        (b"", "must not be empty"),
+        (b"\n", "must not be empty"),
+        (b"a\nb\n", "has 2 lines"),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(ConfigError, match=words):
+            parse("--api-key-file", str(file))
+    file.write_bytes(b"\xff")
+    with pytest.raises(ConfigError, match="cannot be read as text"):
+        parse("--api-key-file", str(file))
+    for path, words in (
+        (str(tmp_path / "none"), "No such file"),
+        (str(tmp_path), "Is a directory"),
+        ("", "Is a directory"),
+        ("a\x00b", "cannot be read"),
+        ("/dev/zero", "limit is"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            parse("--api-key-file", path)
+    with pytest.raises(ConfigError, match="both given"):
+        parse("--api-key", "a", "--api-key-file", str(file))
+
+
+@pytest.mark.parametrize("name", ["a\nb", "\x1b[31m", "\udcff", "a\u2028", "\u202e", " a", "\x00"])
+def test_a_name_that_nobody_can_write_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="--served-model-name") as caught:
+        parse("--served-model-name", name)
+    assert str(caught.value).isascii()
+    assert str(caught.value).isprintable()
+
+
+def test_names_of_all_languages_are_taken() -> None:
+    for name in ("org/model", "模型 1", "modèle"):
+        assert parse("--served-model-name", name).served_model_name == name
+
+
+def test_origins() -> None:
+    two = ("https://a.example", "http://localhost:3000")
+    assert parse("--allowed-origins", *two).allowed_origins == two
+    assert parse("--allowed-origins", " ".join(two)).allowed_origins == two
+    assert parse("--allowed-origins", json.dumps(two)).allowed_origins == two
+    assert parse("--allowed-origins", "*", "--port", "1").allowed_origins == ("*",)
+    assert parse("--allowed-origins", '["*"]').allowed_origins == ("*",)
+    assert parse().allowed_origins == ()
+    for wrong in (
+        "https://a.example/",
+        "a.example",
+        "https://*.example",
+        "https://A.example",
+        "[1]",
+        "[",
+        "[]",
+    ):
+        with pytest.raises(ConfigError, match="--allowed-origins"):
+            parse("--allowed-origins", wrong)
+    with pytest.raises(ConfigError, match="has no origin"):
+        parse("--allowed-origins", "")
+
+
 def test_overlap_is_lookahead() -> None:
     assert parse().config.lookahead == 2
     assert parse("--enable-overlap-schedule").config.lookahead == 2
@@ -203,7 +314,10 @@ def test_the_default_number_of_ranks(
         ("--ask Hi --max-queue 5", "--max-queue has no effect"),
         ("--port 70000", "--port 70000"),
         ("--port -1", "--port -1"),
+        ("--ask Hi --api-key-file f", "--api-key-file has no effect"),
+        ("--ask Hi --allowed-origins *", "--allowed-origins has no effect"),
         ("--api-key=", "must not be empty"),
+        ("--served-model-name=", "must not be empty"),
         ("--ask=", "must not be empty"),
         ("--model=", "model='': must be a folder"),
         ("--max-num-seqs 0", "max_num_seqs=0"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -9,8 +10,11 @@ from typing import Any
 
 from tpworker.cli.habits import explain
 from tpworker.cli.parser import DEFAULT_HOST, DEFAULT_PORT, make_parser
+from tpworker.cli.server_options import checked_name, find_api_key, parse_origins
 from tpworker.config import RuntimeConfig, is_utf8
 from tpworker.errors import ConfigError, shown
+
+_SERVER_OPTIONS = ("host", "port", "served_model_name", "api_key", "api_key_file", "allowed_origins")
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,7 @@ class Options:
     port: int
     served_model_name: str | None
     api_key: str | None
+    allowed_origins: tuple[str, ...]
     ask: str | None
 
 
@@ -76,9 +81,7 @@ def _serve_options(given: dict[str, Any]) -> Options:
     lookahead = _lookahead(given.pop("enable_overlap_schedule", None), given.get("lookahead"))
     if lookahead is not None:
         given["lookahead"] = lookahead
-    serving = {
-        name: given.pop(name) for name in ("host", "port", "served_model_name", "api_key") if name in given
-    }
+    serving = {name: given.pop(name) for name in _SERVER_OPTIONS if name in given}
     ask = given.pop("ask", None)
     if ask is not None:
         for name in [*serving, *({"max_queue"} & given.keys())]:
@@ -87,14 +90,19 @@ def _serve_options(given: dict[str, Any]) -> Options:
             )
     if not 0 <= serving.get("port", DEFAULT_PORT) <= 65535:
         raise ConfigError(f"--port {shown(serving['port'])}: must be from 0 (any that is free) to 65535")
-    if "" in (serving.get("api_key"), serving.get("served_model_name"), ask):
-        raise ConfigError("--api-key, --served-model-name and --ask must not be empty: leave them out")
+    if ask == "":
+        raise ConfigError("--ask must not be empty: leave it out")
+    name, origins = serving.get("served_model_name"), serving.get("allowed_origins")
+    key = None
+    if ask is None:
+        key = find_api_key(serving.get("api_key"), serving.get("api_key_file"), os.environ)
     return Options(
         RuntimeConfig(**given),
         _host(serving["host"]) if "host" in serving else DEFAULT_HOST,
         serving.get("port", DEFAULT_PORT),
-        serving.get("served_model_name"),
-        serving.get("api_key"),
+        None if name is None else checked_name(name),
+        key,
+        () if origins is None else parse_origins(origins),
         ask,
     )
 

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 from typing import Any
 
+from tpworker.cli.server_options import API_KEY_VARIABLE
 from tpworker.config import RuntimeConfig
 from tpworker.errors import shown
 
@@ -256,7 +257,16 @@ def _add_server_options(group: _Group) -> None:
     group.add_argument(
         "--api-key",
         metavar="KEY",
-        help="what clients must send as 'Authorization: Bearer KEY' (default: nothing)",
+        help="what clients must send as 'Authorization: Bearer KEY' (default: nothing). `ps` shows it to "
+        f"everyone here: better --api-key-file, or the environment variable {API_KEY_VARIABLE}",
+    )
+    group.add_argument("--api-key-file", metavar="FILE", help="a file with that key, and nothing else")
+    group.add_argument(
+        "--allowed-origins",
+        nargs="+",
+        metavar="ORIGIN",
+        help="web pages that browsers may let use the API, as https://host:port, several, or a JSON list; "
+        "*: all (default: none)",
     )
     group.add_argument(
         "--ask", metavar="TEXT", help="answer this one question, greedily, on stdout, and exit: no server"

@@ -22,7 +22,7 @@ _DOCTOR_S = 1.0
 def serve(options: Options) -> int:
     """Serve until a signal ends it, and return the exit status."""
     try:
-        from tpworker.server import bind, run_server
+        from tpworker.server import bind, raise_descriptor_limit, run_server
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in _SERVER_PACKAGES:
             raise
@@ -33,6 +33,7 @@ def serve(options: Options) -> int:
     from tpworker.runtime import Runtime
     from tpworker.terminal import StartProgress, ready_text
 
+    raise_descriptor_limit(options.config)
     listener = bind(options.host, options.port)
     with StartProgress() as progress, _warnings(options.config):
         runtime = Runtime(config=options.config, progress=progress)
@@ -46,7 +47,14 @@ def serve(options: Options) -> int:
             print(text, file=sys.stderr, flush=True)
 
         asyncio.run(
-            run_server(runtime, listener, options.served_model_name, options.api_key, on_ready=on_ready)
+            run_server(
+                runtime,
+                listener,
+                options.served_model_name,
+                options.api_key,
+                allowed_origins=options.allowed_origins,
+                on_ready=on_ready,
+            )
         )
     return 0
 
