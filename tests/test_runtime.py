@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,6 +35,7 @@ from tpworker import (
     SamplingParams,
 )
 from tpworker.ipc.messages import Abort
+from tpworker.tokenisers import NUM_LONG, SHORT_CHARS
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -307,6 +309,64 @@ def test_what_is_prepared_counts_as_waiting(fake_runtime: MakeRuntime) -> None:
                 await runtime.prepare(work, 4)
         with pytest.raises(RuntimeStopped):
             await runtime.prepare(work)
+
+    run(main)
+
+
+def test_what_is_too_long_for_certain_is_not_tokenised(
+    fake_runtime: MakeRuntime, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    byte_tokenizer()._backend.save(str(model_folder / "tokenizer.json"))
+
+    async def main() -> None:
+        async with fake_runtime() as runtime:
+            monkeypatch.setattr(runtime.tokenizer, "encode", lambda *_: pytest.fail("it was tokenised"))
+            text = "7" * 1_000_000
+            words = r"1000000 characters, which are \d+ tokens at least, but the model was made for"
+            with pytest.raises(PromptTooLong, match=words) as caught:
+                await collect(runtime, text, SamplingParams())
+            assert caught.value.parameter == "prompt"
+            with pytest.raises(PromptTooLong, match=words):
+                await runtime.prepare(lambda: runtime.encode(text), num_chars=len(text))
+            assert (runtime.stats().open, runtime.stats().waiting) == (0, 0)
+
+    run(main)
+
+
+def test_short_prompts_do_not_wait_for_long_ones(
+    fake_runtime: MakeRuntime, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    byte_tokenizer()._backend.save(str(model_folder / "tokenizer.json"))
+    hold = threading.Event()
+    busy: list[str] = []
+
+    async def main() -> None:
+        async with fake_runtime() as runtime:
+            encode = runtime.tokenizer.encode
+
+            def slow_if_long(text: str, add_special_tokens: bool = True) -> list[int]:
+                if len(text) > SHORT_CHARS:
+                    busy.append(threading.current_thread().name)
+                    hold.wait(60)
+                return encode(text, add_special_tokens)
+
+            monkeypatch.setattr(runtime.tokenizer, "encode", slow_if_long)
+            monkeypatch.setattr(runtime.tokenizer, "at_least", lambda *_: 0)  # as where nothing is proved
+            text = "7" * (SHORT_CHARS + 1)
+            long = [asyncio.ensure_future(collect(runtime, text, SamplingParams())) for _ in range(10)]
+            work = partial(runtime.encode, text)
+            long += [asyncio.ensure_future(runtime.prepare(work, num_chars=len(text))) for _ in range(10)]
+            while len(busy) < NUM_LONG:
+                await asyncio.sleep(0.01)
+            for _ in range(20):
+                outputs = await collect(runtime, "short", SamplingParams(max_tokens=5))
+                assert "".join(output.text for output in outputs) == "short"
+                assert await runtime.prepare(partial(runtime.encode, "a"), num_chars=1) == encode("a")
+            assert len(busy) == NUM_LONG, "so many long ones are tokenised at once"
+            long[5].cancel()
+            hold.set()
+            await asyncio.wait(long)
+            assert len(busy) == len(long) - 1, "who leaves before its turn is not tokenised"
 
     run(main)
 

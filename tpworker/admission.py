@@ -71,6 +71,24 @@ class Limits:
             return f"max_model_len is {self.max_model_len}", "raise --max-model-len"
         return f"the model was made for at most {self.model}", "use a model with a longer context"
 
+    def check_length(self, num_tokens: int, num_chars: int) -> None:
+        """Refuse a prompt before it is tokenised.
+
+        Args:
+            num_tokens: that it has at least.
+            num_chars: that it has.
+
+        Raises:
+            PromptTooLong: that is too many already.
+        """
+        if num_tokens >= self.shortest:
+            what, remedy = self.explain()
+            raise PromptTooLong(
+                f"the prompt has {num_chars} characters, which are {num_tokens} tokens at least, but {what}, "
+                f"and at least one must be left for the answer: shorten the prompt, or {remedy}",
+                "prompt",
+            )
+
 
 def fit(params: SamplingParams, num_prompt: int, limits: Limits) -> int:
     """The request's max_tokens: what it asks for, or as many as fit behind its prompt.

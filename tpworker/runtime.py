@@ -19,6 +19,7 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -37,7 +38,7 @@ from tpworker.outputs import Health, RequestOutput, RuntimeState, Stats, StepRec
 from tpworker.requests import Request, Requests
 from tpworker.settings import rank_settings, resolve_max_model_len, scheduler_settings
 from tpworker.supervisor import Group
-from tpworker.workers import Workers
+from tpworker.tokenisers import SHORT_CHARS, Tokenisers
 
 if TYPE_CHECKING:
     from tpworker.model.families import ModelSpec
@@ -48,8 +49,6 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 NUM_RECENT_STEPS = 4096
-NUM_TOKENISERS = 4
-"""Threads that turn prompts into tokens; they do not block the event loop."""
 RANK_MODULE = "tpworker.rank"
 PROMISE_SECONDS = 1.0
 """How long, while the runtime drains, requests that were being prepared may take from there to `generate`."""
@@ -108,7 +107,7 @@ class Runtime:
         self._generation: Generation | None = None
         self._gpu_watch: GpuWatch | None = None
         self._loop: asyncio.AbstractEventLoop | None = None  # the one it was started on, and works on
-        self._tokenisers = Workers(NUM_TOKENISERS, "tpworker-tokenise")
+        self._tokenisers = Tokenisers()
         self._seeds = random.Random(self.config.seed)
         self._requests = Requests()  # those that the scheduler may still say something about
         self._open: dict[str, Request] = {}  # those whose consumers still wait for something
@@ -328,7 +327,7 @@ class Runtime:
             self._close(request)
         yield output
 
-    async def prepare(self, work: Callable[[], T], num_requests: int = 1) -> T:
+    async def prepare(self, work: Callable[[], T], num_requests: int = 1, num_chars: int = 0) -> T:
         """Runs what makes the prompts of requests to come, in a thread. Meanwhile they count as waiting.
 
         For what must be done before `generate`, such as a chat template: without room nothing is done.
@@ -336,6 +335,7 @@ class Runtime:
         Args:
             work: called in one of the threads that tokenise; its result is returned.
             num_requests: how many requests that will be.
+            num_chars: of the texts that this is about: long ones must not have short ones wait.
 
         Raises:
             InvalidRequest: so many can never be open at once.
@@ -344,13 +344,28 @@ class Runtime:
         self._check_room(num_requests)
         self._num_preparing += num_requests
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._tokenisers, work)
+            return await self._tokenisers.run(work, num_chars)
         finally:
             self._num_preparing -= num_requests
             if self._state == "draining":  # they were taken before that
                 until = asyncio.get_running_loop().time() + PROMISE_SECONDS
                 self._promises += [until] * num_requests
             self._wake_drain()
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """The token ids of a prompt, for `prepare`: what is too long for certain is not tokenised.
+
+        Raises:
+            PromptTooLong: its characters alone prove that it does not fit.
+            InvalidRequest: as `Tokenizer.encode`.
+        """
+        self._check_length(text)
+        return self.tokenizer.encode(text, add_special_tokens)
+
+    def _check_length(self, text: str) -> None:
+        assert self._limits is not None, "ready, but without limits"
+        if len(text) > SHORT_CHARS:
+            self._limits.check_length(self.tokenizer.at_least(text, self._limits.shortest), len(text))
 
     def abort(self, request_id: str) -> None:
         """Ends a request, whose last output then has the finish reason 'abort'. Unknown ids are ignored.
@@ -443,8 +458,9 @@ class Runtime:
         """Checks what is asked for, and tells the scheduler."""
         spec = self.spec
         if isinstance(prompt, str):
-            encode = self.tokenizer.encode
-            prompt = await asyncio.get_running_loop().run_in_executor(self._tokenisers, encode, prompt)
+            if len(prompt) > SHORT_CHARS:  # among the short ones, so as not to wait only to be refused
+                await self._tokenisers.run(partial(self._check_length, prompt), 0)
+            prompt = await self._tokenisers.run(partial(self.tokenizer.encode, prompt), len(prompt))
         elif isinstance(prompt, (bytes, bytearray)):
             raise InvalidRequest(f"the prompt is {type(prompt).__name__}: give text or token ids", "prompt")
         tokens = pack_prompt(prompt, spec)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tpworker.errors import InvalidRequest, ModelError
+from tpworker.token_bound import TokenBound
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
@@ -51,6 +52,7 @@ class Tokenizer:
         # What is not for the template but for transformers: among it a template of the client's own.
         self._template_options = frozenset(inspect.signature(fast.apply_chat_template).parameters)
         self._pieces: dict[int, str | bytes] = {}
+        self._bound = TokenBound(self._backend)
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
@@ -102,6 +104,10 @@ class Tokenizer:
             ) from error
         ids: list[int] = encoding.ids
         return ids
+
+    def at_least(self, text: str, enough: float = float("inf")) -> int:
+        """A number of tokens that `encode` makes of a text at least; see `TokenBound.at_least`."""
+        return self._bound.at_least(text, enough)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of token ids, without special tokens."""

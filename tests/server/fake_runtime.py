@@ -93,6 +93,7 @@ class FakeRuntime:
     num_open: int = 0
     drained: float | None = None
     tokenising_threads: set[str] = field(default_factory=set)
+    prepared_chars: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.config = RuntimeConfig()
@@ -203,9 +204,13 @@ class FakeRuntime:
             if not self.num_open:
                 self._idle.set()
 
-    async def prepare(self, work: Callable[[], T], num_requests: int = 1) -> T:
+    async def prepare(self, work: Callable[[], T], num_requests: int = 1, num_chars: int = 0) -> T:
         self._check_room(num_requests)
+        self.prepared_chars.append(num_chars)
         return await asyncio.to_thread(work)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens)
 
     def _check_room(self, num_requests: int) -> None:
         if self.num_open + num_requests > self.max_queue:

@@ -12,7 +12,7 @@ import pytest
 
 from tests.server.conftest import MODEL, LiveServer
 from tests.server.fake_runtime import FakeRuntime, byte_tokenizer
-from tpworker.errors import InvalidRequest
+from tpworker.errors import InvalidRequest, PromptTooLong
 
 Start = Callable[..., LiveServer]
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -249,6 +249,32 @@ def test_a_prompt_that_is_too_long_has_its_code(server: LiveServer) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         server.openai.completions.create(model=MODEL, prompt="x" * 600)
     assert caught.value.code == "context_length_exceeded"
+
+
+def test_a_conversation_that_is_too_long_has_its_code_too(start: Start) -> None:
+    server = start()
+
+    def too_long(text: str, add_special_tokens: bool = True) -> list[int]:
+        raise PromptTooLong("the prompt has 9 characters, which are 9 tokens at least", "prompt")
+
+    server.runtime.encode = too_long  # type: ignore[method-assign]
+    response = server.post(CHAT, json={"messages": [USER]})
+    error = error_of(response)
+    assert (response.status_code, error["code"], error["param"]) == (
+        400,
+        "context_length_exceeded",
+        "messages",
+    )
+
+
+def test_long_prompts_are_prepared_apart(server: LiveServer) -> None:
+    """That what tokenises is told how much it is about."""
+    server.runtime.prepared_chars.clear()
+    parts = [{"type": "text", "text": "abc"}, {"type": "text", "text": "de"}]
+    server.post(COMPLETIONS, json={"prompt": ["abcd", "efg"], "max_tokens": 1})
+    server.post(COMPLETIONS, json={"prompt": [[1, 2], [3]], "max_tokens": 1})
+    server.post(CHAT, json={"messages": [USER, {"role": "user", "content": parts}], "max_tokens": 1})
+    assert server.runtime.prepared_chars == [7, 0, 2 + 5]
 
 
 def test_one_bad_prompt_of_several_refuses_the_request(start: Start) -> None:

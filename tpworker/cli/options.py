@@ -92,7 +92,7 @@ def _serve_options(given: dict[str, Any]) -> Options:
         raise ConfigError(f"--port {shown(serving['port'])}: must be from 0 (any that is free) to 65535")
     if ask == "":
         raise ConfigError("--ask must not be empty: leave it out")
-    name, origins = serving.get("served_model_name"), serving.get("allowed_origins")
+    model_name, origins = serving.get("served_model_name"), serving.get("allowed_origins")
     key = None
     if ask is None:
         key = find_api_key(serving.get("api_key"), serving.get("api_key_file"), os.environ)
@@ -100,7 +100,7 @@ def _serve_options(given: dict[str, Any]) -> Options:
         RuntimeConfig(**given),
         _host(serving["host"]) if "host" in serving else DEFAULT_HOST,
         serving.get("port", DEFAULT_PORT),
-        None if name is None else checked_name(name),
+        None if model_name is None else checked_name(model_name),
         key,
         () if origins is None else parse_origins(origins),
         ask,

@@ -148,7 +148,8 @@ def _add_generation(app: FastAPI, front: _Front) -> None:
         if len(prompts) > 1:
             # All of them before any is begun: one that is too long refuses the request with its status.
             encode_all = partial(_encode_all, front.runtime, prompts)
-            prompts = await front.runtime.prepare(encode_all, len(prompts))
+            num_chars = sum(len(prompt) for prompt in prompts if isinstance(prompt, str))
+            prompts = await front.runtime.prepare(encode_all, len(prompts), num_chars)
         return front.answer(body, prompts, CompletionFormat, timing)
 
     @app.post("/v1/chat/completions")
@@ -157,7 +158,8 @@ def _add_generation(app: FastAPI, front: _Front) -> None:
         timing = front.admit(body)
         front.check_text("use /v1/completions, with a list of token ids as the prompt", "messages")
         # In a thread: a template is a program, and its text may be long.
-        prompt = await front.runtime.prepare(partial(_chat_prompt, front.runtime, body))
+        work = partial(_chat_prompt, front.runtime, body)
+        prompt = await front.runtime.prepare(work, num_chars=body.num_chars)
         return front.answer(body, [prompt], ChatFormat, timing)
 
 
@@ -167,13 +169,13 @@ def _chat_prompt(runtime: Runtime, body: ChatRequest) -> list[int]:
         [message.for_template() for message in body.messages], **(body.chat_template_kwargs or {})
     )
     try:
-        return tokenizer.encode(text, add_special_tokens=False)
+        return runtime.encode(text, add_special_tokens=False)
     except InvalidRequest as error:
-        raise InvalidRequest(str(error), "messages") from error
+        raise type(error)(str(error), "messages") from error
 
 
 def _encode_all(runtime: Runtime, prompts: Sequence[Prompt]) -> list[Prompt]:
-    return [runtime.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+    return [runtime.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
 
 
 def _add_models(app: FastAPI, front: _Front) -> None:

@@ -273,6 +273,11 @@ class ChatRequest(GenerationRequest):
     chat_template_kwargs: dict[str, Any] | None = None
     """Variables for the model's chat template, e.g. {"enable_thinking": false}."""
 
+    @property
+    def num_chars(self) -> int:
+        """Of all messages together."""
+        return sum(len(part.text) for message in self.messages for part in message.content)
+
     @model_validator(mode="after")
     def _one_limit(self) -> ChatRequest:
         limits = {self.max_tokens, self.max_completion_tokens} - {None}
