@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -132,9 +133,25 @@ def test_a_line_is_logged_once_in_a_while_and_then_with_a_count(monkeypatch: pyt
     assert passes("out of %s", "files") == "out of files (1000 more like it in the 30 s before)"
     now += seldom.PERIOD_S
     assert passes("out of %s", "files") == "out of files"
-    for i in range(100_000):
+    for i in range(1000):
         passes(f"all different {i}")
     assert len(few._seen) <= 256
+
+
+def test_another_bug_is_another_line_in_the_log() -> None:
+    few = Seldom()
+
+    def passes(bug: Callable[[], object]) -> bool:
+        try:
+            bug()
+        except Exception:
+            record = logging.LogRecord("uvicorn.error", 40, "", 0, "Exception", (), sys.exc_info())
+            return few.filter(record)
+        raise AssertionError
+
+    bugs: list[Callable[[], object]] = [lambda: 1 // 0, lambda: {}[1], lambda: {}[2]]
+    bugs.append(lambda: {}[3])
+    assert [passes(bug) for bug in bugs * 2] == [True, True, False, True, False, False, False, False]
 
 
 # ------------------------------------------------------------------- those that send nothing

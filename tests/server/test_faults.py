@@ -86,6 +86,31 @@ def test_one_that_leaves_does_not_disturb_the_others(start: Start) -> None:
     assert asyncio.run(run()).choices[0].text == "You said 'a'."
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]}),
+        (COMPLETIONS, {"prompt": ["a", "b"]}),
+    ],
+)
+def test_what_nobody_waits_for_is_not_prepared(start: Start, path: str, body: dict[str, Any]) -> None:
+    server = start()
+    ended: list[str] = []
+
+    async def prepare(*work: Any, **options: Any) -> Any:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append("cancelled")
+
+    server.runtime.prepare = prepare  # type: ignore[method-assign]
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(server.url + path, json=body, timeout=0.3)
+    server.wait_until(lambda: ended == ["cancelled"])
+    server.wait_until(lambda: not server.server.server_state.tasks)
+    assert server.metric('tpworker_requests_total{outcome="disconnected"}') == 1
+
+
 # --------------------------------------------------------------------- when it is not ready
 
 

@@ -45,7 +45,7 @@ class Answer(Response):
         answering = asyncio.create_task(
             self._send_events(scope, send) if self._stream else self._send_whole(send)
         )
-        leaving = asyncio.create_task(_client_left(receive))
+        leaving = asyncio.create_task(client_left(receive))
         probing = asyncio.create_task(self._probe(scope, send))
         try:
             await asyncio.wait([answering, leaving], return_when=asyncio.FIRST_COMPLETED)
@@ -125,6 +125,7 @@ class Answer(Response):
         yield (self._format.usage_event(self._choices) if self._format.include_usage else "") + DONE
 
 
-async def _client_left(receive: Receive) -> None:
+async def client_left(receive: Receive) -> None:
+    """Until the client has left; its body has been read before."""
     while (await receive())["type"] != "http.disconnect":
         pass

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -18,10 +18,10 @@ from starlette.responses import JSONResponse, Response
 
 from tpworker.errors import InvalidRequest, RuntimeFailed, RuntimeStopped, TpworkerError
 from tpworker.loading import in_daemon_thread
-from tpworker.server.answer import Answer
+from tpworker.server.answer import Answer, client_left
 from tpworker.server.errors import ApiError, ModelNotFound, describe, describe_validation, internal_error
 from tpworker.server.formats import ChatFormat, CompletionFormat, Format
-from tpworker.server.gate import Gate
+from tpworker.server.gate import OUTCOME, Gate
 from tpworker.server.metrics import Metrics, Timing
 from tpworker.server.requests import ChatRequest, CompletionRequest, GenerationRequest, Prompt
 
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from tpworker.runtime import Runtime
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 def create_app(
@@ -139,7 +141,7 @@ class _Front:
 
 def _add_generation(app: FastAPI, front: _Front) -> None:
     @app.post("/v1/completions")
-    async def completions(body: CompletionRequest) -> Response:
+    async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue one or several prompts."""
         timing = front.admit(body)
         prompts = body.prompts
@@ -149,18 +151,42 @@ def _add_generation(app: FastAPI, front: _Front) -> None:
             # All of them before any is begun: one that is too long refuses the request with its status.
             encode_all = partial(_encode_all, front.runtime, prompts)
             num_chars = sum(len(prompt) for prompt in prompts if isinstance(prompt, str))
-            prompts = await front.runtime.prepare(encode_all, len(prompts), num_chars)
+            prompts = await _unless_left(request, front.runtime.prepare(encode_all, len(prompts), num_chars))
         return front.answer(body, prompts, CompletionFormat, timing)
 
     @app.post("/v1/chat/completions")
-    async def chat_completions(body: ChatRequest) -> Response:
+    async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation, through the model's chat template."""
         timing = front.admit(body)
         front.check_text("use /v1/completions, with a list of token ids as the prompt", "messages")
         # In a thread: a template is a program, and its text may be long.
         work = partial(_chat_prompt, front.runtime, body)
-        prompt = await front.runtime.prepare(work, num_chars=body.num_chars)
+        prompt = await _unless_left(request, front.runtime.prepare(work, num_chars=body.num_chars))
         return front.answer(body, [prompt], ChatFormat, timing)
+
+
+class _ClientLeft(Exception):
+    """Nobody waits for the answer any more."""
+
+
+async def _unless_left(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """What `work` gives. A client that leaves cancels it, so that what has not begun is not done.
+
+    Raises:
+        _ClientLeft: it has left.
+    """
+    working = asyncio.create_task(work)
+    leaving = asyncio.create_task(client_left(request.receive))
+    try:
+        await asyncio.wait([working, leaving], return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            request.scope[OUTCOME] = "disconnected"
+            raise _ClientLeft
+        return working.result()
+    finally:
+        working.cancel()
+        leaving.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
 
 
 def _chat_prompt(runtime: Runtime, body: ChatRequest) -> list[int]:
@@ -233,6 +259,10 @@ def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         return describe_validation(error.errors()).as_response()
+
+    @app.exception_handler(_ClientLeft)
+    async def left(request: Request, error: _ClientLeft) -> Response:
+        return Response(status_code=499)  # nobody reads it
 
     @app.exception_handler(TpworkerError)
     async def refused(request: Request, error: TpworkerError) -> Response:

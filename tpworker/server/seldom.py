@@ -17,11 +17,11 @@ class Seldom(logging.Filter):
 
     def __init__(self) -> None:
         super().__init__()
-        self._seen: dict[tuple[str, str], tuple[float, int]] = {}  # when it passed, how many have come since
+        self._seen: dict[object, tuple[float, int]] = {}  # when it passed, how many have come since
 
     def filter(self, record: logging.LogRecord) -> bool:
         # The first line as it is before arguments are filled in: below it objects are printed, which differ.
-        line = record.name, str(record.msg).partition("\n")[0]
+        line = record.name, str(record.msg).partition("\n")[0], _origin(record)
         now = time.monotonic()
         passed, num_more = self._seen.get(line, (None, 0))
         if passed is not None and now - passed < PERIOD_S:
@@ -34,6 +34,14 @@ class Seldom(logging.Filter):
             record.msg = f"{record.getMessage()} ({num_more} more like it in the {now - passed:.0f} s before)"
             record.args = ()
         return True
+
+
+def _origin(record: logging.LogRecord) -> object:
+    """Of an exception that is logged: what it is, and where it was raised."""
+    kind, _, traceback = record.exc_info or (None, None, None)
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    return kind, traceback and (traceback.tb_frame.f_code.co_filename, traceback.tb_lineno)
 
 
 @contextmanager
