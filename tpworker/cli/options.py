@@ -47,9 +47,9 @@ def parse(arguments: Sequence[str] | None = None) -> Options | DoctorOptions:
     """
     parser, flags = make_parser()
     words = _with_model_named(list(sys.argv[1:] if arguments is None else arguments), flags)
-    for word in words:
-        if not is_utf8(word):
-            raise ConfigError(f"{shown(word)} on the command line is not UTF-8, and must be")
+    for number, word in enumerate(words, 1):
+        if not is_utf8(word):  # not shown: it may be a key
+            raise ConfigError(f"word {number} on the command line is not UTF-8, and must be")
     known, unknown = parser.parse_known_args(words)
     if unknown:
         raise ConfigError(explain(unknown, words, flags))
