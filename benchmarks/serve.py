@@ -1,8 +1,9 @@
-"""Serving a real model over HTTP, overlap off and on, in turns.
+"""Serving a real model over HTTP, overlap off and on, in turns; or with any other options (--pair).
 
 Two servers (`tpworker serve`) that differ in nothing else stand side by side, and rest while the other one
-has its turn. Prompts are random token ids of one length, new ones in every round and the same for both, and
-every answer has exactly --output-len tokens.
+has its turn (on a GPU, let the first leave memory to the second: --gpu-memory-utilization 0.45). Prompts are
+random token ids of one length, new ones in every round and the same for both, and every answer has exactly
+--output-len tokens.
 
 TTFT      from sending a request to its first text, the wait for a free slot among others included
 TPOT      mean time between two tokens of a request after that
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -57,7 +59,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="a folder or a hub name; default: SmolLM2-135M-Instruct")
     parser.add_argument("--load-format", choices=["auto", "dummy"], default="auto", help="default: auto")
     number("--tensor-parallel-size", 2, "TP ranks")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: cpu")
     number("--lookahead", 2, "with overlap on")
+    parser.add_argument(
+        "--pair",
+        nargs=2,
+        metavar=("NAME=OPTIONS", "NAME=OPTIONS"),
+        help="the two servers, and what options of `tpworker serve` each has beside those above; "
+        "default: overlap off, and on",
+    )
     number("--concurrency", 8, "requests at a time")
     number("--num-requests", 16, "in a round")
     number("--input-len", 128, "tokens of a prompt")
@@ -81,18 +91,19 @@ class Server:
     steps_file: Path
     rounds: list[Round] = field(default_factory=list)
     steps: list[list[StepRecord]] = field(default_factory=list)
-    """By round."""
+    """By round; of those alone that the runtime still remembers whole."""
+    start: float = 0.0
+    """Seconds until it was ready."""
     idle: float = 0.0
     """Percent of a core, all its processes together."""
 
     def take_steps(self) -> None:
         """Reads what the server has written in its end, and sorts it into the rounds."""
         records = [StepRecord(*values) for values in json.loads(self.steps_file.read_text())]
-        if records[0].launched_ns > self.rounds[0].began:  # there was a warm-up before
-            raise SystemExit(
-                f"more steps than the {len(records)} that a runtime remembers: fewer rounds, please"
-            )
-        for done in self.rounds:
+        remembered = [done for done in self.rounds if records[0].launched_ns <= done.began]
+        if not remembered:
+            raise SystemExit(f"a round has more steps than the {len(records)} that a runtime remembers")
+        for done in remembered:
             self.steps.append([step for step in records if done.began <= step.launched_ns <= done.ended])
 
 
@@ -103,10 +114,12 @@ def run(options: argparse.Namespace) -> int:
         options.input_len, options.output_len, options.idle_seconds = 32, 16, 2.0
     where, others = machine(), Others()
     with tempfile.TemporaryDirectory() as folder:
-        off = _server("off", Path(folder), options, "--no-enable-overlap-schedule")
-        on = _server("on", Path(folder), options, f"--lookahead={options.lookahead}")
-        with off as server_off, on as server_on:
-            servers = [server_off, server_on]
+        first, second = (
+            _server(name, Path(folder) / f"steps-{number}.json", options, own)
+            for number, (name, own) in enumerate(_pair(options))
+        )
+        with first as one, second as other:
+            servers = [one, other]
             _take_turns(servers, options)
             _watch_idle(servers, options.idle_seconds)
         for server in servers:  # they have ended now, and have written down their steps
@@ -115,24 +128,34 @@ def run(options: argparse.Namespace) -> int:
     _print(servers, options, where)
     save(options.json, {"machine": where, "options": vars(options), **{s.name: _to_json(s) for s in servers}})
     if options.picture:
-        what = f"{_model(options)}, {options.tensor_parallel_size} CPU ranks on {where['cores']} cores"
+        what = f"{_model(options)}, {_ranks(options)} on {where['cores']} cores"
         title = f"{what}, {options.concurrency} requests decode, {options.input_len} tokens in"
         draw(Path(options.picture), title, {_headline(s): steady_steps(s.steps[-1]) for s in servers})
     return 0
+
+
+def _pair(options: argparse.Namespace) -> list[tuple[str, list[str]]]:
+    """Names of the two servers, and what options each has for itself."""
+    if options.pair is None:
+        overlap = [f"--lookahead={options.lookahead}"]
+        return [("overlap off", ["--no-enable-overlap-schedule"]), ("overlap on", overlap)]
+    named = [each.partition("=") for each in options.pair]
+    return [(name, shlex.split(own)) for name, _, own in named]
 
 
 # ---------------------------------------------------------------------------------------- measuring
 
 
 @contextmanager
-def _server(name: str, folder: Path, options: argparse.Namespace, overlap: str) -> Iterator[Server]:
+def _server(name: str, steps_file: Path, options: argparse.Namespace, own: Sequence[str]) -> Iterator[Server]:
     """Starts a server; stops it in the end, in good order."""
-    steps_file = folder / f"steps-{name}.json"
     arguments = [
-        *("--port=0", "--device=cpu", overlap, f"--load-format={options.load_format}"),
+        *("--port=0", f"--device={options.device}", f"--load-format={options.load_format}"),
         f"--tensor-parallel-size={options.tensor_parallel_size}",
         *([] if options.model is None else [f"--model={options.model}"]),
+        *own,
     ]
+    began = time.monotonic()
     command = [sys.executable, "-m", "benchmarks.serve_process", str(steps_file), "serve", *arguments]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
@@ -141,8 +164,10 @@ def _server(name: str, folder: Path, options: argparse.Namespace, overlap: str) 
         if not told:
             raise SystemExit(f"the server did not start: {' '.join(command)}")
         ready = json.loads(told)
-        print(f"overlap {name}: ready", file=sys.stderr)
-        yield Server(name, process, f"http://127.0.0.1:{ready['port']}", ready["vocab_size"], steps_file)
+        seconds = time.monotonic() - began
+        print(f"{name}: ready after {seconds:.1f} s", file=sys.stderr)
+        url = f"http://127.0.0.1:{ready['port']}"
+        yield Server(name, process, url, ready["vocab_size"], steps_file, start=seconds)
         process.send_signal(signal.SIGTERM)
         if process.wait(_STOP_SECONDS):
             raise SystemExit(f"the server ended with status {process.returncode}")
@@ -210,20 +235,22 @@ def _measures(server: Server) -> dict[str, list[float]]:
 
 
 def _print(servers: Sequence[Server], options: argparse.Namespace, where: dict[str, Any]) -> None:
-    table = Table("", title="Overlap off and on", caption="median of the rounds (lowest … highest)")
-    for server in servers:
-        table.add_column(f"overlap {server.name}", justify="right")
-    table.add_column("on ÷ off", justify="right")
+    names = [server.name for server in servers]
+    table = Table("", title=" and ".join(names), caption="median of the rounds (lowest … highest)")
+    for name in names:
+        table.add_column(name, justify="right")
+    table.add_column("second ÷ first", justify="right")
     measures = [_measures(server) for server in servers]
     for name in measures[0]:
-        off, on = (quantile(each[name], 0.5) for each in measures)
+        first, second = (quantile(each[name], 0.5) for each in measures)
         cells = (f"{quantile(e[name], 0.5):.4g} ({min(e[name]):.4g} … {max(e[name]):.4g})" for e in measures)
-        table.add_row(name, *cells, f"{on / off:.2f}" if off else "–")
+        table.add_row(name, *cells, f"{second / first:.2f}" if first else "–")
     console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(table)
-    idle = ", ".join(f"overlap {server.name}: {server.idle:.2f} %" for server in servers)
+    idle = ", ".join(f"{server.name}: {server.idle:.2f} %" for server in servers)
+    starts = " and ".join(f"{server.start:.1f}" for server in servers)
     console.print(
-        f"{_model(options)}, {options.tensor_parallel_size} CPU ranks, lookahead 0 and {options.lookahead}; "
+        f"{_model(options)}, {_ranks(options)}, ready after {starts} s; "
         f"{options.num_requests} requests a round, {options.concurrency} at a time, "
         f"{options.input_len} tokens in, {options.output_len} out; {options.rounds} rounds in turns\n"
         f"Idle, {options.idle_seconds:g} s long from {IDLE_AFTER:g} s after the last request, of a core, "
@@ -236,13 +263,19 @@ def _print(servers: Sequence[Server], options: argparse.Namespace, where: dict[s
 
 
 def _to_json(server: Server) -> dict[str, Any]:
-    return {"rounds": _measures(server), "idle_percent_of_a_core": server.idle}
+    rounds = _measures(server)
+    return {"rounds": rounds, "start_seconds": server.start, "idle_percent_of_a_core": server.idle}
 
 
 def _model(options: argparse.Namespace) -> str:
     return str(options.model or "SmolLM2-135M-Instruct")
 
 
+def _ranks(options: argparse.Namespace) -> str:
+    kind = "CPU ranks" if options.device == "cpu" else "GPUs"
+    return f"{options.tensor_parallel_size} {kind}"
+
+
 def _headline(server: Server) -> str:
     gaps = _measures(server)["step gap p50, µs"]
-    return f"overlap {server.name}: the device waits {quantile(gaps, 0.5):.0f} µs before a step (median, red)"
+    return f"{server.name}: the device waits {quantile(gaps, 0.5):.0f} µs before a step (median, red)"

@@ -90,7 +90,9 @@ def test_host(tmp_path: Path) -> None:
     assert written["idle_percent_of_a_core"].keys() == {"scheduler", "rank 0", "other ranks", "runtime"}
 
 
-def test_serve(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_pair", [False, True])
+def test_serve(tmp_path: Path, is_pair: bool) -> None:
+    """Overlap off and on, or whatever two servers are to be compared."""
     model = tmp_path / "model"
     model.mkdir()
     (model / "config.json").write_text(json.dumps(TINY_CONFIG))
@@ -110,13 +112,16 @@ def test_serve(tmp_path: Path) -> None:
     ]
     small = ["--concurrency", "2", "--num-requests", "3", "--input-len", "8", "--output-len", "12"]
     files = ["--json", str(tmp_path / "serve.json"), "--picture", str(tmp_path / "steps.png")]
-    done = bench("serve", *options, *small, "--idle-seconds", "0.2", *files)
+    names = ("few slots", "as it is") if is_pair else ("overlap off", "overlap on")
+    pair = ["--pair", "few slots=--max-num-seqs 2 --block-size 8", "as it is="] if is_pair else []
+    done = bench("serve", *options, *small, "--idle-seconds", "0.2", *files, *pair)
     assert done.returncode == 0, done.stderr
-    assert "overlap off" in done.stdout
+    assert names[0] in done.stdout
     assert (tmp_path / "steps.png").read_bytes().startswith(b"\x89PNG")
     written = json.loads((tmp_path / "serve.json").read_text())
-    for overlap in ("off", "on"):
-        rounds = written[overlap]["rounds"]
+    for name in names:
+        assert written[name]["start_seconds"] > 0
+        rounds = written[name]["rounds"]
         assert all(len(figures) == 2 for figures in rounds.values())
         assert min(rounds["total time, s"]) > 0
         assert min(rounds["step gap p50, µs"]) >= 0
