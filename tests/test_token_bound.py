@@ -36,6 +36,18 @@ def byte_level(*before: Any, normalizer: Any = None, added: tuple[AddedToken, ..
     return tokenizer
 
 
+def bytes_alone(*merges: str, normalizer: Any = None, added: tuple[AddedToken, ...] = ()) -> Tokenizer:
+    """A token a byte, and these: each two tokens, with a space between them. So all other bytes weigh 1."""
+    words = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *(merge.replace(" ", "") for merge in merges)]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [(a, b) for a, b in map(str.split, merges)]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    tokenizer.add_tokens(list(added))
+    return tokenizer
+
+
 def byte_fallback(*parts: Any, before: Any = None, missing: int = 0, **options: Any) -> Tokenizer:
     """As Llama 2 and Gemma have it: pieces of words that begin with U+2581, bytes for what is in no token."""
     vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256 - missing)} | {"<unk>": 256}
@@ -65,6 +77,11 @@ PROVED: dict[str, Callable[[], Tokenizer]] = {
     "nfc": lambda: byte_level(normalizer=normalizers.NFC(), added=(special("<|end|>"),)),
     "nfkc": lambda: byte_level(normalizer=normalizers.NFKC()),
     "nfd": lambda: byte_level(normalizer=normalizers.NFD()),
+    "added": lambda: bytes_alone(added=(special("1" * 30), special("<|end|>"))),
+    "nothing but stripping": lambda: bytes_alone(added=(special("<|end|>", rstrip=True),)),
+    "joined marks": lambda: bytes_alone(
+        "\u00c3 \u00a9", "\u00c3\u00a9 \u00c3\u00a9", normalizer=normalizers.NFC()
+    ),
     "split": lambda: byte_level(pre_tokenizers.Split(Regex(r"\s+"), "isolated")),
     "llama": lambda: byte_fallback(normalizers.Prepend("\u2581"), SPACES),
     "gemma": lambda: byte_fallback(SPACES, before=pre_tokenizers.Split(" ", "merged_with_previous")),
