@@ -43,8 +43,8 @@ def requests() -> Requests:
     return Requests()
 
 
-def with_text(request: Request, *stop: str, hidden_ids: Sequence[int] = ()) -> Request:
-    request.text = TextStream(byte_tokenizer(), stop, hidden_ids)
+def with_text(request: Request, *stop: str, hidden_ids: Sequence[int] = (), min_tokens: int = 0) -> Request:
+    request.text = TextStream(byte_tokenizer(), stop, hidden_ids, min_tokens=min_tokens)
     return request
 
 
@@ -221,6 +221,33 @@ def test_an_end_before_a_stop_string_is_complete_shows_what_was_held_back(reques
     assert a.take().text == "text "
     requests.deliver(step((a, 7, ids("x")[0]), finished=[(0, "length")]))
     assert a.take().text == "ENx"
+
+
+def test_a_special_token_that_a_stop_string_names_ends_it(requests: Requests) -> None:
+    end = byte_tokenizer().special["<end>"]
+    a = with_text(requests.open("a"), "<end>")
+    deliver_text(requests, a, "hi")
+    requests.deliver(step((a, 2, end)))
+    deliver_text(requests, a, "more", "length")
+    output = a.take()
+    assert (output.text, output.token_ids) == ("hi", (*ids("hi"), end))
+    assert (output.finish_reason, output.stop_reason, output.num_output_tokens) == ("stop", "<end>", 3)
+
+
+def test_the_string_counts_where_the_scheduler_ended_it_by_that_token(requests: Requests) -> None:
+    end = byte_tokenizer().special["<end>"]
+    a = with_text(requests.open("a"), "<end>", hidden_ids=[end])
+    deliver_text(requests, a, "hi")
+    requests.deliver(step((a, 2, end), finished=[(0, "stop")]))
+    output = a.take()
+    assert (output.text, output.finish_reason, output.stop_reason) == ("hi", "stop", "<end>")
+
+
+def test_a_stop_string_before_min_tokens_is_text(requests: Requests) -> None:
+    a = with_text(requests.open("a"), "b", min_tokens=4)
+    deliver_text(requests, a, "abcdebf", "length")
+    output = a.take()
+    assert (output.text, output.finish_reason, output.num_output_tokens) == ("abcde", "stop", 6)
 
 
 def test_stop_tokens_are_outputs_but_not_text(requests: Requests) -> None:

@@ -157,6 +157,30 @@ def test_text_goes_in_and_comes_out(fake_runtime: MakeRuntime, model_folder: Pat
     run(main)
 
 
+def test_stop_strings_name_special_tokens_and_wait_for_min_tokens(
+    fake_runtime: MakeRuntime, model_folder: Path
+) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer._backend.save(str(model_folder / "tokenizer.json"))
+    prompt = [*tokenizer.encode("abc"), tokenizer.special["<end>"]]
+
+    async def main() -> None:
+        async with fake_runtime() as runtime:
+            for min_tokens, expected in ((0, ("abc", 4)), (4, ("abcabc", 8))):
+                for stop in (["<end>"], [*(f"no{i}" for i in range(15)), "<end>"]):  # as many as there may be
+                    params = SamplingParams(
+                        max_tokens=20, stop=stop, min_tokens=min_tokens, stop_token_ids=range(100, 115)
+                    )
+                    outputs = await collect(runtime, prompt, params)
+                    text = "".join(output.text for output in outputs)
+                    assert (text, outputs[-1].num_output_tokens) == expected
+                    assert (outputs[-1].finish_reason, outputs[-1].stop_reason) == ("stop", "<end>")
+            outputs = await collect(runtime, prompt, SamplingParams(max_tokens=9, stop=["b"], min_tokens=4))
+            assert ("".join(output.text for output in outputs), outputs[-1].num_output_tokens) == ("abca", 6)
+
+    run(main)
+
+
 def test_stop_tokens_end_it(fake_runtime: MakeRuntime) -> None:
     async def main() -> None:
         async with fake_runtime() as runtime:

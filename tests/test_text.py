@@ -60,15 +60,6 @@ def sentencepiece(prepend: bool) -> Backend:
     return backend
 
 
-def wordpiece() -> Backend:
-    """A decoder that is of neither kind."""
-    words = ["[UNK]", "the", "quick", "##ly", "fox"]
-    backend = Backend(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    backend.decoder = decoders.WordPiece(cleanup=False)
-    return backend
-
-
 def wrap(backend: Backend) -> Tokenizer:
     backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in SPECIAL])
     backend.add_tokens([AddedToken("<tool call>", special=False, normalized=False)])
@@ -100,9 +91,11 @@ def cut(ids: Sequence[int], cuts: Sequence[int]) -> list[Sequence[int]]:
 @example(text="👩‍👩‍👧 e\u0301 你好", cuts=list(range(100)))
 def test_any_text_comes_back_in_any_chunking(tokenizer: Tokenizer, text: str, cuts: list[int]) -> None:
     ids = tokenizer.encode(text, add_special_tokens=False)
+    assert stream_text(TextStream(tokenizer), cut(ids, cuts)) == text
     # Llama 2 puts a space in front of each text; what continues a prompt keeps it.
     expected = " " + text if tokenizer is LLAMA2 and text else text
-    assert stream_text(TextStream(tokenizer), cut(ids, cuts)) == expected
+    prompt = tokenizer.encode("a", add_special_tokens=False)
+    assert stream_text(TextStream(tokenizer, prompt=prompt), cut(ids, cuts)) == expected
 
 
 @each_tokenizer
@@ -114,7 +107,7 @@ def test_what_was_shown_is_never_taken_back(tokenizer: Tokenizer, text: str) -> 
         delta = stream.push([token_id])
         assert "\ufffd" not in delta.text or "\ufffd" in text
         shown += delta.text
-        assert (" " + text).startswith(shown) if tokenizer is LLAMA2 else text.startswith(shown)
+        assert text.startswith(shown)
 
 
 @given(ids=st.lists(st.integers(0, 332) | st.integers(128, 256), max_size=40))
@@ -138,10 +131,12 @@ def test_half_a_character_is_held_back_until_it_is_whole_or_the_end() -> None:
     assert stream.finish() == "\ufffd"
 
 
-def test_the_space_before_a_word_stays() -> None:
+def test_the_space_before_a_word_stays_behind_a_prompt() -> None:
     ids = LLAMA2.encode("the quick", add_special_tokens=False)
-    assert LLAMA2.decode(ids) == "the quick"
-    assert stream_text(TextStream(LLAMA2), [ids]) == " the quick"
+    assert LLAMA2.decode(ids) == stream_text(TextStream(LLAMA2), [ids]) == "the quick"
+    special = [LLAMA2.special[name] for name in SPECIAL]
+    assert stream_text(TextStream(LLAMA2, prompt=[*ids, *special]), [ids]) == " the quick"
+    assert stream_text(TextStream(LLAMA2, prompt=special), [ids]) == "the quick"
 
 
 @each_tokenizer
@@ -171,18 +166,12 @@ def test_ids_beyond_the_tokenizer_are_no_text(tokenizer: Tokenizer) -> None:
     assert stream_text(TextStream(tokenizer), [[100_000]]) == ""
 
 
-def test_any_other_decoder_is_asked_token_by_token() -> None:
-    tokenizer = wrap(wordpiece())
-    ids = tokenizer.encode("the quickly fox")
-    assert stream_text(TextStream(tokenizer), [[i] for i in ids]) == " the quickly fox"
-
-
 def test_the_cost_of_a_token_does_not_grow_with_the_output() -> None:
     half = BYTE_LEVEL.encode("𝄞")[0]
     stream, calls = TextStream(BYTE_LEVEL), []
     for _ in range(2000):
         stream.push([half])
-        calls.append(len(stream._tail))  # all that a push depends on, besides its tokens
+        calls.append(len(stream._detokenizer._tail))  # all that a push depends on, besides its tokens
     assert max(calls) <= 3
 
 
@@ -250,6 +239,89 @@ def test_a_stop_string_may_lie_inside_one_token_and_in_split_characters() -> Non
     assert stream_text(TextStream(BYTE_LEVEL, ["𝄞"]), [[i] for i in BYTE_LEVEL.encode("a𝄞b")]) == "a"
     (token_id,) = BYTE_LEVEL.encode(" the")
     assert TextStream(BYTE_LEVEL, ["h"]).push([token_id]) == (" t", "h", 1)
+
+
+END, START = "<|im_end|>", "<|im_start|>"
+
+
+def special(name: str) -> int:
+    return BYTE_LEVEL.special[name]
+
+
+@pytest.mark.parametrize(
+    ("stop", "before"),
+    [
+        (END, "ab"),
+        ("b" + END, "a"),
+        ("ab" + END, ""),
+        (END + "\n", "ab"),
+        (END + START, "ab"),
+        ("b" + END + "\n" + START, "a"),
+    ],
+)
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_special_tokens_name_in_a_stop_string_is_that_token(stop: str, before: str, at_once: bool) -> None:
+    ids = [*BYTE_LEVEL.encode("ab"), special(END)]
+    ids += [special(START), *BYTE_LEVEL.encode("\n")] if stop == END + START else BYTE_LEVEL.encode("\n")
+    ids += [special(START), *BYTE_LEVEL.encode("cd")]
+    stream, shown = TextStream(BYTE_LEVEL, [stop, "cd"]), []
+    for chunk in [ids] if at_once else [[i] for i in ids]:
+        shown.append(stream.push(chunk))
+    assert "".join(delta.text for delta in shown) + stream.finish() == before
+    assert [delta.stopped for delta in shown if delta.stopped] == [stop]
+
+
+def test_a_special_token_that_no_stop_string_names_is_nothing() -> None:
+    ids = [*BYTE_LEVEL.encode("ab"), special(START), *BYTE_LEVEL.encode("cd")]
+    assert TextStream(BYTE_LEVEL, ["bc", END]).push(ids) == ("a", "bc", len(ids) - 1)
+    assert TextStream(BYTE_LEVEL, ["b" + END, "|"]).push(ids).stopped is None
+
+
+def test_the_characters_of_a_special_tokens_name_are_a_stop_string_too() -> None:
+    spelled = [i for char in "a" + END for i in BYTE_LEVEL.encode(char)]
+    assert BYTE_LEVEL.decode(spelled) == "a" + END
+    assert TextStream(BYTE_LEVEL, [END]).push(spelled) == ("a", END, len(spelled))
+
+
+def test_half_a_character_before_a_special_token_that_ends_it_is_shown() -> None:
+    first = BYTE_LEVEL.encode("𝄞")[0]
+    stream = TextStream(BYTE_LEVEL, [END, "a?"])
+    assert stream.push([*BYTE_LEVEL.encode("a"), first, special(END)]) == ("a\ufffd", END, 3)
+
+
+def test_a_hidden_token_may_be_one_that_ends_it() -> None:
+    stream = TextStream(BYTE_LEVEL, [END], hidden_ids=[special(END)])
+    assert stream.push([*BYTE_LEVEL.encode("ab"), special(END)]) == ("ab", END, 3)
+
+
+@pytest.mark.parametrize(
+    ("min_tokens", "text", "stopped"),
+    [
+        (0, "", "ab"),
+        (1, "", "ab"),  # complete with the second token
+        (2, "ababx", "a\nb"),
+        (3, "ababx", "a\nb"),
+        (8, "ababxa\nb", END),
+        (9, "ababxa\nbc", None),
+    ],
+)
+@given(cuts=st.lists(st.integers(0, 200), max_size=8))
+def test_nothing_stops_within_min_tokens(
+    min_tokens: int, text: str, stopped: str | None, cuts: list[int]
+) -> None:
+    ids = [BYTE_LEVEL.encode(char)[0] for char in "ababxa\nb"] + [special(END), *BYTE_LEVEL.encode("c")]
+    stops = ["ab"] if min_tokens < 2 else ["a\nb", END]
+    stream = TextStream(BYTE_LEVEL, stops, min_tokens=min_tokens)
+    deltas = [stream.push(chunk) for chunk in cut(ids, cuts)]
+    assert "".join(delta.text for delta in deltas) + stream.finish() == text
+    assert [delta.stopped for delta in deltas if delta.stopped] == [stopped][: stopped is not None]
+
+
+def test_a_stop_string_may_begin_within_min_tokens_and_end_behind_them() -> None:
+    ids = [BYTE_LEVEL.encode(char)[0] for char in "ENDEND"]
+    assert TextStream(BYTE_LEVEL, ["END"], min_tokens=4).push(ids) == ("END", "END", 6)
+    stream = TextStream(BYTE_LEVEL, ["aab"], min_tokens=3)  # of what was passed over, the end may begin one
+    assert stream.push([BYTE_LEVEL.encode(char)[0] for char in "aabaab"]) == ("aab", "aab", 6)
 
 
 # ----------------------------------------------------------------------------- tokenizer

@@ -185,11 +185,13 @@ class SamplingParams:
     seed: int | None = None
     """None: one is drawn for the request."""
     min_tokens: int = 0
-    """No end-of-sequence or stop token before this many tokens."""
+    """No end-of-sequence or stop token before this many tokens; a stop string that is complete within them
+    is text."""
     ignore_eos: bool = False
     """Go on after the model's end-of-sequence tokens."""
     stop: Sequence[str] = field(default=())
-    """Strings that end the output; they are not part of it."""
+    """Strings that end the output; they are not part of it. The name of a special token in one stands for
+    that token too."""
     stop_token_ids: Sequence[int] = field(default=())
     """Further token ids that end the output; like the model's own, they are not part of the text."""
     detokenize: bool = True

@@ -475,7 +475,13 @@ class Runtime:
         if params.detokenize:
             from tpworker.text import TextStream
 
-            request.text = TextStream(self.tokenizer, params.stop, hidden_ids=stop_ids)
+            request.text = TextStream(
+                self.tokenizer,
+                params.stop,
+                hidden_ids=stop_ids,
+                min_tokens=params.min_tokens,
+                prompt=unpack_int32(tokens),
+            )
         if request in self._requests and self._generation is not None:  # else it was aborted meanwhile
             request.is_submitted = True
             self._generation.send(Submit(self._generation.number, request.number, tokens, 0, sampling))

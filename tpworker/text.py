@@ -1,27 +1,26 @@
 """Text to token ids and back: a model's tokenizer, and the incremental text of one request.
 
-A token's contribution to the text does not depend on its neighbours, but for characters whose UTF-8
-bytes are spread over several tokens. So each token id is mapped to a *piece*, once per tokenizer: to a
-`str` where it is whole characters, to `bytes` where it is not; and a request's stream decodes UTF-8
+With most tokenizers a token's contribution to the text does not depend on its neighbours, but for characters
+whose UTF-8 bytes are spread over several tokens. So each token id is mapped to a *piece*, once per tokenizer:
+to a `str` where it is whole characters, to `bytes` where it is not; and a request's stream decodes UTF-8
 incrementally. That is exact, and costs the same for every token of an output, however long. (tokenizers'
 own DecodeStream decodes all tokens since the last whole character again with each new one: a model that
 repeats half a character costs it time quadratic in the output, and byte fallback can make it raise.)
+For which tokenizers that holds, and what is done with the others, at a bounded cost too, is in decoding.py.
 """
 
 from __future__ import annotations
 
 import inspect
-import json
-import re
 from codecs import utf_8_decode
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tpworker.decoding import Decoding, Filter, Rule, StripLeft, Window
 from tpworker.errors import InvalidRequest, ModelError
+from tpworker.stops import StopStrings
 from tpworker.token_bound import TokenBound
-
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class Tokenizer:
@@ -44,14 +43,14 @@ class Tokenizer:
         self._backend.no_padding()
         added = self._backend.get_added_tokens_decoder()
         self._special_ids = frozenset(i for i, token in added.items() if token.special)
-        decoder = self._backend.decoder
-        self._decoder_kinds = _kinds(json.loads(decoder.__getstate__())) if decoder is not None else set()
-        self._bytes_of_char = _bytes_of_char() if "ByteLevel" in self._decoder_kinds else {}
-        self._anchor: list[int] = self._backend.encode("a", add_special_tokens=False).ids
-        self._anchor_text: str = self._backend.decode(self._anchor)
+        self.special = {added[i].content: i for i in self._special_ids}
+        """The ids of special tokens, by their names."""
+        self.decoding = Decoding(self._backend.decoder, _cleans_up(fast))
+        """How its decoder makes text of tokens."""
+        self.pieces: dict[int, str | bytes] = {}
+        """Those that were asked for; see `piece`."""
         # What is not for the template but for transformers: among it a template of the client's own.
         self._template_options = frozenset(inspect.signature(fast.apply_chat_template).parameters)
-        self._pieces: dict[int, str | bytes] = {}
         self._bound = TokenBound(self._backend)
 
     @classmethod
@@ -112,7 +111,7 @@ class Tokenizer:
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of token ids, without special tokens."""
         text: str = self._backend.decode(list(token_ids), skip_special_tokens=True)
-        return text
+        return self.decoding.clean_up(text)
 
     @property
     def eos_id(self) -> int | None:
@@ -158,50 +157,33 @@ class Tokenizer:
             ) from error
         return text
 
+    def token(self, token_id: int) -> str | None:
+        """A token as its decoder gets it; None for what is no text: special tokens, and ids that the model
+        has but the tokenizer has not."""
+        token: str | None = self._backend.id_to_token(token_id)
+        return None if token_id in self._special_ids else token
+
     def piece(self, token_id: int) -> str | bytes:
         """What a token adds to a text that has begun: characters, or bytes that are not whole ones.
 
         It is empty for special tokens, and for ids that the model has but the tokenizer has not.
         """
-        piece = self._pieces.get(token_id)
+        piece = self.pieces.get(token_id)
         if piece is None:
-            piece = self._pieces[token_id] = self._find_piece(token_id)
+            piece = self.pieces[token_id] = self._find_piece(token_id)
         return piece
 
     def _find_piece(self, token_id: int) -> str | bytes:
-        token: str | None = self._backend.id_to_token(token_id)
-        if token is None or token_id in self._special_ids:
-            return ""
-        if "ByteLevel" in self._decoder_kinds:
-            try:
-                data = bytes([self._bytes_of_char[char] for char in token])
-            except KeyError:  # an added token is written as it is
-                return token
-            return _text_if_whole(data)
-        if "ByteFallback" in self._decoder_kinds and (match := _BYTE_TOKEN.fullmatch(token)):
-            return _text_if_whole(bytes([int(match[1], 16)]))
-        # Behind an ordinary token, because decoders treat the first token of all in their own way.
-        text: str = self._backend.decode([*self._anchor, token_id])
-        return text.removeprefix(self._anchor_text)
+        token = self.token(token_id)
+        return "" if token is None else self.decoding.piece(token)
 
 
-def _kinds(decoder: Mapping[str, Any]) -> set[str]:
-    """The types of a decoder and of all the decoders that it is made of."""
-    return {decoder["type"]}.union(*(_kinds(part) for part in decoder.get("decoders", ())))
-
-
-def _bytes_of_char() -> dict[str, int]:
-    """GPT-2's alphabet: printable Latin-1 characters are their own bytes, U+0100… are the others in order."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-def _text_if_whole(data: bytes) -> str | bytes:
-    try:
-        return data.decode()
-    except UnicodeDecodeError:
-        return data
+def _cleans_up(fast: Any) -> bool:
+    """Whether transformers cleans up spaces in what the tokenizer decodes; not with BPE, as a rule."""
+    if not getattr(fast, "clean_up_tokenization_spaces", False):
+        return False
+    forced = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
+    return type(fast.backend_tokenizer.model).__name__ != "BPE" or bool(getattr(fast, forced, False))
 
 
 def _why_not_unicode(text: object) -> str:
@@ -213,6 +195,121 @@ def _why_not_unicode(text: object) -> str:
         code = f"U+{ord(text[error.start]):04X}"
         return f"{code} at position {error.start} is half of a surrogate pair, not a character"
     return "the tokenizer does not take it"
+
+
+class Detokenizer:
+    """The text of one output, token by token: what its tokens add to the decoded prompt.
+
+    All texts together, and then `finish()`, are what `Tokenizer.decode` makes of prompt and output behind
+    what it makes of the prompt, as far as decoding more tokens only ever adds to the text. What it takes
+    back is not shown: spaces at the end, or that the clean-up removes, wait for what comes behind them. Bytes
+    that are not UTF-8 become U+FFFD as `bytes.decode` has it; byte fallback has one for each byte of a
+    run with a fault in it, which is not known while the run lasts. Characters begin and end in the output.
+    """
+
+    __slots__ = (
+        "_filters", "_hidden_ids", "_is_first", "_pieces", "_previous", "_tail", "_tokenizer", "_window",
+    )  # fmt: skip
+
+    def __init__(
+        self, tokenizer: Tokenizer, hidden_ids: Collection[int] = (), prompt: Sequence[int] = ()
+    ) -> None:
+        decoding = tokenizer.decoding
+        self._tokenizer = tokenizer
+        self._hidden_ids = frozenset(hidden_ids)
+        self._tail = b""  # the beginning of a character
+        before = _last_tokens(tokenizer, prompt, Window.NUM_KEPT if decoding.rule is Rule.WINDOW else 1)
+        self._previous = before[-1] if before else None
+        self._is_first = not before
+        self._filters = self._filters_behind(prompt)
+        self._window = Window(decoding.decode, before) if decoding.rule is Rule.WINDOW else None
+        self._pieces: Mapping[int, str | bytes] = {}  # until they are all that counts
+        self._settle()
+
+    def push(self, token_id: int) -> str:
+        """The characters that a token completes."""
+        if token_id in self._hidden_ids:
+            return ""
+        piece = self._pieces.get(token_id)
+        if piece is None:
+            return self._next(token_id)
+        if not self._tail and isinstance(piece, str):
+            return piece
+        return self._characters(piece)
+
+    def finish(self) -> str:
+        """What was held back: the text ends here."""
+        tail, self._tail = self._tail, b""
+        text = utf_8_decode(tail, "replace", True)[0]
+        if self._window is not None:
+            text = self._window.finish()
+        for stage in self._filters:
+            text = stage.feed(text) + stage.finish()
+        return text
+
+    def _filters_behind(self, prompt: Sequence[int]) -> list[Filter]:
+        """The filters as the prompt leaves them: what its beginning does to it may not be done yet."""
+        decoding = self._tokenizer.decoding
+        if self._is_first or not decoding.strips_left:
+            return decoding.filters(is_first=self._is_first)
+        beginning = Detokenizer(self._tokenizer)
+        for token_id in prompt:
+            beginning.push(token_id)
+            if not any(isinstance(stage, StripLeft) for stage in beginning._filters):
+                return decoding.filters(is_first=False)
+        beginning.finish()  # what waits there is the prompt's
+        return beginning._filters
+
+    def _settle(self) -> None:
+        """From here on it may be that only the pieces count."""
+        self._filters = [stage for stage in self._filters if not stage.is_done]
+        decoding = self._tokenizer.decoding
+        is_beginning = self._is_first and decoding.first_is_special
+        if decoding.rule is Rule.TOKEN and not self._filters and not is_beginning:
+            self._pieces = self._tokenizer.pieces
+
+    def _next(self, token_id: int) -> str:
+        """Of a token that is not in `_pieces`, or while more than they counts."""
+        if self._pieces is self._tokenizer.pieces:
+            return self._characters(self._tokenizer.piece(token_id))
+        token = self._tokenizer.token(token_id)
+        if token is None:
+            return ""
+        decoding = self._tokenizer.decoding
+        if self._window is not None:
+            text = self._window.push(token)
+        elif decoding.rule is Rule.PAIR:
+            text = decoding.pair(self._previous, token)
+            self._previous = token
+        else:
+            text = self._characters(
+                decoding.piece(token, is_first=True) if self._is_first else self._tokenizer.piece(token_id)
+            )
+        for stage in self._filters:
+            text = stage.feed(text)
+        self._is_first = False
+        self._settle()
+        return text
+
+    def _characters(self, piece: str | bytes) -> str:
+        if not piece:
+            return ""
+        data = self._tail + (piece.encode() if isinstance(piece, str) else piece)
+        text, num_bytes = utf_8_decode(data, "replace", False)
+        self._tail = data[num_bytes:]
+        return text
+
+
+def _last_tokens(tokenizer: Tokenizer, prompt: Sequence[int], count: int) -> list[str]:
+    """The last tokens of a prompt that are text, at most so many."""
+    found: list[str] = []
+    for token_id in reversed(prompt):
+        token = tokenizer.token(token_id)
+        if token is not None:
+            found.append(token)
+            if len(found) == count:
+                break
+    return found[::-1]
 
 
 class TextDelta(NamedTuple):
@@ -227,38 +324,52 @@ class TextDelta(NamedTuple):
 
 
 class TextStream:
-    """The text of one request, token by token.
+    """The text of one request, token by token: what `Detokenizer` makes of it, up to a stop string.
 
-    All deltas together, and then `finish()`, are what the tokens add to the decoded prompt: the leading
-    space of a word stays. Bytes that are not UTF-8 become U+FFFD. Where stop strings overlap, the one
-    that is complete first ends the text; of several, the longest.
+    Where stop strings overlap, the one that is complete first ends the text; of several, the longest. The
+    name of a special token in a stop string stands for that token, which is no text, and for its characters.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, stop: Sequence[str] = (), hidden_ids: Collection[int] = ()
+        self,
+        tokenizer: Tokenizer,
+        stop: Sequence[str] = (),
+        hidden_ids: Collection[int] = (),
+        *,
+        min_tokens: int = 0,
+        prompt: Sequence[int] = (),
     ) -> None:
         """
         Args:
             tokenizer: of the model; streams share it.
             stop: strings that end the text. They are not part of it.
             hidden_ids: ids that are not part of the text, as the ids that end an output.
+            min_tokens: a stop string that is complete within so many tokens is text.
+            prompt: what comes before; the end of it counts.
         """
-        self._tokenizer = tokenizer
-        self._hidden_ids = frozenset(hidden_ids)
-        self._stops = _StopStrings(stop) if stop else None
-        self._tail = b""  # the beginning of a character
+        self._detokenizer = Detokenizer(tokenizer, hidden_ids, prompt)
+        self._characters = self._detokenizer.push
+        self._stops = StopStrings(stop, tokenizer.special) if stop else None
+        self._min_tokens = min_tokens
+        self._num_tokens = 0
         self._ended = False
 
     def push(self, token_ids: Sequence[int]) -> TextDelta:
         """Add tokens; after a stop string they are ignored."""
         if self._ended:
             return TextDelta("", None, 0)
-        if self._stops is None:
-            return TextDelta("".join([self._characters(i) for i in token_ids]), None, len(token_ids))
+        characters, stops = self._characters, self._stops
+        if stops is None:
+            return TextDelta("".join([characters(i) for i in token_ids]), None, len(token_ids))
         shown = []
         for count, token_id in enumerate(token_ids, start=1):
             # One token at a time: how many come at once is chance, and must not change the result.
-            text, stopped = self._stops.feed(self._characters(token_id))
+            self._num_tokens += 1
+            may_stop = self._num_tokens > self._min_tokens
+            if token_id in stops.ids:
+                text, stopped = stops.feed_special(token_id, self._detokenizer.finish, may_stop)
+            else:
+                text, stopped = stops.feed(characters(token_id), may_stop)
             shown.append(text)
             if stopped is not None:
                 self._ended = True
@@ -270,69 +381,8 @@ class TextStream:
         if self._ended:
             return ""
         self._ended = True
-        text = utf_8_decode(self._tail, "replace", True)[0]
+        text = self._detokenizer.finish()
         if self._stops is None:
             return text
-        shown, stopped = self._stops.feed(text)
+        shown, stopped = self._stops.feed(text, self._num_tokens > self._min_tokens)
         return shown if stopped is not None else shown + self._stops.held
-
-    def _characters(self, token_id: int) -> str:
-        """The characters that a token completes."""
-        if token_id in self._hidden_ids:
-            return ""
-        piece = self._tokenizer.piece(token_id)
-        if isinstance(piece, str):
-            if not self._tail:
-                return piece
-            if not piece:
-                return ""
-            piece = piece.encode()
-        data = self._tail + piece
-        text, num_bytes = utf_8_decode(data, "replace", False)
-        self._tail = data[num_bytes:]
-        return text
-
-
-class _StopStrings:
-    """Finds the first of several strings in a text that comes in parts (Knuth, Morris and Pratt 1977)."""
-
-    def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = [(stop, _borders(stop)) for stop in stops]
-        self._first_chars = frozenset(stop[0] for stop in stops)
-        self._matched = [0] * len(stops)  # of each: how many of its characters the text ends with
-        self.held = ""  # the text's end, as long as the longest of those
-
-    def feed(self, text: str) -> tuple[str, str | None]:
-        """Returns the text that can be shown now, and the stop string that was found, if one was."""
-        if not self.held and self._first_chars.isdisjoint(text):
-            return text, None
-        for position, char in enumerate(text, start=len(self.held) + 1):
-            found = ""
-            for i, (stop, borders) in enumerate(self._stops):
-                matched = self._matched[i]
-                while matched and stop[matched] != char:
-                    matched = borders[matched]
-                if stop[matched] == char:
-                    matched += 1
-                    if matched == len(stop):
-                        found = max(found, stop, key=len)
-                self._matched[i] = matched
-            if found:
-                return (self.held + text)[: position - len(found)], found
-        whole = self.held + text
-        num_shown = len(whole) - max(self._matched)
-        self.held = whole[num_shown:]
-        return whole[:num_shown], None
-
-
-def _borders(pattern: str) -> list[int]:
-    """Of each prefix of the pattern the longest proper prefix that it also ends with: [length of prefix]."""
-    borders = [0, 0]
-    border = 0
-    for char in pattern[1:]:
-        while border and pattern[border] != char:
-            border = borders[border]
-        if pattern[border] == char:
-            border += 1
-        borders.append(border)
-    return borders

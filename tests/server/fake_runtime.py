@@ -241,7 +241,7 @@ class FakeRuntime:
     ) -> AsyncGenerator[RequestOutput, None]:
         script = self._bytes.encode(self.reply(prompt), add_special_tokens=False)
         limit = sampling.max_tokens or self.max_model_len
-        stream = TextStream(self._bytes, sampling.stop)
+        stream = TextStream(self._bytes, sampling.stop, min_tokens=sampling.min_tokens)
         for position, token_id in enumerate(script[:limit]):
             if self.before is not None:
                 await self._wait_or_fail(position)
