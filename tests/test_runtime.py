@@ -34,6 +34,7 @@ from tpworker import (
     RuntimeStopped,
     SamplingParams,
 )
+from tpworker.chat import renderer
 from tpworker.ipc.messages import Abort
 from tpworker.tokenisers import NUM_LONG, SHORT_CHARS
 
@@ -177,6 +178,32 @@ def test_stop_strings_name_special_tokens_and_wait_for_min_tokens(
                     assert (outputs[-1].finish_reason, outputs[-1].stop_reason) == ("stop", "<end>")
             outputs = await collect(runtime, prompt, SamplingParams(max_tokens=9, stop=["b"], min_tokens=4))
             assert ("".join(output.text for output in outputs), outputs[-1].num_output_tokens) == ("abca", 6)
+
+    run(main)
+
+
+def test_stopping_ends_a_chat_template_that_does_not(
+    fake_runtime: MakeRuntime, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(renderer, "MAX_SECONDS", 600.0)
+    byte_tokenizer()._backend.save(str(model_folder / "tokenizer.json"))
+    loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    (model_folder / "chat_template.jinja").write_text(loop)
+
+    async def main() -> None:
+        async with fake_runtime() as runtime:
+            message = {"role": "user", "content": "Hi"}
+            rendering = [
+                asyncio.ensure_future(
+                    runtime.prepare(lambda: runtime.tokenizer.apply_chat_template([message]))
+                )
+                for _ in range(4)  # in every thread
+            ]
+            await asyncio.to_thread(
+                eventually, lambda: any(c.cpu_times().user > 0.3 for c in children("tpworker-template"))
+            )
+        for failed in await asyncio.gather(*rendering, return_exceptions=True):
+            assert isinstance(failed, RuntimeStopped)
 
     run(main)
 

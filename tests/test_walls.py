@@ -87,6 +87,16 @@ def test_zmq_is_used_by_the_channels_only() -> None:
     assert not users("tpworker", "zmq")
 
 
+def test_chat_templates_are_rendered_without_the_libraries_of_models() -> None:
+    assert not ours("tpworker/chat", "tpworker.chat", "tpworker.children", "tpworker.errors")
+    assert not users("tpworker/chat", "torch", "transformers", "tokenizers", "numpy")
+    in_the_process = {f"tpworker/chat/{name}.py" for name in ("content", "environment", "process")}
+    assert set(users("tpworker", "jinja2")) == in_the_process
+    assert not users("tpworker", *(f"tpworker.chat.{name}" for name in ("environment", "process"))).keys() - {
+        "tpworker/chat/process.py"
+    }
+
+
 @pytest.mark.parametrize("name", ["ipc", "scheduler"])
 def test_only_full_names_are_imported(name: str) -> None:
     for folder in ("ipc", "scheduler", "tpworker", "tests", "benchmarks"):

@@ -86,7 +86,7 @@ class Child:
         Raises:
             OSError: it cannot be started.
         """
-        log = _log_descriptor()
+        log = log_descriptor()
         read_end, write_end = os.pipe2(os.O_CLOEXEC)
         try:
             process = subprocess.Popen(
@@ -211,7 +211,7 @@ def _oom_kills() -> int | None:
     return None
 
 
-def _log_descriptor() -> int:
+def log_descriptor() -> int:
     """Our stderr. Where there was none when we began, 2 is whatever was opened next: nothing to write to."""
     try:
         os.fstat(2)

@@ -239,6 +239,8 @@ class Runtime:
         self._tokenisers.abandon(_stopped)
         if stray is None:
             self._requests.fail_all(_stopped)
+        if self._tokenizer is not None:
+            self._tokenizer.close()  # a chat template may be running, which threads wait for
         try:
             if self._generation is not None:
                 await self._generation.stop()

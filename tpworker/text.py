@@ -11,16 +11,25 @@ For which tokenizers that holds, and what is done with the others, at a bounded 
 
 from __future__ import annotations
 
-import inspect
+import threading
 from codecs import utf_8_decode
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from tpworker.chat.variables import check_variables
 from tpworker.decoding import Decoding, Filter, Rule, StripLeft, Window
-from tpworker.errors import InvalidRequest, ModelError
+from tpworker.errors import InvalidRequest, ModelError, RuntimeStopped
 from tpworker.stops import StopStrings
 from tpworker.token_bound import TokenBound
+
+if TYPE_CHECKING:
+    from tpworker.chat.renderer import TemplateRenderer
+
+NO_TEMPLATE = (
+    "the model has no chat template (chat_template in tokenizer_config.json, or chat_template.jinja), so it "
+    "cannot chat. Write the prompt yourself: /v1/completions."
+)
 
 
 class Tokenizer:
@@ -49,9 +58,10 @@ class Tokenizer:
         """How its decoder makes text of tokens."""
         self.pieces: dict[int, str | bytes] = {}
         """Those that were asked for; see `piece`."""
-        # What is not for the template but for transformers: among it a template of the client's own.
-        self._template_options = frozenset(inspect.signature(fast.apply_chat_template).parameters)
         self._bound = TokenBound(self._backend)
+        self._renderer: TemplateRenderer | None = None
+        self._renderer_lock = threading.Lock()
+        self._is_closed = False
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
@@ -121,41 +131,72 @@ class Tokenizer:
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether `apply_chat_template` can work."""
+        """Whether there is one for `apply_chat_template`."""
         return bool(self._fast.chat_template)
 
     def apply_chat_template(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **variables: Any
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        /,
+        *,
+        add_generation_prompt: bool = True,
+        **variables: Any,
     ) -> str:
         """The text of a conversation, special tokens included, up to where the assistant answers.
 
+        It is rendered by a process of its own, bounded in time, memory and text (chat/renderer.py), which
+        the first call starts. `close` ends it.
+
         Args:
-            messages: each with a `role` and a `content`.
+            messages: each with a `role` and a `content`, which is a string or a list of parts as the OpenAI
+                API has them. A template that wants the other form gets that.
             add_generation_prompt: whether to end with what opens the assistant's turn.
             variables: handed to the template, e.g. `enable_thinking=False`.
 
         Raises:
-            InvalidRequest: the model has no template, or its template refuses the messages.
+            InvalidRequest: the model has no template, or its template is broken, refuses the messages,
+                fails on them, or goes beyond its bounds; or a variable's name is not for clients.
+            RuntimeStopped: it was closed.
         """
-        if not self.has_chat_template:
-            raise InvalidRequest(
-                "the model has no chat template (chat_template in tokenizer_config.json, or "
-                "chat_template.jinja), so it cannot chat. Write the prompt yourself: /v1/completions."
-            )
-        reserved = self._template_options.intersection(variables)
-        if reserved:
-            raise InvalidRequest(
-                f"{min(reserved)!r} cannot be given to the chat template", "chat_template_kwargs"
-            )
-        try:
-            text: str = self._fast.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **variables
-            )
-        except Exception as error:  # a template is a program that came with the model
-            raise InvalidRequest(
-                f"the model's chat template refuses these messages: {error}", "messages"
-            ) from error
-        return text
+        check_variables(variables)
+        wrong = [type(message).__name__ for message in messages if not isinstance(message, Mapping)]
+        if wrong or not messages:
+            what = f"a {wrong[0]} is no mapping with role and content" if wrong else "there is none"
+            raise InvalidRequest(f"the chat template refuses these messages: {what}", "messages")
+        context = {"tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
+        return self._open_renderer().render(messages, context, variables)
+
+    def close(self) -> None:
+        """Ends what renders chat templates, conversations that are being rendered too. No more come then."""
+        with self._renderer_lock:
+            self._is_closed = True
+            if self._renderer is not None:
+                self._renderer.close()
+
+    def _open_renderer(self) -> TemplateRenderer:
+        from tpworker.chat.renderer import TemplateRenderer
+
+        with self._renderer_lock:
+            if self._is_closed:
+                raise RuntimeStopped("the runtime was stopped")
+            if self._renderer is None:
+                self._renderer = TemplateRenderer(self._template(), self._fast.special_tokens_map)
+            return self._renderer
+
+    def _template(self) -> str:
+        """The template's source. Of several, which go by names, the one that is called default."""
+        template = self._fast.chat_template
+        if isinstance(template, Mapping) and template:
+            if "default" not in template:
+                raise InvalidRequest(
+                    f"of the model's chat templates ({', '.join(sorted(template))}) none is named 'default': "
+                    "name one so, or use /v1/completions, where you write the prompt yourself",
+                    "messages",
+                )
+            template = template["default"]
+        if not template:
+            raise InvalidRequest(NO_TEMPLATE)
+        return str(template)
 
     def token(self, token_id: int) -> str | None:
         """A token as its decoder gets it; None for what is no text: special tokens, and ids that the model

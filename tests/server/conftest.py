@@ -55,6 +55,8 @@ class LiveServer:
     def __exit__(self, *exception: object) -> None:
         self.server.should_exit = True
         self._thread.join()
+        if self.runtime.the_tokenizer is not None:
+            self.runtime.the_tokenizer.close()
 
     def call(self, function: Callable[..., T], *arguments: Any) -> T:
         """Call a function on the server's event loop."""

@@ -8,7 +8,6 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
-import jinja2
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
@@ -33,27 +32,7 @@ class _Fast:
     def __init__(self, backend: Backend, chat_template: str | None) -> None:
         self.backend_tokenizer = backend
         self.chat_template = chat_template
-
-    def apply_chat_template(
-        self,
-        conversation: list[dict[str, Any]],
-        *,
-        chat_template: str | None = None,
-        tokenize: bool = True,
-        add_generation_prompt: bool = False,
-        **variables: Any,
-    ) -> str:
-        def raise_exception(message: str) -> None:
-            raise jinja2.TemplateError(message)
-
-        assert self.chat_template is not None
-        template = jinja2.Template(chat_template or self.chat_template)
-        return template.render(
-            messages=conversation,
-            add_generation_prompt=add_generation_prompt,
-            raise_exception=raise_exception,
-            **variables,
-        )
+        self.special_tokens_map = {"eos_token": "<end>"}
 
 
 def byte_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> Tokenizer:

@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from tests.server.conftest import MODEL, LiveServer
-from tests.server.fake_runtime import FakeRuntime
+from tests.server.fake_runtime import FakeRuntime, byte_tokenizer
 
 Start = Callable[..., LiveServer]
 HARD = 'naïve 👩‍👩‍👧 e\u0301 你好 \u2028 \x85 "quoted" \\ \n end'
@@ -127,6 +127,28 @@ def test_roles_and_parts_reach_the_template(server: LiveServer) -> None:
     done = server.openai.chat.completions.create(model=MODEL, messages=messages)
     expected = "[system]be brief[user]one\ntwo[assistant]ok[user]go[assistant]"
     assert done.choices[0].message.content == f"You said {expected!r}."
+
+
+@pytest.mark.parametrize("content", ["Hi", [{"type": "text", "text": "Hi"}]])
+@pytest.mark.parametrize(
+    ("template", "prompt"),
+    [
+        ("{% for m in messages %}{{ m['content'] + '!' }}{% endfor %}", "Hi!"),
+        (
+            "{% for m in messages %}{% for c in m['content'] | selectattr('type','equalto','text') %}"
+            "{{ c['text'] }}?{% endfor %}{% endfor %}",
+            "Hi?",
+        ),
+    ],
+    ids=["a string", "parts"],
+)
+def test_content_comes_as_the_template_wants_it(
+    start: Start, template: str, prompt: str, content: object
+) -> None:
+    server = start(FakeRuntime(the_tokenizer=byte_tokenizer(template)))
+    body = {"messages": [{"role": "user", "content": content}]}
+    done = server.post("/v1/chat/completions", json=body).json()
+    assert done["choices"][0]["message"]["content"] == f"You said {prompt!r}."
 
 
 def test_variables_reach_the_template(server: LiveServer) -> None:

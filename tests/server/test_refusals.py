@@ -147,14 +147,17 @@ def test_values_that_cannot_be(
             "give one",
         ),
         ({"messages": [USER], "max_completion_tokens": 0}, "max_completion_tokens", "=0"),
-        ({"messages": [USER], "chat_template_kwargs": {"chat_template": "x"}}, "chat_template_kwargs", ""),
-        (
-            {"messages": [USER], "chat_template_kwargs": {"tokenize": True}},
-            "chat_template_kwargs",
-            "tokenize",
+        *(
+            ({"messages": [USER], "chat_template_kwargs": {name: value}}, "chat_template_kwargs", repr(name))
+            for name, value in (
+                ("messages", []), ("self", 1), ("tools", []), ("documents", []), ("tokenize", True),
+                ("add_generation_prompt", False), ("chat_template", "x"), ("raise_exception", 1),
+                ("no identifier", 1), ("", 1),
+            )
         ),
+        ({"messages": [USER], "chat_template_kwargs": {"x": 2**64}}, "chat_template_kwargs", "64 bits"),
     ],
-)
+)  # fmt: skip
 def test_conversations_that_cannot_be(
     server: LiveServer, body: dict[str, Any], param: str, words: str
 ) -> None:
@@ -305,6 +308,24 @@ def test_nothing_is_tokenised_that_there_is_no_room_for(
     response = server.post(path, json=body)
     assert (response.status_code, error_of(response)["code"]) == (429, "queue_full")
     assert not done
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{{ 'a' * 3000000000 }}", "more than 512 MiB of memory, the limit: shorten the messages"),
+        ("{{ 'a' * 40000000 }}", "more than 33554432 characters, the limit: shorten the messages"),
+        ("{% for m in messages %}", "is broken: line 1: Unexpected end of template"),
+        ("{{ messages[0].content / 2 }}", "fails on these messages: TypeError"),
+    ],
+)
+def test_a_template_that_is_wrong_or_wants_too_much(start: Start, template: str, words: str) -> None:
+    server = start(FakeRuntime(the_tokenizer=byte_tokenizer(template)))
+    response = server.post(CHAT, json={"messages": [USER]})
+    error = error_of(response)
+    assert (response.status_code, error["param"]) == (400, "messages")
+    assert words in error["message"]
+    assert "Traceback" not in error["message"]
 
 
 def test_a_model_without_a_chat_template(start: Start) -> None:

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WrapValidator, model_validator
 
+from tpworker.chat.variables import check_variables
 from tpworker.config import SamplingParams
 from tpworker.errors import InvalidRequest
 
@@ -245,17 +246,23 @@ class Message(_Body):
     _neutral = _NEUTRAL_MESSAGE
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[
-        list[TextPart], BeforeValidator(lambda c: [{"type": "text", "text": c}] if type(c) is str else c)
-    ]
+    content: Annotated[list[TextPart], WrapValidator(lambda c, check: c if type(c) is str else check(c))]
+    """Or a string, which stays one."""
     name: str | None = None
     reasoning_content: str | None = None
 
-    def for_template(self) -> dict[str, str]:
-        """As chat templates know it: the content one text, and the developer called the system."""
-        message = {
+    @property
+    def num_chars(self) -> int:
+        """Of its content."""
+        content: str | list[TextPart] = self.content
+        return len(content) if isinstance(content, str) else sum(len(part.text) for part in content)
+
+    def for_template(self) -> dict[str, Any]:
+        """As chat templates know it: the developer called the system. The content as it came."""
+        content: str | list[TextPart] = self.content
+        message: dict[str, Any] = {
             "role": "system" if self.role == "developer" else self.role,
-            "content": "\n".join(part.text for part in self.content),
+            "content": content if isinstance(content, str) else [part.model_dump() for part in content],
         }
         extra = {"name": self.name, "reasoning_content": self.reasoning_content}
         return message | {name: value for name, value in extra.items() if value is not None}
@@ -276,7 +283,12 @@ class ChatRequest(GenerationRequest):
     @property
     def num_chars(self) -> int:
         """Of all messages together."""
-        return sum(len(part.text) for message in self.messages for part in message.content)
+        return sum(message.num_chars for message in self.messages)
+
+    @model_validator(mode="after")
+    def _variables_can_be_given(self) -> ChatRequest:
+        check_variables(self.chat_template_kwargs or {})
+        return self
 
     @model_validator(mode="after")
     def _one_limit(self) -> ChatRequest:
