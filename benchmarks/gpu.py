@@ -23,8 +23,8 @@ what that rank takes for each that comes last to it; the rest is waiting. 'skew'
 waits for the last in a step's first all-reduce.
 
 A request of 2000 tokens comes while others decode, as many as the largest batch less one: 'admitted', what
-the steps that hold a chunk of it take, mean and longest, and the time to its first token, ms. Steps have up
-to 575 tokens (512 of the prompt beside 63 that decode), or 2048 with more than 64 requests.
+the steps that hold a chunk of it take, mean and longest, and the time to its first token, ms. The runtime has
+as many slots, and a step as many tokens, as it has on GPUs by default, or as --slots and --step-tokens say.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.gpu_run import Case, measure
+from benchmarks.gpu_run import DEFAULTS, Case, measure
 from benchmarks.gpu_trace import KINDS, OTHER
 from benchmarks.options import add_stand_ins, choose_stand_ins, positive, shape
 from benchmarks.report import machine, save, told_ranks
@@ -72,6 +72,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--together", action="store_true", help="shapes of one GPU at a time, each on its own"
     )
+    for flag, default in (
+        ("--slots", DEFAULTS.max_num_seqs),
+        ("--step-tokens", DEFAULTS.max_num_batched_tokens),
+    ):
+        parser.add_argument(flag, type=positive, default=default, metavar="N", help=f"default: {default}")
     add_stand_ins(parser)
     parser.add_argument("--timeline", metavar="FILE", help="write some traced steps of each row, to be drawn")
     parser.add_argument("--commit", help="to be noted with the figures; default: what git says")
@@ -101,7 +106,8 @@ def run(options: argparse.Namespace) -> int:
                 overlap = lookahead > 0
                 case = Case(model, ranks, lookahead, batches, trace_steps=TRACE_STEPS[overlap], admit=overlap,
                             replays=lookahead == options.lookahead[0],
-                            stand_ins=stand_ins[ranks])  # fmt: skip
+                            stand_ins=stand_ins[ranks], slots=options.slots,
+                            step_tokens=options.step_tokens)  # fmt: skip
                 rows += measure(case, graphs)
                 write(options, where, rows)
     finally:  # what was measured is told, whatever comes to an end too early
@@ -115,6 +121,7 @@ def together(models: Sequence[str], options: argparse.Namespace, num_gpus: int) 
     gpus = visible.split(",")
     rows: list[dict[str, Any]] = []
     same = ["--lookahead", *(str(lookahead) for lookahead in options.lookahead)]
+    same += ["--slots", str(options.slots), "--step-tokens", str(options.step_tokens)]
     same += ["--batch", *(str(batch) for batch in options.batch)] if options.batch else []
     with tempfile.TemporaryDirectory() as folder:
         for first in range(0, len(models), len(gpus)):

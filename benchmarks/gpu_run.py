@@ -25,14 +25,14 @@ from benchmarks.floors import floor_ms
 from benchmarks.gpu_rank import TASK, TRACE_FROM, Task
 from benchmarks.gpu_trace import Trace, TraceFailed, figures, timeline
 from benchmarks.report import quantile, told_ranks
-from tpworker import Runtime, SamplingParams
+from tpworker import Runtime, RuntimeConfig, SamplingParams
 from tpworker.model.families import read_spec
 from tpworker.outputs import StepRecord
+from tpworker.settings import StepSizes
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
 
-STEP_TOKENS = 575
-MANY_TOKENS = 2048  # or the first requests would end before the last ones begin
+DEFAULTS = StepSizes.of(RuntimeConfig(), "cuda")
 LONG_PROMPT = 2000
 _SETTLED = 5  # steps of a batch that are not looked at first
 _AFTER_TRACE = 10
@@ -63,16 +63,15 @@ class Case:
     device: str = "cuda"
     stand_ins: int = 0
     """How many ranks there are instead, each for several (stand_ins.py); 0: all of them."""
+    slots: int = DEFAULTS.max_num_seqs
+    """Of the runtime; at least as many as the largest batch has."""
+    step_tokens: int = DEFAULTS.max_num_batched_tokens
+    """Token budget of a step."""
 
     @property
     def num_running(self) -> int:
         """Ranks that there are."""
         return self.stand_ins or self.ranks
-
-    @property
-    def step_tokens(self) -> int:
-        """Token budget of a step."""
-        return STEP_TOKENS if max(self.batches) * self.num_prompt <= 64 * 500 else MANY_TOKENS
 
     @property
     def max_model_len(self) -> int:
@@ -192,7 +191,7 @@ async def _serve(folder: Path, case: Case) -> list[dict[str, Any]]:
         lookahead=case.lookahead,
         load_format="dummy",
         max_model_len=case.max_model_len,
-        max_num_seqs=max(case.batches),
+        max_num_seqs=max(case.slots, *case.batches),
         max_num_batched_tokens=case.step_tokens,
         prefix_caching=False,
         rank_module="benchmarks.gpu_rank",

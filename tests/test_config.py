@@ -54,7 +54,7 @@ def test_real_numbers_of_any_library_are_floats(half: Any) -> None:
     assert (type(config.step_timeout), config.gpu_memory_utilization) == (float, 0.5)
     with pytest.raises(InvalidRequest, match="top_k="):
         SamplingParams(top_k=half)
-    with pytest.raises(ConfigError, match=r"max_num_seqs=.* must be int"):
+    with pytest.raises(ConfigError, match=r"max_num_seqs=.* must be int or None"):
         RuntimeConfig(max_num_seqs=half)
 
 
@@ -116,7 +116,7 @@ def test_what_they_come_to_crosses_to_the_processes() -> None:
     config = RuntimeConfig(
         max_num_seqs=np.int64(8), step_timeout=np.float32(2.5), prefix_caching=np.bool_(True)
     )
-    settings = scheduler_settings(config, 512)
+    settings = scheduler_settings(config, "cpu", 512)
     assert (settings.max_num_seqs, settings.step_timeout, settings.prefix_caching) == (8, 2.5, True)
     from tests.ipc.test_child import SCHEDULER_BOOT
 

@@ -350,7 +350,7 @@ def test_shapes_of_one_gpu_are_measured_at_a_time(monkeypatch: pytest.MonkeyPatc
             options = dict(pairwise(command))
             self.returncode = int(options["--shapes"] == "b:1")
             started.append((options["--shapes"], env["CUDA_VISIBLE_DEVICES"]))
-            assert options["--batch"] == "16"
+            assert (options["--batch"], options["--slots"], options["--step-tokens"]) == ("16", "32", "64")
             if self.returncode:
                 return
             row = {"model": options["--shapes"], "lookahead": 2, "batch": 16}
@@ -362,7 +362,7 @@ def test_shapes_of_one_gpu_are_measured_at_a_time(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
     monkeypatch.setattr(gpu.subprocess, "Popen", Child)
-    options = argparse.Namespace(lookahead=[2, 0], batch=[16])
+    options = argparse.Namespace(lookahead=[2, 0], batch=[16], slots=32, step_tokens=64)
     rows = gpu.together(["a", "b", "c"], options, 2)
     assert started == [("a:1", "2"), ("b:1", "3"), ("c:1", "2")]
     assert [row["model"] for row in rows] == ["a:1", "a:1", "c:1", "c:1"], "one that fails spoils no other"

@@ -67,9 +67,9 @@ def test_step_sizes_suit_the_device_and_what_is_asked_for(
         ("lookahead", 2.0, "int"),
         ("lookahead", True, "int"),
         ("prefix_caching", 1, "bool"),
-        ("max_num_seqs", "8", "NoneType or int"),
+        ("max_num_seqs", "8", "int or None"),
         ("step_timeout", "1", "float or int"),
-        ("model", 5, "NoneType or str"),
+        ("model", 5, "str or None"),
     ],
 )
 def test_an_option_of_the_wrong_type_is_refused_before_any_process_starts(

@@ -126,7 +126,8 @@ class RuntimeConfig:
             kind = next((kind for kind in (float, int) if kind in kinds), None)
             value = _plain(given) if kind is None else _number(given, kind)
             object.__setattr__(self, option.name, value)
-            check(type(value) in kinds, option.name, " or ".join(sorted(k.__name__ for k in kinds)))
+            names = [k.__name__ for k in kinds if k is not type(None)] + ["None"] * (type(None) in kinds)
+            check(type(value) in kinds, option.name, " or ".join(names))
         check(
             self.model != "" and is_utf8(self.model or ""),
             "model",

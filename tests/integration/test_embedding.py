@@ -63,6 +63,9 @@ def test_a_stopped_runtime_does_not_keep_the_interpreter_from_ending(tmp_path: P
             begun.set()
             threading.Event().wait()
 
+        def close(self):
+            pass
+
     begun = threading.Event()
 
     async def left(stop):

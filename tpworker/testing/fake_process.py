@@ -50,6 +50,7 @@ def fake_model(
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0,
         "hidden_act": "silu",
+        "eos_token_id": None,  # without a word it would be Llama's usual one
         _STEP_SECONDS: step_seconds,
     }
     folder.mkdir(parents=True, exist_ok=True)
