@@ -28,7 +28,7 @@ from benchmarks.report import quantile, told_ranks
 from tpworker import Runtime, RuntimeConfig, SamplingParams
 from tpworker.model.families import read_spec
 from tpworker.outputs import StepRecord
-from tpworker.settings import StepSizes
+from tpworker.runtime.settings import StepSizes
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
 

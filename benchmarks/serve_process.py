@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from tpworker.cli import parse
-from tpworker.runtime import Runtime
+from tpworker.runtime.runtime import Runtime
 from tpworker.server import bind, run_server
 
 

@@ -15,7 +15,7 @@ import torch
 
 from tpworker import ConfigError, InvalidRequest, RuntimeConfig, SamplingParams
 from tpworker.ipc.child import pack_boot
-from tpworker.settings import scheduler_settings
+from tpworker.runtime.settings import scheduler_settings
 
 
 class Size(IntEnum):

@@ -73,9 +73,9 @@ def test_families_import_no_torch() -> None:
 def test_observing_needs_no_torch_and_no_other_process() -> None:
     assert not ours(
         "tpworker/observe", "tpworker.observe", "tpworker.ipc", "tpworker.model",
-        "tpworker.config", "tpworker.errors", "tpworker.loading", "tpworker.settings",
+        "tpworker.config", "tpworker.errors", "tpworker.runtime.loading", "tpworker.runtime.settings",
     )  # fmt: skip
-    for_the_size_of_a_model = {"tpworker/observe/model_check.py"}
+    for_the_size_of_a_model = {"tpworker/doctor/model_check.py"}
     assert (
         set(users("tpworker/observe", "torch", "tpworker.rank", "tpworker.model")) == for_the_size_of_a_model
     )
@@ -88,7 +88,7 @@ def test_zmq_is_used_by_the_channels_only() -> None:
 
 
 def test_chat_templates_are_rendered_without_the_libraries_of_models() -> None:
-    assert not ours("tpworker/chat", "tpworker.chat", "tpworker.children", "tpworker.errors")
+    assert not ours("tpworker/chat", "tpworker.chat", "tpworker.runtime.children", "tpworker.errors")
     assert not users("tpworker/chat", "torch", "transformers", "tokenizers", "numpy")
     in_the_process = {f"tpworker/chat/{name}.py" for name in ("content", "environment", "process")}
     assert set(users("tpworker", "jinja2")) == in_the_process

@@ -37,8 +37,8 @@ if TYPE_CHECKING:
         TpworkerError,
     )
     from tpworker.outputs import Completion, Health, RequestOutput, Stats, StepRecord
-    from tpworker.runtime import Runtime
-    from tpworker.sync import SyncRuntime
+    from tpworker.runtime.runtime import Runtime
+    from tpworker.runtime.sync import SyncRuntime
 
 __all__ = [
     "Completion",
@@ -64,8 +64,8 @@ __all__ = [
 _MODULES = {
     "tpworker.config": ["RuntimeConfig", "SamplingParams"],
     "tpworker.outputs": ["Completion", "Health", "RequestOutput", "Stats", "StepRecord"],
-    "tpworker.runtime": ["Runtime"],
-    "tpworker.sync": ["SyncRuntime"],
+    "tpworker.runtime.runtime": ["Runtime"],
+    "tpworker.runtime.sync": ["SyncRuntime"],
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -23,7 +23,7 @@ from tests.conftest import eventually, is_gone
 from tpworker.chat import renderer as renderer_module
 from tpworker.chat.renderer import MAX_RENDERERS, TemplateRenderer
 from tpworker.errors import InvalidRequest, RuntimeStopped
-from tpworker.text import Tokenizer
+from tpworker.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 

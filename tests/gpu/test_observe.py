@@ -15,7 +15,7 @@ import torch
 from tests.conftest import TINY_CONFIG
 from tpworker import Runtime
 from tpworker.config import RuntimeConfig
-from tpworker.observe import doctor
+from tpworker.doctor import doctor
 from tpworker.observe.gpus import count_gpus
 from tpworker.observe.nvml import Nvml, find_gpus, links
 

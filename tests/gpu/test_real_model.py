@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from tests.integration.conftest import Server
 from tpworker import Runtime, SamplingParams
 from tpworker.observe.gpus import count_gpus
-from tpworker.text import Tokenizer
+from tpworker.text.tokenizer import Tokenizer
 
 pytestmark = [
     pytest.mark.gpu,

@@ -15,7 +15,7 @@ from tests.server.fake_runtime import byte_tokenizer
 pytestmark = pytest.mark.timeout(240)
 
 SERVE = """
-    import tpworker.text
+    import tpworker.text.tokenizer
     from tpworker.__main__ import run
     from tpworker.server import run_server
 
@@ -23,7 +23,7 @@ SERVE = """
         print("tokenising")
         threading.Event().wait()
 
-    tpworker.text.Tokenizer.encode = endless
+    tpworker.text.tokenizer.Tokenizer.encode = endless
     run_server.__kwdefaults__["drain_timeout"] = float(sys.argv.pop())
     run()
 """

@@ -18,7 +18,6 @@ from tests.model.helpers import CPU
 from tests.model.test_families import ERNIE, ERNIE_DENSE, GLM, LLAMA, LLAMA3, MIXTRAL, QWEN
 from tpworker.config import RuntimeConfig
 from tpworker.errors import ModelError, shown
-from tpworker.loading import FoundModel, find_model, load_tokenizer
 from tpworker.model.families import ModelSpec, read_spec
 from tpworker.model.json_file import MAX_BYTES, shown_name
 from tpworker.model.resolve import resolve_model
@@ -26,7 +25,8 @@ from tpworker.model.rope import rope_tables
 from tpworker.model.tp import Shard
 from tpworker.model.weight_files import WeightFiles
 from tpworker.model.weights import shard_bytes
-from tpworker.settings import rank_settings, resolve_max_model_len
+from tpworker.runtime.loading import FoundModel, find_model, load_tokenizer
+from tpworker.runtime.settings import rank_settings, resolve_max_model_len
 
 T = TypeVar("T")
 
@@ -181,7 +181,7 @@ def test_a_panic_of_the_tokenizers_library_is_a_line(folder: Path, monkeypatch: 
     def panic(folder: Path) -> None:
         raise PanicException("index out of bounds:\n the len is 0")
 
-    monkeypatch.setattr("tpworker.text.Tokenizer.load", panic)
+    monkeypatch.setattr("tpworker.text.tokenizer.Tokenizer.load", panic)
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(
         ModelError, match=r"cannot be read: index out of bounds: the len is 0; fetch it again"

@@ -282,7 +282,7 @@ def test_a_download_that_was_preallocated_and_cut_off_is_told_of(folder: Path) -
 
 def test_files_are_checked_without_torch(folder: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from tpworker.loading import find_model; "
+        "import sys; from pathlib import Path; from tpworker.runtime.loading import find_model; "
         "from tpworker.config import RuntimeConfig; "
         "find_model(RuntimeConfig(model=sys.argv[1]), lambda text, part: None); "
         "assert not {'torch', 'transformers'} & sys.modules.keys()"

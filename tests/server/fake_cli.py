@@ -9,7 +9,7 @@ import asyncio
 import sys
 from typing import Any
 
-import tpworker.runtime
+import tpworker.runtime.runtime
 from tests.server.fake_runtime import FakeRuntime, byte_tokenizer
 from tpworker.__main__ import run
 from tpworker.cli import main
@@ -60,7 +60,7 @@ class TalkingRuntime(FakeRuntime):
 
 
 if __name__ == "__main__":
-    tpworker.runtime.Runtime = TalkingRuntime  # type: ignore[assignment, misc]
+    tpworker.runtime.runtime.Runtime = TalkingRuntime  # type: ignore[assignment, misc]
 
     def command() -> int:
         status = main()

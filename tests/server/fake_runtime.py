@@ -15,7 +15,8 @@ from tpworker.config import RuntimeConfig, SamplingParams
 from tpworker.errors import InvalidRequest, PromptTooLong, QueueFull, RuntimeFailed, RuntimeStopped
 from tpworker.observe.watch import GpuState
 from tpworker.outputs import Health, RequestOutput, RuntimeState, Stats, StepRecord
-from tpworker.text import TextStream, Tokenizer
+from tpworker.text.stream import TextStream
+from tpworker.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
 CHAT_TEMPLATE = (

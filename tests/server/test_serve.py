@@ -23,10 +23,10 @@ import pytest
 
 from tpworker.cli import serve
 from tpworker.config import RuntimeConfig
+from tpworker.doctor import doctor
+from tpworker.doctor.check import ok
 from tpworker.errors import ConfigError
 from tpworker.ipc.limits import usable_cores
-from tpworker.observe import doctor
-from tpworker.observe.check import ok
 from tpworker.server import bind
 
 ROOT = Path(__file__).parents[2]

@@ -28,8 +28,8 @@ from tpworker.chat.frames import (
     pack,
     receive,
 )
-from tpworker.children import child_environment, log_descriptor
 from tpworker.errors import InvalidRequest, RuntimeStopped
+from tpworker.ipc.spawn import child_environment, log_descriptor
 
 MAX_RENDERERS = 2
 """Processes of one template: while a conversation takes its time, others have another way."""

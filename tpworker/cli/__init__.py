@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = parse(arguments)
         logging.basicConfig(format="%(asctime)s tpworker %(levelname)s %(message)s", level=logging.WARNING)
         if isinstance(options, DoctorOptions):
-            from tpworker.observe.doctor import run_doctor
+            from tpworker.doctor.doctor import run_doctor
 
             return run_doctor(options.config, options.as_json)
         from tpworker.cli.serve import ask, serve

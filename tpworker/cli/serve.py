@@ -30,8 +30,8 @@ def serve(options: Options) -> int:
             f"the HTTP server needs the package {error.name}, which is not installed: "
             "pip install 'tpworker[server]' (--ask works without it)"
         ) from error
-    from tpworker.runtime import Runtime
-    from tpworker.terminal import StartProgress, ready_text
+    from tpworker.cli.terminal import StartProgress, ready_text
+    from tpworker.runtime.runtime import Runtime
 
     raise_descriptor_limit(options.config)
     listener = bind(options.host, options.port)
@@ -71,7 +71,7 @@ def _warnings(config: RuntimeConfig) -> Iterator[None]:
 
 
 def _warn(config: RuntimeConfig) -> None:
-    from tpworker.observe.doctor import troubles
+    from tpworker.doctor.doctor import troubles
 
     try:
         for check in troubles(config):
@@ -83,8 +83,8 @@ def _warn(config: RuntimeConfig) -> None:
 
 def ask(options: Options, question: str) -> int:
     """Answer one question on stdout, and return the exit status."""
-    from tpworker.ask import answer
-    from tpworker.terminal import StartProgress
+    from tpworker.cli.ask import answer
+    from tpworker.cli.terminal import StartProgress
 
     with StartProgress() as progress:
         asyncio.run(answer(options.config, question, progress))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
+import re
+from pathlib import Path
 
 from tpworker.config import RuntimeConfig
 from tpworker.errors import ConfigError
-from tpworker.observe.libraries import torch_cuda
 from tpworker.observe.nvml import Found, Gpu, find_gpus
 
 logger = logging.getLogger(__name__)
@@ -58,3 +60,19 @@ def remedy(found: Found) -> str:
 def count_gpus() -> int:
     """GPUs that CUDA will show to the ranks. Needs no CUDA."""
     return len(find_gpus().gpus)
+
+
+def torch_cuda() -> tuple[int, int] | None:
+    """The CUDA that the installed torch was built for; None: it is a CPU build, or is not installed.
+
+    Read from its version.py, since importing torch takes seconds.
+    """
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return None
+    try:
+        text = (Path(spec.origin).parent / "version.py").read_text()
+    except OSError:
+        return None
+    match = re.search(r"^cuda\b[^=\n]*=\s*['\"](\d+)\.(\d+)", text, re.MULTILINE)
+    return None if match is None else (int(match[1]), int(match[2]))

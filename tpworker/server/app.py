@@ -18,7 +18,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response
 
 from tpworker.errors import InvalidRequest, RuntimeFailed, RuntimeStopped, TpworkerError
-from tpworker.loading import in_daemon_thread
+from tpworker.runtime.loading import in_daemon_thread
 from tpworker.server.answer import Answer, client_left
 from tpworker.server.errors import ApiError, ModelNotFound, describe, describe_validation, internal_error
 from tpworker.server.formats import ChatFormat, CompletionFormat, Format
@@ -27,7 +27,7 @@ from tpworker.server.metrics import Metrics, Timing
 from tpworker.server.requests import ChatRequest, CompletionRequest, GenerationRequest, Prompt
 
 if TYPE_CHECKING:
-    from tpworker.runtime import Runtime
+    from tpworker.runtime.runtime import Runtime
 
 logger = logging.getLogger(__name__)
 

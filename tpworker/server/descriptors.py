@@ -6,7 +6,7 @@ import resource
 from contextlib import suppress
 
 from tpworker.config import RuntimeConfig
-from tpworker.settings import StepSizes
+from tpworker.runtime.settings import StepSizes
 
 NUM_IDLE = 4096
 """Connections that may be open besides those of requests: clients keep some for their next request."""

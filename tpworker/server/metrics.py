@@ -16,7 +16,7 @@ from tpworker.observe.watch import GpuState
 from tpworker.outputs import RequestOutput, StepRecord
 
 if TYPE_CHECKING:
-    from tpworker.runtime import Runtime
+    from tpworker.runtime.runtime import Runtime
 
 _FIRST_TOKEN = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _EACH_TOKEN = (0.0005, 0.001, 0.002, 0.004, 0.006, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 0.5, 1)

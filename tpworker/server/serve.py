@@ -22,7 +22,7 @@ from tpworker.server.seldom import seldom
 from tpworker.server.signals import Signals, watched_signals
 
 if TYPE_CHECKING:
-    from tpworker.runtime import Runtime
+    from tpworker.runtime.runtime import Runtime
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,87 @@
+"""What a command line of another engine is answered, and words that belong to no option."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from tests.cli.test_cli import DOCTOR_FLAGS, FLAGS, refused
+from tpworker.cli import habits
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("--tp 4", "--tp: the name here is -tp or --tensor-parallel-size"),
+        ("--tensor-parallel=4", "--tensor-parallel: the name here is -tp or --tensor-parallel-size"),
+        ("--max_model_len 5", "--max_model_len: the name here is --max-model-len"),
+        ("--max-batch-size 5", "--max-batch-size: the name here is --max-num-seqs"),
+        ("--context-length=5", "--context-length: the name here is --max-model-len"),
+        ("--model-path a/b", "--model-path: the name here is --model"),
+        (
+            "--enable-prefix-caching",
+            "--enable-prefix-caching: always on (--no-prefix-caching switches it off",
+        ),
+        ("--enable-chunked-prefill", "--enable-chunked-prefill: always on"),
+        ("--trust-remote-code", "--trust-remote-code: not needed: no code of a model's folder is ever run"),
+        ("--quantization fp8", "--quantization: not supported yet: weights are served in float32"),
+        ("-q fp8", "-q: not supported yet: weights are served in float32"),
+        ("--tokenizer some/where", "--tokenizer: not supported: it is read from the model's folder"),
+        ("-pp 2", "-pp: not supported yet: tensor parallelism (-tp)"),
+        ("--enforce-eager", "--enforce-eager: not needed: steps on GPUs are always graph replays"),
+        ("--disable-log-requests", "--disable-log-requests: not needed: requests are not logged"),
+        ("--hf-overrides.a.b 1", "--hf-overrides.a.b: not supported: it is read from the model's folder"),
+        ("--num-kv-blocks 5", "--num-kv-blocks: not an option: a field of RuntimeConfig"),
+        ("--json", "--json: an option of `tpworker doctor` alone: leave it out"),
+        ("--max-num-seq 5", "'--max-num-seq': no such option; is --max-num-seqs meant?"),
+        ("--frobnicate", "'--frobnicate': no such option; `tpworker serve --help` lists all"),
+        ("--lora-modules a=b c=d", "--lora-modules: not supported yet: merge the adapter into the weights"),
+    ],
+)
+def test_what_other_engines_have_is_answered_by_what_holds_here(
+    capsys: pytest.CaptureFixture[str], arguments: str, said: str
+) -> None:
+    error = refused(capsys, "serve", *arguments.split())
+    assert error.startswith(said)
+    assert ";" not in error.removeprefix(said) or "no such option" in said, "the values are no news"
+
+
+def test_all_that_is_wrong_is_said_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = "a/b --tp 2 --enable-prefix-caching --port 5 --tp 4 --quantization x"
+    error = refused(capsys, "serve", *arguments.split())
+    assert [one.partition(":")[0] for one in error.split("; ") if one.startswith("--")] == [
+        "--tp", "--enable-prefix-caching", "--quantization",
+    ]  # fmt: skip
+    assert refused(capsys, "doctor", "a/b", "--port", "80") == (
+        "--port: an option of `tpworker serve` alone: leave it out"
+    )
+
+
+def test_the_table_of_habits_names_what_there_is() -> None:
+    assert not (habits.NAMES.keys() | habits.FACTS.keys()) & (FLAGS | DOCTOR_FLAGS)
+    assert not habits.NAMES.keys() & habits.FACTS.keys()
+    told = " ".join([*habits.NAMES.values(), *habits.FACTS.values()]).replace(
+        "hf download NAME --revision", ""
+    )
+    assert set(re.findall(r"--[a-z][a-z-]*", told)) <= FLAGS
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            "--served-model-name a b",
+            "'b': --served-model-name takes one value, and one with spaces needs quotes",
+        ),
+        ("--model b --served-model-name=a b", "'b': --served-model-name takes one value"),
+        ("--served-model-name b b", "'b': --served-model-name takes one value"),
+        ("--max-num-seqs 4 8 --port 1", "'8': --max-num-seqs takes one value"),
+        ("--no-prefix-caching a/b", "'a/b': belongs to no option; a model is named first, or with --model"),
+        ("a/b c/d", "'c/d': --model takes one value"),
+    ],
+)
+def test_words_that_belong_to_no_option(
+    capsys: pytest.CaptureFixture[str], arguments: str, said: str
+) -> None:
+    assert refused(capsys, "serve", *arguments.split()).startswith(said)

@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import signal
+
+import pytest
+
+from tpworker.ipc.child import Report
+from tpworker.runtime.faults import Ending, Kind, Standing, find_cause
+
+RANK0, RANK1, RANK2, SCHEDULER = "tpworker-rank0", "tpworker-rank1", "tpworker-rank2", "tpworker-scheduler"
+
+
+def reported(process: str, error: str, summary: str = "", missing: tuple[int, ...] = ()) -> Ending:
+    return Ending(process, 1, Report(error, summary, f"Traceback of {process}", missing, ()))
+
+
+def diverging(process: str, ranks: tuple[int, ...]) -> Ending:
+    return Ending(process, 1, Report("BarrierDiverged", "step 5: plans differ", "Traceback", (), ranks))
+
+
+killed = Ending(RANK1, -signal.SIGKILL, None)
+raised = reported(RANK1, "ValueError", "bad weights")
+aborted = Ending(RANK0, -signal.SIGABRT, None)
+waited = reported(RANK0, "BarrierTimeout", "rank 1 did not come", (1,))
+lost = reported(
+    RANK0, "RuntimeError", "[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]"
+)
+
+
+@pytest.mark.parametrize(
+    ("ending", "kind"),
+    [
+        (killed, Kind.DIED),
+        (Ending(RANK1, None, None), Kind.DIED),
+        (Ending(RANK1, 3, None), Kind.DIED),
+        (raised, Kind.RAISED),
+        (diverging(RANK1, (1,)), Kind.RAISED),
+        (aborted, Kind.ABORTED),
+        (waited, Kind.WAITED),
+        (reported(RANK0, "StreamBroken", "BarrierTimeout: rank 1 did not come", (1,)), Kind.WAITED),
+        (reported(SCHEDULER, "StepTimeout", "not answered"), Kind.WAITED),
+        (reported(SCHEDULER, "ChannelError", "tpworker-rank1 did not connect within 5 s"), Kind.WAITED),
+        (lost, Kind.LOST),
+        (reported(RANK0, "RuntimeError", "Read error [127.0.0.1]:1: Connection reset by peer"), Kind.LOST),
+        (reported(RANK0, "RuntimeError", "Timed out waiting 60000ms for recv operation"), Kind.LOST),
+        (reported(RANK0, "BarrierAborted", "abort"), Kind.LOST),
+        (reported(RANK0, "StreamBroken", "BarrierAborted: step 3"), Kind.LOST),
+    ],
+)
+def test_what_an_ending_says(ending: Ending, kind: Kind) -> None:
+    assert ending.kind is kind
+
+
+@pytest.mark.parametrize("consequence", [aborted, waited, lost])
+@pytest.mark.parametrize("cause", [killed, raised])
+def test_a_cause_beats_its_consequences_whichever_is_seen_first(cause: Ending, consequence: Ending) -> None:
+    for endings in ([cause, consequence], [consequence, cause]):
+        assert find_cause(endings, {}).process == RANK1
+
+
+def test_a_death_beats_an_exception_that_may_be_its_consequence() -> None:
+    other = reported(RANK0, "RuntimeError", "something that no pattern knows")
+    fault = find_cause([other, killed], {})
+    assert fault.process == RANK1
+    assert fault.summary.startswith(f"{RANK1} was killed by SIGKILL: by another program, by hand, or by the")
+    assert fault.traceback is None
+
+
+def test_of_equals_the_first_that_was_seen() -> None:
+    other = reported(RANK0, "KeyError", "x")
+    assert find_cause([raised, other], {}).process == RANK1
+    assert find_cause([other, raised], {}).process == RANK0
+
+
+def test_an_exception_comes_with_its_words_and_its_traceback() -> None:
+    fault = find_cause([raised], {})
+    assert fault.summary == f"{RANK1} raised ValueError: bad weights"
+    assert fault.traceback == f"Traceback of {RANK1}"
+    assert not fault.hung
+
+
+def test_who_is_waited_for_is_at_fault() -> None:
+    fault = find_cause([waited], {RANK1: Standing(False, (4, 1))})
+    assert fault.process == RANK1
+    assert fault.hung
+    assert fault.summary == f"{RANK1} hangs; {RANK0} raised BarrierTimeout: rank 1 did not come"
+
+
+def test_who_is_stopped_is_at_fault() -> None:
+    standings = {
+        RANK0: Standing(False, (4, 1)),
+        RANK1: Standing(False, (4, 1)),
+        RANK2: Standing(True, (4, 1)),
+    }
+    fault = find_cause([reported(SCHEDULER, "StepTimeout", "not answered", (1,))], standings)
+    assert fault.process == RANK2
+    assert "is stopped" in fault.summary
+
+
+def test_who_is_behind_is_at_fault_where_nobody_is_named() -> None:
+    standings = {
+        SCHEDULER: Standing(False, ()),
+        RANK0: Standing(False, (4, 7)),
+        RANK1: Standing(False, (4, 6)),
+    }
+    timeout = reported(SCHEDULER, "StepTimeout", "not answered")
+    assert find_cause([timeout], standings).process == RANK1
+    level = {**standings, RANK1: standings[RANK0]}
+    together = find_cause([timeout], level)
+    assert together.process == f"{RANK0}, {RANK1}", "the scheduler only says so"
+    assert together.hung
+
+
+def test_who_says_whom_it_missed_is_believed_before_who_does_not() -> None:
+    standings = {RANK1: Standing(False, (4, 6))}
+    endings = [
+        reported(SCHEDULER, "StepTimeout", "not answered"),
+        waited,
+    ]
+    assert find_cause(endings, standings).process == RANK1
+
+
+def test_a_rank_that_diverges_is_at_fault_though_others_say_so() -> None:
+    assert find_cause([diverging(RANK0, (1,))], {}).process == RANK1
+    assert find_cause([diverging(RANK0, ())], {}).process == RANK0  # of two nobody knows which
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [
+        (3, "ended with status 3"),
+        (-signal.SIGSEGV, "killed by SIGSEGV"),
+        (-40, "killed by signal 40"),
+        (None, "ended without a word"),
+    ],
+)
+def test_an_end_without_a_report_is_described(status: int | None, words: str) -> None:
+    assert words in find_cause([Ending(RANK1, status, None)], {}).summary
+
+
+@pytest.mark.parametrize(
+    ("oom_kills", "words"),
+    [
+        (None, "by another program, by hand, or by the kernel for want of memory"),
+        (0, "by another program or by hand, not by the kernel for want of memory"),
+        (2, "by the kernel for want of memory, it seems: it has killed 2 here since the start"),
+    ],
+)
+def test_want_of_memory_is_blamed_where_there_is_a_sign_of_it(oom_kills: int | None, words: str) -> None:
+    endings = [Ending(name, -signal.SIGKILL, None, oom_kills) for name in (RANK1, SCHEDULER)]
+    standing = {RANK0: Standing(False, (1,))}
+    assert find_cause(endings, standing).summary == f"{RANK1} was killed by SIGKILL: {words}"
+    fault = find_cause(endings, {})
+    assert fault.process == f"{RANK1}, {SCHEDULER}"
+    assert fault.summary == f"all processes ({RANK1}, {SCHEDULER}) were killed by SIGKILL at once: {words}"
+    assert find_cause(endings[:1], {}).process == RANK1
+    other = Ending(RANK0, -signal.SIGSEGV, None, oom_kills)
+    assert find_cause([other, *endings], {}).process == RANK0

@@ -1,0 +1,197 @@
+"""What the runtime process makes of a model's files: where outputs end, what is odd, what is refused."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+from tests.conftest import TINY_CONFIG
+from tests.model.helpers import tiny_model
+from tests.server.fake_runtime import byte_tokenizer
+from tpworker import Runtime
+from tpworker.config import RuntimeConfig
+from tpworker.doctor.model_check import check_model
+from tpworker.errors import ModelError
+from tpworker.runtime.loading import find_model, load_tokenizer
+
+END = 256  # of `byte_tokenizer`
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A model with weights, and with a tokenizer whose EOS only tokenizer_config.json names."""
+    keys = {key: TINY_CONFIG[key] for key in TINY_CONFIG if key not in ("architectures", "model_type")}
+    tiny_model(tmp_path, LlamaConfig(**keys, rope_scaling=None))
+    (tmp_path / "config.json").write_text(json.dumps(TINY_CONFIG))
+    (tmp_path / "generation_config.json").unlink(missing_ok=True)
+    byte_tokenizer()._backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>"}))
+    assert PreTrainedTokenizerFast.from_pretrained(tmp_path).eos_token_id == END
+    return tmp_path
+
+
+async def ends(runtime: Runtime) -> tuple[int, ...]:
+    async with runtime:
+        return runtime.spec.eos_ids
+
+
+@pytest.mark.usefixtures("nothing_left")
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({}, (2, END)),
+        ({"eos_token_id": [END, 7]}, (END, 7)),
+        ({"eos_token_id": None}, (END,)),
+    ],
+)
+def test_the_tokenizers_end_ends_outputs(
+    folder: Path, fake_runtime: Callable[..., Runtime], config: dict[str, Any], expected: tuple[int, ...]
+) -> None:
+    (folder / "config.json").write_text(json.dumps(TINY_CONFIG | config))
+    assert asyncio.run(ends(fake_runtime(folder))) == expected
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_a_model_that_nothing_ends_is_told_of(
+    folder: Path, fake_runtime: Callable[..., Runtime], caplog: pytest.LogCaptureFixture
+) -> None:
+    (folder / "config.json").write_text(json.dumps(TINY_CONFIG | {"eos_token_id": None}))
+    (folder / "tokenizer_config.json").unlink()
+    assert asyncio.run(ends(fake_runtime(folder))) == ()
+    assert f"{folder} names no end-of-sequence token" in caplog.text
+
+
+def tie_to_another_head(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    save_file(
+        tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}, folder / "model.safetensors"
+    )
+    (folder / "config.json").write_text(json.dumps(TINY_CONFIG | {"tie_word_embeddings": True}))
+
+
+def name_other_files(folder: Path) -> None:
+    index = {"weight_map": {"model.norm.weight": "model-00001-of-00001.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def ask_for_what_is_not_there(folder: Path) -> None:
+    asked = {"eos_token_id": [7, -1], "repetition_penalty": 1.2}
+    (folder / "generation_config.json").write_text(json.dumps(asked))
+
+
+ODD = [
+    (tie_to_another_head, ["a different lm_head.weight: both are used"]),
+    (name_other_files, ["model.safetensors is read, as transformers does"]),
+    (ask_for_what_is_not_there, ["others are never generated", "ignored: repetition_penalty=1.2"]),
+]
+
+
+@pytest.mark.parametrize(("make", "lines"), ODD)
+def test_what_is_odd_is_told_by_a_start_and_by_doctor(
+    folder: Path, make: Callable[[Path], None], lines: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    make(folder)
+    config = RuntimeConfig(model=str(folder))
+    with caplog.at_level(logging.WARNING):
+        find_model(config, lambda text, part: None)
+    warned = [record.getMessage() for record in caplog.records]
+    told = [check.found for check in check_model(config, "cpu", ()) if check.state == "warning"]
+    assert len(warned) == len(lines)
+    assert all(line in text for line, text in zip(lines, warned, strict=True))
+    assert told == warned
+
+
+def nest_config(folder: Path) -> None:
+    (folder / "config.json").write_text("[" * 100_000)
+
+
+def nest_header(folder: Path) -> None:
+    header = b"[" * 200_000
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+
+
+def zero_weights(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: torch.zeros_like(t) for name, t in tensors.items()}, folder / "model.safetensors")
+
+
+def billion_heads(folder: Path) -> None:
+    heads = dict.fromkeys(("num_attention_heads", "num_key_value_heads", "hidden_size"), 10**9)
+    (folder / "config.json").write_text(json.dumps(TINY_CONFIG | heads))
+
+
+def link_to_nothing(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.json").symlink_to("/nonexistent/blob")
+
+
+LIES = [
+    (nest_config, "config.json is not valid: it nests lists and objects deeper"),
+    (nest_header, "its header is not valid: it nests lists and objects deeper"),
+    (zero_weights, "is 0, so that no token would be likelier than another"),
+    (billion_heads, "num_attention_heads=1000000000: must be at most 4096"),
+    (link_to_nothing, "tokenizer.json is a link to /nonexistent/blob, which is missing"),
+]
+
+
+@pytest.mark.usefixtures("nothing_left")
+@pytest.mark.parametrize(("lie", "words"), LIES)
+def test_a_runtime_refuses_files_that_lie_before_it_starts_a_process(
+    folder: Path,
+    fake_runtime: Callable[..., Runtime],
+    lie: Callable[[Path], None],
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lie(folder)
+    monkeypatch.setattr("tpworker.runtime.runtime.Group", lambda **_: pytest.fail("it went on"))
+    with pytest.raises(ModelError, match=words):
+        asyncio.run(ends(fake_runtime(folder, rank_module="tpworker.rank")))
+
+
+@pytest.mark.parametrize(("lie", "words"), LIES)
+@pytest.mark.parametrize("command", ["serve", "doctor"])
+def test_the_command_line_says_it_in_one_line(
+    folder: Path, command: str, lie: Callable[[Path], None], words: str
+) -> None:
+    """Without torch: a module of that name that cannot be imported stands before it."""
+    lie(folder)
+    poison = folder / "poison"
+    poison.mkdir()
+    (poison / "torch.py").write_text("raise SystemExit('torch was imported')")
+    arguments = ["--model", str(folder), "--device", "cpu"]
+    arguments += ["--port", "0"] if command == "serve" else []
+    path = os.pathsep.join([str(poison)] * (command == "serve") + sys.path)
+    done = subprocess.run(
+        [sys.executable, "-m", "tpworker", command, *arguments],
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path},
+    )  # fmt: skip
+    if command == "serve":
+        assert done.returncode == 2, done.stderr
+        (line,) = done.stderr.splitlines()
+        assert line.startswith("tpworker: error: ")
+        assert words in line
+    else:
+        assert done.returncode == 1, done.stderr
+        assert done.stderr == ""
+        lines = [line for line in done.stdout.splitlines() if line.startswith("missing")]
+        assert len(lines) == 1
+        assert words in lines[0]
+
+
+def test_a_tokenizer_is_loaded_from_files_that_are_all_there(folder: Path) -> None:
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer is not None
+    assert tokenizer.eos_id == END

@@ -1,0 +1,222 @@
+"""The requests that are open in a runtime, and how the scheduler's tokens get to their consumers.
+
+                 ┌────────────────────── Requests (by number) ─────────────────────┐
+    StepOutput ──┤ position known already? drop. a gap? fault. next? append, wake  ├──► Request ──► take()
+                 └─────────────────────────────────────────────────────────────────┘
+
+Delivering a token costs an append and, once a step, waking the consumer that waits for it. Everything
+else, detokenising above all, is done in `take`, when the consumer comes to fetch what has arrived.
+
+All of this belongs to one event loop's thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from tpworker.ipc.messages import StepOutput, unpack_int32, unpack_int64
+from tpworker.outputs import FinishReason, RequestOutput
+
+if TYPE_CHECKING:
+    from tpworker.text.stream import TextStream
+
+
+class GapError(Exception):
+    """A token came that is not the next one of its request: one was lost."""
+
+
+class Request:
+    """One request, from before it is tokenised until its consumer has its last output."""
+
+    __slots__ = (
+        "_arrived",
+        "_num_taken",
+        "_tokens",
+        "_waiter",
+        "error",
+        "finish",
+        "is_running",
+        "is_submitted",
+        "num_cached",
+        "num_prompt",
+        "num_received",
+        "number",
+        "own_stop_ids",
+        "request_id",
+        "text",
+    )
+
+    def __init__(self, number: int, request_id: str) -> None:
+        self.number = number
+        """Its name towards the scheduler; never used again."""
+        self.request_id = request_id
+        self.num_prompt = 0
+        self.num_cached = 0
+        self.num_received = 0
+        """Tokens that came from the scheduler: the position of the next."""
+        self.is_submitted = False
+        """Whether the scheduler knows of it."""
+        self.is_running = False
+        """Whether it has got a slot."""
+        self.finish: FinishReason | None = None
+        """Why no more tokens will come."""
+        self.error: Callable[[], Exception] | None = None
+        """Makes the exception that its consumer gets after the tokens that have arrived."""
+        self.text: TextStream | None = None
+        self.own_stop_ids: frozenset[int] = frozenset()
+        """Those of its stop_token_ids that do not end every request."""
+        self._tokens: list[int] = []  # arrived, not taken yet
+        self._num_taken = 0
+        self._waiter: asyncio.Future[None] | None = None
+
+    def append(self, token: int) -> None:
+        """The next token has arrived. Its consumer is woken if it waits, and has not been woken already."""
+        self._tokens.append(token)
+        self.num_received += 1
+        if self._waiter is not None:
+            self.wake()
+
+    def wake(self) -> None:
+        """Something has changed that the consumer waits for."""
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+    def end(self, finish: FinishReason) -> None:
+        """No more tokens will come. The first reason counts."""
+        if self.finish is None:
+            self.finish = finish
+        self.wake()
+
+    def fail(self, error: Callable[[], Exception]) -> None:
+        """No more tokens will come, because of an error."""
+        self.error = error
+        self.wake()
+
+    async def arrival(self) -> None:
+        """Waits until there is something to take.
+
+        Raises:
+            Exception: what `fail` was told, once all tokens that had arrived are taken.
+        """
+        while not self._tokens and self.finish is None:
+            if self.error is not None:
+                raise self.error()
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+
+    def take(self) -> RequestOutput:
+        """All that has arrived, as one output. A stop string in it ends the request, at its position."""
+        tokens, self._tokens = self._tokens, []
+        finish = self.finish
+        stop_reason: int | str | None = None
+        text = ""
+        if finish == "stop" and tokens and tokens[-1] in self.own_stop_ids:
+            stop_reason = tokens[-1]
+        if self.text is not None:
+            text, stopped, num_tokens = self.text.push(tokens)
+            if stopped is not None:  # what came after it does not count: neither tokens nor how they ended
+                del tokens[num_tokens:]
+                finish = self.finish = "stop"
+                stop_reason = stopped
+            elif finish is not None:
+                text += self.text.finish()
+        self._num_taken += len(tokens)
+        return RequestOutput(
+            self.request_id,
+            text,
+            tuple(tokens),
+            finish,
+            stop_reason,
+            self.num_prompt,
+            self.num_cached,
+            self._num_taken,
+        )
+
+
+class Requests:
+    """The open requests of a runtime, and counts of them.
+
+    A request is `waiting` until it gets its first slot, then `running`; it is removed when the scheduler
+    ends it, or the runtime aborts it.
+    """
+
+    def __init__(self) -> None:
+        self.num_waiting = 0
+        self.num_running = 0
+        self.num_output_tokens = 0
+        self._by_number: dict[int, Request] = {}
+        self._next_number = 0
+
+    def any_submitted(self) -> bool:
+        """Whether the scheduler has work; what is tokenised still, it knows nothing of."""
+        return any(request.is_submitted for request in self._by_number.values())
+
+    def __contains__(self, request: Request) -> bool:
+        return request.number in self._by_number
+
+    def open(self, request_id: str) -> Request:
+        """A new request, waiting."""
+        request = Request(self._next_number, request_id)
+        self._next_number += 1
+        self._by_number[request.number] = request
+        self.num_waiting += 1
+        return request
+
+    def close(self, request: Request) -> bool:
+        """Nothing is delivered to it any more. False: so it was already."""
+        if self._by_number.pop(request.number, None) is None:
+            return False
+        if request.is_running:
+            self.num_running -= 1
+        else:
+            self.num_waiting -= 1
+        return True
+
+    def fail_all(self, error: Callable[[], Exception]) -> None:
+        """Ends all with an error; `error` makes one for each, as an exception is raised once only."""
+        for request in list(self._by_number.values()):
+            self.close(request)
+            request.fail(error)
+
+    def deliver(self, output: StepOutput) -> None:
+        """Hands a step's tokens out, each once and in order, whatever is repeated (invariant 6).
+
+        Raises:
+            GapError: a token is missing.
+        """
+        by_number = self._by_number
+        for started in output.started:
+            self._start(started.request, started.num_cached)
+        numbers = unpack_int64(output.requests)
+        delivered = 0
+        for number, position, token in zip(
+            numbers, unpack_int32(output.positions), unpack_int32(output.tokens), strict=True
+        ):
+            request = by_number.get(number)
+            if request is None:
+                continue  # aborted, and the scheduler did not know yet
+            if position == request.num_received:
+                request.append(token)
+                delivered += 1
+            elif position > request.num_received:
+                raise GapError(
+                    f"request {request.request_id!r}: the token at position {position} came, "
+                    f"but that at {request.num_received} never did (step {output.step})"
+                )
+        self.num_output_tokens += delivered
+        for finish in output.finished:
+            request = by_number.get(numbers[finish.index])
+            if request is not None:
+                self.close(request)
+                request.end("stop" if finish.reason == "stop" else "length")
+
+    def _start(self, number: int, num_cached: int) -> None:
+        request = self._by_number.get(number)
+        if request is not None and not request.is_running:
+            request.is_running = True
+            request.num_cached = num_cached
+            self.num_waiting -= 1
+            self.num_running += 1

@@ -1,0 +1,322 @@
+"""Starts, watches and stops the processes of one generation: a scheduler and its TP ranks.
+
+One thread does all of it, and stays as long as the processes live: Linux' PDEATHSIG ends a child with the
+*thread* that started it. It sleeps on every child's report pipe (EOF: the child is gone) and process
+handle, and on a pipe through which other threads wake it.
+
+    start ──► watch ──► one has ended, or `blame` ──► whose fault? ──► kill all ──► `on_fault` ──► reap all
+                └─────► `stop` ──► all end by themselves, or are killed at the deadline ───────────────┘
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import logging
+import os
+import selectors
+import threading
+from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, replace
+
+from tpworker.ipc.barrier import Barrier
+from tpworker.ipc.board import Board, Field, Phase
+from tpworker.ipc.channels import new_address
+from tpworker.ipc.child import (
+    RANK_NAME,
+    SCHEDULER_NAME,
+    RankBoot,
+    RankSettings,
+    SchedulerBoot,
+    SchedulerSettings,
+    board_names,
+)
+from tpworker.ipc.patience import Patience
+from tpworker.ipc.spawn import child_environment
+from tpworker.runtime.children import Child
+from tpworker.runtime.faults import Fault, Kind, Standing, find_cause
+
+logger = logging.getLogger(__name__)
+
+GRACE_SECONDS = {Kind.DIED: 0.1, Kind.RAISED: 0.1, Kind.ABORTED: 0.5, Kind.WAITED: 0.5, Kind.LOST: 0.5}
+"""How long to wait for further endings after one of a kind: the less it tells, the longer."""
+STATUS_SECONDS = 2.0
+"""How long a process that ended without a report may take to be reaped; its memory is freed before."""
+STACKS_SECONDS = 0.5
+"""How long a process that hangs may take to write its stacks."""
+REAP_SECONDS = 30.0
+"""How long a killed process may take to end."""
+
+_STEPS = (Field.RECEIVED, Field.ADMITTED, Field.LAUNCHED, Field.COMPLETED)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """What is to be started: one scheduler and `num_ranks` ranks.
+
+    The modules are run with `python -m`; others than the default are for tests and benchmarks.
+    """
+
+    generation: int
+    num_ranks: int
+    model: str  # an absolute path
+    scheduler: SchedulerSettings
+    rank: RankSettings
+    scheduler_module: str = "tpworker.scheduler"
+    rank_module: str = "tpworker.rank"
+    rank_cpus: Sequence[AbstractSet[int] | None] = ()
+    """By rank the CPUs that its process keeps to; None, and ranks beyond the end: the ones it inherits."""
+
+
+class Supervisor:
+    """Owner of the processes of one generation, which it starts at once.
+
+    All methods may be called from any thread, `board` and `close` from one. It is done when `ended` is;
+    then call `close`.
+
+    Args:
+        group: what to start.
+        runtime_address: where the scheduler connects to; somebody is bound to it already.
+        on_fault: called from the supervisor's thread, at most once, when a process has ended or was blamed;
+            by then all have been sent SIGKILL.
+    """
+
+    def __init__(self, group: Group, runtime_address: str, on_fault: Callable[[Fault], None]) -> None:
+        self.group = group
+        self._runtime_address = runtime_address
+        self.ended: concurrent.futures.Future[None] = concurrent.futures.Future()
+        self.ended.set_running_or_notify_cancel()  # whoever waits for it cannot cancel it
+        self._on_fault = on_fault
+        self._children: list[Child] = []
+        self._over: list[Child] = []  # in the order in which they were seen to end
+        self._blamed: Fault | None = None
+        self._stopping: Patience | None = None
+        self._killed = False
+        self._lock = threading.Lock()  # of the wake-up pipe: a closed descriptor's number may be another's
+        self._closed = False
+        with contextlib.ExitStack() as undo:
+            self.board = Board.create(board_names(group.num_ranks))
+            undo.callback(self.board.close)
+            self._barrier = Barrier.create(group.num_ranks)
+            undo.callback(self._barrier.close)
+            self._meeting = Barrier.create(group.num_ranks)
+            undo.callback(self._meeting.close)
+            self._wake_receiver, self._wake_sender = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+            undo.callback(os.close, self._wake_receiver)
+            undo.callback(os.close, self._wake_sender)
+            self._selector = selectors.DefaultSelector()
+            undo.callback(self._selector.close)
+            self._selector.register(self._wake_receiver, selectors.EVENT_READ)
+            self._thread = threading.Thread(target=self._run, name="tpworker-supervisor", daemon=True)
+            self._thread.start()
+            undo.pop_all()
+
+    # ---------------------------------------------------------------------- for other threads
+
+    def stop(self, timeout: float) -> None:
+        """From now on the processes are expected to end by themselves; after `timeout` s they are killed."""
+        self._stopping = Patience(timeout)
+        self._wake()
+
+    def kill(self) -> None:
+        """Ends all processes at once, without an `on_fault`."""
+        self._killed = True
+        self._wake()
+
+    def blame(self, fault: Fault) -> None:
+        """Somebody else found a process at fault: all ends as if that process had died."""
+        if self._blamed is None:
+            self._blamed = fault
+        self._wake()
+
+    def close(self) -> None:
+        """Frees the rest, once `ended` is done."""
+        assert self.ended.done(), "the processes are not gone yet"
+        self._thread.join()
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            os.close(self._wake_receiver)
+            os.close(self._wake_sender)
+        self.board.close()
+
+    def _wake(self) -> None:
+        with self._lock:
+            if not self._closed:
+                with contextlib.suppress(BlockingIOError):  # full of wake-ups already
+                    os.write(self._wake_sender, b"\0")
+
+    # ----------------------------------------------------------------------------- the thread
+
+    def _run(self) -> None:
+        fault: Fault | None = None
+        try:
+            fault = self._start() or self._watch()
+        except Exception as error:
+            logger.exception("the supervisor failed")
+            fault = Fault("tpworker-supervisor", f"the supervisor failed: {type(error).__name__}: {error}")
+        finally:
+            self._end(fault)
+
+    def _start(self) -> Fault | None:
+        """Starts the scheduler, then the ranks. A fault: one could not be started."""
+        group = self.group
+        plan_addresses = tuple(new_address(f"plan{rank}") for rank in range(group.num_ranks))
+        result_address = new_address("result")
+        log_level = logging.getLogger("tpworker").getEffectiveLevel()
+        store_fd = os.memfd_create("tpworker-store", os.MFD_CLOEXEC)
+        try:
+            self._spawn(
+                group.scheduler_module,
+                SchedulerBoot(
+                    group.generation, SCHEDULER_NAME, log_level, 0, group.num_ranks, self._runtime_address,
+                    plan_addresses, result_address, self.board.fd, group.scheduler,
+                ),
+                [self.board.fd],
+            )  # fmt: skip
+            for rank, plan_address in enumerate(plan_addresses):
+                self._spawn(
+                    group.rank_module,
+                    RankBoot(
+                        group.generation, RANK_NAME.format(rank), log_level, 0, rank, group.num_ranks,
+                        plan_address, result_address, self._barrier.fd, self.board.fd, self._meeting.fd,
+                        store_fd,
+                        group.model, group.rank,
+                    ),
+                    [self.board.fd, self._barrier.fd, self._meeting.fd, store_fd],
+                    cpus=group.rank_cpus[rank] if rank < len(group.rank_cpus) else None,
+                )  # fmt: skip
+        except OSError as error:
+            return Fault("tpworker-supervisor", f"a process could not be started: {error}")
+        finally:
+            os.close(store_fd)
+        return None
+
+    def _spawn(
+        self,
+        module: str,
+        boot: SchedulerBoot | RankBoot,
+        descriptors: Sequence[int],
+        cpus: AbstractSet[int] | None = None,
+    ) -> None:
+        child = Child.spawn(module, boot, descriptors, child_environment(self.group.rank.device))
+        if cpus is not None:
+            child.keep_to(cpus)
+        self._children.append(child)
+        for fd in (child.report_fd, child.pidfd):
+            if fd is not None:
+                self._selector.register(fd, selectors.EVENT_READ, child)
+
+    def _watch(self) -> Fault | None:
+        """Sleeps until there is a reason to end everything. None: it was asked for."""
+        grace: Patience | None = None
+        while not self._killed and self._stopping is None:
+            if self._blamed is not None:
+                return self._explained(self._blamed)
+            if len(self._over) == len(self._children) or (grace is not None and not grace.left()):
+                return self._cause()
+            self._collect(None if grace is None else grace.slice())
+            if self._over:
+                seconds = min(GRACE_SECONDS[child.ending.kind] for child in self._over)
+                if grace is None or seconds < grace.left():
+                    grace = Patience(seconds)
+        self._watch_stopping()
+        return None
+
+    def _watch_stopping(self) -> None:
+        """Waits until all have ended, to the deadline; a process that ends badly now is only logged."""
+        while not self._killed and self._stopping is not None:
+            if all(child.status is not None for child in self._children):
+                break
+            if not self._stopping.left():
+                late = [child.name for child in self._children if child.status is None]
+                logger.warning("%s did not end in time and will be killed", ", ".join(late))
+                return
+            self._collect(min(self._stopping.slice(), 0.1))  # not all kernels have pidfds
+        for child in self._children:
+            if child.status not in (0, None):
+                logger.warning("while stopping, %s", child.ending.describe())
+
+    def _collect(self, timeout: float | None) -> None:
+        """Sleeps until something happens, at most so many seconds, and notes what has."""
+        for key, _ in self._selector.select(timeout):
+            child = key.data
+            if child is None:
+                os.read(self._wake_receiver, 1 << 16)
+                continue
+            child.read()
+            if child.silent or key.fd == child.pidfd:
+                self._selector.unregister(key.fd)
+            if child.over and child not in self._over:
+                self._over.append(child)
+
+    # -------------------------------------------------------------------------- whose fault it is
+
+    def _cause(self) -> Fault:
+        standings = {child.name: self._standing(child) for child in self._children if not child.over}
+        for child in self._over:
+            if child.report is None:
+                child.wait(STATUS_SECONDS)
+        return self._explained(find_cause([child.ending for child in self._over], standings))
+
+    def _standing(self, child: Child) -> Standing:
+        row = self.board.row(child.name)
+        progress = (row[Field.PHASE], *(row[field] for field in _STEPS))
+        return Standing(child.stopped, () if child.name == SCHEDULER_NAME else progress)
+
+    def _explained(self, fault: Fault) -> Fault:
+        """If a process hangs: its stacks, and where everybody stands."""
+        if not fault.hung:
+            return fault
+        parts = [fault.traceback] if fault.traceback else []
+        parts.append("Where each process stands (steps so far):\n" + self._positions())
+        for child in self._children:
+            if child.name in fault.process.split(", ") and (stacks := self._stacks_of(child)):
+                parts.append(f"Stacks of {child.name}:\n{stacks}")
+        return replace(fault, traceback="\n".join(parts))
+
+    def _positions(self) -> str:
+        lines = []
+        for child in self._children:
+            row = self.board.row(child.name)
+            steps = ", ".join(f"{field.name.lower()} {row[field]}" for field in _STEPS)
+            phase = Phase(row[Field.PHASE]).name.lower()
+            lines.append(f"  {child.name} (pid {child.process.pid}, {child.state}, {phase}): {steps}")
+        return "\n".join(lines)
+
+    def _stacks_of(self, child: Child) -> str:
+        if child.over or child.stopped:
+            return ""
+        child.ask_for_stacks()
+        patience = Patience(STACKS_SECONDS)
+        while patience.left() and not child.over:
+            seen = len(child.stacks)
+            self._collect(0.1)
+            if seen and len(child.stacks) == seen:
+                break  # quiet for a while: that was all
+        return child.stacks
+
+    # -------------------------------------------------------------------------------- the end
+
+    def _end(self, fault: Fault | None) -> None:
+        """Kills and reaps whoever is left, and frees all but the board."""
+        self._barrier.abort()
+        self._meeting.abort()
+        for child in self._children:
+            child.kill()
+        if fault is not None:
+            try:
+                self._on_fault(fault)
+            except Exception:
+                logger.exception("on_fault raised")
+        patience = Patience(REAP_SECONDS)
+        for child in self._children:
+            if not child.wait(patience.left()):
+                logger.error("%s (pid %d) was killed, but does not end", child.name, child.process.pid)
+            child.close()
+        self._selector.close()
+        self._barrier.close()
+        self._meeting.close()
+        self.ended.set_result(None)

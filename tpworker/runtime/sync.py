@@ -1,0 +1,254 @@
+"""The embedding API without asyncio: a runtime on the event loop of a background thread.
+
+    with SyncRuntime("HuggingFaceTB/SmolLM2-135M-Instruct") as runtime:
+        for output in runtime.generate("The capital of France is"):
+            print(output.text, end="")
+
+Methods that `Runtime` has too do the same here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import Coroutine, Generator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from tpworker.config import RuntimeConfig, SamplingParams
+from tpworker.errors import RuntimeStopped
+from tpworker.outputs import Completion, Health, RequestOutput, Stats
+from tpworker.runtime.loading import Progress
+from tpworker.runtime.runtime import STARTS_ONCE, Runtime
+
+if TYPE_CHECKING:
+    from tpworker.model.families import ModelSpec
+    from tpworker.observe.start import StartTimes
+    from tpworker.observe.watch import GpuState
+    from tpworker.text.tokenizer import Tokenizer
+
+T = TypeVar("T")
+
+
+class SyncRuntime:
+    """`tpworker.Runtime`, with calls that block. Any thread may call it, several at once too.
+
+    The arguments are those of `Runtime`; `progress` is called on the background thread.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | None = None,
+        *,
+        config: RuntimeConfig | None = None,
+        progress: Progress | None = None,
+        **options: Any,
+    ) -> None:
+        self.runtime = Runtime(model, config=config, progress=progress, **options)
+        """The asynchronous runtime; its coroutines are for the background thread only."""
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._over: asyncio.Event | None = None
+        self._closing: set[asyncio.Task[None]] = set()  # of generators that were left behind
+
+    # ------------------------------------------------------------------------ start and stop
+
+    def start(self) -> None:
+        """See `Runtime.start`."""
+        if self._thread is not None:
+            raise RuntimeStopped(STARTS_ONCE)
+        running = threading.Event()
+        self._thread = threading.Thread(
+            target=lambda: asyncio.run(self._live(running)), name="tpworker-runtime", daemon=True
+        )
+        self._thread.start()
+        running.wait()
+        try:
+            self._call(self.runtime.start())
+        except BaseException:
+            self.stop()
+            raise
+
+    async def _live(self, running: threading.Event) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._over = over = asyncio.Event()
+        running.set()
+        await over.wait()
+
+    def stop(self) -> None:
+        """See `Runtime.stop`."""
+        loop, thread, over = self._loop, self._thread, self._over
+        if loop is None or thread is None or over is None or not thread.is_alive():
+            return
+        try:
+            self._call(self.runtime.stop())
+        finally:
+            loop.call_soon_threadsafe(over.set)
+            thread.join()
+
+    def __enter__(self) -> SyncRuntime:
+        self.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop()
+
+    def drain(self, timeout: float | None = None) -> None:
+        """See `Runtime.drain`."""
+        self._call(self.runtime.drain(timeout))
+
+    # ------------------------------------------------------------------------------ requests
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        sampling: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+    ) -> Generator[RequestOutput, None, None]:
+        """See `Runtime.generate`. Closing the generator, or leaving it behind, aborts the request."""
+        outputs = self.runtime.generate(prompt, sampling, request_id=request_id)
+        waiting: asyncio.Task[Any] | None = None
+
+        async def following() -> RequestOutput | None:
+            nonlocal waiting
+            waiting = asyncio.current_task()
+            return await anext(outputs, None)
+
+        async def close() -> None:
+            if waiting is not None and not waiting.done():  # an interrupt, here, has left it there
+                waiting.cancel()
+                await asyncio.wait([waiting])
+            await outputs.aclose()
+
+        try:
+            while (output := self._call(following())) is not None:
+                yield output
+        finally:
+            if self._thread is threading.current_thread():  # collected there: it cannot wait for itself
+                task = asyncio.create_task(close())
+                self._closing.add(task)
+                task.add_done_callback(self._closing.discard)
+            elif self._thread is not None and self._thread.is_alive():
+                self._call(close())
+
+    def complete(
+        self, prompts: Sequence[str | Sequence[int]], sampling: SamplingParams | None = None
+    ) -> list[Completion]:
+        """Completes all prompts, as many at once as the runtime has slots, and returns them in order.
+
+        Args:
+            prompts: texts, or lists of token ids.
+            sampling: the same for all.
+
+        Raises:
+            TpworkerError: as `Runtime.generate`. The first error ends all of them.
+        """
+        if isinstance(prompts, str):
+            raise TypeError("prompts is one string: give a list of prompts")
+        return self._call(self._complete_all(prompts, sampling))
+
+    async def _complete_all(
+        self, prompts: Sequence[str | Sequence[int]], sampling: SamplingParams | None
+    ) -> list[Completion]:
+        slots = asyncio.Semaphore(self.runtime.max_num_seqs)
+
+        async def complete(prompt: str | Sequence[int]) -> Completion:
+            async with slots:
+                return await self._complete(prompt, sampling)
+
+        tasks = [asyncio.ensure_future(complete(prompt)) for prompt in prompts]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _complete(self, prompt: str | Sequence[int], sampling: SamplingParams | None) -> Completion:
+        outputs = [output async for output in self.runtime.generate(prompt, sampling)]
+        last = outputs[-1]
+        assert last.finish_reason is not None
+        return Completion(
+            last.request_id,
+            "".join(output.text for output in outputs),
+            tuple(token for output in outputs for token in output.token_ids),
+            last.finish_reason,
+            last.stop_reason,
+            last.num_prompt_tokens,
+            last.num_cached_tokens,
+        )
+
+    def abort(self, request_id: str) -> None:
+        """See `Runtime.abort`."""
+
+        async def abort() -> None:
+            self.runtime.abort(request_id)
+
+        self._call(abort())
+
+    # ---------------------------------------------------------------------------- what it is
+
+    def health(self) -> Health:
+        """See `Runtime.health`."""
+        return self.runtime.health()
+
+    def stats(self) -> Stats:
+        """See `Runtime.stats`."""
+
+        async def stats() -> Stats:
+            return self.runtime.stats()
+
+        return self._call(stats())
+
+    def gpus(self) -> tuple[GpuState, ...]:
+        """See `Runtime.gpus`."""
+        return self.runtime.gpus()
+
+    @property
+    def start_times(self) -> StartTimes | None:
+        """See `Runtime.start_times`."""
+        return self.runtime.start_times
+
+    @property
+    def config(self) -> RuntimeConfig:
+        """See `Runtime.config`."""
+        return self.runtime.config
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """See `Runtime.tokenizer`."""
+        return self.runtime.tokenizer
+
+    @property
+    def spec(self) -> ModelSpec:
+        """See `Runtime.spec`."""
+        return self.runtime.spec
+
+    @property
+    def model_folder(self) -> Path:
+        """See `Runtime.model_folder`."""
+        return self.runtime.model_folder
+
+    @property
+    def served_name(self) -> str:
+        """See `Runtime.served_name`."""
+        return self.runtime.served_name
+
+    @property
+    def max_model_len(self) -> int:
+        """See `Runtime.max_model_len`."""
+        return self.runtime.max_model_len
+
+    def _call(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Runs a coroutine on the background thread. An interrupt (Ctrl-C) here cancels it there."""
+        if self._loop is None or self._thread is None or not self._thread.is_alive():
+            coroutine.close()
+            raise RuntimeStopped("the runtime is not running: use `with SyncRuntime(...) as runtime`")
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise

@@ -1,0 +1,236 @@
+"""Text to token ids and back: a model's tokenizer, and the incremental text of one request.
+
+With most tokenizers a token's contribution to the text does not depend on its neighbours, but for characters
+whose UTF-8 bytes are spread over several tokens. So each token id is mapped to a *piece*, once per tokenizer:
+to a `str` where it is whole characters, to `bytes` where it is not; and a request's stream decodes UTF-8
+incrementally. That is exact, and costs the same for every token of an output, however long. (tokenizers'
+own DecodeStream decodes all tokens since the last whole character again with each new one: a model that
+repeats half a character costs it time quadratic in the output, and byte fallback can make it raise.)
+For which tokenizers that holds, and what is done with the others, at a bounded cost too, is in decoding.py.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tpworker.chat.variables import check_variables
+from tpworker.errors import InvalidRequest, ModelError, RuntimeStopped
+from tpworker.text.decoding import Decoding
+from tpworker.text.token_bound import TokenBound
+
+if TYPE_CHECKING:
+    from tpworker.chat.renderer import TemplateRenderer
+
+NO_TEMPLATE = (
+    "the model has no chat template (chat_template in tokenizer_config.json, or chat_template.jinja), so it "
+    "cannot chat. Write the prompt yourself: /v1/completions."
+)
+
+
+class Tokenizer:
+    """A model's tokenizer and chat template, as transformers reads them.
+
+    Every method may be called from several threads at once. `encode` releases the interpreter lock while
+    it works.
+    """
+
+    def __init__(self, fast: Any) -> None:
+        """
+        Args:
+            fast: a transformers tokenizer with a `backend_tokenizer`.
+        """
+        self._fast = fast
+        # The backend is called directly: transformers' wrapper sets truncation and padding on it with
+        # every call, so that two threads would get in each other's way.
+        self._backend = fast.backend_tokenizer
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        added = self._backend.get_added_tokens_decoder()
+        self._special_ids = frozenset(i for i, token in added.items() if token.special)
+        self.special = {added[i].content: i for i in self._special_ids}
+        """The ids of special tokens, by their names."""
+        self.decoding = Decoding(self._backend.decoder, _cleans_up(fast))
+        """How its decoder makes text of tokens."""
+        self.pieces: dict[int, str | bytes] = {}
+        """Those that were asked for; see `piece`."""
+        self._bound = TokenBound(self._backend)
+        self._renderer: TemplateRenderer | None = None
+        self._renderer_lock = threading.Lock()
+        self._is_closed = False
+
+    @classmethod
+    def load(cls, folder: Path) -> Tokenizer:
+        """Read the tokenizer of a model folder.
+
+        Raises:
+            ModelError: there is none, it is broken, or it is of a kind that cannot be read.
+        """
+        from transformers import PreTrainedTokenizerFast
+
+        # The plain class takes tokenizer.json as it stands, and does not import torch. AutoTokenizer does,
+        # and picks a class that may rebuild it from its own notion of that model's tokenizer.
+        tokenizer_class = PreTrainedTokenizerFast
+        if not (folder / "tokenizer.json").is_file():
+            from transformers import AutoTokenizer
+
+            tokenizer_class = AutoTokenizer
+        try:
+            fast = tokenizer_class.from_pretrained(folder, local_files_only=True)
+        except Exception as error:  # what transformers raises for a broken file is no contract
+            raise ModelError(
+                f"the tokenizer in {folder} cannot be read ({type(error).__name__}: {error}). The folder "
+                "needs a tokenizer.json that the installed tokenizers library can read."
+            ) from error
+        if not hasattr(fast, "backend_tokenizer"):
+            raise ModelError(
+                f"the tokenizer in {folder} is a {type(fast).__name__}, written in Python. "
+                "Only those that can be saved as tokenizer.json are supported."
+            )
+        return cls(fast)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """The token ids of a text.
+
+        Args:
+            text: names of special tokens in it become those tokens.
+            add_special_tokens: whether to add what the model expects around a text, such as a
+                beginning-of-sequence token. Not wanted after `apply_chat_template`, which writes them.
+
+        Raises:
+            InvalidRequest: the text holds half of a surrogate pair.
+        """
+        try:
+            # Of the encode functions the only one that lets other threads run all the while.
+            encoding = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
+        except TypeError as error:
+            raise InvalidRequest(
+                f"the text cannot be tokenised: {_why_not_unicode(text)}", "prompt"
+            ) from error
+        ids: list[int] = encoding.ids
+        return ids
+
+    def at_least(self, text: str, enough: float = float("inf")) -> int:
+        """A number of tokens that `encode` makes of a text at least; see `TokenBound.at_least`."""
+        return self._bound.at_least(text, enough)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of token ids, without special tokens."""
+        text: str = self._backend.decode(list(token_ids), skip_special_tokens=True)
+        return self.decoding.clean_up(text)
+
+    @property
+    def eos_id(self) -> int | None:
+        """The token that ends a text, if the tokenizer names one."""
+        eos_id: int | None = self._fast.eos_token_id
+        return eos_id
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether there is one for `apply_chat_template`."""
+        return bool(self._fast.chat_template)
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        /,
+        *,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> str:
+        """The text of a conversation, special tokens included, up to where the assistant answers.
+
+        It is rendered by a process of its own, bounded in time, memory and text (chat/renderer.py), which
+        the first call starts. `close` ends it.
+
+        Args:
+            messages: each with a `role` and a `content`, which is a string or a list of parts as the OpenAI
+                API has them. A template that wants the other form gets that.
+            add_generation_prompt: whether to end with what opens the assistant's turn.
+            variables: handed to the template, e.g. `enable_thinking=False`.
+
+        Raises:
+            InvalidRequest: the model has no template, or its template is broken, refuses the messages,
+                fails on them, or goes beyond its bounds; or a variable's name is not for clients.
+            RuntimeStopped: it was closed.
+        """
+        check_variables(variables)
+        wrong = [type(message).__name__ for message in messages if not isinstance(message, Mapping)]
+        if wrong or not messages:
+            what = f"a {wrong[0]} is no mapping with role and content" if wrong else "there is none"
+            raise InvalidRequest(f"the chat template refuses these messages: {what}", "messages")
+        context = {"tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
+        return self._open_renderer().render(messages, context, variables)
+
+    def close(self) -> None:
+        """Ends what renders chat templates, conversations that are being rendered too. No more come then."""
+        with self._renderer_lock:
+            self._is_closed = True
+            if self._renderer is not None:
+                self._renderer.close()
+
+    def _open_renderer(self) -> TemplateRenderer:
+        from tpworker.chat.renderer import TemplateRenderer
+
+        with self._renderer_lock:
+            if self._is_closed:
+                raise RuntimeStopped("the runtime was stopped")
+            if self._renderer is None:
+                self._renderer = TemplateRenderer(self._template(), self._fast.special_tokens_map)
+            return self._renderer
+
+    def _template(self) -> str:
+        """The template's source. Of several, which go by names, the one that is called default."""
+        template = self._fast.chat_template
+        if isinstance(template, Mapping) and template:
+            if "default" not in template:
+                raise InvalidRequest(
+                    f"of the model's chat templates ({', '.join(sorted(template))}) none is named 'default': "
+                    "name one so, or use /v1/completions, where you write the prompt yourself",
+                    "messages",
+                )
+            template = template["default"]
+        if not template:
+            raise InvalidRequest(NO_TEMPLATE)
+        return str(template)
+
+    def token(self, token_id: int) -> str | None:
+        """A token as its decoder gets it; None for what is no text: special tokens, and ids that the model
+        has but the tokenizer has not."""
+        token: str | None = self._backend.id_to_token(token_id)
+        return None if token_id in self._special_ids else token
+
+    def piece(self, token_id: int) -> str | bytes:
+        """What a token adds to a text that has begun: characters, or bytes that are not whole ones.
+
+        It is empty for special tokens, and for ids that the model has but the tokenizer has not.
+        """
+        piece = self.pieces.get(token_id)
+        if piece is None:
+            piece = self.pieces[token_id] = self._find_piece(token_id)
+        return piece
+
+    def _find_piece(self, token_id: int) -> str | bytes:
+        token = self.token(token_id)
+        return "" if token is None else self.decoding.piece(token)
+
+
+def _cleans_up(fast: Any) -> bool:
+    """Whether transformers cleans up spaces in what the tokenizer decodes; not with BPE, as a rule."""
+    if not getattr(fast, "clean_up_tokenization_spaces", False):
+        return False
+    forced = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
+    return type(fast.backend_tokenizer.model).__name__ != "BPE" or bool(getattr(fast, forced, False))
+
+
+def _why_not_unicode(text: object) -> str:
+    if not isinstance(text, str):
+        return f"it is {type(text).__name__}, not str"
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code = f"U+{ord(text[error.start]):04X}"
+        return f"{code} at position {error.start} is half of a surrogate pair, not a character"
+    return "the tokenizer does not take it"
