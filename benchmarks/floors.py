@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from tpworker.checkpoint.weights import shard_bytes
 from tpworker.model.families import ModelSpec
 from tpworker.model.kv_cache import KVCache
 from tpworker.model.tp import Shard
-from tpworker.model.weights import shard_bytes
 
 BYTES_PER_SECOND = 4.3e12
 """Of an H200's memory, as measured: a copy 4.26, a product of a matrix and a vector 4.37 TB/s."""

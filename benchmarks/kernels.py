@@ -29,6 +29,7 @@ from torch import Tensor
 from benchmarks.floors import BYTES_PER_SECOND, floor_bytes
 from benchmarks.options import positive
 from benchmarks.report import machine, save
+from tpworker.checkpoint.weights import dummy_weights
 from tpworker.model import kernels
 from tpworker.model.attention import Attention, flash
 from tpworker.model.batch import Batch
@@ -39,7 +40,6 @@ from tpworker.model.mlp import Mlp
 from tpworker.model.rope import rope_tables
 from tpworker.model.sampling import SamplingMode, SamplingRows, sample
 from tpworker.model.tp import Shard
-from tpworker.model.weights import dummy_weights
 from tpworker.rank.collectives import SoleRank
 
 CONFIGS = Path(__file__).parent / "configs"

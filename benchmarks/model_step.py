@@ -21,13 +21,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tpworker.checkpoint.weights import load_weights
 from tpworker.ipc.barrier import Barrier
 from tpworker.ipc.limits import usable_cores
 from tpworker.model.decoder import Batch, Decoder, KVCache
 from tpworker.model.families import read_spec
 from tpworker.model.sampling import SamplingMode, SamplingRows, sample
 from tpworker.model.tp import Shard
-from tpworker.model.weights import load_weights
 from tpworker.rank.collectives import connect
 
 DEFAULT_MODEL = Path.home() / ".cache/tpworker/models/SmolLM2-135M-Instruct"

@@ -15,9 +15,9 @@ import psutil
 import pytest
 
 from tpworker import Runtime
+from tpworker.checkpoint.default_model import ensure_default_model
 from tpworker.errors import ModelError
 from tpworker.ipc.channels import Channel, new_address
-from tpworker.model.default_model import ensure_default_model
 
 VOCAB_SIZE = 300
 

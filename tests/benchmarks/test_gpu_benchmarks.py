@@ -27,10 +27,10 @@ from benchmarks.table import gain, later, print_table
 from benchmarks.timeline import main as draw
 from tests.absent_gpu import needs_triton
 from tests.conftest import TINY_CONFIG
+from tpworker.checkpoint.weights import dummy_weights
 from tpworker.model.families import read_spec
 from tpworker.model.moe import Moe
 from tpworker.model.tp import Shard
-from tpworker.model.weights import dummy_weights
 from tpworker.outputs import StepRecord
 from tpworker.rank.cuda_collectives import NcclCollectives
 

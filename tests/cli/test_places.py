@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.checkpoint.test_default_model import index, tiny_gguf  # noqa: F401  # fixtures
+from tests.checkpoint.test_resolve import hub, resolve_in_a_process  # noqa: F401
 from tests.conftest import TINY_CONFIG
-from tests.model.test_default_model import index, tiny_gguf  # noqa: F401  # fixtures
-from tests.model.test_resolve import hub, resolve_in_a_process  # noqa: F401
+from tpworker.checkpoint import default_model
+from tpworker.checkpoint.default_model import default_model_folder, ensure_default_model
+from tpworker.checkpoint.resolve import local_folder, resolve_model
 from tpworker.errors import ModelError
-from tpworker.model import default_model
-from tpworker.model.default_model import default_model_folder, ensure_default_model
-from tpworker.model.resolve import local_folder, resolve_model
 
 ROOT = Path(__file__).parents[2]
 NOBODY = 54321  # no such user
@@ -38,8 +38,9 @@ def run_main(arguments: list[str], before: str, **environment: str) -> tuple[int
     """
     program = f"""
 import os, sys
-import tpworker.cli.ask, tpworker.runtime.runtime, tpworker.cli.terminal, tpworker.cli.serve, tpworker.doctor.doctor
-import tpworker.model.families, tpworker.model.resolve, tpworker.doctor.machine, asyncio
+import tpworker.cli.ask, tpworker.runtime.runtime, tpworker.cli.terminal, tpworker.cli.serve
+import tpworker.doctor.doctor
+import tpworker.model.families, tpworker.checkpoint.resolve, tpworker.doctor.machine, asyncio
 from tpworker.cli import main
 {textwrap.dedent(before)}
 status = main({arguments!r})

@@ -23,10 +23,10 @@ import pytest
 from tests.conftest import TINY_CONFIG
 from tests.observe.fake_nvml import GIB, FakeGpu, FakeNvml
 from tests.server.fake_runtime import byte_tokenizer
+from tpworker.checkpoint import default_model
 from tpworker.config import RuntimeConfig
 from tpworker.doctor import doctor, gpu_checks, libraries, machine, model_check
 from tpworker.doctor.check import Check
-from tpworker.model import default_model
 from tpworker.observe import gpus
 from tpworker.observe.nvml import find_gpus
 
@@ -471,9 +471,9 @@ def tiny(tmp_path: Path) -> Path:
     torch = pytest.importorskip("torch")
     from safetensors.torch import save_file
 
+    from tpworker.checkpoint.weights import shard_bytes
     from tpworker.model.families import read_spec
     from tpworker.model.tp import Shard
-    from tpworker.model.weights import shard_bytes
 
     folder = tmp_path / "tiny"
     folder.mkdir()
@@ -529,7 +529,7 @@ def test_what_serving_would_refuse(tiny: Path, damage: Any, subject: str, words:
 
 
 def test_what_the_first_start_fetches_is_no_obstacle(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tpworker.model.resolve.cached_folder", lambda name: tiny)
+    monkeypatch.setattr("tpworker.checkpoint.resolve.cached_folder", lambda name: tiny)
     hub = {"model": "some/model", "load_format": "auto"}
     assert {check.state for check in model_checks("cpu", **hub).values()} == {"ok"}
     (tiny / "model-1.safetensors").unlink()

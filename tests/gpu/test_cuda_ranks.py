@@ -20,13 +20,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from tests.model.helpers import tiny_model
 from tpworker import Runtime, RuntimeFailed, SamplingParams
+from tpworker.checkpoint.weights import load_weights
 from tpworker.ipc.messages import Admission, BatchPlan, Chunk, Sampling, pack_int32
 from tpworker.model.decoder import Decoder
 from tpworker.model.families import read_spec
 from tpworker.model.kv_cache import KVCache
 from tpworker.model.sampling import SamplingMode
 from tpworker.model.tp import Shard
-from tpworker.model.weights import load_weights
 from tpworker.observe.gpus import count_gpus
 from tpworker.rank.collectives import SoleRank
 from tpworker.rank.cuda import CudaDevice

@@ -18,6 +18,7 @@ from transformers import LlamaConfig, Qwen3Config
 
 from tests.model.helpers import CPU, SPEC, Work, make_batch, shuffled_tables, tiny_model
 from tests.model.test_sampling import logits_of, rows_of, through_slots
+from tpworker.checkpoint.weights import dummy_weights, load_weights
 from tpworker.model import kernels
 from tpworker.model.attention import choose, flash
 from tpworker.model.attention.paged import PagedAttention
@@ -29,7 +30,6 @@ from tpworker.model.families import RopeSpec, read_spec
 from tpworker.model.rope import rope_tables
 from tpworker.model.sampling import SamplingMode, SamplingRows, gumbel_noise, sample
 from tpworker.model.tp import Shard
-from tpworker.model.weights import dummy_weights, load_weights
 from tpworker.rank.collectives import SoleRank
 
 CONFIG_FOLDER = Path(__file__).parents[2] / "benchmarks" / "configs"

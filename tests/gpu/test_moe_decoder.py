@@ -16,11 +16,11 @@ from transformers import Ernie4_5_MoeConfig, Glm4MoeConfig
 from tests.gpu.test_kernels import DEVICE, batch_to, captured, near
 from tests.model.helpers import CPU, Work, make_batch, shuffled_tables, tiny_model
 from tpworker import Runtime, SamplingParams
+from tpworker.checkpoint.weights import load_weights
 from tpworker.model.decoder import Decoder, KVCache
 from tpworker.model.families import read_spec
 from tpworker.model.moe import Moe, Router
 from tpworker.model.tp import Shard
-from tpworker.model.weights import load_weights
 from tpworker.observe.gpus import count_gpus
 from tpworker.rank.collectives import SoleRank
 

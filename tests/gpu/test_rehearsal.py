@@ -11,11 +11,11 @@ import torch
 from transformers import Qwen3Config
 
 from tests.model.helpers import tiny_model
+from tpworker.checkpoint.weights import load_weights
 from tpworker.model.decoder import Decoder
 from tpworker.model.families import read_spec
 from tpworker.model.kv_cache import KVCache
 from tpworker.model.tp import Shard
-from tpworker.model.weights import load_weights
 from tpworker.rank.collectives import SoleRank
 from tpworker.rank.cuda import CudaDevice
 from tpworker.rank.runner import Runner

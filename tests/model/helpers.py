@@ -12,10 +12,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from tpworker.checkpoint.weights import load_weights
 from tpworker.model.decoder import Batch, Decoder, KVCache
 from tpworker.model.families import ModelSpec, RopeSpec, read_spec
 from tpworker.model.tp import Collectives, Shard
-from tpworker.model.weights import load_weights
 
 R = TypeVar("R")
 CPU = torch.device("cpu")

@@ -25,11 +25,11 @@ from tests.model.helpers import (
     shuffled_tables,
     tiny_model,
 )
+from tpworker.checkpoint.weights import dummy_weights
 from tpworker.model.decoder import Decoder, KVCache
 from tpworker.model.families import Llama3Scaling, MoeSpec, RopeSpec
 from tpworker.model.rope import rope_tables
 from tpworker.model.tp import Collectives, Shard
-from tpworker.model.weights import dummy_weights
 from tpworker.rank.collectives import SoleRank
 
 BASE: dict[str, Any] = {

@@ -24,12 +24,12 @@ from transformers import (
 )
 
 from tests.model.helpers import CPU, Rank, Reference, Work, run_ranks, shuffled_tables
+from tpworker.checkpoint.weights import load_weights
 from tpworker.errors import ModelError
 from tpworker.model import moe
 from tpworker.model.families import read_spec
 from tpworker.model.moe import Moe
 from tpworker.model.tp import Collectives, Shard
-from tpworker.model.weights import load_weights
 
 BASE: dict[str, Any] = {
     "vocab_size": 131,
@@ -93,7 +93,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 def unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stacked weights, as on CUDA."""
     monkeypatch.setattr("tpworker.model.linear.can_pack", lambda device, dtype: False)
-    monkeypatch.setattr("tpworker.model.weights.can_pack", lambda device, dtype: False)
+    monkeypatch.setattr("tpworker.checkpoint.weights.can_pack", lambda device, dtype: False)
 
 
 # ----------------------------------------------------------------------------- against transformers

@@ -12,11 +12,11 @@ import torch
 
 from tests.model.helpers import SPEC
 from tests.scheduler.helpers import sampling
+from tpworker.checkpoint.weights import dummy_weights
 from tpworker.ipc.messages import Admission, BatchPlan, Chunk, pack_int32
 from tpworker.model.decoder import Decoder
 from tpworker.model.kv_cache import KVCache
 from tpworker.model.tp import Collectives, Shard
-from tpworker.model.weights import dummy_weights
 from tpworker.rank.collectives import SoleRank
 from tpworker.rank.device import CpuDevice, StreamBroken
 from tpworker.rank.runner import Launched, RanksDisagree, Runner

@@ -259,7 +259,7 @@ def test_what_clients_call_the_model(
     assert run(lambda: name(model_folder)) == "model"
     monkeypatch.chdir(model_folder)
     assert run(lambda: name(".")) == run(lambda: name("../model/")) == "model"
-    monkeypatch.setattr("tpworker.model.resolve._from_hub", lambda *_: model_folder)
+    monkeypatch.setattr("tpworker.checkpoint.resolve._from_hub", lambda *_: model_folder)
     assert run(lambda: name("org/name-1B")) == "org/name-1B"
 
 
@@ -713,7 +713,7 @@ def test_a_start_can_be_called_off_before_there_are_processes(
 ) -> None:
     hold = threading.Event()
     monkeypatch.setattr(
-        "tpworker.model.resolve.resolve_model", lambda *_, **__: hold.wait(20) and model_folder
+        "tpworker.checkpoint.resolve.resolve_model", lambda *_, **__: hold.wait(20) and model_folder
     )
     monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("started"))
 
@@ -733,7 +733,7 @@ def test_a_download_that_was_called_off_does_not_keep_the_process(model_folder: 
     program = """
 import asyncio, time
 from tpworker import Runtime
-from tpworker.model import resolve
+from tpworker.checkpoint import resolve
 resolve.resolve_model = lambda *_, **__: time.sleep(1000)
 async def main():
     async with asyncio.timeout(0.1):

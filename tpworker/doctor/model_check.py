@@ -29,8 +29,8 @@ def check_model(config: RuntimeConfig, device: str, gpus: tuple[Gpu, ...]) -> It
         device: 'cpu' or 'cuda'.
         gpus: those of the group; fewer than there are ranks, if there are no more.
     """
+    from tpworker.checkpoint.resolve import cached_folder, local_folder
     from tpworker.model.families import read_spec
-    from tpworker.model.resolve import cached_folder, local_folder
 
     assert config.model is not None
     try:
@@ -55,7 +55,7 @@ def check_model(config: RuntimeConfig, device: str, gpus: tuple[Gpu, ...]) -> It
 
 def check_default_model() -> Check:
     """Whether the default model is there, or can be put there."""
-    from tpworker.model.default_model import NAME, find_default_model
+    from tpworker.checkpoint.default_model import NAME, find_default_model
 
     try:
         folder = find_default_model()
@@ -68,7 +68,7 @@ def check_default_model() -> Check:
 
 def _files(config: RuntimeConfig, folder: Path, spec: ModelSpec, is_fetched: bool) -> Iterator[Check]:
     """What a start would find in the files and warn of, and whether the weights are all there."""
-    from tpworker.model.weight_files import absent_files
+    from tpworker.checkpoint.weight_files import absent_files
 
     has_weights = config.load_format != "dummy"
     if has_weights and is_fetched and (absent := absent_files(folder)):
@@ -82,7 +82,7 @@ def _files(config: RuntimeConfig, folder: Path, spec: ModelSpec, is_fetched: boo
             yield warning("files", line, None)
         if not has_weights:
             return
-        from tpworker.model.weights import check_weights  # imports torch
+        from tpworker.checkpoint.weights import check_weights  # imports torch
 
         check_weights(folder, spec)
     except ModelError as error:
@@ -106,9 +106,9 @@ def _tokenizer(folder: Path, is_fetched: bool) -> Check:
 def _memory(config: RuntimeConfig, spec: ModelSpec, length: int, device: str, gpus: tuple[Gpu, ...]) -> Check:
     import torch
 
+    from tpworker.checkpoint.weights import shard_bytes
     from tpworker.model.kv_cache import KVCache
     from tpworker.model.tp import Shard
-    from tpworker.model.weights import shard_bytes
 
     num_ranks = config.tensor_parallel_size
     dtype: torch.dtype = getattr(torch, spec.dtype if config.dtype == "auto" else config.dtype)

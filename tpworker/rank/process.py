@@ -20,6 +20,7 @@ from typing import NoReturn, TypeVar
 
 import torch
 
+from tpworker.checkpoint.weights import dummy_weights, load_weights
 from tpworker.errors import ConfigError
 from tpworker.ipc.barrier import Barrier
 from tpworker.ipc.board import Board, Field, Phase, Row
@@ -31,7 +32,7 @@ from tpworker.model.decoder import Decoder
 from tpworker.model.families import ModelSpec, read_spec
 from tpworker.model.kv_cache import KVCache
 from tpworker.model.tp import Collectives, Shard
-from tpworker.model.weights import DecoderWeights, dummy_weights, load_weights
+from tpworker.model.weights import DecoderWeights
 from tpworker.rank.collectives import LIBRARY_SECONDS, connect
 from tpworker.rank.device import CpuDevice, Device, StreamBroken
 from tpworker.rank.loop import RankLoop

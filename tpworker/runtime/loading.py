@@ -60,8 +60,8 @@ def find_model(config: RuntimeConfig, progress: Progress, *, check_weights: bool
         ModelError: there is no such model, or it cannot be served.
     """
     check_working_directory()
+    from tpworker.checkpoint.resolve import resolve_model
     from tpworker.model.families import read_spec
-    from tpworker.model.resolve import resolve_model
 
     folder = resolve_model(config.model, progress, weights=config.load_format != "dummy").absolute()
     spec = read_spec(folder)
@@ -77,7 +77,7 @@ def what_is_odd(folder: Path, spec: ModelSpec, check_weights: bool) -> list[str]
     Raises:
         ModelError: it cannot be served: its weights are missing, cut off, or were never written.
     """
-    from tpworker.model.weight_files import check_files
+    from tpworker.checkpoint.weight_files import check_files
 
     odd = list(spec.notes)
     if spec.generation_ignored:
@@ -111,7 +111,7 @@ def check_tokenizer_files(folder: Path) -> None:
     Raises:
         ModelError: one may not be read, is no file, or, if it is one of the short ones, holds no JSON object.
     """
-    from tpworker.model.json_file import open_file, read_object
+    from tpworker.json_file import open_file, read_object
 
     for name in _TOKENIZER_FILES:
         with suppress(FileNotFoundError):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from tpworker.errors import ModelError, shown
-from tpworker.model.json_file import read_object
+from tpworker.json_file import read_object
 
 # What a dimension may be: far above any published model's, and so little that no product overflows, and that
 # what is done once for each layer, head or expert takes no time to speak of.

@@ -16,15 +16,15 @@ from hypothesis import strategies as st
 
 from tests.model.helpers import CPU
 from tests.model.test_families import ERNIE, ERNIE_DENSE, GLM, LLAMA, LLAMA3, MIXTRAL, QWEN
+from tpworker.checkpoint.resolve import resolve_model
+from tpworker.checkpoint.weight_files import WeightFiles
+from tpworker.checkpoint.weights import shard_bytes
 from tpworker.config import RuntimeConfig
 from tpworker.errors import ModelError, shown
+from tpworker.json_file import MAX_BYTES, shown_name
 from tpworker.model.families import ModelSpec, read_spec
-from tpworker.model.json_file import MAX_BYTES, shown_name
-from tpworker.model.resolve import resolve_model
 from tpworker.model.rope import rope_tables
 from tpworker.model.tp import Shard
-from tpworker.model.weight_files import WeightFiles
-from tpworker.model.weights import shard_bytes
 from tpworker.runtime.loading import FoundModel, find_model, load_tokenizer
 from tpworker.runtime.settings import rank_settings, resolve_max_model_len
 

@@ -10,11 +10,11 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from tpworker.checkpoint.weight_files import INDEX, WeightFiles
 from tpworker.errors import ModelError
+from tpworker.json_file import shown_name
 from tpworker.model.families.spec import with_article
-from tpworker.model.json_file import shown_name
 from tpworker.model.tp import Split
-from tpworker.model.weight_files import INDEX, WeightFiles
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 

@@ -9,9 +9,9 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+from tpworker.checkpoint.default_model import Progress, ensure_default_model
 from tpworker.errors import ModelError, shown
-from tpworker.model.default_model import Progress, ensure_default_model
-from tpworker.model.json_file import open_file, unreadable
+from tpworker.json_file import open_file, unreadable
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _CONFIG_FILES = ["*.json", "*.jinja", "*.txt", "tokenizer.model"]

@@ -18,21 +18,21 @@ from torch import Tensor
 from transformers import Ernie4_5_MoeConfig, Glm4MoeConfig, LlamaConfig
 
 from tests.model.helpers import CPU, SPEC, tiny_model
-from tpworker.errors import ModelError
-from tpworker.model import checkpoint
-from tpworker.model.checkpoint import Checkpoint
-from tpworker.model.families import ModelSpec, MoeSpec, read_spec
-from tpworker.model.linear import Linear, can_pack
-from tpworker.model.mlp import Mlp
-from tpworker.model.moe import Moe
-from tpworker.model.tp import Shard, Split
-from tpworker.model.weights import (
+from tpworker.checkpoint import checkpoint
+from tpworker.checkpoint.checkpoint import Checkpoint
+from tpworker.checkpoint.weights import (
     DecoderWeights,
     check_weights,
     dummy_weights,
     load_weights,
     shard_bytes,
 )
+from tpworker.errors import ModelError
+from tpworker.model.families import ModelSpec, MoeSpec, read_spec
+from tpworker.model.linear import Linear, can_pack
+from tpworker.model.mlp import Mlp
+from tpworker.model.moe import Moe
+from tpworker.model.tp import Shard, Split
 
 META = torch.device("meta")  # where nothing is packed, as on CUDA
 
@@ -62,7 +62,7 @@ def folder(tmp_path: Path) -> Path:
 def unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep weights as they were read, so that they can be compared."""
     monkeypatch.setattr("tpworker.model.linear.can_pack", lambda device, dtype: False)
-    monkeypatch.setattr("tpworker.model.weights.can_pack", lambda device, dtype: False)
+    monkeypatch.setattr("tpworker.checkpoint.weights.can_pack", lambda device, dtype: False)
 
 
 def load(folder: Path, rank: int = 0, size: int = 1, dtype: torch.dtype = torch.float32) -> DecoderWeights:
@@ -131,7 +131,7 @@ def test_a_rank_reads_its_slices_and_no_more(
     folder = tmp_path
     tiny_model(folder, config)
     if not packs:
-        monkeypatch.setattr("tpworker.model.weights.can_pack", lambda device, dtype: False)
+        monkeypatch.setattr("tpworker.checkpoint.weights.can_pack", lambda device, dtype: False)
     real = checkpoint.safe_open
     counts: list[Counter[str]] = []
     for rank in range(size):
@@ -499,7 +499,7 @@ def test_routers_are_in_float32_where_they_are_published_so_and_on_the_cpu() -> 
 
 @pytest.mark.usefixtures("unpacked")
 def test_dummy_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tpworker.model.weights._DUMMY_PERIOD", 1009)
+    monkeypatch.setattr("tpworker.checkpoint.weights._DUMMY_PERIOD", 1009)
     spec = dataclasses.replace(
         SPEC, family="glm4_moe", moe=MOE, qkv_bias=True, output_bias=True, mlp_bias=True, qk_norm=True
     )

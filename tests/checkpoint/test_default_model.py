@@ -21,9 +21,9 @@ from safetensors.torch import load_file
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from tpworker.checkpoint import default_model
+from tpworker.checkpoint.default_model import convert_gguf, default_model_folder, ensure_default_model
 from tpworker.errors import ModelError
-from tpworker.model import default_model
-from tpworker.model.default_model import convert_gguf, default_model_folder, ensure_default_model
 
 CONFIG = LlamaConfig(
     vocab_size=288,
@@ -260,7 +260,7 @@ def test_it_is_fetched_once(index: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_two_processes_at_once(index: Path) -> None:
-    code = "from tpworker.model.default_model import *; print(ensure_default_model(lambda *_: None))"
+    code = "from tpworker.checkpoint.default_model import *; print(ensure_default_model(lambda *_: None))"
     command = [sys.executable, "-c", code]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     folder = default_model_folder()

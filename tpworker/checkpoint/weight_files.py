@@ -14,8 +14,8 @@ from pathlib import Path, PurePath
 from typing import Any, BinaryIO, NamedTuple
 
 from tpworker.errors import ModelError, shown
+from tpworker.json_file import open_file, parse_object, read_object, shown_name, unreadable
 from tpworker.model.families import FAMILIES, ModelSpec
-from tpworker.model.json_file import open_file, parse_object, read_object, shown_name, unreadable
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

@@ -18,13 +18,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from tests.checkpoint.test_weights import TINY, change, load, replaced, shard_files, without
 from tests.model.helpers import Reference, tiny_model
-from tests.model.test_weights import TINY, change, load, replaced, shard_files, without
+from tpworker.checkpoint import weight_files
+from tpworker.checkpoint.weight_files import INDEX, SINGLE, WeightFiles, absent_files, check_files
+from tpworker.checkpoint.weights import check_weights
 from tpworker.errors import ModelError
-from tpworker.model import weight_files
 from tpworker.model.families import read_spec
-from tpworker.model.weight_files import INDEX, SINGLE, WeightFiles, absent_files, check_files
-from tpworker.model.weights import check_weights
 
 EMBED, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 

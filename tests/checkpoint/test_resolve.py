@@ -14,9 +14,9 @@ from typing import Any, ClassVar
 
 import pytest
 
+from tpworker.checkpoint import default_model
+from tpworker.checkpoint.resolve import cached_folder, resolve_model
 from tpworker.errors import ModelError
-from tpworker.model import default_model
-from tpworker.model.resolve import cached_folder, resolve_model
 
 CONFIG = json.dumps({"architectures": ["LlamaForCausalLM"]})
 
@@ -133,7 +133,7 @@ def hub() -> Iterator[str]:
 def resolve_in_a_process(model: str, home: Path, endpoint: str, *options: str) -> str:
     """What resolve_model returns or raises; the hub's library reads its settings when it is imported."""
     code = f"""
-from tpworker.model.resolve import resolve_model
+from tpworker.checkpoint.resolve import resolve_model
 try:
     print(resolve_model({model!r}, lambda text, fraction: None, {", ".join(options)}))
 except Exception as error:
