@@ -20,11 +20,11 @@ from torch import Tensor, distributed
 from benchmarks.barrier_rank import phase
 from benchmarks.collectives import Job
 from tpworker.ipc.barrier import Barrier
-from tpworker.model import kernels, pdl, triton_kernels
+from tpworker.kernels import pdl, symmetric_kernels, triton_kernels
+from tpworker.model import layer_ops
 from tpworker.model.families import read_spec
 from tpworker.model.linear import Linear
 from tpworker.model.tp import Shard, argmax_ranks, embed
-from tpworker.rank import symmetric_kernels
 from tpworker.rank.cuda_collectives import NcclCollectives, SymmetricCollectives
 
 TIMEOUT = 60.0
@@ -141,7 +141,7 @@ class Bench:
         ranks = {"fused": self.ranks, "NCCL + norm": _Plain(self.ranks)}
 
         def layer(how: str) -> None:
-            kernels.reduce_add_norm(x, next(turn)(own), weight, EPS, ranks[how])
+            layer_ops.reduce_add_norm(x, next(turn)(own), weight, EPS, ranks[how])
 
         works: dict[str, Callable[[], Any]] = {how: partial(layer, how) for how in ranks}
         works["fused, no early start"] = _plainly(works["fused"])

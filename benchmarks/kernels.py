@@ -30,7 +30,7 @@ from benchmarks.floors import BYTES_PER_SECOND, floor_bytes
 from benchmarks.options import positive
 from benchmarks.report import machine, save
 from tpworker.checkpoint.weights import dummy_weights
-from tpworker.model import kernels
+from tpworker.model import layer_ops
 from tpworker.model.attention import Attention, flash
 from tpworker.model.batch import Batch
 from tpworker.model.decoder import Decoder
@@ -174,10 +174,10 @@ def attention_us(decoder: Decoder, batch: Batch, cache: KVCache, rounds: int) ->
     angles = rope_tables(spec.rope, spec.head_dim, int(batch.positions.max()) + 1, heads.device)
 
     def layers() -> Tensor:
-        places = kernels.places(batch, cache, *angles)
+        places = layer_ops.places(batch, cache, *angles)
         plan = attention.prepare(batch, cache.block_size)
         for layer in range(spec.num_layers):
-            out = kernels.store_and_attend(
+            out = layer_ops.store_and_attend(
                 attention, plan, heads, norms, spec.rms_norm_eps, places, cache, layer
             )
         return out
@@ -204,7 +204,7 @@ def products_us(decoder: Decoder, count: int, rounds: int) -> dict[str, dict[str
             x: Tensor = x, norm: Tensor = norm, weights: Any = weights, is_gated: bool = kind == "gate_up"
         ) -> Tensor:
             for weight in weights:
-                normed = kernels.add_norm(x, None, norm, 1e-6)
+                normed = layer_ops.add_norm(x, None, norm, 1e-6)
                 out: Tensor = weight.gated(normed) if is_gated else weight(normed)
             return out
 
@@ -219,7 +219,7 @@ def products_us(decoder: Decoder, count: int, rounds: int) -> dict[str, dict[str
 @contextlib.contextmanager
 def library_products() -> Iterator[None]:
     """No product by a kernel of our own."""
-    from tpworker.model import skinny_kernel
+    from tpworker.kernels import skinny_kernel
 
     rule, skinny_kernel.choose = skinny_kernel.choose, lambda num_rows, weight, gated: None
     yield
@@ -229,7 +229,7 @@ def library_products() -> Iterator[None]:
 @contextlib.contextmanager
 def plain_launches() -> Iterator[None]:
     """No kernel starts before the one before it has ended."""
-    from tpworker.model import pdl
+    from tpworker.kernels import pdl
 
     pdl.ENABLED = False
     yield

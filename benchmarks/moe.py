@@ -32,7 +32,7 @@ from benchmarks.floors import BYTES_PER_SECOND
 from benchmarks.kernels import CONFIGS, replay_ms
 from benchmarks.options import positive
 from benchmarks.report import machine, save
-from tpworker.model import kernels, moe
+from tpworker.model import layer_ops, moe
 from tpworker.model.families import MoeSpec, read_spec
 from tpworker.model.tp import Shard
 
@@ -122,7 +122,7 @@ class Layers:
 
 def measure(layers: Layers, count: int, rounds: int) -> dict[str, Any]:
     """One row: a number of tokens."""
-    from tpworker.model import moe_kernels  # imports Triton
+    from tpworker.kernels import moe_kernels  # imports Triton
 
     spec, bias = layers.spec, layers.bias
     inputs = layers.inputs(count)
@@ -166,7 +166,7 @@ def library_layer(
     all_ids = torch.arange(len(down), device=x.device, dtype=torch.int32)
     ends = torch.searchsorted(by_expert, all_ids, right=True, out_int32=True)
     rows = x.index_select(0, order // width)
-    act = kernels.silu_mul(F.grouped_mm(rows, gate_up.mT, offs=ends))
+    act = layer_ops.silu_mul(F.grouped_mm(rows, gate_up.mT, offs=ends))
     parts = torch.empty_like(rows).index_copy_(0, order, F.grouped_mm(act, down.mT, offs=ends))
     return torch.einsum("tkd,tk->td", parts.view(*ids.shape, -1).float(), weights).to(x.dtype)
 

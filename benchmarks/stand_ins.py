@@ -30,7 +30,7 @@ from tpworker.rank.cuda_collectives import SymmetricCollectives, all_gather_sing
 from tpworker.rank.device import Device
 
 if TYPE_CHECKING:
-    from tpworker.rank.symmetric_kernels import Inboxes
+    from tpworker.kernels.symmetric_kernels import Inboxes
 
 
 def stand_in(size: int) -> None:
@@ -66,7 +66,7 @@ def spread(inboxes: Inboxes, num_ranks: int) -> Inboxes:
     Returns:
         With addresses from which a rank's own entry, which it writes to, is that of the rank it stands for.
     """
-    from tpworker.rank.symmetric_kernels import WIDTH
+    from tpworker.kernels.symmetric_kernels import WIDTH
 
     stood_for = [peer // num_ranks * num_ranks for peer in range(inboxes.size)]
     row, pair = WIDTH * torch.bfloat16.itemsize, torch.int64.itemsize

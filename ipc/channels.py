@@ -20,15 +20,8 @@ from collections.abc import Sequence
 
 import zmq
 
-from tpworker.ipc.messages import (
-    MAX_MESSAGE_BYTES,
-    PROTOCOL_VERSION,
-    Hello,
-    Message,
-    MessageError,
-    decode,
-    encode,
-)
+from tpworker.ipc.codec import MessageError
+from tpworker.ipc.messages import MAX_MESSAGE_BYTES, PROTOCOL_VERSION, Hello, Message, decode, encode
 from tpworker.ipc.patience import Patience
 
 _contexts: dict[int, zmq.Context[zmq.Socket[bytes]]] = {}  # by process id

@@ -26,19 +26,8 @@ from typing import Annotated, NoReturn, TypeVar
 
 import setproctitle
 
-from tpworker.ipc.messages import (
-    MAX_BLOCKS,
-    MAX_RANKS,
-    MAX_SEQUENCE,
-    MAX_SLOTS,
-    Generation,
-    MessageError,
-    Name,
-    Rank,
-    Within,
-    pack_dataclass,
-    unpack_dataclass,
-)
+from tpworker.ipc.codec import MessageError, Within, pack_dataclass, unpack_dataclass
+from tpworker.ipc.messages import MAX_BLOCKS, MAX_RANKS, MAX_SEQUENCE, MAX_SLOTS, Generation, Name, Rank
 from tpworker.ipc.streams import leave, make_output_safe
 
 RANK_NAME = "tpworker-rank{}"

@@ -3,7 +3,7 @@
 On the wire a message is an array: its tag, then its fields in order. A part of another message (an
 `Admission` in a `BatchPlan`) is the array of its fields. What comes in is checked, types and bounds,
 before anybody sees it; nothing is ever unpickled. Arrays of token ids, slots and blocks travel as bytes
-of little-endian integers (`pack_int32`), so that a long prompt costs one copy and not one object a token.
+of little-endian integers (arrays.py), so that a long prompt costs one copy and not one object a token.
 
 Every message after the handshake bears the generation of the process group that sent it: a new group
 (after a fault) has a higher one, and what an old one still sends is recognised and dropped.
@@ -20,14 +20,12 @@ Every message after the handshake bears the generation of the process group that
 
 from __future__ import annotations
 
-import sys
-from array import array
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
-from operator import attrgetter
-from typing import Annotated, Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar
 
 import msgpack
+
+from tpworker.ipc.codec import MessageError, Within, codec_of
 
 PROTOCOL_VERSION = 1
 
@@ -36,18 +34,6 @@ MAX_RANKS = 64
 MAX_SLOTS = 4096
 MAX_BLOCKS = 1 << 30
 MAX_SEQUENCE = 1 << 22  # tokens of one request, prompt and output together
-
-
-class MessageError(Exception):
-    """Bytes that are not a message of this protocol, or whose fields are out of bounds."""
-
-
-@dataclass(frozen=True)
-class Within:
-    """Bounds of an integer or a float, both ends included; of a string or bytes: of its length."""
-
-    low: float
-    high: float
 
 
 Step = Annotated[int, Within(0, 2**62)]
@@ -62,45 +48,6 @@ Name = Annotated[str, Within(1, 64)]
 Text = Annotated[str, Within(0, 1 << 16)]
 Int32s = Annotated[bytes, Within(0, 4 * MAX_SEQUENCE)]
 Int64s = Annotated[bytes, Within(0, 8 * MAX_SEQUENCE)]
-
-
-# ---------------------------------------------------------------------------------- integer arrays
-
-
-def pack_int32(values: Iterable[int]) -> bytes:
-    """Little-endian 32-bit integers, e.g. token ids. Raises OverflowError when one does not fit."""
-    packed = array("i", values)
-    if sys.byteorder == "big":
-        packed.byteswap()
-    return packed.tobytes()
-
-
-def unpack_int32(data: bytes) -> array[int]:
-    """The inverse of `pack_int32`, an array that behaves like a list of integers."""
-    return _unpack("i", data)
-
-
-def pack_int64(values: Iterable[int]) -> bytes:
-    """Little-endian 64-bit integers, e.g. request ids."""
-    packed = array("q", values)
-    if sys.byteorder == "big":
-        packed.byteswap()
-    return packed.tobytes()
-
-
-def unpack_int64(data: bytes) -> array[int]:
-    """The inverse of `pack_int64`."""
-    return _unpack("q", data)
-
-
-def _unpack(typecode: str, data: bytes) -> array[int]:
-    unpacked: array[int] = array(typecode)
-    if len(data) % unpacked.itemsize:
-        raise MessageError(f"{len(data)} bytes are no whole number of {unpacked.itemsize}-byte integers")
-    unpacked.frombytes(data)
-    if sys.byteorder == "big":
-        unpacked.byteswap()
-    return unpacked
 
 
 # ------------------------------------------------------------------------------------ handshake
@@ -356,123 +303,18 @@ _BY_TAG: dict[int, type[Any]] = {
 _TAG_OF = {cls: tag for tag, cls in _BY_TAG.items()}
 
 
-# ----------------------------------------------------------------------------------------- codec
+# ---------------------------------------------------------------------------------- on the wire
 
 _T = TypeVar("_T")
-_Check = Callable[[Any], Any]
-
-
-class _Codec:
-    """Packs and unpacks one dataclass; its checks are built once, from the type hints."""
-
-    of: ClassVar[dict[type[Any], _Codec]] = {}
-
-    def __init__(self, cls: type[Any]) -> None:
-        _Codec.of[cls] = self
-        self.cls = cls
-        self.names = [field.name for field in fields(cls)]
-        hints = get_type_hints(cls, include_extras=True)
-        getter = attrgetter(*self.names)  # of one name it gives the bare value
-        self.values: Callable[[Any], Any] = getter if len(self.names) > 1 else lambda m: (getter(m),)
-        self.checks = [_check_for(hints[name]) for name in self.names]
-        self.parts = [i for i, name in enumerate(self.names) if _part_of(hints[name]) is not None]
-
-    def pack(self, message: Any) -> list[Any]:
-        values = list(self.values(message))
-        for i in self.parts:
-            value = values[i]
-            if isinstance(value, tuple):
-                values[i] = [_Codec.of[type(part)].pack(part) for part in value]
-            else:
-                values[i] = _Codec.of[type(value)].pack(value)
-        return values
-
-    def unpack(self, values: Any) -> Any:
-        if type(values) is not list or len(values) != len(self.checks):
-            raise MessageError(f"{self.cls.__name__}: expected an array of {len(self.checks)} fields")
-        try:
-            return self.cls(*[check(value) for check, value in zip(self.checks, values, strict=True)])
-        except MessageError as error:
-            raise MessageError(f"{self.cls.__name__}: {error}") from None
-
-
-def _is_part(hint: Any) -> bool:
-    return isinstance(hint, type) and hasattr(hint, "__dataclass_fields__")
-
-
-def _part_of(hint: Any) -> Any:
-    """The dataclass that a field holds, directly or in a tuple; None for plain values."""
-    if get_origin(hint) is tuple:
-        hint = get_args(hint)[0]
-    return hint if _is_part(hint) else None
-
-
-def _check_for(hint: Any) -> _Check:
-    if get_origin(hint) is tuple:
-        return _check_tuple(_check_for(get_args(hint)[0]))
-    if _is_part(hint):
-        return (_Codec.of.get(hint) or _Codec(hint)).unpack
-    if get_origin(hint) is Annotated:
-        base, bounds = get_args(hint)
-        return _check_sized(base, bounds) if base in (bytes, str) else _check_number(base, bounds)
-    if hint is bool:
-        return _check_bool
-    optional = [arg for arg in get_args(hint) if arg is not type(None)]
-    if len(optional) == 1:
-        inner = _check_for(optional[0])
-        return lambda value: None if value is None else inner(value)
-    raise TypeError(f"no check for {hint!r}")  # a mistake in this file, found on import
-
-
-def _check_tuple(inner: _Check) -> _Check:
-    def check(value: Any) -> Any:
-        if type(value) is not list:
-            raise MessageError(f"expected an array, got {type(value).__name__}")
-        return tuple([inner(item) for item in value])
-
-    return check
-
-
-def _check_number(base: Any, bounds: Within) -> _Check:
-    low, high = bounds.low, bounds.high
-
-    def check(value: Any) -> Any:
-        if type(value) is not base:
-            raise MessageError(f"expected {base.__name__}, got {type(value).__name__}")
-        if not low <= value <= high:
-            raise MessageError(f"{value} is not within {low} and {high}")
-        return value
-
-    return check
-
-
-def _check_sized(base: Any, bounds: Within) -> _Check:
-    low, high = bounds.low, bounds.high
-
-    def check(value: Any) -> Any:
-        if type(value) is not base:
-            raise MessageError(f"expected {base.__name__}, got {type(value).__name__}")
-        if not low <= len(value) <= high:
-            raise MessageError(f"a length of {len(value)} is not within {low} and {high}")
-        return value
-
-    return check
-
-
-def _check_bool(value: Any) -> bool:
-    if type(value) is not bool:
-        raise MessageError(f"expected bool, got {type(value).__name__}")
-    return value
-
 
 for _cls in _BY_TAG.values():
-    _Codec(_cls)
+    codec_of(_cls)  # a field that cannot be checked is found on import
 
 
 def encode(message: Message) -> bytes:
     """A message as bytes. Numbers are not checked here but where they come in."""
     cls = type(message)
-    data: bytes = msgpack.packb([_TAG_OF[cls], *_Codec.of[cls].pack(message)])
+    data: bytes = msgpack.packb([_TAG_OF[cls], *codec_of(cls).pack(message)])
     return data
 
 
@@ -493,29 +335,8 @@ def decode(data: bytes) -> Message:
     cls = _BY_TAG.get(values[0])
     if cls is None:
         raise MessageError(f"unknown tag {values[0]}")
-    message: Message = _Codec.of[cls].unpack(values[1:])
+    message: Message = codec_of(cls).unpack(values[1:])
     return message
-
-
-def pack_dataclass(value: Any) -> bytes:
-    """A dataclass with annotated fields that is no message of a channel, as bytes: same codec, no tag."""
-    cls = type(value)
-    data: bytes = msgpack.packb((_Codec.of.get(cls) or _Codec(cls)).pack(value))
-    return data
-
-
-def unpack_dataclass(cls: type[_T], data: bytes) -> _T:
-    """The inverse of `pack_dataclass`, checked as `decode` checks.
-
-    Raises:
-        MessageError: not msgpack, a wrong number of fields, a wrong type, out of bounds.
-    """
-    try:
-        values = msgpack.unpackb(data, strict_map_key=True)
-    except Exception as error:  # as in decode
-        raise MessageError(f"not msgpack: {error}") from None
-    value: _T = (_Codec.of.get(cls) or _Codec(cls)).unpack(values)
-    return value
 
 
 def expect(message: Message, cls: type[_T]) -> _T:

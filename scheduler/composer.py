@@ -18,7 +18,8 @@ import heapq
 from collections import deque
 from dataclasses import dataclass, field
 
-from tpworker.ipc.messages import Admission, BatchPlan, Chunk, Grant, Started, pack_int32
+from tpworker.ipc.arrays import pack_int32
+from tpworker.ipc.messages import Admission, BatchPlan, Chunk, Grant, Started
 from tpworker.scheduler.inflight import InFlight
 from tpworker.scheduler.kv_blocks import BlockPool
 from tpworker.scheduler.requests import Request, State

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from tpworker.ipc.messages import StepResult, unpack_int32
+from tpworker.ipc.arrays import unpack_int32
+from tpworker.ipc.messages import StepResult
 from tpworker.ipc.patience import Patience
 from tpworker.scheduler.requests import Request
 

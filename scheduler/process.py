@@ -13,16 +13,17 @@ import logging
 import time
 from typing import TypeVar
 
+from tpworker.ipc.arrays import pack_int32, pack_int64
 from tpworker.ipc.board import Board, Field, Phase
 from tpworker.ipc.channels import Channel, Poller, accept_all, close_all
 from tpworker.ipc.child import RANK_NAME, SchedulerBoot, SchedulerSettings, board_names
+from tpworker.ipc.codec import MessageError
 from tpworker.ipc.messages import (
     Abort,
     Allocate,
     BatchPlan,
     Finish,
     Message,
-    MessageError,
     RankLoaded,
     RankReady,
     SchedulerLoad,
@@ -33,8 +34,6 @@ from tpworker.ipc.messages import (
     Submit,
     encode,
     expect,
-    pack_int32,
-    pack_int64,
 )
 from tpworker.ipc.patience import Patience
 from tpworker.scheduler.composer import Composer

@@ -21,7 +21,8 @@ from __future__ import annotations
 from array import array
 from enum import Enum, auto
 
-from tpworker.ipc.messages import Sampling, Submit, unpack_int32
+from tpworker.ipc.arrays import unpack_int32
+from tpworker.ipc.messages import Sampling, Submit
 
 
 class State(Enum):

@@ -72,12 +72,9 @@ _MODULE_OF = {name: module for module, names in _MODULES.items() for name in nam
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        from importlib.metadata import PackageNotFoundError, version
+        from tpworker.version import version
 
-        try:
-            return version("tpworker")
-        except PackageNotFoundError:  # it lies on the path, and was not installed
-            return "unknown"
+        return version()
     if name not in __all__:
         raise AttributeError(f"module 'tpworker' has no attribute {name!r}")
     value = getattr(import_module(_MODULE_OF.get(name, "tpworker.errors")), name)

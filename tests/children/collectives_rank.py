@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tpworker.model import kernels, pdl, triton_kernels
+from tpworker.kernels import pdl, symmetric_kernels, triton_kernels
+from tpworker.model import layer_ops
 from tpworker.model.tp import argmax_ranks
-from tpworker.rank import symmetric_kernels
 from tpworker.rank.cuda_collectives import NcclCollectives, SymmetricCollectives
 
 EPS = 1e-6
@@ -54,7 +54,7 @@ def sums(ranks: SymmetricCollectives) -> dict[str, Any]:
                 exact = (x.float() + total.float()).to(torch.bfloat16)
                 if not (torch.equal(mine, exact) and torch.equal(reduced, total)):
                     found["inexact"].append(case)
-                reference = kernels.norm(exact.double(), weight.double(), EPS)
+                reference = layer_ops.norm(exact.double(), weight.double(), EPS)
                 error = float((normed.double() - reference).norm() / reference.norm())
                 found["error"] = max(found["error"], error if error == error else 1e9)
                 if ranks.size == 2:  # with more ranks the all-reduce rounds more than once
@@ -72,7 +72,7 @@ def nothing(ranks: SymmetricCollectives) -> dict[str, Any]:
     rows = torch.zeros(0, 1024, device=ranks.device, dtype=torch.bfloat16)
     weight = torch.ones(1024, device=ranks.device, dtype=torch.bfloat16)
     summed = ranks.all_reduce(rows)
-    normed = kernels.reduce_add_norm(rows, rows, weight, EPS, ranks)
+    normed = layer_ops.reduce_add_norm(rows, rows, weight, EPS, ranks)
     ids = torch.zeros(0, device=ranks.device, dtype=torch.int64)
     chosen = argmax_ranks(ids.float(), ids, ranks)
     return {"shapes": [list(result.shape) for result in (summed, normed, chosen)]}

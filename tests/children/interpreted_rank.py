@@ -1,4 +1,4 @@
-"""One rank of the kernels of `tpworker.rank.symmetric_kernels`, in Triton's interpreter, without a GPU.
+"""One rank of the kernels of `tpworker.kernels.symmetric_kernels`, in Triton's interpreter, without a GPU.
 
 The inboxes are memfds, and the ranks are processes that run, and wait for each other, at their own pace.
 """
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.stand_ins import spread
-from tpworker.rank import symmetric_kernels
-from tpworker.rank.symmetric_kernels import Inboxes
+from tpworker.kernels import symmetric_kernels
+from tpworker.kernels.symmetric_kernels import Inboxes
 
 EPS = 1e-6
 COLUMNS = (24, 64, 136)

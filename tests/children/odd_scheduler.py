@@ -7,8 +7,9 @@ import signal
 import time
 from dataclasses import replace
 
+from tpworker.ipc.arrays import pack_int32, unpack_int32
 from tpworker.ipc.child import SchedulerBoot, run_child
-from tpworker.ipc.messages import RankReady, StepOutput, pack_int32, unpack_int32
+from tpworker.ipc.messages import RankReady, StepOutput
 from tpworker.testing.fake_scheduler import FakeScheduler
 
 GAP, STOP, HANG, NONSENSE, RAISE = 10, 11, 12, 13, 14

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from tpworker.ipc.arrays import pack_int32
 from tpworker.ipc.child import SchedulerBoot, run_child
-from tpworker.ipc.messages import StepOutput, pack_int32
+from tpworker.ipc.messages import StepOutput
 from tpworker.testing.fake_scheduler import FakeScheduler
 
 

@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from tests.model.helpers import tiny_model
 from tpworker import Runtime, RuntimeFailed, SamplingParams
 from tpworker.checkpoint.weights import load_weights
-from tpworker.ipc.messages import Admission, BatchPlan, Chunk, Sampling, pack_int32
+from tpworker.ipc.arrays import pack_int32
+from tpworker.ipc.messages import Admission, BatchPlan, Chunk, Sampling
 from tpworker.model.decoder import Decoder
 from tpworker.model.families import read_spec
 from tpworker.model.kv_cache import KVCache

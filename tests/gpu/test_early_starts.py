@@ -20,8 +20,8 @@ from tests.gpu.test_kernels import (
     randn,
     split_attention,
 )
-from tpworker.model import kernels
-from tpworker.model.attention.split import NewTokens
+from tpworker.kernels.operands import NewTokens
+from tpworker.model import layer_ops
 from tpworker.model.families import RopeSpec
 from tpworker.model.rope import rope_tables
 
@@ -43,7 +43,7 @@ def test_a_step_attends_to_what_the_step_before_has_stored(
     name: str, lengths: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Steps with nothing between them but what `prepare` does; the cache is as at first in each replay."""
-    from tpworker.model import triton_kernels
+    from tpworker.kernels import triton_kernels
 
     shape = SHAPES[name]
     batch, _, keys, values = attention_case(shape, BLOCK_SIZE, lengths, [])
@@ -62,7 +62,7 @@ def test_a_step_attends_to_what_the_step_before_has_stored(
             positions=batch.positions.to(DEVICE) + step,
             lengths=batch.lengths.to(DEVICE) + step,
         )
-        places = kernels.Places(
+        places = layer_ops.Places(
             *triton_kernels.places(now.positions, now.sequence_of, now.block_tables, cos, sin, BLOCK_SIZE)
         )
         heads = randn(len(lengths), shape.heads + 2 * shape.kv_heads, shape.head_dim).to(DEVICE)

@@ -19,13 +19,13 @@ from transformers import LlamaConfig, Qwen3Config
 from tests.model.helpers import CPU, SPEC, Work, make_batch, shuffled_tables, tiny_model
 from tests.model.test_sampling import logits_of, rows_of, through_slots
 from tpworker.checkpoint.weights import dummy_weights, load_weights
-from tpworker.model import kernels
+from tpworker.kernels.operands import Normed
+from tpworker.model import layer_ops
 from tpworker.model.attention import choose, flash
 from tpworker.model.attention.paged import PagedAttention
 from tpworker.model.attention.split import SplitAttention
 from tpworker.model.batch import Batch
 from tpworker.model.decoder import Decoder, KVCache
-from tpworker.model.deferred import Normed
 from tpworker.model.families import RopeSpec, read_spec
 from tpworker.model.rope import rope_tables
 from tpworker.model.sampling import SamplingMode, SamplingRows, gumbel_noise, sample
@@ -89,7 +89,7 @@ every_count = pytest.mark.parametrize("count", ROWS)
 def fused() -> Any:
     """The module of kernels."""
     pytest.importorskip("triton")
-    from tpworker.model import triton_kernels
+    from tpworker.kernels import triton_kernels
 
     return triton_kernels
 
@@ -126,10 +126,10 @@ def test_add_norm(fused: Any, shape: Shape, count: int, dtype: torch.dtype) -> N
     x, summand = randn(count, shape.hidden, dtype=dtype), randn(count, shape.hidden, dtype=dtype)
     weight = randn(shape.hidden, dtype=dtype)
     x_there = x.to(DEVICE, copy=True)
-    near(fused.add_norm(x_there, None, weight.to(DEVICE), 1e-6), kernels.add_norm(x, None, weight, 1e-6))
+    near(fused.add_norm(x_there, None, weight.to(DEVICE), 1e-6), layer_ops.add_norm(x, None, weight, 1e-6))
     assert torch.equal(x_there.cpu(), x)
     normed = fused.add_norm(x_there, summand.to(DEVICE), weight.to(DEVICE), 1e-6)
-    near(normed, kernels.add_norm(x, summand, weight, 1e-6))
+    near(normed, layer_ops.add_norm(x, summand, weight, 1e-6))
     assert torch.equal(x_there.cpu(), x), "the residual stream is the same, bit by bit"
 
 
@@ -138,7 +138,7 @@ def test_add_norm(fused: Any, shape: Shape, count: int, dtype: torch.dtype) -> N
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_silu_mul(fused: Any, shape: Shape, count: int, dtype: torch.dtype) -> None:
     gate_up = randn(count, 2 * shape.width, dtype=dtype)
-    near(fused.silu_mul(gate_up.to(DEVICE)), kernels.silu_mul(gate_up))
+    near(fused.silu_mul(gate_up.to(DEVICE)), layer_ops.silu_mul(gate_up))
 
 
 @every_shape
@@ -158,14 +158,14 @@ def test_norm_rotate_store(fused: Any, shape: Shape, count: int, block_size: int
     positions = torch.randint(0, 2 * block_size, (count,))
     batch = Batch(positions, positions, torch.arange(count), tables, positions, positions, count, 1)
     cos, sin = rope_tables(RopeSpec(theta=1e4), shape.rotary_dim or shape.head_dim, 2 * block_size, CPU)
-    places = kernels.places(batch, caches[0], cos, sin)
-    there = kernels.Places(
+    places = layer_ops.places(batch, caches[0], cos, sin)
+    there = layer_ops.Places(
         *fused.places(*(x.to(DEVICE) for x in (positions, batch.sequence_of, tables, cos, sin)), block_size)
     )
     for field in dataclasses.fields(places):
         assert torch.equal(getattr(there, field.name).cpu(), getattr(places, field.name))
     norms = weights if shape.has_norm else None
-    query = kernels.norm_rotate_store(heads, norms, 1e-6, places, caches[0], 0)
+    query = layer_ops.norm_rotate_store(heads, norms, 1e-6, places, caches[0], 0)
     result = fused.norm_rotate_store(
         heads.to(DEVICE),
         (weights[0].to(DEVICE), weights[1].to(DEVICE)) if shape.has_norm else None,
@@ -196,7 +196,7 @@ def product_case(
 
 def gate(product: Tensor) -> Tensor:
     """The reference on the CPU."""
-    return kernels.silu_mul(product.cpu())
+    return layer_ops.silu_mul(product.cpu())
 
 
 def gated_tolerance(dtype: torch.dtype) -> float | None:
@@ -207,7 +207,7 @@ def gated_tolerance(dtype: torch.dtype) -> float | None:
 @every_case
 @pytest.mark.parametrize("has_bias", [True, False])
 def test_products_of_one_row(fused: Any, shape: Shape, has_bias: bool, dtype: torch.dtype) -> None:
-    from tpworker.model import skinny_kernel
+    from tpworker.kernels import skinny_kernel
 
     for size_in, size_out in ((shape.hidden, 2 * shape.width), (shape.width, shape.hidden)):
         x, weight, bias, expected = product_case(1, size_in, size_out, has_bias, dtype)
@@ -233,7 +233,7 @@ CUTS = [
 @pytest.mark.parametrize("cut", CUTS, ids=str)
 def test_products_of_few_rows(fused: Any, count: int, cut: dict[str, Any]) -> None:
     """Parts of a row of the weight included; what is not a multiple of anything, too."""
-    from tpworker.model import few_rows, skinny_kernel
+    from tpworker.kernels import few_rows, skinny_kernel
 
     dtype = torch.bfloat16
     for size_in, size_out, has_bias in ((1024, 768, False), (1096, 152, True), (3072, 1024, True)):
@@ -251,7 +251,7 @@ def test_products_of_few_rows(fused: Any, count: int, cut: dict[str, Any]) -> No
 def test_sums_and_norms_in_products_of_one_row(
     fused: Any, name: str, has_bias: bool, dtype: torch.dtype
 ) -> None:
-    from tpworker.model import skinny_kernel
+    from tpworker.kernels import skinny_kernel
 
     rules = [skinny_kernel.OneRow(), skinny_kernel.OneRow(4, 256)]
     check_sums_and_norms(1, SHAPES[name].width, SHAPES[name].hidden, has_bias, dtype, rules)
@@ -261,7 +261,7 @@ def test_sums_and_norms_in_products_of_one_row(
 @pytest.mark.parametrize("count", [1, 3, 16, 64])
 @pytest.mark.parametrize("sizes", [(3072, 1024), (1096, 152)])
 def test_sums_and_norms_in_products_of_few_rows(fused: Any, count: int, sizes: tuple[int, int]) -> None:
-    from tpworker.model import few_rows
+    from tpworker.kernels import few_rows
 
     rules = [few_rows.FewRows(**cut) for cut in CUTS]
     check_sums_and_norms(count, *sizes, count == 16, torch.bfloat16, rules)
@@ -271,12 +271,12 @@ def check_sums_and_norms(
     count: int, size_in: int, size: int, has_bias: bool, dtype: torch.dtype, rules: list[Any]
 ) -> None:
     """x += W a, and V RMSNorm(x), in the products' kernels: against one operation after the other."""
-    from tpworker.model import skinny_kernel
+    from tpworker.kernels import skinny_kernel
 
     a, weight, bias, product = product_case(count, size_in, size, has_bias, dtype)
     x, norm = randn(count, size, dtype=dtype).to(DEVICE), randn(size, dtype=dtype).to(DEVICE)
     expected_x = x.cpu().clone()
-    expected = kernels.add_norm(expected_x, product.to(dtype).cpu(), norm.cpu(), 1e-6)
+    expected = layer_ops.add_norm(expected_x, product.to(dtype).cpu(), norm.cpu(), 1e-6)
     second = randn(520, size, dtype=dtype, scale=0.05).to(DEVICE)
     expected_product = (expected.double() @ second.cpu().double().T).to(dtype)
     tolerance = 1e-2 if dtype == torch.bfloat16 else None  # the norm's two factors are not rounded together
@@ -284,7 +284,7 @@ def check_sums_and_norms(
         target = Normed(x.clone(), norm, 1e-6)
         skinny_kernel.multiply_add(a, weight, bias, rule, target)
         near(target.x, expected_x)
-        near(target.tensor(), expected)
+        near(layer_ops.tensor_of(target), expected)
         for other in rules:
             near(skinny_kernel.multiply(target, second, None, other), expected_product, tolerance)
             result = skinny_kernel.multiply(target, second, None, other, gated=True)
@@ -294,7 +294,7 @@ def check_sums_and_norms(
 @pytest.mark.parametrize("width", [7, 2500])
 def test_begin_decode(fused: Any, width: int) -> None:
     """Against indexing; padding rows share the null slot, which stays where it is."""
-    from tpworker.rank import slot_kernels
+    from tpworker.kernels import slot_kernels
 
     num_slots = 300
     last_token, position = torch.randint(0, 1 << 40, (2, num_slots + 1))
@@ -314,7 +314,7 @@ def test_begin_decode(fused: Any, width: int) -> None:
 
 @pytest.mark.parametrize("count", [0, 1, 5, 300, 1500])
 def test_finish_step(fused: Any, count: int) -> None:
-    from tpworker.rank import slot_kernels
+    from tpworker.kernels import slot_kernels
 
     num_slots = 2000
     last_token = torch.randint(0, 9, (num_slots + 1,), device=DEVICE)
@@ -506,17 +506,17 @@ def test_store_and_attend(fused: Any, shape: Shape, dtype: torch.dtype, lengths:
         attention = SplitAttention(shape.heads, shape.kv_heads, shape.head_dim, others, 132)
         here = (heads.to(device), tuple(norm.to(device) for norm in norms) if shape.has_norm else None)
         if device == DEVICE and len(results):
-            places = kernels.Places(
+            places = layer_ops.Places(
                 *fused.places(there.positions, there.sequence_of, there.block_tables, cos.to(device),
                               sin.to(device), 16)
             )  # fmt: skip
             plan = attention.prepare(there, 16)
             for _ in range(2):
-                out = kernels.store_and_attend(attention, plan, *here, 1e-6, places, cache, 0)
+                out = layer_ops.store_and_attend(attention, plan, *here, 1e-6, places, cache, 0)
         else:
-            places = kernels.places(batch, cache, cos, sin)
+            places = layer_ops.places(batch, cache, cos, sin)
             plan = others.prepare(there, 16)
-            out = kernels.store_and_attend(others, plan, *here, 1e-6, places, cache, 0)
+            out = layer_ops.store_and_attend(others, plan, *here, 1e-6, places, cache, 0)
         results.append((out, cache.keys[0], cache.values[0]))
     for result, reference in zip(results[1], results[0], strict=True):
         near(result, reference)
@@ -612,7 +612,7 @@ def test_flash_attention_is_chosen_where_it_runs(caplog: pytest.LogCaptureFixtur
 
 def differing_replays(work: Callable[[], Tensor], monkeypatch: pytest.MonkeyPatch, replays: int) -> int:
     """How many replays with early starts gave other bits than kernels launched one after the other."""
-    from tpworker.model import pdl
+    from tpworker.kernels import pdl
 
     monkeypatch.setattr(pdl, "ENABLED", False)
     plain, expected = captured(work)

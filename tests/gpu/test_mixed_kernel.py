@@ -31,7 +31,7 @@ pytestmark = [
 @pytest.mark.parametrize("size", [None, 900, 1024])
 def test_against_indexing(width: int, size: int | None) -> None:
     """Decoding requests beside chunks shorter and longer than a program takes at a time, and padding."""
-    from tpworker.rank import slot_kernels
+    from tpworker.kernels import slot_kernels
 
     draw = random.Random(width)
     slots = draw.sample(range(NUM_SLOTS), 25)

@@ -94,7 +94,7 @@ class Layer:
 def fused() -> Any:
     """The module of kernels."""
     pytest.importorskip("triton")
-    from tpworker.model import moe_kernels
+    from tpworker.kernels import moe_kernels
 
     return moe_kernels
 

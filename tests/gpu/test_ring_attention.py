@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from tests.gpu.test_kernels import DEVICE, HAS_GPU, Shape, attention_case, batch_to, near, reference_attention
-from tpworker.model.attention.split import Cut, NewTokens, SplitAttention
+from tpworker.kernels.operands import Cut, NewTokens
+from tpworker.model.attention.split import SplitAttention
 from tpworker.model.batch import Batch
 
 pytestmark = [
@@ -60,7 +61,7 @@ def attend(
     cut: Cut, tables: Tensor, lengths: Tensor, heads: Tensor, keys: Tensor, values: Tensor, new: NewTokens
 ) -> Tensor:
     """Twice, with the same bits."""
-    from tpworker.model.attention import ring_kernel
+    from tpworker.kernels import ring_kernel
 
     (count, _, head_dim), num_kv_heads = heads.shape, keys.shape[2]
     num_heads = heads.shape[1] - 2 * num_kv_heads

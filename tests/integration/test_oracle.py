@@ -14,7 +14,8 @@ import pytest
 from transformers import LlamaConfig
 
 from tests.model.helpers import tiny_model
-from tpworker.ipc.messages import Abort, Sampling, Submit, pack_int32, unpack_int32
+from tpworker.ipc.arrays import pack_int32, unpack_int32
+from tpworker.ipc.messages import Abort, Sampling, Submit
 from tpworker.testing.in_process import InProcessGroup
 
 VOCAB = 97

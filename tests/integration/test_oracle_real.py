@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tpworker.ipc.messages import Sampling, Submit, pack_int32
+from tpworker.ipc.arrays import pack_int32
+from tpworker.ipc.messages import Sampling, Submit
 from tpworker.testing.in_process import InProcessGroup
 
 PROMPTS = (

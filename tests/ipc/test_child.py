@@ -24,7 +24,7 @@ from tpworker.ipc.child import (
     read_report,
     write_report,
 )
-from tpworker.ipc.messages import MessageError, unpack_dataclass
+from tpworker.ipc.codec import MessageError, unpack_dataclass
 
 SCHEDULER_BOOT = SchedulerBoot(
     generation=3, name="tpworker-scheduler", log_level=20, report_fd=9, num_ranks=2, runtime_address="ipc://@r",

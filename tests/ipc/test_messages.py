@@ -14,22 +14,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tpworker.ipc import messages
+from tpworker.ipc.arrays import pack_int32, pack_int64, unpack_int32, unpack_int64
+from tpworker.ipc.codec import MessageError, Within
 from tpworker.ipc.messages import (
     BatchPlan,
     Hello,
     Message,
-    MessageError,
     StepResult,
     StepTiming,
     Stop,
-    Within,
     decode,
     encode,
     expect,
-    pack_int32,
-    pack_int64,
-    unpack_int32,
-    unpack_int64,
 )
 
 CLASSES: list[Any] = list(get_args(Message))

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.model.helpers import Work, make_batch, shuffled_tables
+from tpworker.kernels.operands import Cut
 from tpworker.model.attention import paged
 from tpworker.model.attention.paged import PagedAttention
-from tpworker.model.attention.split import Cut, SplitAttention
+from tpworker.model.attention.split import SplitAttention
 from tpworker.model.batch import Batch
 
 HEAD_DIM = 8

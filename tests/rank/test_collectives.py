@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, distributed
 
 from tpworker.ipc.barrier import Barrier, BarrierTimeout
-from tpworker.model import kernels
-from tpworker.model.deferred import Product
+from tpworker.kernels.operands import Product
+from tpworker.model import layer_ops
 from tpworker.model.linear import Linear
 from tpworker.model.tp import Collectives, argmax_ranks
 from tpworker.rank import collectives, cuda_collectives
@@ -126,18 +126,18 @@ def test_what_is_offered_in_one_kernel_is_taken_and_the_rest_goes_step_by_step()
     for rows in (3, 5):
         x, part = torch.randn(rows, 8), torch.randn(rows, 8)
         expected = x + 2 * part
-        normed = kernels.reduce_add_norm(x, part, weight, 1e-6, Fusing())
+        normed = layer_ops.reduce_add_norm(x, part, weight, 1e-6, Fusing())
         if rows <= 4:
             assert (normed == 7).all()
         else:
             assert torch.equal(x, expected)
-            assert torch.equal(normed, kernels.norm(expected, weight, 1e-6))
+            assert torch.equal(normed, layer_ops.norm(expected, weight, 1e-6))
     linear = Linear(torch.randn(8, 16))
     product = Product(linear, torch.randn(2, 16))
-    assert (kernels.reduce_add_norm(torch.randn(2, 8), product, weight, 1e-6, Fusing()) == 7).all()
+    assert (layer_ops.reduce_add_norm(torch.randn(2, 8), product, weight, 1e-6, Fusing()) == 7).all()
     x = torch.randn(2, 8)
-    normed = kernels.reduce_add_norm(x, None, weight, 1e-6, Fusing())
-    assert torch.equal(normed, kernels.norm(x, weight, 1e-6)), "there is nothing to exchange"
+    normed = layer_ops.reduce_add_norm(x, None, weight, 1e-6, Fusing())
+    assert torch.equal(normed, layer_ops.norm(x, weight, 1e-6)), "there is nothing to exchange"
     token = torch.tensor([3, 4])
     assert argmax_ranks(torch.zeros(2), token, Fusing()).tolist() == [4, 5]
     assert argmax_ranks(torch.zeros(2), token, SoleRank()).tolist() == [3, 4]

@@ -12,7 +12,8 @@ import pytest
 from tpworker.ipc.barrier import Barrier, BarrierDiverged, BarrierTimeout
 from tpworker.ipc.board import Board, Field
 from tpworker.ipc.channels import Channel, ChannelError, new_address
-from tpworker.ipc.messages import BatchPlan, Message, MessageError, Stop
+from tpworker.ipc.codec import MessageError
+from tpworker.ipc.messages import BatchPlan, Message, Stop
 from tpworker.rank.loop import PlanOutOfOrder, RankLoop
 
 

@@ -8,9 +8,10 @@ import time
 import pytest
 import torch
 
+from tpworker.ipc.arrays import unpack_int32
 from tpworker.ipc.board import Board, Field
 from tpworker.ipc.channels import Channel, new_address
-from tpworker.ipc.messages import StepResult, unpack_int32
+from tpworker.ipc.messages import StepResult
 from tpworker.rank.device import CpuDevice
 from tpworker.rank.publisher import Publisher
 from tpworker.rank.runner import Launched

@@ -166,7 +166,7 @@ def test_no_kernel_is_lost_when_threads_cannot_be_had(
 def test_triton_compiles_what_the_steps_launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For a GPU that is not there: kernels of ours, with tensors on the CPU."""
     triton: Any = importlib.import_module("triton")
-    from tpworker.model import triton_kernels
+    from tpworker.kernels import triton_kernels
     from tpworker.rank.rehearsal import rehearse
 
     hits: list[bool] = []

@@ -13,7 +13,8 @@ import torch
 from tests.model.helpers import SPEC
 from tests.scheduler.helpers import sampling
 from tpworker.checkpoint.weights import dummy_weights
-from tpworker.ipc.messages import Admission, BatchPlan, Chunk, pack_int32
+from tpworker.ipc.arrays import pack_int32
+from tpworker.ipc.messages import Admission, BatchPlan, Chunk
 from tpworker.model.decoder import Decoder
 from tpworker.model.kv_cache import KVCache
 from tpworker.model.tp import Collectives, Shard

@@ -9,7 +9,8 @@ import torch
 from tests.model.helpers import run_ranks
 from tests.model.test_sampling import logits_of, reference_tokens, rows_of
 from tests.scheduler.helpers import sampling
-from tpworker.ipc.messages import Admission, Grant, pack_int32
+from tpworker.ipc.arrays import pack_int32
+from tpworker.ipc.messages import Admission, Grant
 from tpworker.model.sampling import SamplingMode, sample
 from tpworker.model.tp import Collectives
 from tpworker.rank.device import CpuDevice

@@ -11,7 +11,7 @@ import torch
 from tests.conftest import VOCAB_SIZE
 from tpworker.config import SamplingParams
 from tpworker.errors import InvalidRequest, PromptTooLong
-from tpworker.ipc.messages import unpack_int32
+from tpworker.ipc.arrays import unpack_int32
 from tpworker.runtime.admission import Limits, fit, pack_prompt, resolve_sampling
 
 

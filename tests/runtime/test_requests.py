@@ -7,15 +7,8 @@ import pytest
 
 from tests.server.fake_runtime import byte_tokenizer
 from tpworker.errors import RuntimeFailed
-from tpworker.ipc.messages import (
-    Finish,
-    SchedulerLoad,
-    Started,
-    StepOutput,
-    StepTiming,
-    pack_int32,
-    pack_int64,
-)
+from tpworker.ipc.arrays import pack_int32, pack_int64
+from tpworker.ipc.messages import Finish, SchedulerLoad, Started, StepOutput, StepTiming
 from tpworker.outputs import RequestOutput
 from tpworker.runtime.requests import GapError, Request, Requests
 from tpworker.text.stream import TextStream

@@ -7,7 +7,8 @@ import pytest
 
 from tpworker.config import RuntimeConfig
 from tpworker.errors import ConfigError
-from tpworker.ipc.messages import MAX_SEQUENCE, pack_dataclass, unpack_dataclass
+from tpworker.ipc.codec import pack_dataclass, unpack_dataclass
+from tpworker.ipc.messages import MAX_SEQUENCE
 from tpworker.runtime import settings
 
 SPEC: Any = SimpleNamespace(max_model_len=2048, dtype="bfloat16")

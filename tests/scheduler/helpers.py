@@ -6,20 +6,10 @@ import random
 from collections import deque
 from typing import Any
 
+from tpworker.ipc.arrays import pack_int32, unpack_int32, unpack_int64
 from tpworker.ipc.board import Board
 from tpworker.ipc.child import SchedulerSettings, board_names
-from tpworker.ipc.messages import (
-    BatchPlan,
-    Message,
-    Sampling,
-    StepOutput,
-    StepResult,
-    Submit,
-    decode,
-    pack_int32,
-    unpack_int32,
-    unpack_int64,
-)
+from tpworker.ipc.messages import BatchPlan, Message, Sampling, StepOutput, StepResult, Submit, decode
 from tpworker.scheduler.process import Scheduler
 from tpworker.testing.fake_rank import FakeRank
 

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.scheduler.helpers import VOCAB, World, sampling, submit
-from tpworker.ipc.messages import Abort, StepResult, StepTiming, Submit, pack_int32, unpack_int32
+from tpworker.ipc.arrays import pack_int32, unpack_int32
+from tpworker.ipc.messages import Abort, StepResult, StepTiming, Submit
 from tpworker.scheduler.inflight import ProtocolError
 from tpworker.scheduler.process import StepTimeout
 from tpworker.testing.fake_rank import expected_output

@@ -9,6 +9,7 @@ from typing import Any
 from tpworker.cli.server_options import API_KEY_VARIABLE
 from tpworker.config import RuntimeConfig
 from tpworker.errors import shown
+from tpworker.version import version
 
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 8000
@@ -18,9 +19,7 @@ class _Version(argparse.Action):
     """As argparse's own, but the version is looked up when it is asked for."""
 
     def __call__(self, parser: argparse.ArgumentParser, *unused: object) -> None:
-        import tpworker
-
-        print(f"tpworker {tpworker.__version__}")
+        print(f"tpworker {version()}")
         parser.exit()
 
 

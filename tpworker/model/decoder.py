@@ -11,11 +11,11 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from tpworker.model import kernels
+from tpworker.kernels.operands import Product
+from tpworker.model import layer_ops
 from tpworker.model.attention import Attention
 from tpworker.model.attention import choose as choose_attention
 from tpworker.model.batch import Batch
-from tpworker.model.deferred import Product, tensor_of
 from tpworker.model.families import ModelSpec
 from tpworker.model.kv_cache import KVCache
 from tpworker.model.rope import rope_tables
@@ -72,22 +72,23 @@ class Decoder:
         part: Tensor | Product | None = (
             None  # a rank's summand of x, still to be added up: the next norm does that
         )
-        places = kernels.places(batch, cache, self._cos, self._sin)
+        places = layer_ops.places(batch, cache, self._cos, self._sin)
         plan = self.attention.prepare(batch, cache.block_size)
         for number, layer in enumerate(weights.layers):
-            normed = kernels.reduce_add_norm(x, part, layer.attention_norm, eps, self.collectives)
+            normed = layer_ops.reduce_add_norm(x, part, layer.attention_norm, eps, self.collectives)
             heads = layer.qkv(normed).view(len(x), -1, self.spec.head_dim)  # [T, H + 2 K, head_dim]
-            attended = kernels.store_and_attend(
+            attended = layer_ops.store_and_attend(
                 self.attention, plan, heads, _norms(layer), eps, places, cache, number
             )
             part = Product(layer.output, attended)
-            normed = kernels.reduce_add_norm(x, part, layer.mlp_norm, eps, self.collectives)
+            normed = layer_ops.reduce_add_norm(x, part, layer.mlp_norm, eps, self.collectives)
             part = layer.mlp(normed)
-        last = None if part is None else tensor_of(part)
+        last = None if part is None else layer_ops.tensor_of(part)
         if batch.sample_rows is not None:
             x = x.index_select(0, batch.sample_rows)
             last = last if last is None else last.index_select(0, batch.sample_rows)
-        return tensor_of(kernels.reduce_add_norm(x, last, weights.final_norm, eps, self.collectives))
+        normed = layer_ops.reduce_add_norm(x, last, weights.final_norm, eps, self.collectives)
+        return layer_ops.tensor_of(normed)
 
     def excerpt(self) -> Decoder:
         """A decoder of few layers that runs every kernel which this one does.

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tpworker.model import few_rows, kernels
-from tpworker.model.deferred import Normed, tensor_of
+from tpworker.kernels import few_rows
+from tpworker.kernels.operands import Normed
+from tpworker.model import layer_ops
 
 _PACK_ROWS = 64  # the number of input rows that a packed layout is chosen for; others run well in it too
 _SHORT_ROW = 768  # inputs; for one row of more (1536, not 768) oneDNN sums in another order than for several
@@ -46,20 +47,20 @@ class Linear:
         """[T, in] to [T, out]."""
         if self.weight.is_cuda:
             return self._multiply_on_cuda(x, gated=False)
-        x = tensor_of(x)
+        x = layer_ops.tensor_of(x)
         return self._multiply_packed(x) if self.is_packed else F.linear(x, self.weight, self.bias)
 
     def gated(self, x: Tensor | Normed) -> Tensor:
         """silu(gate) * up, [T, F], of a product [T, 2 F], gate then up."""
         if self.weight.is_cuda:
             return self._multiply_on_cuda(x, gated=True)
-        return kernels.silu_mul(self(x))
+        return layer_ops.silu_mul(self(x))
 
     def add_to(self, residual: Tensor, x: Tensor, norm_weight: Tensor, eps: float) -> Normed | None:
         """See `Product.add_to`."""
         if not self.weight.is_cuda or x.dtype == torch.float16:
             return None  # the residual times the norm's weight, not yet divided, is beyond float16
-        from tpworker.model import skinny_kernel
+        from tpworker.kernels import skinny_kernel
 
         rule = skinny_kernel.choose(len(x), self.weight, gated=False)
         if rule is None:
@@ -69,14 +70,14 @@ class Linear:
         return target
 
     def _multiply_on_cuda(self, x: Tensor | Normed, gated: bool) -> Tensor:
-        from tpworker.model import skinny_kernel
+        from tpworker.kernels import skinny_kernel
 
         num_rows = len(x if isinstance(x, Tensor) else x.x)
         rule = skinny_kernel.choose(num_rows, self.weight, gated)
         if rule is not None:
             return skinny_kernel.multiply(x, self.weight, self.bias, rule, gated)
-        y = F.linear(tensor_of(x), self.weight, self.bias)
-        return kernels.silu_mul(y) if gated else y
+        y = F.linear(layer_ops.tensor_of(x), self.weight, self.bias)
+        return layer_ops.silu_mul(y) if gated else y
 
     def tensors(self) -> Iterator[Tensor]:
         """Every tensor that it holds."""

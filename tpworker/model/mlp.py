@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from tpworker.model.deferred import Normed, Product
+from tpworker.kernels.operands import Normed, Product
 from tpworker.model.linear import Linear
 
 

@@ -1,6 +1,6 @@
 """Mixture of experts: which experts a token goes to, and what they make of it.
 
-The functions here are the definition, the reference and the CPU's way; `tpworker.model.moe_kernels` has the
+The functions here are the definition, the reference and the CPU's way; `tpworker.kernels.moe_kernels` has the
 CUDA kernels of the same names. E routed experts and S shared ones are one stack, the shared ones last: every
 token goes to them with weight 1, so that nothing else tells them apart. D is the hidden size, F this rank's
 part of an expert's width, k the number of routed experts of a token.
@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tpworker.model import kernels
-from tpworker.model.deferred import Normed, tensor_of
+from tpworker.kernels.operands import Normed
+from tpworker.model import layer_ops
 from tpworker.model.families import MoeSpec
 from tpworker.model.linear import Linear
 
@@ -56,11 +56,11 @@ class Moe:
 
     def __call__(self, x: Tensor | Normed) -> Tensor:
         """From [T, D] to this rank's summand of the output, [T, D]."""
-        x = tensor_of(x)
+        x = layer_ops.tensor_of(x)
         ids, weights = self.router(x)
         if isinstance(self.gate_up, Tensor) and isinstance(self.down, Tensor):
             if x.is_cuda:
-                from tpworker.model import moe_kernels
+                from tpworker.kernels import moe_kernels
 
                 return moe_kernels.experts(x, ids, weights, self.gate_up, self.down)
             return experts(x, ids, weights, self.gate_up, self.down)
@@ -69,7 +69,7 @@ class Moe:
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The model's own router. On the CPU a token's choice does not depend on the others, bit by bit."""
         if x.is_cuda:
-            from tpworker.model import moe_kernels
+            from tpworker.kernels import moe_kernels
 
             return moe_kernels.route(x, self.gate.weight, self.bias, self.spec)
         return choose(self.gate(x.float()), self.bias, self.spec)
@@ -103,7 +103,7 @@ def route(x: Tensor, gate: Tensor, bias: Tensor | None, spec: MoeSpec) -> tuple[
 
 def choose(logits: Tensor, bias: Tensor | None, spec: MoeSpec) -> tuple[Tensor, Tensor]:
     """The second half of `route`: from float32 logits [T, E]."""
-    scores = logits.softmax(dim=-1) if spec.score == "softmax" else kernels.sigmoid(logits)
+    scores = logits.softmax(dim=-1) if spec.score == "softmax" else layer_ops.sigmoid(logits)
     ranked = scores if bias is None else scores + bias
     if spec.num_groups > 1:
         grouped = ranked.view(len(ranked), spec.num_groups, -1)  # [T, groups, E / groups]
@@ -170,7 +170,7 @@ def _compute(
         if count:
             choices = order[start : start + count]
             rows = x.index_select(0, choices // num_choices)
-            outputs.index_copy_(0, choices, down[expert](kernels.silu_mul(gate_up[expert](rows))))
+            outputs.index_copy_(0, choices, down[expert](layer_ops.silu_mul(gate_up[expert](rows))))
             start += count
     summands = outputs.view(-1, num_choices, x.shape[1]).float() * weights[..., None]
     total = summands[:, 0].contiguous()

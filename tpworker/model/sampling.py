@@ -72,7 +72,7 @@ def sample(
     if not (mode.random and mode.truncate):
         return plain
     if logits.is_cuda:
-        from tpworker.model import truncation_kernel
+        from tpworker.kernels import truncation_kernel
 
         full = gather_vocab(logits, collectives)  # [R, V]
         truncation_kernel.sample_truncated(full, rows, plain, GREEDY_BELOW)
@@ -101,7 +101,7 @@ def _best_tokens(logits: Tensor, rows: SamplingRows, random: bool, vocab_start: 
         ones the first, or ~token of the first NaN.
     """
     if logits.is_cuda:
-        from tpworker.model import triton_kernels
+        from tpworker.kernels import triton_kernels
 
         return triton_kernels.best_tokens(logits, rows, random, vocab_start, GREEDY_BELOW)
     scores = logits

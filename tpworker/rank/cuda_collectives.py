@@ -17,7 +17,7 @@ from tpworker.model.tp import Collectives
 from tpworker.rank.collectives import SoleRank
 
 if TYPE_CHECKING:
-    from tpworker.rank.symmetric_kernels import Inboxes
+    from tpworker.kernels.symmetric_kernels import Inboxes
 
 _distributed: Any = distributed  # typed without its stores
 
@@ -89,7 +89,7 @@ class SymmetricCollectives(NcclCollectives):
 
     def __init__(self, store_fd: int, rank: int, size: int, timeout: float, device: torch.device) -> None:
         super().__init__(store_fd, rank, size, timeout, device)
-        from tpworker.rank import symmetric_kernels
+        from tpworker.kernels import symmetric_kernels
 
         self._kernels = symmetric_kernels
         self.inboxes = self._connect_inboxes()

@@ -95,7 +95,7 @@ class MixedInputs:
     def _look_up(self, table: SlotTable) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Token ids, positions (of padding 0), lengths, query starts and block tables; moves the slots on."""
         if self.tokens.is_cuda:
-            from tpworker.rank import slot_kernels
+            from tpworker.kernels import slot_kernels
 
             return slot_kernels.begin_mixed(
                 self.slots,

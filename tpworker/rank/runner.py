@@ -26,7 +26,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tpworker.ipc.messages import Admission, BatchPlan, Chunk, Sampling, pack_int32
+from tpworker.ipc.arrays import pack_int32
+from tpworker.ipc.messages import Admission, BatchPlan, Chunk, Sampling
 from tpworker.model.attention import PagedAttention
 from tpworker.model.batch import Batch
 from tpworker.model.decoder import Decoder

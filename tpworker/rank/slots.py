@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tpworker.ipc.messages import Admission, Grant, Sampling, unpack_int32
+from tpworker.ipc.arrays import unpack_int32
+from tpworker.ipc.messages import Admission, Grant, Sampling
 from tpworker.model.sampling import SamplingMode, SamplingRows
 from tpworker.rank.staging import StagedArray, StagingBuffer
 
@@ -117,7 +118,7 @@ class SlotTable:
             Token ids and positions int64 [R], lengths int32 [R], block tables int32 [R, max_blocks].
         """
         if slots.is_cuda:
-            from tpworker.rank import slot_kernels
+            from tpworker.kernels import slot_kernels
 
             return slot_kernels.begin_decode(slots, self.last_token, self.position, self.block_table)
         positions = self.position[slots]
@@ -136,7 +137,7 @@ class SlotTable:
             ring: int64 [ring rows, 1 + num_slots]; the row gets the step's number and its tokens as they are.
         """
         if slots.is_cuda:
-            from tpworker.rank import slot_kernels
+            from tpworker.kernels import slot_kernels
 
             slot_kernels.finish_step(slots, tokens, self.last_token, counter, ring)
             return

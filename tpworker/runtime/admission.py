@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from tpworker.config import MAX_STOP_IDS, SamplingParams
 from tpworker.errors import InvalidRequest, PromptTooLong
-from tpworker.ipc.messages import Sampling, pack_int32, unpack_int32
+from tpworker.ipc.arrays import pack_int32, unpack_int32
+from tpworker.ipc.messages import Sampling
 
 if TYPE_CHECKING:
     from tpworker.model.families import ModelSpec

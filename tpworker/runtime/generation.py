@@ -17,7 +17,8 @@ from collections.abc import Callable
 from tpworker.ipc.board import Field, Phase, Row
 from tpworker.ipc.channels import Channel, ChannelError, new_address
 from tpworker.ipc.child import SCHEDULER_NAME
-from tpworker.ipc.messages import Message, MessageError, SchedulerReady, StepOutput, Stop
+from tpworker.ipc.codec import MessageError
+from tpworker.ipc.messages import Message, SchedulerReady, StepOutput, Stop
 from tpworker.ipc.patience import Patience
 from tpworker.ipc.streams import open_standard_descriptors
 from tpworker.runtime.faults import Fault

@@ -16,7 +16,8 @@ import asyncio
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from tpworker.ipc.messages import StepOutput, unpack_int32, unpack_int64
+from tpworker.ipc.arrays import unpack_int32, unpack_int64
+from tpworker.ipc.messages import StepOutput
 from tpworker.outputs import FinishReason, RequestOutput
 
 if TYPE_CHECKING:

@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from tpworker.config import RuntimeConfig, SamplingParams
 from tpworker.errors import ConfigError, InvalidRequest, ModelError, QueueFull, RuntimeFailed, RuntimeStopped
-from tpworker.ipc.messages import Abort, SchedulerLoad, StepOutput, Submit, unpack_int32
+from tpworker.ipc.arrays import unpack_int32
+from tpworker.ipc.messages import Abort, SchedulerLoad, StepOutput, Submit
 from tpworker.observe.affinity import near_cpus
 from tpworker.observe.gpus import resolve_gpus
 from tpworker.observe.start import StartTimes

@@ -11,9 +11,9 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-import tpworker
 from tpworker.observe.watch import GpuState
 from tpworker.outputs import RequestOutput, StepRecord
+from tpworker.version import version
 
 if TYPE_CHECKING:
     from tpworker.runtime.runtime import Runtime
@@ -105,7 +105,7 @@ class _RuntimeCollector(Collector):
     def collect(self) -> Iterable[Metric]:
         if self._runtime.device:  # else it is not known yet what will be served, and on what
             info = {
-                "version": tpworker.__version__,
+                "version": version(),
                 "model": self._name or self._runtime.served_name,
                 "tensor_parallel_size": str(self._runtime.config.tensor_parallel_size),
                 "device": self._runtime.device,

@@ -13,15 +13,8 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from tpworker.ipc.messages import (
-    Admission,
-    BatchPlan,
-    Sampling,
-    StepResult,
-    StepTiming,
-    pack_int32,
-    unpack_int32,
-)
+from tpworker.ipc.arrays import pack_int32, unpack_int32
+from tpworker.ipc.messages import Admission, BatchPlan, Sampling, StepResult, StepTiming
 
 
 def next_token(context: Sequence[int], seed: int, vocab_size: int) -> int:

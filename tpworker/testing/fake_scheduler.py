@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+from tpworker.ipc.arrays import pack_int32, pack_int64, unpack_int32
 from tpworker.ipc.board import Board, Field, Phase
 from tpworker.ipc.channels import Channel, accept_all, close_all
 from tpworker.ipc.child import RANK_NAME, SchedulerBoot, board_names, run_child
@@ -23,9 +24,6 @@ from tpworker.ipc.messages import (
     StepTiming,
     Stop,
     Submit,
-    pack_int32,
-    pack_int64,
-    unpack_int32,
 )
 from tpworker.scheduler.process import agree_on_blocks
 

@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 
+from tpworker.ipc.arrays import unpack_int32, unpack_int64
 from tpworker.ipc.barrier import Barrier
 from tpworker.ipc.board import Board
 from tpworker.ipc.channels import Channel, accept_all
 from tpworker.ipc.child import RANK_NAME, RankBoot, RankSettings, SchedulerSettings, board_names
-from tpworker.ipc.messages import Message, StepOutput, Stop, Submit, unpack_int32, unpack_int64
+from tpworker.ipc.messages import Message, StepOutput, Stop, Submit
 from tpworker.rank.device import CpuDevice
 from tpworker.rank.process import assemble, connect_loop
 from tpworker.scheduler.process import Scheduler, agree_on_blocks

@@ -21,43 +21,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from tpworker.kernels.gluon import has_gluon
+from tpworker.kernels.operands import Cut, NewTokens, Partial
 from tpworker.model.batch import Batch
-from tpworker.model.gluon import has_gluon
 
 if TYPE_CHECKING:
-    from tpworker.model.attention import Attention
+    from tpworker.model.attention.backend import Attention
 
 _MAX_PARTS = 32
 _MAX_WIDE_PARTS = 16  # the same for more than 8 query heads a key-value head: there is more to put together
-_SHORTEST_PART = 128  # tokens: more parts cost more to put together than they save
 _WIDE = 2  # programs of four warps and three tiles of 64 tokens that a processor's shared memory holds
 _NARROW = 4  # of two warps and tiles of 32
-
-
-@dataclass(frozen=True, slots=True)
-class Cut:
-    """How the work of a layer is cut."""
-
-    num_parts: int  # of each sequence, at most
-    warps: int  # of a program; each takes 16 tokens of a tile
-    stages: int = 3  # tiles in shared memory, all but one of them on their way
-    shortest: int = _SHORTEST_PART  # tokens of a part, if there are several
-
-
-Partial = tuple[Tensor, Tensor, Tensor, Tensor]
-"""Of each pair of sequence and key-value head: float32 sums [S K, parts, H / K, head_dim], maxima and totals
-[S K, parts, H / K], and int32 [S K], how many parts are done."""
-
-
-@dataclass(frozen=True, slots=True)
-class NewTokens:
-    """What it takes to norm, rotate and store heads; see `kernels.norm_rotate_store`."""
-
-    norms: tuple[Tensor, Tensor] | None  # of queries and keys, [head_dim] each
-    eps: float
-    cos: Tensor  # float32 [S, 1, rotary_dim]
-    sin: Tensor
-    rows: Tensor  # int64 [S], of the cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +103,7 @@ class SplitAttention:
         """See `Attention`."""
         if not isinstance(plan, _SplitPlan):
             return self.others(queries, keys, values, plan)
-        from tpworker.model.attention import split_kernel
+        from tpworker.kernels import split_kernel
 
         tables, lengths, partial, cut = plan.block_tables, plan.lengths, plan.partial, plan.cut
         return split_kernel.attend(queries, keys, values, tables, lengths, partial, cut.num_parts).flatten(1)
@@ -144,7 +118,7 @@ class SplitAttention:
         """
         if not isinstance(plan, _SplitPlan) or not self._takes_ring(keys):
             return None
-        from tpworker.model.attention import ring_kernel
+        from tpworker.kernels import ring_kernel
 
         tables, lengths, partial, cut = plan.block_tables, plan.lengths, plan.partial, plan.cut
         return ring_kernel.attend(heads, keys, values, tables, lengths, partial, cut, tokens).flatten(1)
@@ -158,5 +132,5 @@ class SplitAttention:
             and keys.shape[1] % 16 == 0
             and keys.is_cuda
             and torch.cuda.get_device_capability(keys.device) >= (8, 0)
-            and has_gluon("tpworker.model.attention.ring_kernel")
+            and has_gluon("tpworker.kernels.ring_kernel")
         )

@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tpworker.model import pdl
-from tpworker.model.attention.split import Partial
-from tpworker.model.pdl import start_next, wait
+from tpworker.kernels import pdl
+from tpworker.kernels.operands import Partial
+from tpworker.kernels.pdl import start_next, wait
 
 _TILE = 64  # tokens that a program takes at a time, and the shortest part
 

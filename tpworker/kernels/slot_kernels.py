@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tpworker.model import pdl
-from tpworker.model.pdl import start_next, wait
+from tpworker.kernels import pdl
+from tpworker.kernels.pdl import start_next, wait
 
 _ENTRIES = 1024  # of a block table, or rows, that a program takes at a time
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tpworker.model import kernels
+from tpworker.model import layer_ops
 
 
 def test_an_activation_has_the_same_bits_whatever_is_beside_it() -> None:
@@ -14,8 +14,8 @@ def test_an_activation_has_the_same_bits_whatever_is_beside_it() -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        together = kernels.silu_mul(gate_up)
-        alone = torch.cat([kernels.silu_mul(row[None]) for row in gate_up])
+        together = layer_ops.silu_mul(gate_up)
+        alone = torch.cat([layer_ops.silu_mul(row[None]) for row in gate_up])
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(together, alone)

@@ -32,8 +32,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tpworker.model import pdl
-from tpworker.model.pdl import start_next, wait
+from tpworker.kernels import pdl
+from tpworker.kernels.pdl import start_next, wait
 
 WIDTH = 8192
 """Most elements of a row."""
@@ -203,7 +203,7 @@ def _reduce_add_norm(
 def reduce_add_norm(
     x: Tensor, part: Tensor, weight: Tensor, eps: float, inboxes: Inboxes, two_shot: bool
 ) -> Tensor:
-    """See `tpworker.model.kernels.reduce_add_norm`; `inboxes.takes`."""
+    """See `tpworker.model.layer_ops.reduce_add_norm`; `inboxes.takes`."""
     assert x.is_contiguous()
     assert x.shape == part.shape
     assert x.dtype == part.dtype

@@ -2,9 +2,8 @@
 
 Such a product is the reading of its weight, and between short kernels a memory that idles is what costs. So
 this is written in Gluon, Triton's lower level, where it can be said when memory is asked for: each program
-asks for the first stages of its part of the weight before the kernel before it has ended (see
-`tpworker.model.pdl`); they take shared memory and no registers. With the matrices of small models that is all
-of the weight.
+asks for the first stages of its part of the weight before the kernel before it has ended (see pdl.py); they
+take shared memory and no registers. With the matrices of small models that is all of the weight.
 """
 
 # Triton has no types, and is not installed where there is no GPU.
@@ -28,10 +27,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from tpworker.model import pdl
-from tpworker.model.deferred import Normed
-from tpworker.model.few_rows import FewRows, counters, num_processors, padded
-from tpworker.model.pdl import start_next, wait
+from tpworker.kernels import pdl
+from tpworker.kernels.few_rows import FewRows, counters, num_processors, padded
+from tpworker.kernels.operands import Normed
+from tpworker.kernels.pdl import start_next, wait
 
 
 @gluon.constexpr_function

@@ -35,7 +35,7 @@ def test_exchanges_of_ranks_that_dawdle(
 
     With fewer ranks than the group's size, each stands for several (benchmarks/stand_ins.py).
     """
-    from tpworker.rank import symmetric_kernels
+    from tpworker.kernels import symmetric_kernels
 
     monkeypatch.setattr(symmetric_kernels, "_ROW_BYTES", ROW_BYTES)
     fds = [os.memfd_create("inbox") for _ in range(num_ranks)]

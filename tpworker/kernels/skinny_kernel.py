@@ -2,8 +2,7 @@
 
 With few rows a product is the reading of its weight. The library's tiles leave much of the GPU idle where
 matrices are small, and its kernels start when the one before them has ended. These have loaded the first part
-of their weight by then (see `tpworker.model.pdl`). And what stands between two products is done by them (see
-`tpworker.model.deferred`).
+of their weight by then (see pdl.py). And what stands between two products is done by them (see operands.py).
 """
 
 # Triton has no types, and is not installed where there is no GPU.
@@ -19,10 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tpworker.model import pdl
-from tpworker.model.deferred import Normed
-from tpworker.model.few_rows import MOST_ROWS, FewRows, can_multiply_few, cut_few, num_processors
-from tpworker.model.pdl import start_next, wait
+from tpworker.kernels import pdl, triton_kernels
+from tpworker.kernels.few_rows import MOST_ROWS, FewRows, can_multiply_few, cut_few, num_processors
+from tpworker.kernels.operands import Normed
+from tpworker.kernels.pdl import start_next, wait
 
 # ------------------------------------------------------------------------------------- which one, and how
 
@@ -71,10 +70,10 @@ def multiply(
     """
     if isinstance(rule, OneRow):
         return multiply_one(x, weight, bias, rule, gated, None)
-    from tpworker.model.few_rows_kernel import multiply_few
+    from tpworker.kernels.few_rows_kernel import multiply_few
 
     if isinstance(x, Normed) and x.scaled is None:
-        x = x.tensor()
+        x = triton_kernels.add_norm(x.x, None, x.weight, x.eps)
     return multiply_few(x, weight, bias, rule, gated, None)
 
 
@@ -87,7 +86,7 @@ def multiply_add(
     if isinstance(rule, OneRow):
         multiply_one(x, weight, bias, rule, False, target.x)
     else:
-        from tpworker.model.few_rows_kernel import multiply_few
+        from tpworker.kernels.few_rows_kernel import multiply_few
 
         multiply_few(x, weight, bias, rule, False, target)
 

@@ -34,8 +34,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tpworker.model import pdl
-from tpworker.model.families import MoeSpec
+from tpworker.kernels import pdl
+from tpworker.kernels.operands import Routing
 
 # ---------------------------------------------------------------------------------------------- routing
 
@@ -160,7 +160,7 @@ def _best_groups(ranked, expert, SIZE: tl.constexpr, GROUPS: tl.constexpr, TOP_G
     return tl.where(kept | (ranked == float("-inf")), ranked, -1e38)
 
 
-def route(x: Tensor, gate: Tensor, bias: Tensor | None, spec: MoeSpec) -> tuple[Tensor, Tensor]:
+def route(x: Tensor, gate: Tensor, bias: Tensor | None, spec: Routing) -> tuple[Tensor, Tensor]:
     """See `moe.route`."""
     assert x.is_contiguous()
     assert gate.is_contiguous()

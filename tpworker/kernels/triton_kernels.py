@@ -1,6 +1,6 @@
 """The fused kernels that CUDA ranks run between matrix products. Imports Triton: import it on CUDA only.
 
-Each does what the torch reference of the same name in `tpworker.model.kernels` or `tpworker.model.sampling`
+Each does what the torch reference of the same name in `tpworker.model.layer_ops` or `tpworker.model.sampling`
 does, and rounds where that rounds. All of them are short: at 64 rows they move a few hundred KB, so what
 they cost is their launch, and the point is that there are few of them. None looks at values on the host
 and every size of an allocation follows from shapes, so all can be captured in a CUDA graph.
@@ -20,8 +20,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
-from tpworker.model import pdl
-from tpworker.model.pdl import start_next, wait
+from tpworker.kernels import pdl
+from tpworker.kernels.pdl import start_next, wait
 
 _VOCAB_BLOCK = 2048  # logits of one program: 75 programs for one row of Qwen3's vocabulary
 _HEADS_TILE = 8  # heads of one program

@@ -24,9 +24,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
-from tpworker.model import pdl
-from tpworker.model.attention.split import Cut, NewTokens, Partial
-from tpworker.model.pdl import start_next, wait
+from tpworker.kernels import pdl
+from tpworker.kernels.operands import Cut, NewTokens, Partial
+from tpworker.kernels.pdl import start_next, wait
 
 _FLOOR = gl.constexpr(-1e30)  # of maxima; finite: a warp without tokens weighs nothing, and not NaN
 _SLAB = 16  # tokens of a tile that each warp takes: what the matrix units take at least

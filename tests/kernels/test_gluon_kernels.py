@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from tests.absent_gpu import needs_triton, pretend
-from tpworker.model.attention.split import Cut, NewTokens
-from tpworker.model.deferred import Normed
+from tpworker.kernels.operands import Cut, NewTokens, Normed
 
 pytestmark = needs_triton
 BF16 = torch.bfloat16
@@ -21,7 +20,7 @@ BF16 = torch.bfloat16
 
 @pytest.fixture(autouse=True)
 def absent_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tpworker.model import few_rows_kernel, pdl
+    from tpworker.kernels import few_rows_kernel, pdl
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(pdl, "is_supported", lambda: True)
@@ -50,8 +49,8 @@ def compile_all(work: Callable[[], None], count: int) -> None:
 @pytest.mark.parametrize(("size_in", "size_out"), [(1024, 4096), (2048, 1024), (4096, 24576), (16384, 64)])
 @pytest.mark.parametrize("num_rows", [1, 16, 32, 64])
 def test_products_of_few_rows(num_rows: int, size_in: int, size_out: int) -> None:
-    from tpworker.model.few_rows import cut_few
-    from tpworker.model.few_rows_kernel import multiply_few
+    from tpworker.kernels.few_rows import cut_few
+    from tpworker.kernels.few_rows_kernel import multiply_few
 
     rule = cut_few(num_rows, size_out, size_in, 132)
     x, weight = torch.empty(num_rows, size_in, dtype=BF16), torch.empty(size_out, size_in, dtype=BF16)
@@ -69,7 +68,7 @@ def test_products_of_few_rows(num_rows: int, size_in: int, size_out: int) -> Non
 @pytest.mark.parametrize("cut", [Cut(1, 2), Cut(4, 2), Cut(32, 4)], ids=str)
 @pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(16, 8, 128), (12, 1, 128), (9, 3, 64)])
 def test_decode_attention(num_heads: int, num_kv_heads: int, head_dim: int, cut: Cut) -> None:
-    from tpworker.model.attention.ring_kernel import attend
+    from tpworker.kernels.ring_kernel import attend
 
     heads = torch.empty(3, num_heads + 2 * num_kv_heads, head_dim, dtype=BF16)
     keys = torch.empty(8, 16, num_kv_heads, head_dim, dtype=BF16)

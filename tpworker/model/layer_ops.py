@@ -1,8 +1,8 @@
 """What a layer does between its matrix products: plain torch on the CPU, one fused kernel each on CUDA.
 
-The torch code is the definition and the reference; `tpworker.model.triton_kernels` has the kernel of the same
-name. On a GPU these operations cost their launches and little else, and there are dozens of them a layer in
-plain torch, so each function is one kernel there:
+The torch code is the definition and the reference; kernels/triton_kernels.py has the kernel of the same name.
+On a GPU these operations cost their launches and little else, and there are dozens of them a layer in plain
+torch, so each function is one kernel there:
 
     add_norm            x += summand; RMSNorm(x)                         twice a layer
     norm_rotate_store   norm of query and key heads, rotation, KV write  once a layer
@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tpworker.kernels.operands import NewTokens, Normed, Product
 from tpworker.model.attention import Attention
-from tpworker.model.attention.split import NewTokens, SplitAttention
+from tpworker.model.attention.split import SplitAttention
 from tpworker.model.batch import Batch
-from tpworker.model.deferred import Normed, Product
 from tpworker.model.kv_cache import KVCache
 from tpworker.model.tp import Collectives
 
@@ -45,12 +45,19 @@ def add_norm(x: Tensor, summand: Tensor | None, weight: Tensor, eps: float) -> T
         [T, D].
     """
     if x.is_cuda:
-        from tpworker.model import triton_kernels
+        from tpworker.kernels import triton_kernels
 
         return triton_kernels.add_norm(x, summand, weight, eps)
     if summand is not None:
         x += summand
     return norm(x, weight, eps)
+
+
+def tensor_of(value: Tensor | Normed | Product) -> Tensor:
+    """Computed, if it is not."""
+    if isinstance(value, Normed):
+        return add_norm(value.x, None, value.weight, value.eps)
+    return value.linear(value.x) if isinstance(value, Product) else value
 
 
 def reduce_add_norm(
@@ -71,7 +78,7 @@ def reduce_add_norm(
     if isinstance(part, Product):
         if collectives.size == 1 and (normed := part.add_to(x, weight, eps)) is not None:
             return normed
-        part = part.tensor()
+        part = tensor_of(part)
     fused = collectives.reduce_add_norm(x, part, weight, eps)
     return add_norm(x, collectives.all_reduce(part), weight, eps) if fused is None else fused
 
@@ -88,7 +95,7 @@ class Places:
 def places(batch: Batch, cache: KVCache, cos_table: Tensor, sin_table: Tensor) -> Places:
     """Look up the places of a step's tokens; the tables are `rope_tables`, [num_positions, rotary_dim]."""
     if batch.positions.is_cuda:
-        from tpworker.model import triton_kernels
+        from tpworker.kernels import triton_kernels
 
         found = triton_kernels.places(
             batch.positions, batch.sequence_of, batch.block_tables, cos_table, sin_table, cache.block_size
@@ -118,7 +125,7 @@ def norm_rotate_store(
         The queries, [T, H, head_dim].
     """
     if heads.is_cuda:
-        from tpworker.model import triton_kernels
+        from tpworker.kernels import triton_kernels
 
         keys, values = cache.keys[layer], cache.values[layer]
         return triton_kernels.norm_rotate_store(
@@ -183,7 +190,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def silu_mul(gate_up: Tensor) -> Tensor:
     """[T, 2 F], gate then up, to silu(gate) * up [T, F]."""
     if gate_up.is_cuda:
-        from tpworker.model import triton_kernels
+        from tpworker.kernels import triton_kernels
 
         return triton_kernels.silu_mul(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)

@@ -1,4 +1,4 @@
-"""How products of a weight with up to 64 rows are cut; the kernel is `tpworker.model.few_rows_kernel`."""
+"""How products of a weight with up to 64 rows are cut; the kernel is `tpworker.kernels.few_rows_kernel`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from tpworker.model.gluon import has_gluon
+from tpworker.kernels.gluon import has_gluon
 
 MOST_ROWS = 64
 SHARED_MEMORY = 227 << 10  # of a Hopper processor, for all programs there, and 1 KB of each more
@@ -59,7 +59,7 @@ def _is_supported(device: torch.device) -> bool:
     """Whether it has Hopper's copies and matrix units, and Triton has Gluon."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
         return False
-    return has_gluon("tpworker.model.few_rows_kernel")
+    return has_gluon("tpworker.kernels.few_rows_kernel")
 
 
 @cache

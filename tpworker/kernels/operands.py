@@ -1,0 +1,102 @@
+"""What kernels and the model hand to each other: operands that are not computed yet, and how work is cut.
+
+Sums and norms are left to the products around them, so that they need no kernel of their own:
+
+    x += W a; y = V RMSNorm(x)        the first product adds to x as it stores, the second norms as it reads
+
+What cannot be done so is done one kernel after the other (`tensor_of` in model/layer_ops.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+_SHORTEST_PART = 128  # tokens: more parts cost more to put together than they save
+
+
+@dataclass(slots=True)
+class Normed:
+    """RMSNorm(x) * weight, not computed yet; x stays as it is until it is."""
+
+    x: Tensor  # [T, D]
+    weight: Tensor  # [D]
+    eps: float
+    scaled: Tensor | None = None  # [T, D], x * weight, rounded
+    squares: Tensor | None = None  # float32 [n, T], each row's sum of squares in n parts; with `scaled`
+
+
+class Matrix(Protocol):
+    """A weight that can be multiplied with: [T, in] to [T, out]."""
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+    def add_to(self, residual: Tensor, x: Tensor, norm_weight: Tensor, eps: float) -> Normed | None:
+        """See `Product.add_to`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """A product that is not computed yet."""
+
+    linear: Matrix
+    x: Tensor  # [T, in]
+
+    def add_to(self, residual: Tensor, weight: Tensor, eps: float) -> Normed | None:
+        """Add it to residual [T, out], in place; None if a kernel each must do it, and nothing was done.
+
+        Returns:
+            The norm of the sum, with this weight.
+        """
+        return self.linear.add_to(residual, self.x, weight, eps)
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How the work of a layer is cut."""
+
+    num_parts: int  # of each sequence, at most
+    warps: int  # of a program; each takes 16 tokens of a tile
+    stages: int = 3  # tiles in shared memory, all but one of them on their way
+    shortest: int = _SHORTEST_PART  # tokens of a part, if there are several
+
+
+Partial = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Of each pair of sequence and key-value head: float32 sums [S K, parts, H / K, head_dim], maxima and totals
+[S K, parts, H / K], and int32 [S K], how many parts are done."""
+
+
+@dataclass(frozen=True, slots=True)
+class NewTokens:
+    """What it takes to norm, rotate and store heads; see `model.layer_ops.norm_rotate_store`."""
+
+    norms: tuple[Tensor, Tensor] | None  # of queries and keys, [head_dim] each
+    eps: float
+    cos: Tensor  # float32 [S, 1, rotary_dim]
+    sin: Tensor
+    rows: Tensor  # int64 [S], of the cache
+
+
+class Routing(Protocol):
+    """How a mixture's router chooses; `model.families.MoeSpec` says what each means."""
+
+    @property
+    def num_experts(self) -> int: ...
+    @property
+    def num_shared(self) -> int: ...
+    @property
+    def experts_per_token(self) -> int: ...
+    @property
+    def score(self) -> str: ...
+    @property
+    def normalise(self) -> bool: ...
+    @property
+    def norm_min(self) -> float: ...
+    @property
+    def scale(self) -> float: ...
+    @property
+    def num_groups(self) -> int: ...
+    @property
+    def top_groups(self) -> int: ...

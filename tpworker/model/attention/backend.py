@@ -1,0 +1,35 @@
+"""What a backend of attention over the paged KV cache must do."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from tpworker.model.batch import Batch
+
+
+class Attention(Protocol):
+    """A way to compute attention. Chosen once, when the decoder is built."""
+
+    @property
+    def reads_lengths(self) -> bool:
+        """Whether it looks at lengths on the host in steps with chunks, which cannot be captured then."""
+        ...
+
+    def prepare(self, batch: Batch, block_size: int) -> Any:
+        """What all layers of a step share. Called once a step, before the first layer."""
+        ...
+
+    def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, plan: Any) -> Tensor:
+        """Causal attention of this step's tokens to all of their sequences, which the cache holds already.
+
+        Args:
+            queries: [T, heads_local, head_dim], rotated.
+            keys, values: the layer's cache, [num_blocks, block_size, kv_heads_local, head_dim].
+            plan: what `prepare` returned.
+
+        Returns:
+            [T, heads_local * head_dim], in the dtype of the queries.
+        """
+        ...
