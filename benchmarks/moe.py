@@ -122,15 +122,15 @@ class Layers:
 
 def measure(layers: Layers, count: int, rounds: int) -> dict[str, Any]:
     """One row: a number of tokens."""
-    from tpworker.kernels import moe_kernels  # imports Triton
+    from tpworker.kernels import moe_kernels, moe_routing  # they import Triton
 
     spec, bias = layers.spec, layers.bias
     inputs = layers.inputs(count)
-    choices = [moe_kernels.route(x, gate, bias, spec) for x, gate, _, _ in layers.with_weights(inputs)]
+    choices = [moe_routing.route(x, gate, bias, spec) for x, gate, _, _ in layers.with_weights(inputs)]
     touched = fmean(len(ids.unique()) for ids, _ in choices)
 
     def route() -> list[tuple[Tensor, Tensor]]:
-        return [moe_kernels.route(x, gate, bias, spec) for x, gate, _, _ in layers.with_weights(inputs)]
+        return [moe_routing.route(x, gate, bias, spec) for x, gate, _, _ in layers.with_weights(inputs)]
 
     def experts() -> list[Tensor]:
         return [
@@ -140,7 +140,7 @@ def measure(layers: Layers, count: int, rounds: int) -> dict[str, Any]:
 
     def layer() -> list[Tensor]:
         return [
-            moe_kernels.experts(x, *moe_kernels.route(x, gate, bias, spec), gate_up, down)
+            moe_kernels.experts(x, *moe_routing.route(x, gate, bias, spec), gate_up, down)
             for x, gate, gate_up, down in layers.with_weights(inputs)
         ]
 

@@ -99,6 +99,15 @@ def fused() -> Any:
     return moe_kernels
 
 
+@pytest.fixture
+def routing() -> Any:
+    """The module of the router's kernels."""
+    pytest.importorskip("triton")
+    from tpworker.kernels import moe_routing
+
+    return moe_routing
+
+
 @pytest.fixture(autouse=True)
 def _inference() -> Any:
     with torch.inference_mode():
@@ -127,26 +136,26 @@ def reference(x: Tensor, ids: Tensor, weights: Tensor, layer: Layer) -> Tensor:
 
 
 @every_case
-def test_route(fused: Any, hidden: int, spec: MoeSpec, count: int) -> None:
+def test_route(routing: Any, hidden: int, spec: MoeSpec, count: int) -> None:
     """The reference's choices, but where two experts are equal but for rounding."""
     layer, x = Layer.of(hidden, spec), inputs(count, hidden)
-    ids, weights = fused.route(x, layer.gate, layer.bias, spec)
+    ids, weights = routing.route(x, layer.gate, layer.bias, spec)
     expected_ids, expected = moe.route(x, layer.gate, layer.bias, spec)
     assert ids.dtype == torch.int32
     assert weights.dtype == torch.float32
     is_same = ids == expected_ids
     assert float(is_same.float().mean()) > 0.998
     torch.testing.assert_close(weights[is_same], expected[is_same], rtol=1e-3, atol=1e-6)
-    again = fused.route(x, layer.gate, layer.bias, spec)
+    again = routing.route(x, layer.gate, layer.bias, spec)
     assert torch.equal(ids, again[0])
     assert torch.equal(weights, again[1])
 
 
 @every_shape
-def test_of_equal_experts_the_lower_ones(fused: Any, hidden: int, spec: MoeSpec) -> None:
+def test_of_equal_experts_the_lower_ones(routing: Any, hidden: int, spec: MoeSpec) -> None:
     x, layer = inputs(3, hidden), Layer.of(hidden, spec)
     bias = torch.zeros(spec.num_experts, device=DEVICE) if spec.has_bias else None
-    ids, weights = fused.route(x, torch.zeros_like(layer.gate), bias, spec)
+    ids, weights = routing.route(x, torch.zeros_like(layer.gate), bias, spec)
     assert torch.equal(ids, moe.route(x, torch.zeros_like(layer.gate), bias, spec)[0])
     assert ids[0].tolist() == [
         *range(spec.experts_per_token),
@@ -156,12 +165,12 @@ def test_of_equal_experts_the_lower_ones(fused: Any, hidden: int, spec: MoeSpec)
 
 
 @every_shape
-def test_what_is_not_a_number_still_has_experts(fused: Any, hidden: int, spec: MoeSpec) -> None:
+def test_what_is_not_a_number_still_has_experts(fused: Any, routing: Any, hidden: int, spec: MoeSpec) -> None:
     """A row of NaN (a padding row may hold anything) must not lead the products out of their weights."""
     layer, x = Layer.of(hidden, spec), inputs(4, hidden)
     x[2] = torch.nan
-    ids, weights = fused.route(x, layer.gate, layer.bias, spec)
-    expected_ids, _ = fused.route(x[:2], layer.gate, layer.bias, spec)
+    ids, weights = routing.route(x, layer.gate, layer.bias, spec)
+    expected_ids, _ = routing.route(x[:2], layer.gate, layer.bias, spec)
     assert ids.min() >= 0
     assert ids.max() < spec.num_experts + spec.num_shared
     assert all(len(set(row)) == len(row) for row in ids.tolist())
@@ -212,10 +221,10 @@ def test_every_way(fused: Any, name: str, count: int, rows: int, is_sorted: bool
 @pytest.mark.parametrize("name", ["softmax", "groups"])
 @pytest.mark.parametrize("count", [1, 64, 575])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_other_dtypes(fused: Any, name: str, count: int, dtype: torch.dtype) -> None:
+def test_other_dtypes(fused: Any, routing: Any, name: str, count: int, dtype: torch.dtype) -> None:
     hidden, spec = SMALL[name]
     layer, x = Layer.of(hidden, spec, dtype), inputs(count, hidden, dtype)
-    ids, weights = fused.route(x, layer.gate, layer.bias, spec)
+    ids, weights = routing.route(x, layer.gate, layer.bias, spec)
     expected_ids, expected = moe.route(x, layer.gate, layer.bias, spec)
     is_same = ids == expected_ids
     assert float(is_same.float().mean()) > 0.998
@@ -227,7 +236,7 @@ def test_other_dtypes(fused: Any, name: str, count: int, dtype: torch.dtype) -> 
 @on_gpu
 @pytest.mark.parametrize("name", ["glm-4.5-air-tp4", "ernie-4.5-21b-a3b-tp4"])
 @pytest.mark.parametrize("count", [1, 4, 16, 64, 256])
-def test_a_layer_in_a_graph(fused: Any, name: str, count: int) -> None:
+def test_a_layer_in_a_graph(fused: Any, routing: Any, name: str, count: int) -> None:
     """Router and experts, captured twice in a row; replayed with inputs that go to other experts."""
     hidden, spec = LARGE[name]
     layer, source = Layer.of(hidden, spec), inputs(count, hidden)
@@ -235,7 +244,7 @@ def test_a_layer_in_a_graph(fused: Any, name: str, count: int) -> None:
     def work() -> Tensor:
         x = source
         for _ in range(2):
-            ids, weights = fused.route(x, layer.gate, layer.bias, spec)
+            ids, weights = routing.route(x, layer.gate, layer.bias, spec)
             x = fused.experts(x, ids, weights, layer.gate_up, layer.down)
             x = x / x.float().std(-1, keepdim=True).to(x.dtype)
         return x
@@ -249,7 +258,7 @@ def test_a_layer_in_a_graph(fused: Any, name: str, count: int) -> None:
         graph.replay()
         assert torch.equal(result, work()), "with a graph or without, bit by bit"
         assert result.isfinite().all()
-    ids, weights = fused.route(source, layer.gate, layer.bias, spec)
+    ids, weights = routing.route(source, layer.gate, layer.bias, spec)
     result = fused.experts(source, ids, weights, layer.gate_up, layer.down)
     near(result, reference(source, ids, weights, layer))
 

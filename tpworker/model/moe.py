@@ -69,9 +69,9 @@ class Moe:
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The model's own router. On the CPU a token's choice does not depend on the others, bit by bit."""
         if x.is_cuda:
-            from tpworker.kernels import moe_kernels
+            from tpworker.kernels import moe_routing
 
-            return moe_kernels.route(x, self.gate.weight, self.bias, self.spec)
+            return moe_routing.route(x, self.gate.weight, self.bias, self.spec)
         return choose(self.gate(x.float()), self.bias, self.spec)
 
     def tensors(self) -> Iterator[Tensor]:
