@@ -57,6 +57,8 @@ def test_a_stopped_runtime_does_not_keep_the_interpreter_from_ending(tmp_path: P
     code = (
         COMMON
         + """
+    from dataclasses import replace
+
     class Tokenizer:
         def encode(self, text):
             print("tokenising")
@@ -71,7 +73,8 @@ def test_a_stopped_runtime_does_not_keep_the_interpreter_from_ending(tmp_path: P
     async def left(stop):
         runtime = Runtime(model, **FAKE_RANKS)
         await runtime.start()
-        runtime._tokenizer = Tokenizer()
+        runtime._served = replace(runtime._served, tokenizer=Tokenizer())
+        runtime._intake.serve(runtime._served, runtime._generation)
         request = asyncio.ensure_future(anext(runtime.generate("text", params)))
         while not begun.is_set():
             await asyncio.sleep(0.01)

@@ -67,7 +67,7 @@ def test_stopped_while_it_waits_for_its_tokenizer_alone(
     fake_runtime: Callable[..., Runtime], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loading = threading.Event()
-    monkeypatch.setattr("tpworker.runtime.runtime.load_tokenizer", lambda folder: loading.wait(20) and None)
+    monkeypatch.setattr("tpworker.runtime.start.load_tokenizer", lambda folder: loading.wait(20) and None)
 
     async def run() -> None:
         runtime = fake_runtime(device="cpu")

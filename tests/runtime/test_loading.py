@@ -156,7 +156,7 @@ def test_a_runtime_refuses_files_that_lie_before_it_starts_a_process(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     lie(folder)
-    monkeypatch.setattr("tpworker.runtime.runtime.Group", lambda **_: pytest.fail("it went on"))
+    monkeypatch.setattr("tpworker.runtime.start.Group", lambda **_: pytest.fail("it went on"))
     with pytest.raises(ModelError, match=words):
         asyncio.run(ends(fake_runtime(folder, rank_module="tpworker.rank")))
 

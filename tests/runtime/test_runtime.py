@@ -856,7 +856,7 @@ def test_an_error_of_any_kind_over_a_message_ends_the_runtime(
 
     async def main() -> None:
         async with fake_runtime() as runtime:
-            monkeypatch.setattr(runtime._requests, "deliver", broken)
+            monkeypatch.setattr(runtime._intake.requests, "deliver", broken)
             with pytest.raises(RuntimeFailed, match="out of the blue") as caught:
                 await asyncio.wait_for(collect(runtime, [5], ids_only(3)), 10)
             assert "in broken" in (caught.value.traceback or "")

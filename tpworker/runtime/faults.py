@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
+from tpworker.errors import RuntimeFailed
 from tpworker.ipc.child import RANK_NAME, SCHEDULER_NAME, Report
 
 #: Errors of these classes say that somebody else did not do something in time.
@@ -96,6 +97,10 @@ class Fault:
     report: Report | None = None  # of the process at fault, if it could still write one
     traceback: str | None = None
     hung: bool = False  # the process lives, but does not go on
+
+    def failure(self) -> RuntimeFailed:
+        """What everyone gets who waits for the runtime; a new one each, as an exception is raised once."""
+        return RuntimeFailed(self.summary, self.process, self.traceback)
 
 
 def find_cause(endings: Sequence[Ending], standings: Mapping[str, Standing]) -> Fault:

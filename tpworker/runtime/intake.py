@@ -1,0 +1,228 @@
+"""What happens for a request, from its place in the queue until its consumer has its last output.
+
+    check_room ─► prepare (chat templates, several prompts) ─┐
+                                                             ├─► reserve ─► submit ─► … tokens … ─► close
+    promises: what was being prepared when a drain began ────┘   a place    checks, Submit     counts, Abort
+
+Whether the runtime takes requests at all (it is ready; it has not failed) is for `Runtime` to say.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import secrets
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TypeVar
+
+from tpworker.config import SamplingParams
+from tpworker.errors import InvalidRequest, QueueFull
+from tpworker.ipc.arrays import unpack_int32
+from tpworker.ipc.messages import Abort, Sampling, Submit
+from tpworker.runtime.admission import fit, pack_prompt, resolve_sampling
+from tpworker.runtime.generation import Generation
+from tpworker.runtime.requests import Request, Requests
+from tpworker.runtime.start import Served
+from tpworker.runtime.tokenisers import SHORT_CHARS, Tokenisers
+
+T = TypeVar("T")
+
+PROMISE_SECONDS = 1.0
+"""How long, while the runtime drains, requests that were being prepared may take from there to `generate`."""
+
+
+class Intake:
+    """The requests of a runtime, which belongs to one event loop's thread.
+
+    Args:
+        max_queue: how many may wait.
+        seed: of the seeds of requests that bring none.
+    """
+
+    def __init__(self, max_queue: int, seed: int) -> None:
+        self.requests = Requests()
+        """Those that the scheduler may still say something about."""
+        self.num_finished = 0
+        self.num_aborted = 0
+        self._max_queue = max_queue
+        self._seeds = random.Random(seed)
+        self._tokenisers = Tokenisers()
+        self._open: dict[str, Request] = {}  # those whose consumers still wait for something
+        self._num_preparing = 0  # requests to come, see `prepare`
+        self._promises: list[float] = []  # until when each of those may still come, though we drain
+        self._closed: asyncio.Future[None] | None = None  # set when one of them is closed, for `all_closed`
+        self._served: Served | None = None
+        self._generation: Generation | None = None
+
+    def serve(self, served: Served, generation: Generation) -> None:
+        """Processes are ready: from now on requests are checked against what is served, and go to them."""
+        self._served = served
+        self._generation = generation
+
+    @property
+    def num_open(self) -> int:
+        """Those that are being prepared included."""
+        return len(self._open) + self._num_preparing
+
+    @property
+    def num_waiting(self) -> int:
+        """Those that have no slot yet; those that are being prepared included."""
+        return self.requests.num_waiting + self._num_preparing
+
+    # ------------------------------------------------------------------------------- a place
+
+    def check_room(self, num_requests: int) -> None:
+        """Whether so many more requests can be taken now.
+
+        Raises:
+            InvalidRequest: so many can never be open at once.
+            QueueFull: as many wait as may.
+        """
+        slots, places = self._serving()[0].max_num_seqs, self._max_queue
+        if num_requests > slots + places:
+            raise InvalidRequest(
+                f"{num_requests} prompts are more than the {slots + places} that can be open at once "
+                f"(max_num_seqs={slots} and max_queue={places}): ask for fewer at a time, or raise "
+                "--max-queue",
+                "prompt",
+            )
+        if self.num_waiting + num_requests - (slots - self.requests.num_running) > places:
+            more = f", and this is {num_requests} more" if num_requests > 1 else ""
+            raise QueueFull(
+                f"{self.num_waiting} requests wait already{more}; max_queue is {places}. "
+                "Try again later, or raise --max-queue"
+            )
+
+    async def prepare(self, work: Callable[[], T], num_requests: int, num_chars: int) -> T:
+        """Runs what makes the prompts of so many requests, which count as waiting meanwhile."""
+        self._num_preparing += num_requests
+        try:
+            return await self._tokenisers.run(work, num_chars)
+        finally:
+            self._num_preparing -= num_requests
+            self._wake()
+
+    def promise(self, num_requests: int) -> None:
+        """So many requests have been prepared: they may come within a second, though others may not."""
+        until = asyncio.get_running_loop().time() + PROMISE_SECONDS
+        self._promises += [until] * num_requests
+
+    def take_promise(self) -> bool:
+        """Whether a request that comes now had been promised. Each promise is good for one."""
+        if not self._promised():
+            return False
+        self._promises.pop()
+        return True
+
+    def _promised(self) -> int:
+        """How many requests may still come that were promised."""
+        now = asyncio.get_running_loop().time()
+        self._promises = [until for until in self._promises if until > now]
+        return len(self._promises)
+
+    def reserve(self, request_id: str | None) -> Request:
+        """A place in the queue, before anything is done that takes time.
+
+        Raises:
+            InvalidRequest: there is an open request of this id.
+            QueueFull: see `check_room`.
+        """
+        self.check_room(1)
+        if request_id in self._open:
+            raise InvalidRequest(f"request_id {request_id!r} is that of another open request", "request_id")
+        request = self.requests.open(request_id or f"request-{secrets.token_hex(8)}")
+        self._open[request.request_id] = request
+        return request
+
+    # ---------------------------------------------------------------------- to the scheduler
+
+    async def submit(
+        self,
+        request: Request,
+        prompt: str | Sequence[int],
+        params: SamplingParams,
+        default_max_tokens: int | None,
+    ) -> None:
+        """Checks what is asked for, and tells the scheduler. Errors are those of `Runtime.generate`."""
+        served, _ = self._serving()
+        tokens = pack_prompt(await self._tokenise(prompt, served), served.model.spec)
+        request.num_prompt = len(tokens) // 4
+        sampling = self._resolve(params, request.num_prompt, default_max_tokens, served)
+        request.own_stop_ids = frozenset(params.stop_token_ids).difference(served.model.spec.eos_ids)
+        if params.detokenize:
+            from tpworker.text.stream import TextStream
+
+            request.text = TextStream(
+                served.needed_tokenizer(),
+                params.stop,
+                hidden_ids=unpack_int32(sampling.stop_ids),
+                min_tokens=params.min_tokens,
+                prompt=unpack_int32(tokens),
+            )
+        _, generation = self._serving()
+        if request in self.requests:  # else it was aborted meanwhile
+            request.is_submitted = True
+            generation.send(Submit(generation.number, request.number, tokens, 0, sampling))
+
+    async def _tokenise(self, prompt: str | Sequence[int], served: Served) -> Sequence[int]:
+        if isinstance(prompt, (bytes, bytearray)):
+            raise InvalidRequest(f"the prompt is {type(prompt).__name__}: give text or token ids", "prompt")
+        if not isinstance(prompt, str):
+            return prompt
+        if len(prompt) > SHORT_CHARS:  # among the short ones, so as not to wait only to be refused
+            await self._tokenisers.run(partial(served.check_length, prompt), 0)
+        return await self._tokenisers.run(partial(served.needed_tokenizer().encode, prompt), len(prompt))
+
+    def _resolve(
+        self, params: SamplingParams, num_prompt: int, default_max_tokens: int | None, served: Served
+    ) -> Sampling:
+        max_tokens = fit(params, num_prompt, served.limits)
+        if params.max_tokens is None and default_max_tokens is not None:
+            max_tokens = min(max_tokens, max(default_max_tokens, params.min_tokens))
+        return resolve_sampling(params, served.model.spec, max_tokens, self._seeds.getrandbits(63))
+
+    def _serving(self) -> tuple[Served, Generation]:
+        assert self._served is not None, "a request before `serve`"
+        assert self._generation is not None, "a request before `serve`"
+        return self._served, self._generation
+
+    # ------------------------------------------------------------------------------- its end
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request with an output that says so. Unknown ids are ignored."""
+        request = self._open.get(request_id)
+        if request is not None:
+            self._withdraw(request)
+            request.end("abort")
+
+    def close(self, request: Request) -> None:
+        """Its consumer has all it will get."""
+        del self._open[request.request_id]
+        self._withdraw(request)
+        if request.finish in ("stop", "length"):
+            self.num_finished += 1
+        elif request.is_submitted:
+            self.num_aborted += 1
+        self._wake()
+
+    def _withdraw(self, request: Request) -> None:
+        """Nobody wants its tokens any more."""
+        if self.requests.close(request) and request.is_submitted:
+            _, generation = self._serving()
+            generation.send(Abort(generation.number, request.number))
+
+    def abandon_prompts(self, error: Callable[[], Exception]) -> None:
+        """Whoever waits for a prompt to be made gets an error, though threads may go on; `error` makes it."""
+        self._tokenisers.abandon(error)
+
+    async def all_closed(self) -> None:
+        """Waits until none is open or being prepared, and none may still come that was promised."""
+        while (is_open := self.num_open) or self._promised():
+            if self._closed is None or self._closed.done():
+                self._closed = asyncio.get_running_loop().create_future()
+            await asyncio.wait([self._closed], timeout=None if is_open else PROMISE_SECONDS)
+
+    def _wake(self) -> None:
+        if self._closed is not None and not self._closed.done():
+            self._closed.set_result(None)
