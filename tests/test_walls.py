@@ -12,6 +12,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("tpworker", "ipc", "scheduler")
+LONGEST = 400  # lines of a file
+WHY_LONGER = "More than 400 lines: "  # and the reason, in the docstring of a kernel's file
 ENTRANCE = ("tpworker", "tpworker.__main__")
 """What users import and run: it stands above all rooms."""
 
@@ -125,6 +127,12 @@ def test_the_server_is_imported_by_the_command_line_only() -> None:
         path for path in users("tpworker", "tpworker.server") if not path.startswith("tpworker/server/")
     }
     assert importers == {"tpworker/cli/serve.py"}
+
+
+def test_no_file_is_long_but_for_a_kernel_that_says_why() -> None:
+    longer = {path for path in MODULES.values() if len(path.read_text().splitlines()) > LONGEST}
+    assert {room_of(name_of(path)) for path in longer} <= {"kernels"}
+    assert all(WHY_LONGER in (ast.get_docstring(ast.parse(path.read_text())) or "") for path in longer)
 
 
 # --------------------------------------------------------------------------------- libraries

@@ -8,10 +8,11 @@ import sys
 import threading
 from collections.abc import Callable
 
+import psutil
 import pytest
 
 from tests.observe.fake_nvml import FakeGpu, FakeNvml
-from tpworker import Runtime, RuntimeStopped
+from tpworker import Runtime, RuntimeFailed, RuntimeStopped
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -77,6 +78,28 @@ def test_stopped_while_it_waits_for_its_tokenizer_alone(
         await runtime.stop()
         loading.set()
         with pytest.raises(RuntimeStopped, match="stopped while it started"):
+            await starting
+
+    asyncio.run(run())
+
+
+def test_a_process_that_dies_while_the_tokenizer_is_loaded_is_named(
+    fake_runtime: Callable[..., Runtime], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loading = threading.Event()
+    monkeypatch.setattr("tpworker.runtime.start.load_tokenizer", lambda folder: loading.wait(20) and None)
+
+    async def run() -> None:
+        runtime = fake_runtime(device="cpu")
+        starting = asyncio.create_task(runtime.start())
+        while runtime._generation is None or not runtime._generation._ready.done():
+            await asyncio.sleep(0.01)
+        (rank,) = [child for child in psutil.Process().children() if child.name() == "tpworker-rank0"]
+        rank.kill()
+        while runtime.health().state != "failed":
+            await asyncio.sleep(0.01)
+        loading.set()
+        with pytest.raises(RuntimeFailed, match="tpworker-rank0"):
             await starting
 
     asyncio.run(run())

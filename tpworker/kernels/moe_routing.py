@@ -1,6 +1,6 @@
 """Which experts a token goes to, on CUDA. Imports Triton: import it on CUDA only.
 
-`route` does what the function of this name in `tpworker.model.moe` does. Two kernels that start early (`pdl`):
+`route` does what the function of this name in `tpworker.model.moe` does, in two kernels that start early:
 
     _router_logits  the router's product, the hidden size cut into parts, so that all processors take part
     _choose         adds the parts up and picks a token's experts, one warp a token

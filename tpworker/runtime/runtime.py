@@ -143,6 +143,9 @@ class Runtime(Facts):
         self._intake.serve(self._served, generation)
 
     def _check_starting(self) -> None:
+        """Whether it has neither failed nor been stopped meanwhile."""
+        if self._fault is not None:
+            raise self._fault.failure()
         if self._state != "starting":
             raise _stopped_while_starting()
 
