@@ -1,7 +1,7 @@
 """`python -m benchmarks NAME [options]`, or scripts/bench NAME [options]: runs one benchmark.
 
-A benchmark is a module of this package with `add_options(parser)` and `run(options) -> int`; it is imported
-when it is asked for. Each prints a table, and with --json writes what it measured.
+A benchmark is a module in a folder here with `add_options(parser)` and `run(options) -> int`; it is imported
+when it is asked for. Each prints a table, and with --json writes what it measured. What they share: common/.
 """
 
 from __future__ import annotations
@@ -10,18 +10,25 @@ import argparse
 import importlib
 import sys
 
-from benchmarks.options import new_file
+from benchmarks.common.options import new_file
 
 BENCHMARKS = {
-    "gpu": "decode steps on GPUs, beside their graphs alone",
-    "table": "GLM-4.5-Air and ERNIE-4.5-21B-A3B on GPUs, overlap off and on",
-    "barrier": "the admission barrier, beside gloo's",
-    "collectives": "what GPUs do together: sums, choices, barriers",
-    "kernels": "a decode step on a GPU, kernel by kernel, beside the peer and the bytes it must read",
-    "moe": "a mixture of experts on a GPU, beside the bytes it must read and torch's grouped products",
-    "host": "what a step costs the host, with a fake device",
-    "serve": "a real model over HTTP, overlap off and on",
+    "gpu": ("steps.gpu", "decode steps on GPUs, beside their graphs alone"),
+    "table": ("steps.table", "GLM-4.5-Air and ERNIE-4.5-21B-A3B on GPUs, overlap off and on"),
+    "barrier": ("collectives.barrier", "the admission barrier, beside gloo's"),
+    "collectives": ("collectives.collectives", "what GPUs do together: sums, choices, barriers"),
+    "kernels": (
+        "steps.kernels",
+        "a decode step on a GPU, kernel by kernel, beside the peer and the bytes it must read",
+    ),
+    "moe": (
+        "steps.moe",
+        "a mixture of experts on a GPU, beside the bytes it must read and torch's grouped products",
+    ),
+    "host": ("host.host", "what a step costs the host, with a fake device"),
+    "serve": ("serving.serve", "a real model over HTTP, overlap off and on"),
 }
+"""By name, its module and what it measures."""
 
 
 def main(arguments: list[str]) -> int:
@@ -30,11 +37,11 @@ def main(arguments: list[str]) -> int:
         prog="scripts/bench",
         description="Measures tpworker on this machine.",
         epilog="Options of one benchmark: scripts/bench NAME --help. "
-        + " ".join(f"{name}: {what}." for name, what in BENCHMARKS.items()),
+        + " ".join(f"{name}: {what}." for name, (_, what) in BENCHMARKS.items()),
     )
     parser.add_argument("name", choices=list(BENCHMARKS), metavar="NAME", help=", ".join(BENCHMARKS))
     name = parser.parse_args(arguments[:1]).name
-    benchmark = importlib.import_module(f"benchmarks.{name}")
+    benchmark = importlib.import_module(f"benchmarks.{BENCHMARKS[name][0]}")
     options = argparse.ArgumentParser(prog=f"scripts/bench {name}", description=benchmark.__doc__,
                                       formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     options.add_argument("--json", metavar="FILE", type=new_file, help="write what was measured to FILE")

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from benchmarks.report import Summary, machine, quantile
-from benchmarks.timeline import steady_steps
+from benchmarks.common.report import Summary, machine, quantile
+from benchmarks.common.timeline import steady_steps
 from tests.conftest import TINY_CONFIG
 from tests.observe.fake_nvml import FakeGpu, FakeNvml
 from tpworker.outputs import StepRecord

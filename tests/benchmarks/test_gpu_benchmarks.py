@@ -13,18 +13,18 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu, stand_ins, table
-from benchmarks.floors import BYTES_PER_SECOND, floor_bytes, floor_ms
-from benchmarks.gpu import print_tables
-from benchmarks.gpu_rank import collect
-from benchmarks.gpu_run import Case, _compared, measure
-from benchmarks.gpu_trace import UNSETTLED, Trace, TraceFailed, covered, figures, kind_of
-from benchmarks.gpu_trace import timeline as timeline_of
-from benchmarks.options import num_stand_ins, why_not
-from benchmarks.report import told_ranks
-from benchmarks.routing import UniformRouting
-from benchmarks.table import gain, later, print_table
-from benchmarks.timeline import main as draw
+from benchmarks.common.floors import BYTES_PER_SECOND, floor_bytes, floor_ms
+from benchmarks.common.options import num_stand_ins, why_not
+from benchmarks.common.report import told_ranks
+from benchmarks.common.timeline import main as draw
+from benchmarks.steps import gpu, stand_ins, table
+from benchmarks.steps.gpu import print_tables
+from benchmarks.steps.gpu_rank import collect
+from benchmarks.steps.gpu_run import Case, _compared, measure
+from benchmarks.steps.gpu_trace import UNSETTLED, Trace, TraceFailed, covered, figures, kind_of
+from benchmarks.steps.gpu_trace import timeline as timeline_of
+from benchmarks.steps.routing import UniformRouting
+from benchmarks.steps.table import gain, later, print_table
 from tests.absent_gpu import needs_triton
 from tests.conftest import TINY_CONFIG
 from tpworker.checkpoint.weights import dummy_weights

@@ -14,7 +14,7 @@ import time
 import torch
 from torch import Tensor
 
-from benchmarks.stand_ins import spread
+from benchmarks.steps.stand_ins import spread
 from tpworker.kernels import symmetric_kernels
 from tpworker.kernels.symmetric_kernels import Inboxes
 

@@ -266,7 +266,7 @@ def test_a_layer_in_a_graph(fused: Any, routing: Any, name: str, count: int) -> 
 @on_gpu
 def test_what_the_benchmark_compares_with() -> None:
     """The layer of torch's own parts is the same layer."""
-    from benchmarks.moe import library_layer
+    from benchmarks.steps.moe import library_layer
 
     hidden, spec = LARGE["ernie-4.5-21b-a3b-tp4"]
     layer, x = Layer.of(hidden, spec), inputs(20, hidden)

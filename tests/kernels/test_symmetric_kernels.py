@@ -33,7 +33,7 @@ def test_exchanges_of_ranks_that_dawdle(
 ) -> None:
     """Rows of changing number and width, one shot and two, choices in between: all right on all ranks.
 
-    With fewer ranks than the group's size, each stands for several (benchmarks/stand_ins.py).
+    With fewer ranks than the group's size, each stands for several (benchmarks/steps/stand_ins.py).
     """
     from tpworker.kernels import symmetric_kernels
 

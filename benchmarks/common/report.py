@@ -66,7 +66,7 @@ def machine(commit: str | None = None) -> dict[str, Any]:
 
 def _commit() -> str | None:
     """Of the checkout that this file is in, with a + if files differ from it; None where there is no git."""
-    folder = Path(__file__).parent
+    folder = Path(__file__).parents[1]
     try:
         told = subprocess.run(
             ["git", "describe", "--always", "--dirty=+"],

@@ -42,10 +42,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.gpu_run import DEFAULTS, Case, measure
-from benchmarks.gpu_trace import KINDS, OTHER
-from benchmarks.options import add_stand_ins, choose_stand_ins, positive, shape
-from benchmarks.report import machine, save, told_ranks
+from benchmarks.common.options import add_stand_ins, choose_stand_ins, positive, shape
+from benchmarks.common.report import machine, save, told_ranks
+from benchmarks.steps.gpu_run import DEFAULTS, Case, measure
+from benchmarks.steps.gpu_trace import KINDS, OTHER
 from tpworker.observe.gpus import count_gpus
 
 PEER: dict[tuple[str, int], dict[int, tuple[float, float]]] = {

@@ -34,15 +34,15 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.cpu import Others, Usage
-from benchmarks.options import positive
-from benchmarks.report import machine, quantile, save
-from benchmarks.serve_load import Round, random_prompts, run_round
-from benchmarks.timeline import draw, steady_steps
+from benchmarks.common.cpu import Others, Usage
+from benchmarks.common.options import positive
+from benchmarks.common.report import machine, quantile, save
+from benchmarks.common.timeline import draw, steady_steps
+from benchmarks.serving.serve_load import Round, random_prompts, run_round
 from tpworker.outputs import StepRecord
 from tpworker.server.metrics import step_gaps
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 IDLE_AFTER = 2.0
 GOAL_IDLE = 2.0
 _STOP_SECONDS = 60.0
@@ -156,7 +156,7 @@ def _server(name: str, steps_file: Path, options: argparse.Namespace, own: Seque
         *own,
     ]
     began = time.monotonic()
-    command = [sys.executable, "-m", "benchmarks.serve_process", str(steps_file), "serve", *arguments]
+    command = [sys.executable, "-m", "benchmarks.serving.serve_process", str(steps_file), "serve", *arguments]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None

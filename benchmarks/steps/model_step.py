@@ -1,7 +1,7 @@
 """How long one decode step of the model takes on CPU ranks: forward, all-reduces, logits, sampling.
 
-    python -m benchmarks.model_step --tp 2 --dtype bfloat16 --batch 1 4 16 64 --context 300
-    python -m benchmarks.model_step --transformers --dtype bfloat16        # the yardstick, batch 1
+    python -m benchmarks.steps.model_step --tp 2 --dtype bfloat16 --batch 1 4 16 64 --context 300
+    python -m benchmarks.steps.model_step --transformers --dtype bfloat16        # the yardstick, batch 1
 
 No scheduler and no streams: what a rank's compute stream does in a decode step, and nothing else. Each rank
 is a process with the machine's cores divided among the ranks. CPU ms is rank 0's own time, without waiting.
@@ -71,7 +71,7 @@ def main() -> None:
 def start_ranks(size: int) -> int:
     """One process a rank, with shared memory for their collectives; returns the worst exit status."""
     fds = [Barrier.create(size).fd, os.memfd_create("exchange")]
-    command = [sys.executable, "-m", "benchmarks.model_step", *sys.argv[1:], "--fds", *map(str, fds)]
+    command = [sys.executable, "-m", "benchmarks.steps.model_step", *sys.argv[1:], "--fds", *map(str, fds)]
     ranks = [subprocess.Popen([*command, "--rank", str(rank)], pass_fds=fds) for rank in range(size)]
     return max(rank.wait() for rank in ranks)
 

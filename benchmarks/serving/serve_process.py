@@ -1,6 +1,6 @@
 """`tpworker serve`, which tells on stdout when it is ready and writes down its last steps in the end.
 
-python -m benchmarks.serve_process STEPS_FILE serve [options of `tpworker serve`]
+python -m benchmarks.serving.serve_process STEPS_FILE serve [options of `tpworker serve`]
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A rank that measures itself, for benchmarks/gpu_run.py: kernels by the profiler, and graphs alone.
+"""A rank that measures itself, for benchmarks/steps/gpu_run.py: kernels by the profiler, and graphs alone.
 
 What it is to do is a key of the model's config.json (`Task`), since a rank is told nothing but its model.
 With which steps it is to do it, the requests' seeds say, which mean nothing else for greedy ones: each batch
@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.routing import UniformRouting
-from benchmarks.stand_ins import stand_in
+from benchmarks.steps.routing import UniformRouting
+from benchmarks.steps.stand_ins import stand_in
 from tpworker.ipc.child import RankBoot, run_child
 from tpworker.ipc.messages import BatchPlan
 from tpworker.model.moe import Moe

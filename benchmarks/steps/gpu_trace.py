@@ -20,7 +20,7 @@ from itertools import pairwise
 from statistics import fmean, median
 from typing import Any
 
-from benchmarks.report import quantile
+from benchmarks.common.report import quantile
 
 KINDS = {
     "all-reduce": r"all_?reduce|all_?gather|nccl|reduce_add_norm|^_argmax$",

@@ -2,7 +2,7 @@
 
 Of GPUs' steps, from the file that `bench gpu --timeline` and `bench table --timeline` write:
 
-    python -m benchmarks.timeline FILE PICTURE --model qwen3-8b --tp 2 --batch 64
+    python -m benchmarks.common.timeline FILE PICTURE --model qwen3-8b --tp 2 --batch 64
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_trace import KINDS, OTHER
-from benchmarks.report import told_ranks
+from benchmarks.common.report import told_ranks
+from benchmarks.steps.gpu_trace import KINDS, OTHER
 from tpworker.outputs import StepRecord
 
 NUM_STEPS = 8
@@ -170,7 +170,7 @@ def _draw_boundary(axes: Any, before: Mapping[str, Any], after: Mapping[str, Any
 
 def main(arguments: Sequence[str]) -> int:
     """Draws one shape and batch out of a file, overlap off above overlap on."""
-    parser = argparse.ArgumentParser(prog="benchmarks.timeline", description="Draws GPUs' steps.")
+    parser = argparse.ArgumentParser(prog="benchmarks.common.timeline", description="Draws GPUs' steps.")
     parser.add_argument("file", type=Path, help="that --timeline has written")
     parser.add_argument("picture", type=Path, help="PNG, SVG …")
     parser.add_argument("--model", required=True)

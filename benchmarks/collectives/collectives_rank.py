@@ -17,8 +17,8 @@ import torch
 import torch.distributed._symmetric_memory as symmetric_memory
 from torch import Tensor, distributed
 
-from benchmarks.barrier_rank import phase
-from benchmarks.collectives import Job
+from benchmarks.collectives.barrier_rank import phase
+from benchmarks.collectives.collectives import Job
 from tpworker.ipc.barrier import Barrier
 from tpworker.kernels import pdl, symmetric_kernels, triton_kernels
 from tpworker.model import layer_ops
@@ -34,7 +34,7 @@ SETTLE = 3  # replays at the beginning of a round that are not looked at
 STEP_LAYERS = 24  # matrix products and sums in a step of `skew`, about 0.5 ms
 SAMPLED_ROWS = (1, 16, 64, 256)
 LAYER_ROWS = (1, 16, 64)
-MODEL = Path(__file__).parent / "configs" / "qwen3-8b"
+MODEL = Path(__file__).parents[1] / "configs" / "qwen3-8b"
 PRODUCT = 4096  # rows of the weight, and times the number of ranks its columns
 
 _distributed: Any = distributed
@@ -170,7 +170,7 @@ class Bench:
     # ------------------------------------------------------------------------------------ on the host
 
     def barriers(self) -> dict[str, Any]:
-        """Times of coming and leaving; see `benchmarks.barrier`."""
+        """Times of coming and leaving; see `benchmarks.collectives.barrier`."""
 
         def nccl() -> None:
             _distributed.barrier()

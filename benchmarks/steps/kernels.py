@@ -26,9 +26,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.floors import BYTES_PER_SECOND, floor_bytes
-from benchmarks.options import positive
-from benchmarks.report import machine, save
+from benchmarks.common.floors import BYTES_PER_SECOND, floor_bytes
+from benchmarks.common.options import positive
+from benchmarks.common.report import machine, save
 from tpworker.checkpoint.weights import dummy_weights
 from tpworker.model import layer_ops
 from tpworker.model.attention import Attention, flash
@@ -42,7 +42,7 @@ from tpworker.model.sampling import SamplingMode, SamplingRows, sample
 from tpworker.model.tp import Shard
 from tpworker.rank.collectives import SoleRank
 
-CONFIGS = Path(__file__).parent / "configs"
+CONFIGS = Path(__file__).parents[1] / "configs"
 # (peer ms, goal ms) of (model, batch); None: no goal was set.
 YARDSTICKS: dict[tuple[str, int], tuple[float, float | None]] = {
     ("qwen3-0.6b", 1): (1.75, 0.8),

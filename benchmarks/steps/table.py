@@ -27,10 +27,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.gpu import number, print_failures, print_kinds, quantiles, write
-from benchmarks.gpu_run import Case, measure
-from benchmarks.options import add_stand_ins, choose_stand_ins, positive
-from benchmarks.report import machine, told_ranks
+from benchmarks.common.options import add_stand_ins, choose_stand_ins, positive
+from benchmarks.common.report import machine, told_ranks
+from benchmarks.steps.gpu import number, print_failures, print_kinds, quantiles, write
+from benchmarks.steps.gpu_run import Case, measure
 from tpworker.observe.gpus import count_gpus
 
 

@@ -27,9 +27,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.barrier import MEASURES, samples
-from benchmarks.options import positive
-from benchmarks.report import Summary, machine, quantile, save
+from benchmarks.collectives.barrier import MEASURES, samples
+from benchmarks.common.options import positive
+from benchmarks.common.report import Summary, machine, quantile, save
 from tpworker.ipc.barrier import Barrier
 from tpworker.observe.gpus import count_gpus
 
@@ -39,7 +39,7 @@ TITLES = {
     "lookups": "rows of a split embedding",
     "choices": "choice among ranks",
 }
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +121,7 @@ def _measure(size: int, options: argparse.Namespace) -> list[dict[str, Any]]:
                 replays=options.replays,
                 steps=options.steps,
             )
-            command = [sys.executable, "-m", "benchmarks.collectives_rank", job.to_json()]
+            command = [sys.executable, "-m", "benchmarks.collectives.collectives_rank", job.to_json()]
             ranks.append(
                 subprocess.Popen(command, cwd=ROOT, pass_fds=[store, barrier.fd], stdout=subprocess.PIPE)
             )

@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks.cpu import Usage, busy_seconds
+from benchmarks.common.cpu import Usage, busy_seconds
 from tpworker import Runtime, SamplingParams
 from tpworker.testing.fake_process import FAKE_RANKS, fake_model
 

@@ -21,16 +21,16 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.floors import floor_ms
-from benchmarks.gpu_rank import TASK, TRACE_FROM, Task
-from benchmarks.gpu_trace import Trace, TraceFailed, figures, timeline
-from benchmarks.report import quantile, told_ranks
+from benchmarks.common.floors import floor_ms
+from benchmarks.common.report import quantile, told_ranks
+from benchmarks.steps.gpu_rank import TASK, TRACE_FROM, Task
+from benchmarks.steps.gpu_trace import Trace, TraceFailed, figures, timeline
 from tpworker import Runtime, RuntimeConfig, SamplingParams
 from tpworker.model.families import read_spec
 from tpworker.outputs import StepRecord
 from tpworker.runtime.settings import StepSizes
 
-CONFIGS = Path(__file__).resolve().parent / "configs"
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 DEFAULTS = StepSizes.of(RuntimeConfig(), "cuda")
 LONG_PROMPT = 2000
@@ -194,7 +194,7 @@ async def _serve(folder: Path, case: Case) -> list[dict[str, Any]]:
         max_num_seqs=max(case.slots, *case.batches),
         max_num_batched_tokens=case.step_tokens,
         prefix_caching=False,
-        rank_module="benchmarks.gpu_rank",
+        rank_module="benchmarks.steps.gpu_rank",
     ) as runtime:
         ready = time.monotonic() - started
         admitted = await _admit(runtime, case) if case.admit and max(case.batches) > 1 else {}

@@ -28,10 +28,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.floors import BYTES_PER_SECOND
-from benchmarks.kernels import CONFIGS, replay_ms
-from benchmarks.options import positive
-from benchmarks.report import machine, save
+from benchmarks.common.floors import BYTES_PER_SECOND
+from benchmarks.common.options import positive
+from benchmarks.common.report import machine, save
+from benchmarks.steps.kernels import CONFIGS, replay_ms
 from tpworker.model import layer_ops, moe
 from tpworker.model.families import MoeSpec, read_spec
 from tpworker.model.tp import Shard

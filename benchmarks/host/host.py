@@ -28,10 +28,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.cpu import Others
-from benchmarks.host_load import PARTS, Driven, Window
-from benchmarks.options import positive
-from benchmarks.report import machine, quantile, save
+from benchmarks.common.cpu import Others
+from benchmarks.common.options import positive
+from benchmarks.common.report import machine, quantile, save
+from benchmarks.host.host_load import PARTS, Driven, Window
 
 GOAL_PERIOD = 1.05
 GOAL_IDLE = 2.0

@@ -22,12 +22,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.barrier_rank import Job
-from benchmarks.options import positive
-from benchmarks.report import Summary, machine, save
+from benchmarks.collectives.barrier_rank import Job
+from benchmarks.common.options import positive
+from benchmarks.common.report import Summary, machine, save
 from tpworker.ipc.barrier import Barrier, default_spin
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 MEASURES = ("release", "back to back", "wake", "CPU")
 
 
@@ -76,7 +76,7 @@ def _measure(num_ranks: int, kinds: tuple[str, ...], options: argparse.Namespace
                     spin=None if options.spin is None else options.spin * 1e-6,
                     store=f"{folder}/gloo",
                 )
-                command = [sys.executable, "-m", "benchmarks.barrier_rank", job.to_json()]
+                command = [sys.executable, "-m", "benchmarks.collectives.barrier_rank", job.to_json()]
                 ranks.append(
                     subprocess.Popen(command, cwd=ROOT, pass_fds=[barrier.fd], stdout=subprocess.PIPE)
                 )
