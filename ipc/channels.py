@@ -78,7 +78,7 @@ class Channel:
         """
         hello = self.receive(timeout)
         if hello is None:
-            raise ChannelError(f"{name} did not connect within {timeout:.0f} s")
+            raise ChannelError(f"{name} did not connect within {timeout:g} s")
         self.check_hello(hello, name, generation)
 
     @staticmethod
@@ -177,7 +177,7 @@ def accept_all(expected: Sequence[tuple[Channel, str]], generation: int, timeout
     while waiting:
         ready = Poller(list(waiting)).wait(patience.slice())
         if not ready and not patience.left():
-            raise ChannelError(f"{', '.join(waiting.values())} did not connect within {timeout:.0f} s")
+            raise ChannelError(f"{', '.join(waiting.values())} did not connect within {timeout:g} s")
         for channel in ready:
             hello = channel.receive_now()
             if hello is not None:

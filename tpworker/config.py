@@ -228,13 +228,13 @@ class SamplingParams:
         listed("stop_token_ids", "a sequence of token ids")
         settle("stop_token_ids", tuple(_number(i, int) for i in self.stop_token_ids))
 
-        integer("max_tokens", 1, 2**31 - 1, "an integer of at least 1")
+        integer("max_tokens", 1, 2**31 - 1, "an integer from 1 to 2**31 - 1")
         number("temperature", 0.0, 100.0, "a number from 0 to 100")
         number("top_p", 0.0, 1.0, "a number above 0 and at most 1")
         check("top_p", self.top_p is None or self.top_p > 0, "a number above 0 and at most 1")
-        integer("top_k", -1, 2**31 - 1, "an integer of at least 0 (0 or -1: no limit)")
+        integer("top_k", -1, 2**31 - 1, "an integer from 0 to 2**31 - 1 (0 or -1: no limit)")
         integer("seed", -(2**63), MAX_SEED, "an integer of 64 bits")
-        integer("min_tokens", 0, 2**31 - 1, "an integer of at least 0", optional=False)
+        integer("min_tokens", 0, 2**31 - 1, "an integer from 0 to 2**31 - 1", optional=False)
         check(
             "min_tokens",
             self.max_tokens is None or self.min_tokens <= self.max_tokens,
@@ -252,5 +252,5 @@ class SamplingParams:
             "stop_token_ids",
             len(self.stop_token_ids) <= MAX_STOP_IDS
             and all(type(i) is int and i >= 0 for i in self.stop_token_ids),
-            f"at most {MAX_STOP_IDS} token ids",
+            f"at most {MAX_STOP_IDS} token ids, integers from 0 on",
         )

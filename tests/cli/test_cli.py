@@ -6,9 +6,11 @@ import dataclasses
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -176,7 +178,7 @@ def test_the_key_may_stand_in_a_file_or_in_the_environment(
     assert parse().api_key == "from the environment"
     assert parse("--api-key", "given").api_key == "given"
     assert parse("--ask", "Hi").api_key is None
-    for content in ("sk-1 2", "sk-1 2\n", "sk-1 2\r\n"):
+    for content in ("sk-1 2", "sk-1 2\n", "sk-1 2\r\n", "\ufeffsk-1 2\r\n"):
         file.write_text(content)
         assert parse("--api-key-file", str(file)).api_key == "sk-1 2"
     assert parse("--api-key", "kéy").api_key == "kéy"
@@ -490,3 +492,45 @@ def test_import_tpworker_needs_nothing() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "number", "status", "words"),
+    [
+        (["serve"], signal.SIGTERM, 0, "tpworker: SIGTERM: ended before it was ready"),
+        (["serve"], signal.SIGHUP, 0, "tpworker: SIGHUP: ended before it was ready"),
+        (["serve"], signal.SIGINT, 0, "tpworker: SIGINT: ended before it was ready"),
+        (["serve", "--ask", "Hi"], signal.SIGINT, 130, ""),
+        (["serve", "--ask=Hi"], signal.SIGTERM, 143, ""),
+        (["doctor"], signal.SIGHUP, 129, ""),
+    ],
+)
+def test_a_signal_before_anything_watches_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: list[str],
+    number: signal.Signals,
+    status: int,
+    words: str,
+) -> None:
+    before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)]
+    monkeypatch.setattr(cli, "parse", lambda words: signal.raise_signal(number))
+    assert cli.main(command) == status
+    assert capsys.readouterr().err.strip() == words
+    assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)] == before
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ({"top_k": 2**40}, r"top_k=1099511627776: must be an integer from 0 to 2\*\*31 - 1"),
+        ({"min_tokens": 2**70}, r"min_tokens=.*: must be an integer from 0 to 2\*\*31 - 1"),
+        (
+            {"stop_token_ids": [-1]},
+            r"stop_token_ids=\(-1,\): .* 16 token ids, integers from 0 on",
+        ),
+    ],
+)
+def test_a_refusal_names_the_bound_that_was_broken(option: dict[str, Any], words: str) -> None:
+    with pytest.raises(InvalidRequest, match=words):
+        SamplingParams(**option)

@@ -45,6 +45,8 @@ def test_a_prompt_is_packed() -> None:
         ([1, "a"], "must be a string, or token ids"),
         ([[1]], "must be a string, or token ids"),
         ([1, True], "a bool is no token id"),
+        ({1: 2}, "must be a string, or token ids from 0 to .*: got dict"),
+        ({1, 2}, "must be a string, or token ids from 0 to .*: got set"),
         (np.array([True, False]), "a bool is no token id"),
         (np.array([1.0]), "must be a string, or token ids"),
         (np.array([[1]]), "must be a string, or token ids"),

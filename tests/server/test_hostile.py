@@ -73,6 +73,8 @@ CHUNKED = head(**CLOSE, Content_Type="application/json", Transfer_Encoding="chun
         (head("OPTIONS", "*", **CLOSE), 404),
         (head("CONNECT", "x:443", **CLOSE), 404),
         (head("BREW", "/health", **CLOSE), 405),
+        # What a proxy may take for two requests: refused, and nothing behind it is read.
+        (head(Host="x", Content_Length="5", Transfer_Encoding="chunked") + b"0\r\n\r\n" + WHOLE, 400),
         (head("GET", "/%ff%00%0d%0a", **CLOSE), 404),
         (head("GET", "/v1/models/%ff%00", **CLOSE), 404),
         (head("GET", "/v1/models/" + "x" * 10_000, **CLOSE), 404),

@@ -298,6 +298,15 @@ def test_the_key_from_where_ps_does_not_show_it(run: Run, tmp_path: Path, way: s
 # --------------------------------------------------------------------------------- the end
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_that_who_started_it_has_blocked_end_it(run: Run, number: signal.Signals) -> None:
+    blocked = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+    process = run("--port", "0", preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, blocked))
+    process.url()
+    process.popen.send_signal(number)
+    assert process.end()[0] == 0
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_it_with_status_0_and_the_log_says_which(run: Run, number: signal.Signals) -> None:
     process = run("--port", "0")

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
 from tests.text.test_text import cut, stream_text
+from tpworker.errors import InvalidRequest
 from tpworker.text.decoding import Replace, Rule, StripRight, Window
 from tpworker.text.stream import TextStream
 from tpworker.text.tokenizer import Tokenizer
@@ -218,3 +219,15 @@ def test_the_end_of_a_text_is_stripped_as_the_library_does_it(text: str, count: 
     stripped = "".join(stage.feed(str(part)) for part in cut(text, cuts)) + stage.finish()  # type: ignore[arg-type]
     if len(text) >= count:  # it cannot do shorter ones
         assert stripped == decoders.Strip("a", 0, count).decode([text])
+
+
+def test_a_decoder_that_panics_fails_the_request_alone() -> None:
+    """The library's Strip takes a text for longer than it is; a panic of Rust is no Exception in Python."""
+    strip = sequence(decoders.Strip(".", 1, 1), decoders.ByteFallback(), decoders.Fuse())
+    tokenizer = word_level(strip, WORDS)
+    e4, dot, b = (WORDS.index(word) for word in ("e4", ".", "b"))
+    with pytest.raises(InvalidRequest, match=r"its decoder fails on them: .*detokenize=False"):
+        TextStream(tokenizer).push([e4, dot])
+    with pytest.raises(InvalidRequest, match="its decoder fails"):
+        tokenizer.decode([dot])
+    assert TextStream(tokenizer).push([e4, b]).text == "e4b"

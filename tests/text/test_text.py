@@ -422,6 +422,15 @@ def test_a_model_without_a_template_points_to_completions() -> None:
         BYTE_LEVEL.apply_chat_template([{"role": "user", "content": "Hi"}])
 
 
+@pytest.mark.parametrize("template", [5, {"default": 5}, ["a"]])
+def test_a_template_that_is_no_string_is_broken(template: Any) -> None:
+    """And not a prompt without the user's words."""
+    tokenizer = chatting()
+    tokenizer._fast.chat_template = template
+    with pytest.raises(InvalidRequest, match=r"template is broken: it is .*must be a string"):
+        tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}])
+
+
 # ------------------------------------------------------------------------- the real model
 
 

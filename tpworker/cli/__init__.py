@@ -9,9 +9,11 @@ from __future__ import annotations
 import io
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
+from tpworker.cli.interrupt import Interrupted, interruptible
 from tpworker.cli.options import DoctorOptions, Options, parse
 from tpworker.errors import ConfigError, InvalidRequest, ModelError, TpworkerError
 
@@ -22,24 +24,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status: 0, or 2 for a mistake of the user's, or 1 for a failure."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # not whatever takes its place, or None
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: any text can be shown on any terminal
+    words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        options = parse(arguments)
-        logging.basicConfig(format="%(asctime)s tpworker %(levelname)s %(message)s", level=logging.WARNING)
-        if isinstance(options, DoctorOptions):
-            from tpworker.doctor.doctor import run_doctor
-
-            return run_doctor(options.config, options.as_json)
-        from tpworker.cli.serve import ask, serve
-
-        return serve(options) if options.ask is None else ask(options, options.ask)
+        with interruptible():
+            return _run(words)
+    except KeyboardInterrupt as error:
+        number = error.number if isinstance(error, Interrupted) else signal.SIGINT
+        if words[:1] != ["serve"] or any(word.partition("=")[0] == "--ask" for word in words):
+            return 128 + number
+        print(f"tpworker: {signal.Signals(number).name}: ended before it was ready", file=sys.stderr)
+        return 0
     except (ConfigError, ModelError, InvalidRequest) as error:
         print(f"tpworker: error: {error}", file=sys.stderr)
         return 2
     except TpworkerError as error:
         print(f"tpworker: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        return 130
     except BrokenPipeError:  # whoever read the answer has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+def _run(words: Sequence[str]) -> int:
+    options = parse(words)
+    logging.basicConfig(format="%(asctime)s tpworker %(levelname)s %(message)s", level=logging.WARNING)
+    if isinstance(options, DoctorOptions):
+        from tpworker.doctor.doctor import run_doctor
+
+        return run_doctor(options.config, options.as_json)
+    from tpworker.cli.serve import ask, serve
+
+    return serve(options) if options.ask is None else ask(options, options.ask)

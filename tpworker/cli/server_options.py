@@ -36,7 +36,7 @@ def _key_in(file: str) -> str:
     try:
         with Path(file).open("rb") as opened:
             data = opened.read(_MAX_KEY_CHARS * 2)  # it may have no end, as /dev/zero
-        text = data.decode()
+        text = data.decode("utf-8-sig")  # some editors write a mark before it
     except OSError as error:
         raise ConfigError(f"--api-key-file {file} cannot be read: {error.strerror or error}") from error
     except ValueError as error:  # no UTF-8, or no name that a file can have

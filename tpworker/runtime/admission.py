@@ -5,7 +5,7 @@ What can be wrong with a request is found here, and fails that request alone (in
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -31,6 +31,8 @@ def pack_prompt(token_ids: Sequence[int], spec: ModelSpec) -> bytes:
     highest = spec.vocab_size - 1
     try:
         # An array's or a tensor's `tolist` has Python's own types; to go through it would be slow besides.
+        if isinstance(token_ids, (Mapping, Set)):  # which have no order that anybody meant
+            raise TypeError(f"got {type(token_ids).__name__}")
         listed = token_ids.tolist() if hasattr(token_ids, "tolist") else list(token_ids)
         if bool in map(type, listed):
             raise TypeError("a bool is no token id")

@@ -130,18 +130,17 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
     if not has_tokenizer(folder):
         return None
     check_tokenizer_files(folder)
+    from tpworker.text.panics import panics_are
     from tpworker.text.tokenizer import Tokenizer
 
+    def unreadable(what: str) -> ModelError:
+        return ModelError(f"the tokenizer in {folder} cannot be read: {what}; fetch it again")
+
     try:
-        return Tokenizer.load(folder)
+        with panics_are(unreadable):
+            return Tokenizer.load(folder)
     except ModelError as error:
         raise ModelError(_in_one_line(str(error))) from error
-    except BaseException as error:
-        if type(error).__name__ != "PanicException":  # of the tokenizers library, which is no Exception
-            raise
-        raise ModelError(
-            f"the tokenizer in {folder} cannot be read: {_in_one_line(str(error))}; fetch it again"
-        ) from None
 
 
 def _in_one_line(text: str) -> str:

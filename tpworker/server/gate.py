@@ -80,6 +80,15 @@ class Gate:
             )
             await error.as_response()(scope, receive, send)
             return
+        if _header(scope, b"content-length") is not None and _header(scope, b"transfer-encoding") is not None:
+            error = ApiError(  # what a proxy may take for two requests (RFC 9112, 6.1)
+                400,
+                "the request has both Content-Length and Transfer-Encoding: send one of them",
+                code="bad_http",
+                headers={"Connection": "close"},
+            )
+            await error.as_response()(scope, receive, send)
+            return
         coding = _header(scope, b"content-encoding")
         if coding not in (None, b"", b"identity"):
             error = ApiError(

@@ -44,6 +44,7 @@ def watched_signals() -> Generator[Signals, None, None]:
         numbers.append(signal.SIGHUP)
     for number in numbers:
         loop.add_signal_handler(number, signals.take, number)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)  # whoever started us may have blocked them
     try:
         yield signals
     finally:

@@ -19,6 +19,9 @@ from typing import Any
 
 from tokenizers import Tokenizer as Backend
 
+from tpworker.errors import InvalidRequest
+from tpworker.text.panics import panics_are
+
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _ANY_TOKEN = "a"
 """Stands before a token that is not the first: decoders treat the first of all in their own way."""
@@ -102,8 +105,9 @@ class Decoding:
     def _behind(self, before: list[str], token: str) -> str:
         """What the head makes of a token behind others."""
         assert self._head is not None
-        text: str = self._head.decode([*before, token])
-        return text.removeprefix(self._head.decode(before)) if before else text
+        with panics_are(no_text):
+            text: str = self._head.decode([*before, token])
+            return text.removeprefix(self._head.decode(before)) if before else text
 
     def pair(self, previous: str | None, token: str) -> str:
         """With Rule.PAIR: what a token adds behind another one; behind none, if that is None."""
@@ -111,7 +115,8 @@ class Decoding:
 
     def decode(self, tokens: list[str]) -> str:
         """The text of tokens, but for the clean-up: what the library says."""
-        text: str = self._whole.decode(tokens)
+        with panics_are(no_text):
+            text: str = self._whole.decode(tokens)
         return text
 
     def clean_up(self, text: str) -> str:
@@ -246,6 +251,14 @@ def _filters_of(stage: Mapping[str, Any], is_first: bool) -> Iterator[Filter]:
             yield StripLeft(stage["content"], stage["start"])
         if stage["stop"]:
             yield StripRight(stage["content"], stage["stop"])
+
+
+def no_text(what: str) -> InvalidRequest:
+    """Of what its library says."""
+    return InvalidRequest(
+        f"the model's tokenizer has no text for these tokens, its decoder fails on them: {what}. Token ids "
+        "can be had all the same (detokenize=False)"
+    )
 
 
 def _stages(decoder: Any) -> list[dict[str, Any]]:

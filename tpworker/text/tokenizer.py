@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tpworker.chat.variables import check_variables
-from tpworker.errors import InvalidRequest, ModelError, RuntimeStopped
-from tpworker.text.decoding import Decoding
+from tpworker.errors import InvalidRequest, ModelError, RuntimeStopped, shown
+from tpworker.text.decoding import Decoding, no_text
+from tpworker.text.panics import panics_are
 from tpworker.text.token_bound import TokenBound
 
 if TYPE_CHECKING:
@@ -104,7 +105,8 @@ class Tokenizer:
         """
         try:
             # Of the encode functions the only one that lets other threads run all the while.
-            encoding = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
+            with panics_are(_no_tokens):
+                encoding = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
         except TypeError as error:
             raise InvalidRequest(
                 f"the text cannot be tokenised: {_why_not_unicode(text)}", "prompt"
@@ -118,7 +120,8 @@ class Tokenizer:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of token ids, without special tokens."""
-        text: str = self._backend.decode(list(token_ids), skip_special_tokens=True)
+        with panics_are(no_text):
+            text: str = self._backend.decode(list(token_ids), skip_special_tokens=True)
         return self.decoding.clean_up(text)
 
     @property
@@ -194,7 +197,13 @@ class Tokenizer:
             template = template["default"]
         if not template:
             raise InvalidRequest(NO_TEMPLATE)
-        return str(template)
+        if not isinstance(template, str):
+            raise InvalidRequest(
+                f"the model's chat template is broken: it is {shown(template)}, and must be a string. "
+                "Correct tokenizer_config.json, or use /v1/completions, where you write the prompt yourself",
+                "messages",
+            )
+        return template
 
     def token(self, token_id: int) -> str | None:
         """A token as its decoder gets it; None for what is no text: special tokens, and ids that the model
@@ -215,6 +224,10 @@ class Tokenizer:
     def _find_piece(self, token_id: int) -> str | bytes:
         token = self.token(token_id)
         return "" if token is None else self.decoding.piece(token)
+
+
+def _no_tokens(what: str) -> InvalidRequest:
+    return InvalidRequest(f"the model's tokenizer fails on this text: {what}. Give token ids", "prompt")
 
 
 def _cleans_up(fast: Any) -> bool:

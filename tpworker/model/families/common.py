@@ -201,7 +201,8 @@ def _read_rope(config: Config, theta: float, partial: float | None, head_dim: in
     elif kind == "yarn":
         scaling = _read_yarn(config, section)
         if theta <= 1:
-            section.fail("rope_theta", f"must be above 1 with yarn, and is {theta:g}")
+            source = section if "rope_theta" in section.values else config
+            source.fail("rope_theta", "must be above 1 with yarn")
     elif kind != "default":
         key = "rope_type" if section.get("rope_type") else "type"
         section.fail(key, "is not supported; of the scaled rotary positions linear, llama3 and yarn are")
