@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+from contextlib import closing
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,7 +22,7 @@ class Screen(io.StringIO):
 
 
 def test_elsewhere_it_is_a_line_when_something_changes(capsys: pytest.CaptureFixture[str]) -> None:
-    with StartProgress() as progress:
+    with closing(StartProgress()) as progress:
         for fraction in (None, None):
             progress("starting", fraction)
         for percent in range(100):
@@ -33,7 +34,7 @@ def test_elsewhere_it_says_now_and_then_how_far_it_is(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(terminal, "_PLAIN_PERIOD_S", 0.0)
-    with StartProgress() as progress:
+    with closing(StartProgress()) as progress:
         progress("loading", 0.0)
         progress("loading", 0.5)
     assert capsys.readouterr().err == "tpworker: loading\ntpworker: loading 50%\n"
@@ -43,7 +44,7 @@ def test_on_a_terminal_it_is_a_bar_that_goes_away(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("TERM", "xterm")
     screen = Screen()
     monkeypatch.setattr(sys, "stderr", screen)
-    with StartProgress() as progress:
+    with closing(StartProgress()) as progress:
         progress("starting", None)
         progress("loading", 0.25)
         progress.close()
@@ -56,7 +57,7 @@ def test_on_a_terminal_it_is_a_bar_that_goes_away(monkeypatch: pytest.MonkeyPatc
 
 
 def test_nothing_is_shown_that_nobody_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
-    with StartProgress():
+    with closing(StartProgress()):
         pass
     assert capsys.readouterr().err == ""
 

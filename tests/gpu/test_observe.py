@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,7 @@ def test_gpus_are_numbered_as_cuda_does(order: str) -> None:
 
 
 def test_memory_and_peer_access_are_what_cuda_sees() -> None:
-    with Nvml.connect() as nvml:
+    with closing(Nvml.connect()) as nvml:
         found = find_gpus(nvml).gpus
         for gpu in found:
             assert gpu.memory == pytest.approx(torch.cuda.mem_get_info(gpu.index)[1], rel=0.02)

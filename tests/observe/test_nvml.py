@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import closing
 
 import pytest
 
@@ -45,7 +46,7 @@ def test_whatever_a_driver_does_not_answer_is_none(function: str, manner: str) -
     if function == "nvmlDeviceGetCpuAffinity":  # it is asked where the other one does not answer
         names.append("nvmlDeviceGetCpuAffinityWithinScope")
     library = FakeNvml(UUIDS, **{manner: names})
-    with Nvml(library) as nvml:
+    with closing(Nvml(library)) as nvml:
         result = find_gpus(nvml, {})
         nvml.driver  # noqa: B018
         nvml.cuda_version  # noqa: B018

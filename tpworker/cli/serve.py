@@ -7,7 +7,7 @@ import logging
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 from tpworker.cli.options import Options
 from tpworker.config import RuntimeConfig
@@ -35,7 +35,7 @@ def serve(options: Options) -> int:
 
     raise_descriptor_limit(options.config)
     listener = bind(options.host, options.port)
-    with StartProgress() as progress, _warnings(options.config):
+    with closing(StartProgress()) as progress, _warnings(options.config):
         runtime = Runtime(config=options.config, progress=progress)
 
         def on_ready() -> None:
@@ -86,6 +86,6 @@ def ask(options: Options, question: str) -> int:
     from tpworker.cli.ask import answer
     from tpworker.cli.terminal import StartProgress
 
-    with StartProgress() as progress:
+    with closing(StartProgress()) as progress:
         asyncio.run(answer(options.config, question, progress))
     return 0

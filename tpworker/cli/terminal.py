@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 import sys
 import time
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -40,17 +39,6 @@ class StartProgress:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
-
-    def __enter__(self) -> StartProgress:
-        return self
-
-    def __exit__(
-        self,
-        error_type: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _draw(self, text: str, fraction: float | None) -> None:
         if self._bar is None:

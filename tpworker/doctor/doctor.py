@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict
 from typing import Any, TextIO
 
@@ -52,7 +52,7 @@ def examine(config: RuntimeConfig, is_starting: bool = False) -> dict[str, Any]:
     with ExitStack() as stack:
         nvml: Nvml | None = None
         with suppress(NvmlUnavailable):  # `find_gpus` will say so
-            nvml = stack.enter_context(Nvml.connect())
+            nvml = stack.enter_context(closing(Nvml.connect()))
         found = find_gpus(nvml)
         obstacle = cuda_obstacle(num_ranks, found)
         device = config.device

@@ -13,7 +13,6 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from types import TracebackType
 from typing import Any
 
 logger = logging.getLogger(__name__)
@@ -151,17 +150,6 @@ class Nvml:
         """Ends it. GPUs may be asked nothing any more."""
         with contextlib.suppress(Exception):
             self._library.nvmlShutdown()
-
-    def __enter__(self) -> Nvml:
-        return self
-
-    def __exit__(
-        self,
-        error_type: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def ask(self, function: str, *arguments: Any) -> Any:
         """What the NVML function of that name answers; None if it does not."""
@@ -322,7 +310,7 @@ def find_gpus(nvml: Nvml | None = None, environment: Mapping[str, str] | None = 
     """
     if nvml is None:
         try:
-            with Nvml.connect() as nvml:
+            with contextlib.closing(Nvml.connect()) as nvml:
                 return find_gpus(nvml, environment)
         except NvmlUnavailable as error:
             return Found(problem=str(error), has_library=error.has_library)
