@@ -150,7 +150,9 @@ def test_with_descriptors_closed_its_processes_have_dev_null(
 ) -> None:
     """And none of what is opened meanwhile, to which their logs would be written; nor do we have it."""
     links = "[os.readlink(f'/proc/self/fd/{i}') for i in range(3)]"
-    (model_folder / "tpworker-rank0").write_text(f"fail(ValueError({links}))")
+    go = tmp_path / "go"  # or the rank might fail before the runtime is there
+    waiting = f"[time.sleep(0.01) for _ in iter(lambda: os.path.exists({str(go)!r}), True)]"
+    (model_folder / "tpworker-rank0").write_text(f"{waiting} and None or fail(ValueError({links}))")
     code = f"""
     async def main():
         if sys.argv[2] == "later":
@@ -159,6 +161,7 @@ def test_with_descriptors_closed_its_processes_have_dev_null(
         ranks, scheduler = "tests.children.idle_rank", "tpworker.testing.fake_scheduler"
         async with Runtime(sys.argv[1], rank_module=ranks, scheduler_module=scheduler) as runtime:
             print(any("memfd" in link or "socket" in link for link in {links}))
+            open({str(go)!r}, "w").close()
             async for _ in runtime.generate([5], SamplingParams(max_tokens=400, detokenize=False)):
                 pass
 
