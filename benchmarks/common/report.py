@@ -10,6 +10,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ def _commit() -> str | None:
 def _gpus() -> dict[str, Any]:
     """All of the machine; nothing where there is none."""
     try:
-        with Nvml.connect() as nvml:
+        with closing(Nvml.connect()) as nvml:
             gpus = [nvml.gpu(uuid, index) for index, uuid in enumerate(nvml.handles)]
             driver = nvml.driver
     except NvmlUnavailable:

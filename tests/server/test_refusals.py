@@ -86,7 +86,7 @@ def test_what_is_not_supported_is_refused_by_name(
         ({"prompt": [[1], []]}, "prompt", "empty"),
         ({"max_tokens": "5"}, "max_tokens", "'5'"),
         ({"max_tokens": 5.5}, "max_tokens", "5.5"),
-        ({"max_tokens": 0}, "max_tokens", "at least 1"),
+        ({"max_tokens": 0}, "max_tokens", "an integer from 1 to 2**31 - 1"),
         ({"max_tokens": -3}, "max_tokens", "-3"),
         ({"max_tokens": 10**30}, "max_tokens", "max_tokens="),
         ({"temperature": -1}, "temperature", "from 0 to 100"),
