@@ -88,3 +88,9 @@ def shown(value: object) -> str:
     except ValueError:  # Python refuses to write an integer of more than some thousand digits
         text = "a number of thousands of digits"
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 20]}...{text[-17:]}"
+
+
+def one_line(text: str, longest: int) -> str:
+    """What another library says, on one line and shortened to so many characters."""
+    text = " ".join(text.split())
+    return text if len(text) <= longest else f"{text[:longest]}…"

@@ -64,17 +64,28 @@ def test_what_the_start_took_is_told(fake_runtime: Callable[..., Runtime]) -> No
     assert asyncio.run(run()) > 0
 
 
-def test_stopped_while_it_waits_for_its_tokenizer_alone(
-    fake_runtime: Callable[..., Runtime], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def loading(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Until it is set, the tokenizer is being loaded."""
     loading = threading.Event()
     monkeypatch.setattr("tpworker.runtime.start.load_tokenizer", lambda folder: loading.wait(20) and None)
+    return loading
 
+
+async def all_but_the_tokenizer(runtime: Runtime) -> asyncio.Task[None]:
+    """A start whose processes are ready."""
+    starting = asyncio.create_task(runtime.start())
+    while runtime._generation is None or not runtime._generation._ready.done():
+        await asyncio.sleep(0.01)
+    return starting
+
+
+def test_stopped_while_it_waits_for_its_tokenizer_alone(
+    fake_runtime: Callable[..., Runtime], loading: threading.Event
+) -> None:
     async def run() -> None:
         runtime = fake_runtime(device="cpu")
-        starting = asyncio.create_task(runtime.start())
-        while runtime._generation is None or not runtime._generation._ready.done():
-            await asyncio.sleep(0.01)
+        starting = await all_but_the_tokenizer(runtime)
         await runtime.stop()
         loading.set()
         with pytest.raises(RuntimeStopped, match="stopped while it started"):
@@ -84,16 +95,11 @@ def test_stopped_while_it_waits_for_its_tokenizer_alone(
 
 
 def test_a_process_that_dies_while_the_tokenizer_is_loaded_is_named(
-    fake_runtime: Callable[..., Runtime], monkeypatch: pytest.MonkeyPatch
+    fake_runtime: Callable[..., Runtime], loading: threading.Event
 ) -> None:
-    loading = threading.Event()
-    monkeypatch.setattr("tpworker.runtime.start.load_tokenizer", lambda folder: loading.wait(20) and None)
-
     async def run() -> None:
         runtime = fake_runtime(device="cpu")
-        starting = asyncio.create_task(runtime.start())
-        while runtime._generation is None or not runtime._generation._ready.done():
-            await asyncio.sleep(0.01)
+        starting = await all_but_the_tokenizer(runtime)
         (rank,) = [child for child in psutil.Process().children() if child.name() == "tpworker-rank0"]
         rank.kill()
         while runtime.health().state != "failed":

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from tpworker.config import RuntimeConfig
-from tpworker.errors import ConfigError, ModelError, shown
+from tpworker.errors import ConfigError, ModelError, one_line, shown
 
 if TYPE_CHECKING:
     from tpworker.model.families import ModelSpec
@@ -140,13 +140,7 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
         with panics_are(unreadable):
             return Tokenizer.load(folder)
     except ModelError as error:
-        raise ModelError(_in_one_line(str(error))) from error
-
-
-def _in_one_line(text: str) -> str:
-    """What another library says, shortened."""
-    text = " ".join(text.split())
-    return text if len(text) <= _LONGEST_LINE else f"{text[:_LONGEST_LINE]}…"
+        raise ModelError(one_line(str(error), _LONGEST_LINE)) from error
 
 
 def in_daemon_thread(function: Callable[[], T]) -> asyncio.Future[T]:

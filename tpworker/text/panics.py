@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from tpworker.errors import one_line
+
 _LONGEST = 300  # characters of what it says
 
 
@@ -20,5 +22,4 @@ def panics_are(error: Callable[[str], Exception]) -> Iterator[None]:
     except BaseException as panic:
         if type(panic).__name__ != "PanicException":
             raise
-        text = " ".join(str(panic).split())
-        raise error(text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…") from None
+        raise error(one_line(str(panic), _LONGEST)) from None
