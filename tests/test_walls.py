@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from tpworker.kernels.operations import Operations
+from tpworker.model import torch_operations
+
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("tpworker", "ipc", "scheduler")
 LONGEST = 400  # lines of a file
@@ -152,6 +155,18 @@ def test_torch_is_used_where_tensors_are() -> None:
     assert rooms == {"kernels", "model", "checkpoint", "rank", "testing", "doctor"}
     for_the_size_of_a_model = {"tpworker/doctor/model_check.py"}
     assert set(users("tpworker/doctor", "torch", "tpworker.model")) == for_the_size_of_a_model
+
+
+def test_which_kernels_serve_is_decided_in_one_place() -> None:
+    """And nothing that runs a step asks where its tensors are."""
+    assert set(users("tpworker", "tpworker.kernels.cuda_operations")) == {"tpworker/model/operations.py"}
+    asking = {path.relative_to(ROOT).as_posix() for path in MODULES.values() if "is_cuda" in path.read_text()}
+    assert not asking
+    contract = {name for name, value in vars(Operations).items() if callable(value) and name[0] != "_"}
+    assert set(torch_operations.__all__) == contract
+    cuda = ast.parse(MODULES["tpworker.kernels.cuda_operations"].read_text())  # it imports Triton
+    named = next(node.value for node in cuda.body if isinstance(node, ast.Assign))
+    assert set(ast.literal_eval(named)) == contract
 
 
 def test_a_model_is_known_without_torch() -> None:

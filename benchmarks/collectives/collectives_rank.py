@@ -20,10 +20,9 @@ from torch import Tensor, distributed
 from benchmarks.collectives.barrier_rank import phase
 from benchmarks.collectives.collectives import Job
 from tpworker.ipc.barrier import Barrier
-from tpworker.kernels import pdl, symmetric_kernels, triton_kernels
-from tpworker.model import layer_ops
+from tpworker.kernels import cuda_operations, pdl, symmetric_kernels, triton_kernels
+from tpworker.model import composed_ops
 from tpworker.model.families import read_spec
-from tpworker.model.linear import Linear
 from tpworker.model.tp import Shard, argmax_ranks, embed
 from tpworker.rank.cuda_collectives import NcclCollectives, SymmetricCollectives
 
@@ -133,7 +132,7 @@ class Bench:
     def layers(self, rows: int) -> dict[str, Callable[[], Any]]:
         """A product that makes the part, and the sum: how much of it is seen beside the weights."""
         square = partial(torch.randn, PRODUCT, PRODUCT // self.ranks.size, device=self.device)
-        linears = [Linear(square(dtype=torch.bfloat16) / 64) for _ in range(CALLS)]
+        linears = [cuda_operations.linear(square(dtype=torch.bfloat16) / 64) for _ in range(CALLS)]
         x = torch.randn(rows, PRODUCT, device=self.device, dtype=torch.bfloat16)
         own = x[:, : PRODUCT // self.ranks.size].contiguous()
         weight = torch.ones(PRODUCT, dtype=torch.bfloat16, device=self.device)
@@ -141,7 +140,7 @@ class Bench:
         ranks = {"fused": self.ranks, "NCCL + norm": _Plain(self.ranks)}
 
         def layer(how: str) -> None:
-            layer_ops.reduce_add_norm(x, next(turn)(own), weight, EPS, ranks[how])
+            composed_ops.reduce_add_norm(cuda_operations, x, next(turn)(own), weight, EPS, ranks[how])
 
         works: dict[str, Callable[[], Any]] = {how: partial(layer, how) for how in ranks}
         works["fused, no early start"] = _plainly(works["fused"])

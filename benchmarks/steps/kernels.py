@@ -18,6 +18,7 @@ import contextlib
 import statistics
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from benchmarks.common.floors import BYTES_PER_SECOND, floor_bytes
 from benchmarks.common.options import positive
 from benchmarks.common.report import machine, save
 from tpworker.checkpoint.weights import dummy_weights
-from tpworker.model import layer_ops
+from tpworker.model import composed_ops
 from tpworker.model.attention import Attention, flash
 from tpworker.model.batch import Batch
 from tpworker.model.decoder import Decoder
@@ -158,7 +159,7 @@ def step_of(decoder: Decoder, batch: Batch, cache: KVCache, mode: SamplingMode) 
 
     def step() -> Tensor:
         logits = decoder.logits(decoder.forward(batch, cache))
-        return sample(logits, rows, mode, decoder.vocab_start, decoder.collectives)
+        return sample(decoder.operations, logits, rows, mode, decoder.vocab_start, decoder.collectives)
 
     return step
 
@@ -171,15 +172,18 @@ def attention_us(decoder: Decoder, batch: Batch, cache: KVCache, rounds: int) ->
     heads = torch.randn(len(batch.token_ids), num_heads, spec.head_dim, device="cuda").bfloat16()
     norm = torch.ones(spec.head_dim, device="cuda").bfloat16()
     norms = (norm, norm) if spec.qk_norm else None
+    operations = decoder.operations
+    attend = partial(composed_ops.store_and_attend, operations)
     angles = rope_tables(spec.rope, spec.head_dim, int(batch.positions.max()) + 1, heads.device)
 
     def layers() -> Tensor:
-        places = layer_ops.places(batch, cache, *angles)
+        places = operations.places(
+            batch.positions, batch.sequence_of, batch.block_tables, *angles, cache.block_size
+        )
         plan = attention.prepare(batch, cache.block_size)
         for layer in range(spec.num_layers):
-            out = layer_ops.store_and_attend(
-                attention, plan, heads, norms, spec.rms_norm_eps, places, cache, layer
-            )
+            kv = (cache.keys[layer], cache.values[layer])
+            out = attend(attention, plan, heads, norms, spec.rms_norm_eps, places, *kv)
         return out
 
     return 1000 * replay_ms(layers, rounds)[0] / spec.num_layers
@@ -204,7 +208,7 @@ def products_us(decoder: Decoder, count: int, rounds: int) -> dict[str, dict[str
             x: Tensor = x, norm: Tensor = norm, weights: Any = weights, is_gated: bool = kind == "gate_up"
         ) -> Tensor:
             for weight in weights:
-                normed = layer_ops.add_norm(x, None, norm, 1e-6)
+                normed = decoder.operations.add_norm(x, None, norm, 1e-6)
                 out: Tensor = weight.gated(normed) if is_gated else weight(normed)
             return out
 

@@ -127,7 +127,7 @@ def make_step(decoder: Decoder, batch_size: int, arguments: argparse.Namespace) 
 
     def step() -> Tensor:
         logits = decoder.logits(decoder.forward(batch, cache))
-        return sample(logits, rows, mode, decoder.vocab_start, decoder.collectives)
+        return sample(decoder.operations, logits, rows, mode, decoder.vocab_start, decoder.collectives)
 
     return step
 

@@ -32,7 +32,8 @@ from benchmarks.common.floors import BYTES_PER_SECOND
 from benchmarks.common.options import positive
 from benchmarks.common.report import machine, save
 from benchmarks.steps.kernels import CONFIGS, replay_ms
-from tpworker.model import layer_ops, moe
+from tpworker.kernels import cuda_operations
+from tpworker.model import moe
 from tpworker.model.families import MoeSpec, read_spec
 from tpworker.model.tp import Shard
 
@@ -166,7 +167,7 @@ def library_layer(
     all_ids = torch.arange(len(down), device=x.device, dtype=torch.int32)
     ends = torch.searchsorted(by_expert, all_ids, right=True, out_int32=True)
     rows = x.index_select(0, order // width)
-    act = layer_ops.silu_mul(F.grouped_mm(rows, gate_up.mT, offs=ends))
+    act = cuda_operations.silu_mul(F.grouped_mm(rows, gate_up.mT, offs=ends))
     parts = torch.empty_like(rows).index_copy_(0, order, F.grouped_mm(act, down.mT, offs=ends))
     return torch.einsum("tkd,tk->td", parts.view(*ids.shape, -1).float(), weights).to(x.dtype)
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from tpworker.kernels import pdl, symmetric_kernels, triton_kernels
-from tpworker.model import layer_ops
+from tpworker.model import composed_ops, layer_ops
+from tpworker.model.operations import operations_of
 from tpworker.model.tp import argmax_ranks
 from tpworker.rank.cuda_collectives import NcclCollectives, SymmetricCollectives
 
@@ -72,7 +73,7 @@ def nothing(ranks: SymmetricCollectives) -> dict[str, Any]:
     rows = torch.zeros(0, 1024, device=ranks.device, dtype=torch.bfloat16)
     weight = torch.ones(1024, device=ranks.device, dtype=torch.bfloat16)
     summed = ranks.all_reduce(rows)
-    normed = layer_ops.reduce_add_norm(rows, rows, weight, EPS, ranks)
+    normed = composed_ops.reduce_add_norm(operations_of(ranks.device), rows, rows, weight, EPS, ranks)
     ids = torch.zeros(0, device=ranks.device, dtype=torch.int64)
     chosen = argmax_ranks(ids.float(), ids, ranks)
     return {"shapes": [list(result.shape) for result in (summed, normed, chosen)]}

@@ -21,7 +21,6 @@ from tests.gpu.test_kernels import (
     split_attention,
 )
 from tpworker.kernels.operands import NewTokens
-from tpworker.model import layer_ops
 from tpworker.model.families import RopeSpec
 from tpworker.model.rope import rope_tables
 
@@ -62,9 +61,7 @@ def test_a_step_attends_to_what_the_step_before_has_stored(
             positions=batch.positions.to(DEVICE) + step,
             lengths=batch.lengths.to(DEVICE) + step,
         )
-        places = layer_ops.Places(
-            *triton_kernels.places(now.positions, now.sequence_of, now.block_tables, cos, sin, BLOCK_SIZE)
-        )
+        places = triton_kernels.places(now.positions, now.sequence_of, now.block_tables, cos, sin, BLOCK_SIZE)
         heads = randn(len(lengths), shape.heads + 2 * shape.kv_heads, shape.head_dim).to(DEVICE)
         norms = norm if shape.has_norm else None
         steps.append((now, heads, NewTokens(norms, 1e-6, places.cos, places.sin, places.rows)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,17 @@ from transformers import LlamaConfig, Qwen3Config
 from tests.model.helpers import CPU, SPEC, Work, make_batch, shuffled_tables, tiny_model
 from tests.model.test_sampling import logits_of, rows_of, through_slots
 from tpworker.checkpoint.weights import dummy_weights, load_weights
-from tpworker.kernels.operands import Normed
-from tpworker.model import layer_ops
+from tpworker.kernels.operands import Normed, SamplingRows
+from tpworker.model import composed_ops, layer_ops, torch_operations
 from tpworker.model.attention import choose, flash
 from tpworker.model.attention.paged import PagedAttention
 from tpworker.model.attention.split import SplitAttention
 from tpworker.model.batch import Batch
 from tpworker.model.decoder import Decoder, KVCache
 from tpworker.model.families import RopeSpec, read_spec
+from tpworker.model.operations import operations_of
 from tpworker.model.rope import rope_tables
-from tpworker.model.sampling import SamplingMode, SamplingRows, gumbel_noise, sample
+from tpworker.model.sampling import SamplingMode, gumbel_noise, sample
 from tpworker.model.tp import Shard
 from tpworker.rank.collectives import SoleRank
 
@@ -158,21 +160,18 @@ def test_norm_rotate_store(fused: Any, shape: Shape, count: int, block_size: int
     positions = torch.randint(0, 2 * block_size, (count,))
     batch = Batch(positions, positions, torch.arange(count), tables, positions, positions, count, 1)
     cos, sin = rope_tables(RopeSpec(theta=1e4), shape.rotary_dim or shape.head_dim, 2 * block_size, CPU)
-    places = layer_ops.places(batch, caches[0], cos, sin)
-    there = layer_ops.Places(
-        *fused.places(*(x.to(DEVICE) for x in (positions, batch.sequence_of, tables, cos, sin)), block_size)
-    )
-    for field in dataclasses.fields(places):
-        assert torch.equal(getattr(there, field.name).cpu(), getattr(places, field.name))
+    arrays = (positions, batch.sequence_of, tables, cos, sin)
+    places = layer_ops.places(*arrays, block_size)
+    there = fused.places(*(x.to(DEVICE) for x in arrays), block_size)
+    for ours, theirs in zip(there, places, strict=True):
+        assert torch.equal(ours.cpu(), theirs)
     norms = weights if shape.has_norm else None
-    query = layer_ops.norm_rotate_store(heads, norms, 1e-6, places, caches[0], 0)
+    query = layer_ops.norm_rotate_store(heads, norms, 1e-6, places, caches[0].keys[0], caches[0].values[0])
     result = fused.norm_rotate_store(
         heads.to(DEVICE),
         (weights[0].to(DEVICE), weights[1].to(DEVICE)) if shape.has_norm else None,
         1e-6,
-        there.cos,
-        there.sin,
-        there.rows,
+        there,
         caches[1].keys[0],
         caches[1].values[0],
     )
@@ -284,7 +283,7 @@ def check_sums_and_norms(
         target = Normed(x.clone(), norm, 1e-6)
         skinny_kernel.multiply_add(a, weight, bias, rule, target)
         near(target.x, expected_x)
-        near(layer_ops.tensor_of(target), expected)
+        near(composed_ops.tensor_of(operations_of(DEVICE), target), expected)
         for other in rules:
             near(skinny_kernel.multiply(target, second, None, other), expected_product, tolerance)
             result = skinny_kernel.multiply(target, second, None, other, gated=True)
@@ -345,7 +344,7 @@ def test_greedy_tokens(fused: Any, shape: Shape, count: int, dtype: torch.dtype)
     logits[:, -3:] = -torch.inf
     if count > 1:
         logits[1] = -torch.inf
-    best, token = fused.best_tokens(logits.to(DEVICE), rows_of(count), False, 1000, 1e-5)
+    best, token = fused.best_tokens(logits.to(DEVICE), rows_of(count), False, 1000)
     values, index = logits.float().max(dim=-1)
     assert torch.equal(best.cpu(), values)
     assert torch.equal(token.cpu(), index + 1000)
@@ -357,13 +356,13 @@ def test_tokens_by_logits_that_are_nan(fused: Any, vocab: int, random: bool) -> 
     """One in a row, of either sign, in any block, or nothing else: the first is taken, and marked."""
     logits = logits_of(8, vocab)
     there = on_device(rows_of(8, 1.0 if random else 0.0))
-    _, plain = fused.best_tokens(logits.to(DEVICE), there, random, 1000, 1e-5)
+    _, plain = fused.best_tokens(logits.to(DEVICE), there, random, 1000)
     logits[1, vocab - 1] = torch.nan
     logits[2, [3, vocab // 2]] = -torch.nan
     logits[4] = -torch.inf
     logits[4, vocab - 2] = torch.nan
     logits[5] = torch.nan
-    best, token = fused.best_tokens(logits.to(DEVICE), there, random, 1000, 1e-5)
+    best, token = fused.best_tokens(logits.to(DEVICE), there, random, 1000)
     is_nan = logits.isnan().any(dim=1)
     assert torch.equal(best.isnan().cpu(), is_nan)
     assert token[is_nan].tolist() == [~(1000 + column) for column in (vocab - 1, 3, vocab - 2, 0)]
@@ -378,7 +377,7 @@ def test_random_tokens(fused: Any, shape: Shape, count: int) -> None:
     temperature = [(0.0, 0.7, 1.0, 3.0)[row % 4] for row in range(count)]
     seed = torch.randint(-(2**63), 2**63 - 1, (count,))
     rows = rows_of(count, temperature, seed=seed, position=torch.randint(0, 40000, (count,)).tolist())
-    best, token = fused.best_tokens(logits.to(DEVICE), on_device(rows), True, 777, 1e-5)
+    best, token = fused.best_tokens(logits.to(DEVICE), on_device(rows), True, 777)
     there = on_device(rows)
     scores = logits.float().to(DEVICE) / torch.where(there.temperature == 0, 1.0, there.temperature)[:, None]
     noise = gumbel_noise(there.seed, there.position, torch.arange(777, 777 + shape.vocab, device=DEVICE))
@@ -428,7 +427,7 @@ def test_sampling_in_a_graph(mode: SamplingMode) -> None:
     work = torch.empty_like(logits, device=DEVICE)
 
     def step() -> Tensor:
-        return sample(work.copy_(source), there, mode, 0, SoleRank())
+        return sample(operations_of(DEVICE), work.copy_(source), there, mode, 0, SoleRank())
 
     graph, tokens = captured(step)
     equal = 0
@@ -438,7 +437,8 @@ def test_sampling_in_a_graph(mode: SamplingMode) -> None:
         for ours, theirs in ((there.seed, rows.seed), (there.position, rows.position)):
             ours.copy_(theirs[: len(ours)])  # none where the mode does not look at it
         graph.replay()
-        equal += int((tokens.cpu() == sample(logits.float(), rows, mode, 0, SoleRank())).sum())
+        expected = sample(torch_operations, logits.float(), rows, mode, 0, SoleRank())
+        equal += int((tokens.cpu() == expected).sum())
     assert equal >= 4 * count - 1  # logarithms of CPU and GPU may round apart
 
 
@@ -504,19 +504,25 @@ def test_store_and_attend(fused: Any, shape: Shape, dtype: torch.dtype, lengths:
         there = batch_to(batch, device)
         others = PagedAttention(shape.heads, shape.kv_heads, shape.head_dim, dtype)
         attention = SplitAttention(shape.heads, shape.kv_heads, shape.head_dim, others, 132)
+        arrays = (
+            there.positions,
+            there.sequence_of,
+            there.block_tables,
+            cos.to(device),
+            sin.to(device),
+        )
+        attend = partial(composed_ops.store_and_attend, operations_of(device))
+        kv = (cache.keys[0], cache.values[0])
         here = (heads.to(device), tuple(norm.to(device) for norm in norms) if shape.has_norm else None)
         if device == DEVICE and len(results):
-            places = layer_ops.Places(
-                *fused.places(there.positions, there.sequence_of, there.block_tables, cos.to(device),
-                              sin.to(device), 16)
-            )  # fmt: skip
+            places = fused.places(*arrays, 16)
             plan = attention.prepare(there, 16)
             for _ in range(2):
-                out = layer_ops.store_and_attend(attention, plan, *here, 1e-6, places, cache, 0)
+                out = attend(attention, plan, *here, 1e-6, places, *kv)
         else:
-            places = layer_ops.places(batch, cache, cos, sin)
+            places = layer_ops.places(*arrays, 16)
             plan = others.prepare(there, 16)
-            out = layer_ops.store_and_attend(others, plan, *here, 1e-6, places, cache, 0)
+            out = attend(others, plan, *here, 1e-6, places, *kv)
         results.append((out, cache.keys[0], cache.values[0]))
     for result, reference in zip(results[1], results[0], strict=True):
         near(result, reference)
@@ -724,6 +730,6 @@ def test_padding_is_minus_infinity_and_never_sampled() -> None:
     logits = torch.zeros(4, 64, dtype=torch.bfloat16, device=DEVICE)
     logits[:, 60:] = -torch.inf
     rows = through_slots(rows_of(4, [0.0, 0.5, 1.0, 9.0]), SamplingMode(True, False, False), DEVICE)
-    tokens = sample(logits, rows, SamplingMode(True, False, False), 0, SoleRank())
+    tokens = sample(operations_of(DEVICE), logits, rows, SamplingMode(True, False, False), 0, SoleRank())
     assert int(tokens.max()) < 60
     assert int(tokens[0]) == 0

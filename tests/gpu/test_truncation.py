@@ -1,4 +1,4 @@
-"""Top-k and top-p on CUDA, without a sort, against the torch definition."""
+"""Top-k and top-p on operations, without a sort, against the torch definition."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from torch import Tensor
 
 from tests.model.helpers import run_ranks
 from tests.model.test_sampling import rows_of, through_slots
+from tpworker.kernels.operands import SamplingRows
 from tpworker.model import sampling
-from tpworker.model.sampling import SamplingMode, SamplingRows, sample
+from tpworker.model.operations import operations_of
+from tpworker.model.sampling import SamplingMode, sample
 from tpworker.model.tp import Collectives
 from tpworker.rank.collectives import SoleRank
 
@@ -53,10 +55,22 @@ def every_kind() -> SamplingRows:
     return through_slots(rows, TRUNCATED, torch.device("cuda"))
 
 
+def sampled(
+    logits: Tensor,
+    rows: SamplingRows,
+    mode: SamplingMode = TRUNCATED,
+    vocab_start: int = 0,
+    collectives: Collectives | None = None,
+) -> Tensor:
+    """By the kernels; the logits stay as they are."""
+    ranks = collectives or SoleRank()
+    return sample(operations_of(logits.device), logits.clone(), rows, mode, vocab_start, ranks)
+
+
 def reference(logits: Tensor, rows: SamplingRows) -> Tensor:
-    plain = sample(logits.clone(), rows, SamplingMode(True, False, False), 0, SoleRank())
+    plain = sampled(logits, rows, SamplingMode(True, False, False))
     is_truncated = (rows.temperature > 0) & ((rows.top_p < 1) | (rows.top_k > 0))
-    tokens = sampling._sample_truncated(sampling._scaled(logits, rows), rows, is_truncated)
+    tokens = sampling._sample_from_sets(sampling._scaled(logits, rows), rows, is_truncated)
     return torch.where(is_truncated, tokens, plain)
 
 
@@ -69,9 +83,9 @@ def test_the_tokens_of_the_definition(vocab_size: int, kind: str, dtype: torch.d
     for position in range(8):
         rows.position.fill_(position)
         expected = reference(logits, rows)
-        tokens = sample(logits.clone(), rows, TRUNCATED, 0, SoleRank())
-        assert torch.equal(tokens, sample(logits.clone(), rows, TRUNCATED, 0, SoleRank()))
-        plain = sample(logits.clone(), rows, SamplingMode(True, False, False), 0, SoleRank())
+        tokens = sampled(logits, rows)
+        assert torch.equal(tokens, sampled(logits, rows))
+        plain = sampled(logits, rows, SamplingMode(True, False, False))
         # A sum that equals the share but for rounding may fall on either side.
         differ += int((tokens != expected).sum())
         truncated += int((expected != plain).sum())
@@ -81,10 +95,10 @@ def test_the_tokens_of_the_definition(vocab_size: int, kind: str, dtype: torch.d
 
 def test_tokens_by_logits_that_are_nan_are_marked() -> None:
     logits, rows = logits_like("peaked", 5000, torch.bfloat16), every_kind()
-    expected = sample(logits.clone(), rows, TRUNCATED, 0, SoleRank())
+    expected = sampled(logits, rows)
     logits[::2, 4000] = math.nan
     logits[4::8] = -math.nan
-    tokens = sample(logits.clone(), rows, TRUNCATED, 0, SoleRank())
+    tokens = sampled(logits, rows)
     assert torch.equal(tokens[1::2], expected[1::2])
     assert tokens[::2].tolist() == [~0 if row % 8 == 4 else ~4000 for row in range(0, ROWS, 2)]
 
@@ -100,8 +114,8 @@ def test_ranks_with_a_part_of_the_vocabulary_each(size: int) -> None:
 
     def main(collectives: Collectives) -> Tensor:
         start = collectives.rank * local
-        return sample(padded[:, start : start + local].clone(), rows, TRUNCATED, start, collectives)
+        return sampled(padded[:, start : start + local], rows, TRUNCATED, start, collectives)
 
-    expected = sample(whole.clone(), rows, TRUNCATED, 0, SoleRank())
+    expected = sampled(whole, rows)
     for tokens in run_ranks(size, main):
         assert torch.equal(tokens, expected)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tpworker.model import moe
+from tpworker.model import moe, torch_operations
 from tpworker.model.families import MoeSpec
 from tpworker.model.linear import Linear
 from tpworker.model.moe import Moe
@@ -81,7 +81,7 @@ def test_a_tokens_choice_does_not_depend_on_the_others(score: Any) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(77, 30, generator=generator)
     gate = Linear(torch.randn(13, 30, generator=generator))
-    mixture = Moe(spec, gate, None, [gate] * 13, [gate] * 13)
+    mixture = Moe(spec, gate, None, [gate] * 13, [gate] * 13, torch_operations)
     ids, weights = mixture.route(x)
     for rows in (*(slice(start, start + 2) for start in range(70)), slice(0, 1), slice(40, 77)):
         some_ids, some_weights = mixture.route(x[rows])
@@ -126,6 +126,7 @@ def test_experts_against_token_by_token(num_tokens: int) -> None:
         None,
         [Linear(weight) for weight in gate_up],
         [Linear(weight) for weight in down],
+        torch_operations,
     )
     packed.router = lambda x: (ids, weights)
     torch.testing.assert_close(packed(x), result, rtol=1e-5, atol=1e-4)

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.model.helpers import run_ranks
-from tpworker.model import sampling
-from tpworker.model.sampling import SamplingMode, SamplingRows, gumbel_noise, sample
+from tpworker.kernels.operands import SamplingRows
+from tpworker.model import sampling, torch_operations
+from tpworker.model.sampling import SamplingMode, gumbel_noise, sample
 from tpworker.model.tp import Collectives
 from tpworker.rank.slots import SlotTable
 
@@ -75,7 +76,8 @@ def sample_at(size: int, logits: Tensor, rows: SamplingRows, mode: SamplingMode)
 
     def main(collectives: Collectives) -> Tensor:
         start = collectives.rank * local
-        return sample(full[:, start : start + local].clone(), there, mode, start, collectives)
+        part = full[:, start : start + local].clone()
+        return sample(torch_operations, part, there, mode, start, collectives)
 
     results = run_ranks(size, main)
     assert all(torch.equal(result, results[0]) for result in results)
@@ -296,7 +298,8 @@ def test_a_token_depends_on_its_logits_seed_and_position_alone() -> None:
 
 def test_unlimited_rows_exchange_one_pair_a_row() -> None:
     def main(collectives: Collectives) -> int:
-        sample(torch.randn(5, 1000), rows_of(5), RANDOM, collectives.rank * 1000, collectives)
+        logits, start = torch.randn(5, 1000), collectives.rank * 1000
+        sample(torch_operations, logits, rows_of(5), RANDOM, start, collectives)
         return collectives.gathered_bytes  # type: ignore[attr-defined, no-any-return]
 
     assert run_ranks(2, main) == [2 * 5 * 8] * 2

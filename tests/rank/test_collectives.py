@@ -4,6 +4,7 @@ import itertools
 import os
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor, distributed
 
 from tpworker.ipc.barrier import Barrier, BarrierTimeout
 from tpworker.kernels.operands import Product
-from tpworker.model import layer_ops
+from tpworker.model import composed_ops, layer_ops, torch_operations
 from tpworker.model.linear import Linear
 from tpworker.model.tp import Collectives, argmax_ranks
 from tpworker.rank import collectives, cuda_collectives
@@ -122,11 +123,12 @@ class Fusing(SoleRank):
 
 
 def test_what_is_offered_in_one_kernel_is_taken_and_the_rest_goes_step_by_step() -> None:
+    add_up = partial(composed_ops.reduce_add_norm, torch_operations)
     weight = torch.ones(8)
     for rows in (3, 5):
         x, part = torch.randn(rows, 8), torch.randn(rows, 8)
         expected = x + 2 * part
-        normed = layer_ops.reduce_add_norm(x, part, weight, 1e-6, Fusing())
+        normed = add_up(x, part, weight, 1e-6, Fusing())
         if rows <= 4:
             assert (normed == 7).all()
         else:
@@ -134,9 +136,9 @@ def test_what_is_offered_in_one_kernel_is_taken_and_the_rest_goes_step_by_step()
             assert torch.equal(normed, layer_ops.norm(expected, weight, 1e-6))
     linear = Linear(torch.randn(8, 16))
     product = Product(linear, torch.randn(2, 16))
-    assert (layer_ops.reduce_add_norm(torch.randn(2, 8), product, weight, 1e-6, Fusing()) == 7).all()
+    assert (add_up(torch.randn(2, 8), product, weight, 1e-6, Fusing()) == 7).all()
     x = torch.randn(2, 8)
-    normed = layer_ops.reduce_add_norm(x, None, weight, 1e-6, Fusing())
+    normed = add_up(x, None, weight, 1e-6, Fusing())
     assert torch.equal(normed, layer_ops.norm(x, weight, 1e-6)), "there is nothing to exchange"
     token = torch.tensor([3, 4])
     assert argmax_ranks(torch.zeros(2), token, Fusing()).tolist() == [4, 5]

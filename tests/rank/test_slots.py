@@ -11,6 +11,7 @@ from tests.model.test_sampling import logits_of, reference_tokens, rows_of
 from tests.scheduler.helpers import sampling
 from tpworker.ipc.arrays import pack_int32
 from tpworker.ipc.messages import Admission, Grant
+from tpworker.model import torch_operations
 from tpworker.model.sampling import SamplingMode, sample
 from tpworker.model.tp import Collectives
 from tpworker.rank.device import CpuDevice
@@ -145,7 +146,7 @@ def test_from_admissions_to_tokens(batch: str, vocab_size: int) -> None:
     def main(collectives: Collectives) -> list[int]:
         rows = table.sampling_rows(torch.arange(count), mode)
         rank = collectives.rank
-        return sample(halves[rank].clone(), rows, mode, rank * local, collectives).tolist()
+        return sample(torch_operations, halves[rank].clone(), rows, mode, rank * local, collectives).tolist()
 
     for slot, kind in enumerate(kinds):
         if kind.min_tokens:

@@ -16,10 +16,13 @@ from torch import Tensor
 
 from tpworker.checkpoint.checkpoint import Checkpoint
 from tpworker.checkpoint.weight_files import WeightFiles, output_head
+from tpworker.kernels.operands import Matrix
+from tpworker.kernels.operations import Operations
 from tpworker.model.families import FAMILIES, ModelSpec, MoeNames, MoeSpec, WeightNames
-from tpworker.model.linear import Linear, can_pack
+from tpworker.model.linear import can_pack
 from tpworker.model.mlp import Mlp
 from tpworker.model.moe import Moe
+from tpworker.model.operations import operations_of
 from tpworker.model.tp import Shard, Split
 from tpworker.model.weights import DecoderWeights, LayerWeights
 
@@ -188,7 +191,7 @@ def _tensors(weights: DecoderWeights) -> Iterator[Tensor]:
         for item in (getattr(part, field.name) for field in fields(part)):
             if isinstance(item, Tensor):
                 yield item
-            elif isinstance(item, (Linear, Mlp, Moe)):
+            elif hasattr(item, "tensors"):  # a matrix, an MLP, a mixture
                 yield from item.tensors()
 
 
@@ -215,12 +218,13 @@ def _assemble(
         sized_for: where the weights would be, if `device` is the meta device.
     """
     names = FAMILIES[spec.family].names
-    build = _Builder(spec, shard, dtype, device, sized_for or device, fill)
+    operations = operations_of(device)
+    build = _Builder(spec, shard, dtype, device, sized_for or device, fill, operations)
     embed = build.rows([(f"{names.embed}.weight", shard.vocab)])
     built = tuple(layers(build.layer, range(spec.num_layers)))
     final_norm = build.vector(f"{names.final_norm}.weight", spec.hidden_size)
     head = embed if spec.tie_embeddings else build.rows([(f"{names.lm_head}.weight", shard.vocab)])
-    return DecoderWeights(embed, built, final_norm, Linear(head))
+    return DecoderWeights(embed, built, final_norm, operations.linear(head))
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,6 +237,7 @@ class _Builder:
     device: torch.device
     sized_for: torch.device
     fill: Fill
+    operations: Operations
 
     # ------------------------------------------------------------------------------ parts of a layer
 
@@ -253,7 +258,7 @@ class _Builder:
             mlp=self.moe(names) if is_mixture else self.mlp(names),
         )
 
-    def qkv(self, names: WeightNames, queries: Split, keys: Split) -> Linear:
+    def qkv(self, names: WeightNames, queries: Split, keys: Split) -> Matrix:
         """All query heads, then keys, then values."""
         parts = [(names.query, queries), (names.key, keys), (names.value, keys)]
         weight, bias = self.columns(parts, self.spec.qkv_bias)
@@ -262,19 +267,20 @@ class _Builder:
             _to_halves(weight[:rotated], self.spec.head_dim)
             if bias is not None:
                 _to_halves(bias[:rotated], self.spec.head_dim)
-        return Linear(weight, bias)
+        return self.operations.linear(weight, bias)
 
     def mlp(self, names: WeightNames) -> Mlp:
         """A dense MLP."""
         split, has_bias = self.shard.mlp, self.spec.mlp_bias
         return Mlp(
-            gate_up=Linear(*self.columns([(names.gate, split), (names.up, split)], has_bias)),
+            gate_up=self.operations.linear(*self.columns([(names.gate, split), (names.up, split)], has_bias)),
             down=self.row_linear(names.down, split, has_bias),
         )
 
     def moe(self, names: WeightNames) -> Moe:
         """A mixture: one tensor for all experts, but where weights are packed a product for each."""
-        spec, published, width = self.spec.moe, names.moe, self.shard.expert
+        operations, spec = self.operations, self.spec.moe
+        published, width = names.moe, self.shard.expert
         assert spec is not None
         assert published is not None
         assert width is not None
@@ -283,16 +289,18 @@ class _Builder:
         bias = self.router_bias(spec, published) if spec.has_bias else None
         experts = list(_experts(spec, published, width))
         if can_pack(self.device, self.dtype):
-            gate_ups = [Linear(*self.columns([(e.gate, e.split), (e.up, e.split)], False)) for e in experts]
+            gate_ups = [
+                operations.linear(*self.columns([(e.gate, e.split), (e.up, e.split)], False)) for e in experts
+            ]
             downs = [self.row_linear(e.down, e.split, False) for e in experts]
-            return Moe(spec, Linear(gate), bias, gate_ups, downs)
+            return Moe(spec, operations.linear(gate), bias, gate_ups, downs, operations)
         gate_up = self.zeros(len(experts), 2 * width.local, self.spec.hidden_size)
         down = self.zeros(len(experts), self.spec.hidden_size, width.local)
         for number, e in enumerate(experts):
             self.fill(gate_up[number, : width.local], f"{e.gate}.weight", 0, e.split)
             self.fill(gate_up[number, width.local :], f"{e.up}.weight", 0, e.split)
             self.fill(down[number], f"{e.down}.weight", 1, e.split)
-        return Moe(spec, Linear(gate), bias, gate_up, down)
+        return Moe(spec, operations.linear(gate), bias, gate_up, down, operations)
 
     @property
     def gate_dtype(self) -> torch.dtype:
@@ -329,7 +337,7 @@ class _Builder:
         bias = self._stacked([(f"{name}.bias", split) for name, split in parts], ()) if has_bias else None
         return weight, bias
 
-    def row_linear(self, name: str, split: Split, has_bias: bool) -> Linear:
+    def row_linear(self, name: str, split: Split, has_bias: bool) -> Matrix:
         """[hidden, split.local]: a weight split by input columns; its bias on rank 0 alone."""
         weight = self.zeros(self.spec.hidden_size, split.local)
         self.fill(weight, f"{name}.weight", 1, split)
@@ -338,7 +346,7 @@ class _Builder:
             bias = self.vector(f"{name}.bias", self.spec.hidden_size)
             if self.shard.rank > 0:
                 bias.zero_()
-        return Linear(weight, bias)
+        return self.operations.linear(weight, bias)
 
     def _stacked(self, parts: list[tuple[str, Split]], inner: tuple[int, ...]) -> Tensor:
         out = self.zeros(sum(split.local for _, split in parts), *inner)

@@ -4,13 +4,14 @@ Sums and norms are left to the products around them, so that they need no kernel
 
     x += W a; y = V RMSNorm(x)        the first product adds to x as it stores, the second norms as it reads
 
-What cannot be done so is done one kernel after the other (`tensor_of` in model/layer_ops.py).
+What cannot be done so is done one kernel after the other (`tensor_of` in model/composed_ops.py).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -29,12 +30,26 @@ class Normed:
 
 
 class Matrix(Protocol):
-    """A weight that can be multiplied with: [T, in] to [T, out]."""
+    """A weight [out, in] and its bias that can be multiplied with, in the layout that is fastest there."""
 
-    def __call__(self, x: Tensor) -> Tensor: ...
+    weight: Tensor
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor | Normed) -> Tensor:
+        """[T, in] to [T, out]."""
+        ...
+
+    def gated(self, x: Tensor | Normed) -> Tensor:
+        """silu(gate) * up, [T, F], of a product [T, 2 F], gate then up."""
+        ...
 
     def add_to(self, residual: Tensor, x: Tensor, norm_weight: Tensor, eps: float) -> Normed | None:
         """See `Product.add_to`."""
+        ...
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Every tensor that it holds."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,13 +85,42 @@ Partial = tuple[Tensor, Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class NewTokens:
-    """What it takes to norm, rotate and store heads; see `model.layer_ops.norm_rotate_store`."""
+    """What it takes to norm, rotate and store heads; see `Operations.norm_rotate_store`."""
 
     norms: tuple[Tensor, Tensor] | None  # of queries and keys, [head_dim] each
     eps: float
     cos: Tensor  # float32 [S, 1, rotary_dim]
     sin: Tensor
     rows: Tensor  # int64 [S], of the cache
+
+
+class Places(NamedTuple):
+    """Where the T tokens of a step are in their sequences and in the cache. The same for all layers."""
+
+    cos: Tensor  # float32 [T, 1, rotary_dim], rows of `rope_tables`
+    sin: Tensor  # float32 [T, 1, rotary_dim]
+    rows: Tensor  # int64 [T], block * block_size + offset in the block
+
+
+GREEDY_BELOW = 1e-5  # a lower temperature is greedy: its quotients would overflow before they meant anything
+
+
+@dataclass(slots=True)
+class SamplingRows:
+    """Sampling parameters on the device, one row a sampled token; empty what the mode does not need."""
+
+    temperature: Tensor  # float32 [R]; below GREEDY_BELOW: greedy
+    top_p: Tensor  # float32 [R], above 0; 1 or more: all
+    top_k: Tensor  # int64 [R]; 0: all
+    seed: Tensor  # int64 [R]
+    position: Tensor  # int64 [R], of the token being sampled, in its sequence
+    min_length: Tensor  # int64 [R], stop ids are suppressed while position < min_length
+    stop_ids: Tensor  # int64 [R, K], -1: none
+
+    def select(self, rows: Tensor) -> SamplingRows:
+        """Some of the rows (int64 [n]), in that order; what is empty stays so."""
+        columns = (getattr(self, field.name) for field in fields(self))
+        return SamplingRows(*(column[rows] if len(column) else column for column in columns))
 
 
 class Routing(Protocol):

@@ -46,7 +46,7 @@ def _begin_decode(
 def begin_decode(
     slots: Tensor, last_token: Tensor, position: Tensor, block_table: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `SlotTable.begin_decode`."""
+    """See `Operations.begin_decode`."""
     num_rows, width = len(slots), block_table.shape[1]
     assert block_table.is_contiguous()
     token_ids, positions = torch.empty_like(slots), torch.empty_like(slots)
@@ -121,7 +121,7 @@ def begin_mixed(
     position: Tensor,
     block_table: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See `MixedInputs._look_up`."""
+    """See `Operations.begin_mixed`."""
     num_sequences, width = len(slots), block_table.shape[1]
     assert position.is_contiguous()
     assert block_table.is_contiguous()
@@ -175,7 +175,7 @@ def _finish_step(
 
 
 def finish_step(slots: Tensor, tokens: Tensor, last_token: Tensor, counter: Tensor, ring: Tensor) -> None:
-    """See `SlotTable.finish_step`; the null slot may be among the slots more than once."""
+    """See `Operations.finish_step`."""
     assert ring.stride(1) == 1
     _finish_step[(1,)](
         slots,

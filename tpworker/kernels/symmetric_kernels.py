@@ -203,7 +203,7 @@ def _reduce_add_norm(
 def reduce_add_norm(
     x: Tensor, part: Tensor, weight: Tensor, eps: float, inboxes: Inboxes, two_shot: bool
 ) -> Tensor:
-    """See `tpworker.model.layer_ops.reduce_add_norm`; `inboxes.takes`."""
+    """See `tpworker.model.composed_ops.reduce_add_norm`; `inboxes.takes`."""
     assert x.is_contiguous()
     assert x.shape == part.shape
     assert x.dtype == part.dtype

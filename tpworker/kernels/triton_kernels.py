@@ -1,6 +1,6 @@
 """The fused kernels that CUDA ranks run between matrix products. Imports Triton: import it on CUDA only.
 
-Each does what the torch reference of the same name in `tpworker.model.layer_ops` or `tpworker.model.sampling`
+Each does what the definition of the same name in `tpworker.model.layer_ops` or `tpworker.model.sampling`
 does, and rounds where that rounds. All of them are short: at 64 rows they move a few hundred KB, so what
 they cost is their launch, and the point is that there are few of them. None looks at values on the host
 and every size of an allocation follows from shapes, so all can be captured in a CUDA graph.
@@ -12,8 +12,6 @@ and every size of an allocation follows from shapes, so all can be captured in a
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -21,6 +19,7 @@ from torch import Tensor
 from triton.language.extra import libdevice
 
 from tpworker.kernels import pdl
+from tpworker.kernels.operands import GREEDY_BELOW, Places, SamplingRows
 from tpworker.kernels.pdl import start_next, wait
 
 _VOCAB_BLOCK = 2048  # logits of one program: 75 programs for one row of Qwen3's vocabulary
@@ -53,7 +52,7 @@ def _add_norm(
 
 
 def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
-    """See `kernels.add_norm`."""
+    """See `Operations.add_norm`."""
     assert x.is_contiguous()
     assert delta is None or (delta.is_contiguous() and delta.shape == x.shape)
     out = torch.empty_like(x)
@@ -105,8 +104,8 @@ def places(
     cos_table: Tensor,
     sin_table: Tensor,
     block_size: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See `kernels.places`."""
+) -> Places:
+    """See `Operations.places`."""
     num_tokens, rotary_dim = len(positions), cos_table.shape[1]
     cos = cos_table.new_empty(num_tokens, 1, rotary_dim)
     sin = torch.empty_like(cos)
@@ -127,7 +126,7 @@ def places(
         num_warps=1,
         **pdl.options(),
     )
-    return cos, sin, rows
+    return Places(cos, sin, rows)
 
 
 # ---------------------------------------------------------------------------------- heads into the cache
@@ -212,18 +211,16 @@ def norm_rotate_store(
     heads: Tensor,
     norms: tuple[Tensor, Tensor] | None,
     eps: float,
-    cos: Tensor,
-    sin: Tensor,
-    rows: Tensor,
+    places: Places,
     keys: Tensor,
     values: Tensor,
 ) -> Tensor:
-    """See `kernels.norm_rotate_store`; keys, values: the layer's [num_blocks, block_size, K, head_dim]."""
+    """See `Operations.norm_rotate_store`."""
     assert heads.is_contiguous()
     assert keys.is_contiguous()
     assert values.is_contiguous()
     num_tokens, num_all, head_dim = heads.shape
-    rotary_dim = cos.shape[-1]
+    rotary_dim = places.cos.shape[-1]
     num_kv_heads = keys.shape[-2]
     num_heads = num_all - 2 * num_kv_heads
     query = heads.new_empty(num_tokens, num_heads, head_dim)
@@ -232,9 +229,9 @@ def norm_rotate_store(
         heads,
         query_norm,
         key_norm,
-        cos,
-        sin,
-        rows,
+        places.cos,
+        places.sin,
+        places.rows,
         query,
         keys,
         values,
@@ -270,7 +267,7 @@ def _silu_mul(gate_up, out, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.co
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
-    """See `kernels.silu_mul`."""
+    """See `Operations.silu_mul`."""
     assert gate_up.is_contiguous()
     num_tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty(num_tokens, width)
@@ -351,10 +348,8 @@ def _best_of_row(block_best, block_column, best, token, vocab_start, num_blocks,
     tl.store(token + row, tl.where(is_nan, ~found, found))
 
 
-def best_tokens(
-    logits: Tensor, rows: Any, random: bool, vocab_start: int, greedy_below: float
-) -> tuple[Tensor, Tensor]:
-    """See `sampling._best_tokens`. rows: `SamplingRows`, looked at only if `random`."""
+def best_tokens(logits: Tensor, rows: SamplingRows, random: bool, vocab_start: int) -> tuple[Tensor, Tensor]:
+    """See `Operations.best_tokens`."""
     assert logits.stride(1) == 1
     num_rows, size = logits.shape
     num_blocks = triton.cdiv(size, _VOCAB_BLOCK)
@@ -376,7 +371,7 @@ def best_tokens(
         vocab_start,
         num_blocks,
         RANDOM=random,
-        GREEDY_BELOW=greedy_below,
+        GREEDY_BELOW=GREEDY_BELOW,
         BLOCK=_VOCAB_BLOCK,
         num_warps=8,
     )

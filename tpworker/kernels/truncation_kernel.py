@@ -1,6 +1,6 @@
 """Sampling from top-k and top-p sets without sorting the vocabulary. Imports Triton: import it on CUDA only.
 
-What `sampling._sample_truncated` defines: of the top-k most likely tokens, of these the fewest that have a
+What `sampling.sample_truncated` defines: of the top-k most likely tokens, of these the fewest that have a
 share of top-p, the one with the best score, logit / temperature + noise. Here one program a row
 
     1. finds the k-th most likely token by bisection: of its value, then among equal values of its id
@@ -19,13 +19,12 @@ Sums are taken in float64 and in a fixed order: every rank that has the same log
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from tpworker.kernels.operands import GREEDY_BELOW, SamplingRows
 from tpworker.kernels.triton_kernels import _gumbel
 
 _GROUP = 64
@@ -196,14 +195,8 @@ def _sample_row(
     tl.store(tokens + row, chosen.to(tl.int64))
 
 
-def sample_truncated(logits: Tensor, rows: Any, tokens: Tensor, greedy_below: float) -> None:
-    """Replaces the tokens of rows that have top-k or top-p.
-
-    Args:
-        logits: [R, V] of a float dtype, of the whole vocabulary; -inf where it is padding.
-        rows: `SamplingRows`.
-        tokens: int64 [R], sampled from the whole vocabulary; those of other rows stay, and negative ones.
-    """
+def sample_truncated(logits: Tensor, rows: SamplingRows, tokens: Tensor) -> None:
+    """See `Operations.sample_truncated`."""
     num_rows, size = logits.shape
     if num_rows == 0:
         return
@@ -236,7 +229,7 @@ def sample_truncated(logits: Tensor, rows: Any, tokens: Tensor, greedy_below: fl
         size,
         logits.stride(0),
         num_groups,
-        GREEDY_BELOW=greedy_below,
+        GREEDY_BELOW=GREEDY_BELOW,
         GROUP=group,
         GROUPS=triton.next_power_of_2(num_groups),
         ROWS=chunk,

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from functools import partial
 
 from torch import Tensor
 
 from tpworker.kernels.operands import Product
-from tpworker.model import layer_ops
+from tpworker.model import composed_ops
 from tpworker.model.attention import Attention
 from tpworker.model.attention import choose as choose_attention
 from tpworker.model.batch import Batch
 from tpworker.model.families import ModelSpec
 from tpworker.model.kv_cache import KVCache
+from tpworker.model.operations import operations_of
 from tpworker.model.rope import rope_tables
 from tpworker.model.tp import Collectives, Shard, embed
 from tpworker.model.weights import DecoderWeights, LayerWeights
@@ -56,6 +58,7 @@ class Decoder:
         self.collectives = collectives
         self.vocab_start = shard.vocab_start
         table = weights.embed
+        self.operations = operations_of(table.device)
         self.attention: Attention = attention or choose_attention(
             shard.num_heads, shard.num_kv_heads, spec.head_dim, table.dtype, table.device
         )
@@ -67,28 +70,32 @@ class Decoder:
         Returns:
             [R, D], after the final norm: the tokens of `sample_rows`, the same on all ranks.
         """
-        weights, eps = self.weights, self.spec.rms_norm_eps
+        operations, weights, eps = self.operations, self.weights, self.spec.rms_norm_eps
+        add_up = partial(composed_ops.reduce_add_norm, operations, eps=eps, collectives=self.collectives)
+        attend = partial(composed_ops.store_and_attend, operations, self.attention)
         x = embed(batch.token_ids, weights.embed, self.shard, self.collectives)  # [T, D]
         part: Tensor | Product | None = (
             None  # a rank's summand of x, still to be added up: the next norm does that
         )
-        places = layer_ops.places(batch, cache, self._cos, self._sin)
+        places = operations.places(
+            batch.positions, batch.sequence_of, batch.block_tables, self._cos, self._sin, cache.block_size
+        )
         plan = self.attention.prepare(batch, cache.block_size)
         for number, layer in enumerate(weights.layers):
-            normed = layer_ops.reduce_add_norm(x, part, layer.attention_norm, eps, self.collectives)
+            normed = add_up(x, part, layer.attention_norm)
             heads = layer.qkv(normed).view(len(x), -1, self.spec.head_dim)  # [T, H + 2 K, head_dim]
-            attended = layer_ops.store_and_attend(
-                self.attention, plan, heads, _norms(layer), eps, places, cache, number
+            attended = attend(
+                plan, heads, _norms(layer), eps, places, cache.keys[number], cache.values[number]
             )
             part = Product(layer.output, attended)
-            normed = layer_ops.reduce_add_norm(x, part, layer.mlp_norm, eps, self.collectives)
+            normed = add_up(x, part, layer.mlp_norm)
             part = layer.mlp(normed)
-        last = None if part is None else layer_ops.tensor_of(part)
+        last = None if part is None else composed_ops.tensor_of(operations, part)
         if batch.sample_rows is not None:
             x = x.index_select(0, batch.sample_rows)
             last = last if last is None else last.index_select(0, batch.sample_rows)
-        normed = layer_ops.reduce_add_norm(x, last, weights.final_norm, eps, self.collectives)
-        return layer_ops.tensor_of(normed)
+        normed = add_up(x, last, weights.final_norm)
+        return composed_ops.tensor_of(operations, normed)
 
     def excerpt(self) -> Decoder:
         """A decoder of few layers that runs every kernel which this one does.
@@ -105,12 +112,9 @@ class Decoder:
     def logits(self, hidden: Tensor) -> Tensor:
         """From hidden [R, D] to [R, vocab_local]: tokens from `vocab_start` on, padding is -inf.
 
-        float32 on the CPU; elsewhere of the weights' dtype, because sampling widens them as it reads them,
-        and a copy would cost more than sampling itself.
+        Of the dtype that `Operations.ready_logits` makes of the weights'.
         """
-        logits = self.weights.lm_head(hidden)
-        if not logits.is_cuda:
-            logits = logits.float()
+        logits = self.operations.ready_logits(self.weights.lm_head(hidden))
         if self.shard.vocab.num_real < self.shard.vocab.local:
             logits[:, self.shard.vocab.num_real :].fill_(float("-inf"))  # an assignment waits, on CUDA
         return logits

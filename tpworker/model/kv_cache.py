@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tpworker.model.batch import Batch
 from tpworker.model.families import ModelSpec
 from tpworker.model.tp import Shard
 
@@ -42,25 +41,11 @@ class KVCache:
         self.block_size = block_size
         self.keys: list[Tensor] = list(memory[0].unbind(0))
         self.values: list[Tensor] = list(memory[1].unbind(0))
-        # The same memory as rows of one token each, to write to: [num_blocks * block_size, heads, head_dim].
-        self._key_rows = [layer.flatten(0, 1) for layer in self.keys]
-        self._value_rows = [layer.flatten(0, 1) for layer in self.values]
 
     @staticmethod
     def bytes_per_block(spec: ModelSpec, shard: Shard, block_size: int, dtype: torch.dtype) -> int:
         """Bytes of one block of one rank, over all layers, keys and values."""
         return 2 * spec.num_layers * block_size * shard.num_kv_heads * spec.head_dim * dtype.itemsize
-
-    def rows_of(self, batch: Batch) -> Tensor:
-        """Where the batch's tokens are written: int64 [T], block * block_size + offset in the block."""
-        columns = torch.div(batch.positions, self.block_size, rounding_mode="floor")
-        blocks = batch.block_tables[batch.sequence_of, columns].to(torch.int64)
-        return blocks * self.block_size + batch.positions % self.block_size
-
-    def write(self, layer: int, rows: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Store keys and values [T, kv_heads_local, head_dim] at `rows` int64 [T]."""
-        self._key_rows[layer].index_copy_(0, rows, keys)
-        self._value_rows[layer].index_copy_(0, rows, values)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -1,31 +1,21 @@
-"""What a layer does between its matrix products: plain torch on the CPU, one fused kernel each on CUDA.
+"""What a layer does between its matrix products, in torch: the definitions of `Operations`.
 
-The torch code is the definition and the reference; kernels/triton_kernels.py has the kernel of the same name.
-On a GPU these operations cost their launches and little else, and there are dozens of them a layer in plain
-torch, so each function is one kernel there:
+On a GPU these cost their launches and little else, and there are dozens of kernels a layer in plain torch; so
+each of these functions is one kernel there:
 
-    add_norm            x += summand; RMSNorm(x)                         twice a layer
+    add_norm            x += delta; RMSNorm(x)                           twice a layer
     norm_rotate_store   norm of query and key heads, rotation, KV write  once a layer
-    store_and_attend    the same, and attention: one kernel in decode steps
     silu_mul            silu(gate) * up                                  once a layer
     places              rotary angles and cache rows of the tokens       once a step
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tpworker.kernels.operands import NewTokens, Normed, Product
-from tpworker.model.attention import Attention
-from tpworker.model.attention.split import SplitAttention
-from tpworker.model.batch import Batch
-from tpworker.model.kv_cache import KVCache
-from tpworker.model.tp import Collectives
+from tpworker.kernels.operands import Places
 
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -33,77 +23,27 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, weight.shape, weight, eps)
 
 
-def add_norm(x: Tensor, summand: Tensor | None, weight: Tensor, eps: float) -> Tensor:
-    """x += summand, in place, and the RMSNorm of the sum.
-
-    Args:
-        x: [T, D], the residual stream.
-        summand: [T, D]; None: nothing is added.
-        weight: [D].
-
-    Returns:
-        [T, D].
-    """
-    if x.is_cuda:
-        from tpworker.kernels import triton_kernels
-
-        return triton_kernels.add_norm(x, summand, weight, eps)
-    if summand is not None:
-        x += summand
+def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+    """See `Operations.add_norm`."""
+    if delta is not None:
+        x += delta
     return norm(x, weight, eps)
 
 
-def tensor_of(value: Tensor | Normed | Product) -> Tensor:
-    """Computed, if it is not."""
-    if isinstance(value, Normed):
-        return add_norm(value.x, None, value.weight, value.eps)
-    return value.linear(value.x) if isinstance(value, Product) else value
-
-
-def reduce_add_norm(
-    x: Tensor, part: Tensor | Product | None, weight: Tensor, eps: float, collectives: Collectives
-) -> Tensor | Normed:
-    """Add up what the ranks have of a sum, add it to x in place, and norm the result.
-
-    Args:
-        x: [T, D], the residual stream, the same on all ranks.
-        part: [T, D], this rank's summand; it may be overwritten. None: nothing is added.
-        weight: [D], of the RMSNorm.
-
-    Returns:
-        [T, D], the same on all ranks; a `Normed` only for a `Product`.
-    """
-    if part is None:
-        return add_norm(x, None, weight, eps)
-    if isinstance(part, Product):
-        if collectives.size == 1 and (normed := part.add_to(x, weight, eps)) is not None:
-            return normed
-        part = tensor_of(part)
-    fused = collectives.reduce_add_norm(x, part, weight, eps)
-    return add_norm(x, collectives.all_reduce(part), weight, eps) if fused is None else fused
-
-
-@dataclass(frozen=True, slots=True)
-class Places:
-    """Where the T tokens of a step are in their sequences and in the cache. The same for all layers."""
-
-    cos: Tensor  # float32 [T, 1, rotary_dim], rows of `rope_tables`
-    sin: Tensor  # float32 [T, 1, rotary_dim]
-    rows: Tensor  # int64 [T], block * block_size + offset in the block
-
-
-def places(batch: Batch, cache: KVCache, cos_table: Tensor, sin_table: Tensor) -> Places:
-    """Look up the places of a step's tokens; the tables are `rope_tables`, [num_positions, rotary_dim]."""
-    if batch.positions.is_cuda:
-        from tpworker.kernels import triton_kernels
-
-        found = triton_kernels.places(
-            batch.positions, batch.sequence_of, batch.block_tables, cos_table, sin_table, cache.block_size
-        )
-        return Places(*found)
-    cos = cos_table.index_select(0, batch.positions)[:, None]
-    sin = sin_table.index_select(0, batch.positions)[:, None]
-    return Places(cos, sin, cache.rows_of(batch))
+def places(
+    positions: Tensor,
+    sequence_of: Tensor,
+    block_tables: Tensor,
+    cos_table: Tensor,
+    sin_table: Tensor,
+    block_size: int,
+) -> Places:
+    """See `Operations.places`."""
+    cos = cos_table.index_select(0, positions)[:, None]
+    sin = sin_table.index_select(0, positions)[:, None]
+    columns = torch.div(positions, block_size, rounding_mode="floor")
+    blocks = block_tables[sequence_of, columns].to(torch.int64)
+    return Places(cos, sin, blocks * block_size + positions % block_size)
 
 
 def norm_rotate_store(
@@ -111,27 +51,11 @@ def norm_rotate_store(
     norms: tuple[Tensor, Tensor] | None,
     eps: float,
     places: Places,
-    cache: KVCache,
-    layer: int,
+    keys: Tensor,
+    values: Tensor,
 ) -> Tensor:
-    """Norm and rotate query and key heads, and write keys and values to the cache.
-
-    Args:
-        heads: [T, H + 2 K, head_dim]: query heads, key heads, value heads.
-        norms: weights [head_dim] of the RMSNorm of each query and each key head; None: no norm.
-        cache: of K key-value heads.
-
-    Returns:
-        The queries, [T, H, head_dim].
-    """
-    if heads.is_cuda:
-        from tpworker.kernels import triton_kernels
-
-        keys, values = cache.keys[layer], cache.values[layer]
-        return triton_kernels.norm_rotate_store(
-            heads, norms, eps, places.cos, places.sin, places.rows, keys, values
-        )
-    num_kv_heads = cache.keys[layer].shape[2]
+    """See `Operations.norm_rotate_store`."""
+    num_kv_heads = keys.shape[2]
     num_heads = heads.shape[1] - 2 * num_kv_heads
     num_rotated = num_heads + num_kv_heads
     rotated = heads[:, :num_rotated]
@@ -140,37 +64,9 @@ def norm_rotate_store(
         key = norm(heads[:, num_heads:num_rotated], norms[1], eps)
         rotated = torch.cat((query, key), dim=1)
     rotated = rotate(rotated, places.cos, places.sin)
-    cache.write(layer, places.rows, rotated[:, num_heads:], heads[:, num_rotated:])
+    keys.flatten(0, 1).index_copy_(0, places.rows, rotated[:, num_heads:])
+    values.flatten(0, 1).index_copy_(0, places.rows, heads[:, num_rotated:])
     return rotated[:, :num_heads]
-
-
-def store_and_attend(
-    attention: Attention,
-    plan: Any,
-    heads: Tensor,
-    norms: tuple[Tensor, Tensor] | None,
-    eps: float,
-    places: Places,
-    cache: KVCache,
-    layer: int,
-) -> Tensor:
-    """`norm_rotate_store`, and the attention of its queries to what the cache then holds.
-
-    Args:
-        plan: what `attention.prepare` returned.
-        heads, norms, cache: see `norm_rotate_store`.
-
-    Returns:
-        [T, H * head_dim].
-    """
-    keys, values = cache.keys[layer], cache.values[layer]
-    if isinstance(attention, SplitAttention):
-        tokens = NewTokens(norms, eps, places.cos, places.sin, places.rows)
-        attended = attention.store_and_attend(heads, keys, values, plan, tokens)
-        if attended is not None:
-            return attended
-    query = norm_rotate_store(heads, norms, eps, places, cache, layer)
-    return attention(query, keys, values, plan)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -188,11 +84,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
-    """[T, 2 F], gate then up, to silu(gate) * up [T, F]."""
-    if gate_up.is_cuda:
-        from tpworker.kernels import triton_kernels
-
-        return triton_kernels.silu_mul(gate_up)
+    """See `Operations.silu_mul`."""
     gate, up = gate_up.chunk(2, dim=-1)
     if gate.dtype != torch.float32:
         return F.silu(gate).mul_(up)

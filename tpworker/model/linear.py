@@ -1,4 +1,4 @@
-"""y = x Wᵀ + b, with the weight kept in the layout that is fastest where it is."""
+"""y = x Wᵀ + b in torch, with the weight packed on the CPU."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tpworker.kernels import few_rows
 from tpworker.kernels.operands import Normed
 from tpworker.model import layer_ops
 
@@ -25,8 +24,7 @@ class Linear:
     how many rows are computed with it, bit by bit, which MKL's does: a request's tokens cannot depend on what
     else is in the batch.
 
-    On CUDA it is left as it is, and few rows are multiplied by kernels of our own where they are faster than
-    the library's: one row on any GPU, up to 64 on Hopper.
+    Elsewhere, and in other dtypes, it is left as it is. See `operands.Matrix`.
 
     Args:
         weight: [out, in]; dropped after packing.
@@ -39,45 +37,21 @@ class Linear:
         self._fewest_rows = 2 if weight.shape[1] > _SHORT_ROW else 1
         if self.is_packed:
             weight = torch.ops.mkldnn._reorder_linear_weight(weight, _PACK_ROWS)
-        elif weight.is_cuda:
-            few_rows.counters(weight.device)
         self.weight = weight
 
     def __call__(self, x: Tensor | Normed) -> Tensor:
         """[T, in] to [T, out]."""
-        if self.weight.is_cuda:
-            return self._multiply_on_cuda(x, gated=False)
-        x = layer_ops.tensor_of(x)
+        if isinstance(x, Normed):
+            x = layer_ops.norm(x.x, x.weight, x.eps)
         return self._multiply_packed(x) if self.is_packed else F.linear(x, self.weight, self.bias)
 
     def gated(self, x: Tensor | Normed) -> Tensor:
         """silu(gate) * up, [T, F], of a product [T, 2 F], gate then up."""
-        if self.weight.is_cuda:
-            return self._multiply_on_cuda(x, gated=True)
         return layer_ops.silu_mul(self(x))
 
     def add_to(self, residual: Tensor, x: Tensor, norm_weight: Tensor, eps: float) -> Normed | None:
-        """See `Product.add_to`."""
-        if not self.weight.is_cuda or x.dtype == torch.float16:
-            return None  # the residual times the norm's weight, not yet divided, is beyond float16
-        from tpworker.kernels import skinny_kernel
-
-        rule = skinny_kernel.choose(len(x), self.weight, gated=False)
-        if rule is None:
-            return None
-        target = Normed(residual, norm_weight, eps)
-        skinny_kernel.multiply_add(x, self.weight, self.bias, rule, target)
-        return target
-
-    def _multiply_on_cuda(self, x: Tensor | Normed, gated: bool) -> Tensor:
-        from tpworker.kernels import skinny_kernel
-
-        num_rows = len(x if isinstance(x, Tensor) else x.x)
-        rule = skinny_kernel.choose(num_rows, self.weight, gated)
-        if rule is not None:
-            return skinny_kernel.multiply(x, self.weight, self.bias, rule, gated)
-        y = F.linear(layer_ops.tensor_of(x), self.weight, self.bias)
-        return layer_ops.silu_mul(y) if gated else y
+        """See `Product.add_to`: here it takes a kernel each."""
+        return None
 
     def tensors(self) -> Iterator[Tensor]:
         """Every tensor that it holds."""

@@ -7,16 +7,15 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from tpworker.kernels.operands import Normed, Product
-from tpworker.model.linear import Linear
+from tpworker.kernels.operands import Matrix, Normed, Product
 
 
 @dataclass(frozen=True, slots=True)
 class Mlp:
     """Gated SiLU MLP (Shazeer, arXiv 2002.05202). F: this rank's part of its width."""
 
-    gate_up: Linear  # [2 F, D]: gate, then up
-    down: Linear  # [D, F]
+    gate_up: Matrix  # [2 F, D]: gate, then up
+    down: Matrix  # [D, F]
 
     def __call__(self, x: Tensor | Normed) -> Product:
         """From [T, D] to this rank's summand of the output, [T, D]."""

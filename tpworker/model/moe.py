@@ -1,9 +1,8 @@
 """Mixture of experts: which experts a token goes to, and what they make of it.
 
-The functions here are the definition, the reference and the CPU's way; `tpworker.kernels.moe_kernels` has the
-CUDA kernels of the same names. E routed experts and S shared ones are one stack, the shared ones last: every
-token goes to them with weight 1, so that nothing else tells them apart. D is the hidden size, F this rank's
-part of an expert's width, k the number of routed experts of a token.
+The functions here are the definitions (see `Operations`). E routed experts and S shared ones are one stack,
+the shared ones last: every token goes to them with weight 1, so that nothing else tells them apart. D is the
+hidden size, F this rank's part of an expert's width, k the number of routed experts of a token.
 """
 
 from __future__ import annotations
@@ -15,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tpworker.kernels.operands import Normed
+from tpworker.kernels.operands import Matrix, Normed, Routing
+from tpworker.kernels.operations import Operations
 from tpworker.model import layer_ops
 from tpworker.model.families import MoeSpec
-from tpworker.model.linear import Linear
 
 Router = Callable[[Tensor], tuple[Tensor, Tensor]]
 """From [T, D] to ids int32 [T, k + S] and weights float32 [T, k + S], shared experts included."""
@@ -36,15 +35,17 @@ class Moe:
         bias: float32 [E], the router's correction bias; None: it has none.
         gate_up: [E + S, 2 F, D], gate rows and then up rows; or, to be packed, a `Linear` for each expert.
         down: [E + S, D, F]; or a `Linear` for each expert.
+        operations: of the device.
     """
 
     def __init__(
         self,
         spec: MoeSpec,
-        gate: Linear,
+        gate: Matrix,
         bias: Tensor | None,
-        gate_up: Tensor | Sequence[Linear],
-        down: Tensor | Sequence[Linear],
+        gate_up: Tensor | Sequence[Matrix],
+        down: Tensor | Sequence[Matrix],
+        operations: Operations,
     ) -> None:
         assert len(gate_up) == len(down) == spec.num_experts + spec.num_shared
         self.spec = spec
@@ -53,26 +54,18 @@ class Moe:
         self.gate_up = gate_up
         self.down = down
         self.router: Router = self.route
+        self._operations = operations
 
     def __call__(self, x: Tensor | Normed) -> Tensor:
         """From [T, D] to this rank's summand of the output, [T, D]."""
-        x = layer_ops.tensor_of(x)
+        if isinstance(x, Normed):
+            x = self._operations.add_norm(x.x, None, x.weight, x.eps)
         ids, weights = self.router(x)
-        if isinstance(self.gate_up, Tensor) and isinstance(self.down, Tensor):
-            if x.is_cuda:
-                from tpworker.kernels import moe_kernels
-
-                return moe_kernels.experts(x, ids, weights, self.gate_up, self.down)
-            return experts(x, ids, weights, self.gate_up, self.down)
-        return _compute(x, ids, weights, list(self.gate_up), list(self.down))
+        return self._operations.experts(x, ids, weights, self.gate_up, self.down)
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The model's own router. On the CPU a token's choice does not depend on the others, bit by bit."""
-        if x.is_cuda:
-            from tpworker.kernels import moe_routing
-
-            return moe_routing.route(x, self.gate.weight, self.bias, self.spec)
-        return choose(self.gate(x.float()), self.bias, self.spec)
+        """The model's own router."""
+        return self._operations.route(x, self.gate, self.bias, self.spec)
 
     def tensors(self) -> Iterator[Tensor]:
         """Every tensor that it holds."""
@@ -87,21 +80,12 @@ class Moe:
                     yield from linear.tensors()
 
 
-def route(x: Tensor, gate: Tensor, bias: Tensor | None, spec: MoeSpec) -> tuple[Tensor, Tensor]:
-    """Choose the experts of each token, as `MoeSpec` says.
-
-    Args:
-        x: [T, D].
-        gate: [E, D]; logits are computed from it in float32.
-        bias: float32 [E] or None.
-
-    Returns:
-        ids int32 [T, k + S], the best expert first, then the shared ones; weights float32 [T, k + S].
-    """
+def route(x: Tensor, gate: Tensor, bias: Tensor | None, spec: Routing) -> tuple[Tensor, Tensor]:
+    """`Operations.route` of a plain weight: gate [E, D]."""
     return choose(F.linear(x.float(), gate.float()), bias, spec)
 
 
-def choose(logits: Tensor, bias: Tensor | None, spec: MoeSpec) -> tuple[Tensor, Tensor]:
+def choose(logits: Tensor, bias: Tensor | None, spec: Routing) -> tuple[Tensor, Tensor]:
     """The second half of `route`: from float32 logits [T, E]."""
     scores = logits.softmax(dim=-1) if spec.score == "softmax" else layer_ops.sigmoid(logits)
     ranked = scores if bias is None else scores + bias
@@ -126,26 +110,21 @@ def _best(values: Tensor, count: int) -> Tensor:
     return values.sort(dim=-1, descending=True, stable=True).indices[..., :count]
 
 
-def experts(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """The weighted sum of what each token's experts make of it.
+def experts(
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    gate_up: Tensor | Sequence[Matrix],
+    down: Tensor | Sequence[Matrix],
+) -> Tensor:
+    """See `Operations.experts`."""
+    return _compute(x, ids, weights, _products(gate_up), _products(down))
 
-    Args:
-        x: [T, D].
-        ids: int32 [T, k + S], rows of the stacks; no expert twice for one token.
-        weights: float32 [T, k + S].
-        gate_up: [E + S, 2 F, D].
-        down: [E + S, D, F].
 
-    Returns:
-        [T, D], this rank's summand. Products are rounded to x's dtype, the sum over experts is in float32.
-    """
-    return _compute(
-        x,
-        ids,
-        weights,
-        [functools.partial(F.linear, weight=weight) for weight in gate_up],
-        [functools.partial(F.linear, weight=weight) for weight in down],
-    )
+def _products(stack: Tensor | Sequence[Matrix]) -> Sequence[Callable[[Tensor], Tensor]]:
+    if isinstance(stack, Tensor):
+        return [functools.partial(F.linear, weight=weight) for weight in stack]
+    return stack
 
 
 def _compute(

@@ -9,34 +9,16 @@ the noise of its own part of the vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from tpworker.kernels.operands import GREEDY_BELOW, SamplingRows
+from tpworker.kernels.operations import Operations
 from tpworker.model.tp import Collectives, argmax_ranks, gather_vocab
 
 _NUM_CANDIDATES = 256  # most likely tokens that the CPU looks at before it sorts them all
-
-GREEDY_BELOW = 1e-5  # a lower temperature is greedy: its quotients would overflow before they meant anything
-
-
-@dataclass(slots=True)
-class SamplingRows:
-    """Sampling parameters on the device, one row a sampled token; empty what the mode does not need."""
-
-    temperature: Tensor  # float32 [R]; below GREEDY_BELOW: greedy
-    top_p: Tensor  # float32 [R], above 0; 1 or more: all
-    top_k: Tensor  # int64 [R]; 0: all
-    seed: Tensor  # int64 [R]
-    position: Tensor  # int64 [R], of the token being sampled, in its sequence
-    min_length: Tensor  # int64 [R], stop ids are suppressed while position < min_length
-    stop_ids: Tensor  # int64 [R, K], -1: none
-
-    def select(self, rows: Tensor) -> SamplingRows:
-        """Some of the rows (int64 [n]), in that order; what is empty stays so."""
-        columns = (getattr(self, field.name) for field in fields(self))
-        return SamplingRows(*(column[rows] if len(column) else column for column in columns))
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +34,17 @@ class SamplingMode:
 
 
 def sample(
-    logits: Tensor, rows: SamplingRows, mode: SamplingMode, vocab_start: int, collectives: Collectives
+    operations: Operations,
+    logits: Tensor,
+    rows: SamplingRows,
+    mode: SamplingMode,
+    vocab_start: int,
+    collectives: Collectives,
 ) -> Tensor:
     """Choose one token a row.
 
     Args:
+        operations: of the device.
         logits: [R, vocab_local] of a float dtype, computed with in float32; -inf where it is padding; may be
             overwritten.
         vocab_start: token id of this rank's first logit.
@@ -67,20 +55,11 @@ def sample(
     """
     if mode.suppress:
         _suppress(logits, rows, vocab_start)
-    best, token = _best_tokens(logits, rows, mode.random, vocab_start)
-    plain = argmax_ranks(best, token, collectives)
-    if not (mode.random and mode.truncate):
-        return plain
-    if logits.is_cuda:
-        from tpworker.kernels import truncation_kernel
-
-        full = gather_vocab(logits, collectives)  # [R, V]
-        truncation_kernel.sample_truncated(full, rows, plain, GREEDY_BELOW)
-        return plain
-    is_greedy = rows.temperature < GREEDY_BELOW
-    full = gather_vocab(_scaled(logits, rows), collectives)
-    is_truncated = ~is_greedy & ((rows.top_p < 1) | (rows.top_k > 0)) & (plain >= 0)
-    return torch.where(is_truncated, _sample_truncated(full, rows, is_truncated), plain)
+    best, token = operations.best_tokens(logits, rows, mode.random, vocab_start)
+    tokens = argmax_ranks(best, token, collectives)
+    if mode.random and mode.truncate:
+        operations.sample_truncated(gather_vocab(logits, collectives), rows, tokens)
+    return tokens
 
 
 def _suppress(logits: Tensor, rows: SamplingRows, vocab_start: int) -> None:
@@ -93,17 +72,8 @@ def _suppress(logits: Tensor, rows: SamplingRows, vocab_start: int) -> None:
     logits.scatter_reduce_(1, torch.where(is_here, local_ids, 0), ceiling, reduce="amin")
 
 
-def _best_tokens(logits: Tensor, rows: SamplingRows, random: bool, vocab_start: int) -> tuple[Tensor, Tensor]:
-    """The best token of this rank's part of the vocabulary; greedy unless `random` and the row's temperature.
-
-    Returns:
-        float32 [R], its score, which includes the noise, or NaN if any is; int64 [R], the token, of equal
-        ones the first, or ~token of the first NaN.
-    """
-    if logits.is_cuda:
-        from tpworker.kernels import triton_kernels
-
-        return triton_kernels.best_tokens(logits, rows, random, vocab_start, GREEDY_BELOW)
+def best_tokens(logits: Tensor, rows: SamplingRows, random: bool, vocab_start: int) -> tuple[Tensor, Tensor]:
+    """See `Operations.best_tokens`."""
     scores = logits
     if random:
         ids = torch.arange(vocab_start, vocab_start + logits.shape[1])
@@ -123,7 +93,15 @@ def _scaled(logits: Tensor, rows: SamplingRows) -> Tensor:
 # ---------------------------------------------------------------------------------- top-k and top-p
 
 
-def _sample_truncated(full: Tensor, rows: SamplingRows, is_truncated: Tensor) -> Tensor:
+def sample_truncated(logits: Tensor, rows: SamplingRows, tokens: Tensor) -> None:
+    """See `Operations.sample_truncated`."""
+    is_greedy = rows.temperature < GREEDY_BELOW
+    is_truncated = ~is_greedy & ((rows.top_p < 1) | (rows.top_k > 0)) & (tokens >= 0)
+    sampled = _sample_from_sets(_scaled(logits, rows), rows, is_truncated)
+    tokens.copy_(torch.where(is_truncated, sampled, tokens))
+
+
+def _sample_from_sets(full: Tensor, rows: SamplingRows, is_truncated: Tensor) -> Tensor:
     """Sample each row from its top-k and top-p set; rows that have neither get some token.
 
     Args:
@@ -132,7 +110,7 @@ def _sample_truncated(full: Tensor, rows: SamplingRows, is_truncated: Tensor) ->
     Returns:
         int64 [R].
     """
-    if full.device.type != "cpu" or full.shape[1] <= _NUM_CANDIDATES:
+    if full.shape[1] <= _NUM_CANDIDATES:
         return _sample_ranked(full, rows, full.shape[1])[0]
     # The CPU may look at the result: most sets are small, and finding the first few hundred tokens is many
     # times faster than sorting them all.

@@ -47,7 +47,7 @@ class Collectives(Protocol):
     # takes the steps one by one. All ranks get the same answer.
 
     def reduce_add_norm(self, x: Tensor, part: Tensor, weight: Tensor, eps: float) -> Tensor | None:
-        """`tpworker.model.layer_ops.reduce_add_norm`, in one kernel."""
+        """`tpworker.model.composed_ops.reduce_add_norm`, in one kernel."""
         return None
 
     def look_up(self, token_ids: Tensor, table: Tensor, vocab_start: int) -> Tensor | None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from tpworker.model.linear import Linear
+from tpworker.kernels.operands import Matrix
 from tpworker.model.mlp import Mlp
 from tpworker.model.moe import Moe
 
@@ -16,10 +16,10 @@ class LayerWeights:
     """One layer of one rank. H and K: its query and key-value heads (padding included)."""
 
     attention_norm: Tensor  # [hidden]
-    qkv: Linear  # [(H + 2 K) head_dim, hidden]: all query heads, then keys, then values
+    qkv: Matrix  # [(H + 2 K) head_dim, hidden]: all query heads, then keys, then values
     query_norm: Tensor | None  # [head_dim]
     key_norm: Tensor | None  # [head_dim]
-    output: Linear  # [hidden, H head_dim]
+    output: Matrix  # [hidden, H head_dim]
     mlp_norm: Tensor  # [hidden]
     mlp: Mlp | Moe
 
@@ -31,4 +31,4 @@ class DecoderWeights:
     embed: Tensor  # [vocab_local, hidden]
     layers: tuple[LayerWeights, ...]
     final_norm: Tensor  # [hidden]
-    lm_head: Linear  # [vocab_local, hidden]; the embedding itself where embeddings are tied and not packed
+    lm_head: Matrix  # [vocab_local, hidden]; the embedding itself where embeddings are tied and not packed

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -79,7 +78,15 @@ class MixedInputs:
             num_decodes: so many sequences, the first, are known on the host to have one token each.
             max_query: no sequence has more tokens.
         """
-        token_ids, positions, lengths, query_starts, block_tables = self._look_up(table)
+        token_ids, positions, lengths, query_starts, block_tables = table.operations.begin_mixed(
+            self.slots,
+            self.counts,
+            self.starts,
+            self.tokens,
+            table.last_token,
+            table.position,
+            table.block_table,
+        )
         return Batch(
             token_ids=token_ids,
             positions=positions,
@@ -90,34 +97,6 @@ class MixedInputs:
             num_decodes=num_decodes,
             max_query=max_query,
             sample_rows=self.sample_rows,
-        )
-
-    def _look_up(self, table: SlotTable) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Token ids, positions (of padding 0), lengths, query starts and block tables; moves the slots on."""
-        if self.tokens.is_cuda:
-            from tpworker.kernels import slot_kernels
-
-            return slot_kernels.begin_mixed(
-                self.slots,
-                self.counts,
-                self.starts,
-                self.tokens,
-                table.last_token,
-                table.position,
-                table.block_table,
-            )
-        slots = self.slots[self.sequence_of]
-        offsets = torch.arange(len(slots)) - self.starts[self.sequence_of]
-        positions = (table.position[slots] + offsets).masked_fill_(slots == table.num_slots, 0)
-        ends = table.position[self.slots] + self.counts
-        table.position[self.slots] = ends
-        table.position[-1:].zero_()
-        return (
-            torch.where(self.tokens < 0, table.last_token[slots], self.tokens),
-            positions,
-            ends.int(),
-            self.starts.int(),
-            table.block_table[self.slots],
         )
 
 

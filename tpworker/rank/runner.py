@@ -342,7 +342,8 @@ class Runner:
         """The next token of each row: hidden [R, hidden_size] and slots int64 [R] -> int64 [R]."""
         logits = self._decoder.logits(hidden)
         rows = self._slots.sampling_rows(slots, mode)
-        tokens = sample(logits, rows, mode, self._decoder.vocab_start, self._collectives)
+        decoder = self._decoder
+        tokens = sample(decoder.operations, logits, rows, mode, decoder.vocab_start, self._collectives)
         if self._check_agreement:
             self._compare_ranks("hidden states", hidden)
             self._compare_ranks("sampled tokens", tokens)

@@ -18,7 +18,9 @@ from torch import Tensor
 
 from tpworker.ipc.arrays import unpack_int32
 from tpworker.ipc.messages import Admission, Grant, Sampling
-from tpworker.model.sampling import SamplingMode, SamplingRows
+from tpworker.kernels.operands import SamplingRows
+from tpworker.model.operations import operations_of
+from tpworker.model.sampling import SamplingMode
 from tpworker.rank.staging import StagedArray, StagingBuffer
 
 MAX_STOP_IDS = 16
@@ -50,6 +52,7 @@ class SlotTable:
             return torch.zeros(num_slots + 1, *shape, dtype=dtype, device=device)
 
         self.num_slots = num_slots
+        self.operations = operations_of(device)
         self._integers = zeros(_STOP_IDS + MAX_STOP_IDS)
         self._floats = zeros(2, dtype=torch.float32)
         self.last_token = zeros()
@@ -109,42 +112,12 @@ class SlotTable:
             self._floats[slots] = deltas.floats.get()
 
     def begin_decode(self, slots: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The input of a decode step, and its slots moved on by one token.
-
-        Args:
-            slots: int64 [R], all different but for the null slot, which stays where it is.
-
-        Returns:
-            Token ids and positions int64 [R], lengths int32 [R], block tables int32 [R, max_blocks].
-        """
-        if slots.is_cuda:
-            from tpworker.kernels import slot_kernels
-
-            return slot_kernels.begin_decode(slots, self.last_token, self.position, self.block_table)
-        positions = self.position[slots]
-        ends = positions + 1
-        self.position[slots] = ends
-        self.position[-1:].zero_()
-        return self.last_token[slots], positions, ends.int(), self.block_table[slots]
+        """See `Operations.begin_decode`."""
+        return self.operations.begin_decode(slots, self.last_token, self.position, self.block_table)
 
     def finish_step(self, slots: Tensor, tokens: Tensor, counter: Tensor, ring: Tensor) -> None:
-        """Count a step, keep its tokens for the next one, and write the row of the ring that the count says.
-
-        Args:
-            slots: int64 [R].
-            tokens: int64 [R]; those below 0 are ~token, see `sampling.sample`.
-            counter: int64 [1], the number of the step before, which becomes this one's.
-            ring: int64 [ring rows, 1 + num_slots]; the row gets the step's number and its tokens as they are.
-        """
-        if slots.is_cuda:
-            from tpworker.kernels import slot_kernels
-
-            slot_kernels.finish_step(slots, tokens, self.last_token, counter, ring)
-            return
-        counter += 1
-        self.last_token[slots] = tokens ^ (tokens >> 63)
-        row = torch.cat([counter, tokens]).unsqueeze(0)
-        ring[:, : row.shape[1]].index_copy_(0, counter % len(ring), row)
+        """See `Operations.finish_step`."""
+        self.operations.finish_step(slots, tokens, self.last_token, counter, ring)
 
     def sampling_rows(self, slots: Tensor, mode: SamplingMode) -> SamplingRows:
         """The sampling parameters of slots (int64 [R]), whose tokens will stand where they stand now.

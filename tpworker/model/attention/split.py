@@ -130,7 +130,6 @@ class SplitAttention:
             and self.head_dim in (64, 128)
             and self.num_heads <= 16 * self.num_kv_heads
             and keys.shape[1] % 16 == 0
-            and keys.is_cuda
             and torch.cuda.get_device_capability(keys.device) >= (8, 0)
             and has_gluon("tpworker.kernels.ring_kernel")
         )

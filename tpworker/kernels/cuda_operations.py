@@ -1,0 +1,53 @@
+"""`Operations` of CUDA devices: kernels of our own. Imports Triton: import it on CUDA only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from tpworker.kernels import moe_kernels, moe_routing
+from tpworker.kernels.cuda_linear import CudaLinear as linear
+from tpworker.kernels.operands import Matrix, Routing
+from tpworker.kernels.slot_kernels import begin_decode, begin_mixed, finish_step
+from tpworker.kernels.triton_kernels import add_norm, best_tokens, norm_rotate_store, places, silu_mul
+from tpworker.kernels.truncation_kernel import sample_truncated
+
+__all__ = [
+    "add_norm",
+    "begin_decode",
+    "begin_mixed",
+    "best_tokens",
+    "experts",
+    "finish_step",
+    "linear",
+    "norm_rotate_store",
+    "places",
+    "ready_logits",
+    "route",
+    "sample_truncated",
+    "silu_mul",
+]
+
+
+def route(x: Tensor, gate: Matrix, bias: Tensor | None, spec: Routing) -> tuple[Tensor, Tensor]:
+    """See `Operations.route`."""
+    return moe_routing.route(x, gate.weight, bias, spec)
+
+
+def experts(
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    gate_up: Tensor | Sequence[Matrix],
+    down: Tensor | Sequence[Matrix],
+) -> Tensor:
+    """See `Operations.experts`; here weights are not packed, and all experts are one tensor."""
+    assert isinstance(gate_up, Tensor)
+    assert isinstance(down, Tensor)
+    return moe_kernels.experts(x, ids, weights, gate_up, down)
+
+
+def ready_logits(logits: Tensor) -> Tensor:
+    """As they are: kernels widen them as they read, and a copy would cost more than sampling itself."""
+    return logits

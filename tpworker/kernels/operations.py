@@ -1,0 +1,203 @@
+"""The contract of a kind of device: what a step computes besides plain torch, under one name each.
+
+    model/torch_operations.py     the definitions, in torch: what is right, and the CPU's way
+    kernels/cuda_operations.py    kernels of the same names
+
+Which of them serves is decided once, where a rank is put together (model/operations.py); nothing that runs a
+step asks where its tensors are. T tokens, R rows to sample, S sequences; D is the hidden size, H and K are
+this rank's query and key-value heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from tpworker.kernels.operands import Matrix, Places, Routing, SamplingRows
+
+
+class Operations(Protocol):
+    """See the module. A module that has these functions is one."""
+
+    # ------------------------------------------------------------------------- weights and layers
+
+    def linear(self, weight: Tensor, bias: Tensor | None = None) -> Matrix:
+        """A weight [out, in], made ready to be multiplied with; bias: [out]."""
+        ...
+
+    def add_norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+        """x += delta, in place, and the RMSNorm of the sum (Zhang and Sennrich, arXiv 1910.07467).
+
+        Args:
+            x: [T, D], the residual stream.
+            delta: [T, D]; None: nothing is added.
+            weight: [D].
+
+        Returns:
+            [T, D].
+        """
+        ...
+
+    def places(
+        self,
+        positions: Tensor,
+        sequence_of: Tensor,
+        block_tables: Tensor,
+        cos_table: Tensor,
+        sin_table: Tensor,
+        block_size: int,
+    ) -> Places:
+        """Look up where a step's tokens are.
+
+        Args:
+            positions, sequence_of, block_tables: see `Batch`.
+            cos_table, sin_table: `rope_tables`, float32 [num_positions, rotary_dim].
+            block_size: tokens of a KV block.
+        """
+        ...
+
+    def norm_rotate_store(
+        self,
+        heads: Tensor,
+        norms: tuple[Tensor, Tensor] | None,
+        eps: float,
+        places: Places,
+        keys: Tensor,
+        values: Tensor,
+    ) -> Tensor:
+        """Norm and rotate query and key heads, and write keys and values to the cache.
+
+        Args:
+            heads: [T, H + 2 K, head_dim]: query heads, key heads, value heads.
+            norms: weights [head_dim] of the RMSNorm of each query and each key head; None: no norm.
+            keys, values: the layer's cache, [num_blocks, block_size, K, head_dim].
+
+        Returns:
+            The queries, [T, H, head_dim].
+        """
+        ...
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """[T, 2 F], gate then up, to silu(gate) * up [T, F]."""
+        ...
+
+    # ------------------------------------------------------------------------ mixtures of experts
+
+    def route(self, x: Tensor, gate: Matrix, bias: Tensor | None, spec: Routing) -> tuple[Tensor, Tensor]:
+        """Choose the experts of each token; a token's choice does not depend on the others, bit by bit.
+
+        Args:
+            x: [T, D].
+            gate: [E, D]; logits are in float32.
+            bias: float32 [E], the router's correction bias, or None.
+
+        Returns:
+            ids int32 [T, k + S], the best expert first, then the shared ones; weights float32 [T, k + S].
+        """
+        ...
+
+    def experts(
+        self,
+        x: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        gate_up: Tensor | Sequence[Matrix],
+        down: Tensor | Sequence[Matrix],
+    ) -> Tensor:
+        """The weighted sum of what each token's experts make of it.
+
+        Args:
+            x: [T, D].
+            ids, weights: of `route`; no expert twice for one token.
+            gate_up: [E + S, 2 F, D], or a matrix for each expert where `linear` packs them.
+            down: [E + S, D, F], or so.
+
+        Returns:
+            [T, D], this rank's summand. Products are rounded to x's dtype, sums over experts are in float32.
+        """
+        ...
+
+    # ----------------------------------------------------------------------------------- sampling
+
+    def ready_logits(self, logits: Tensor) -> Tensor:
+        """Logits [R, vocab_local] of the weights' dtype as the operations below take them."""
+        ...
+
+    def best_tokens(
+        self, logits: Tensor, rows: SamplingRows, random: bool, vocab_start: int
+    ) -> tuple[Tensor, Tensor]:
+        """The best token of this rank's part of the vocabulary.
+
+        Args:
+            logits: [R, vocab_local]; computed with in float32.
+            rows: looked at only if `random`: rows whose temperature says so are chosen with noise.
+            vocab_start: token id of the first logit.
+
+        Returns:
+            float32 [R], its score, which includes the noise, or NaN if any is; int64 [R], the token, of equal
+            ones the first, or ~token of the first NaN.
+        """
+        ...
+
+    def sample_truncated(self, logits: Tensor, rows: SamplingRows, tokens: Tensor) -> None:
+        """Replace, in place, the tokens of rows that have top-k or top-p.
+
+        Args:
+            logits: [R, V], of the whole vocabulary; -inf where it is padding.
+            tokens: int64 [R], sampled from the whole vocabulary; those of other rows stay, and negative ones.
+        """
+        ...
+
+    # --------------------------------------------------------------------------------- slot table
+
+    def begin_decode(
+        self, slots: Tensor, last_token: Tensor, position: Tensor, block_table: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The input of a decode step, and its slots moved on by one token.
+
+        Args:
+            slots: int64 [R], all different but for the null slot, the table's last, which stays where it is.
+            last_token, position, block_table: of the slot table; positions are changed.
+
+        Returns:
+            Token ids and positions int64 [R], lengths int32 [R], block tables int32 [R, max_blocks].
+        """
+        ...
+
+    def begin_mixed(
+        self,
+        slots: Tensor,
+        counts: Tensor,
+        starts: Tensor,
+        tokens: Tensor,
+        last_token: Tensor,
+        position: Tensor,
+        block_table: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The input of a step with chunks, and its slots moved on behind these tokens.
+
+        Args:
+            slots, counts, starts, tokens: see `MixedInputs`.
+            last_token, position, block_table: of the slot table; positions are changed.
+
+        Returns:
+            Token ids int64 [T], positions int64 [T] (of padding 0), lengths int32 [S], query starts int32
+            [S + 1], block tables int32 [S, max_blocks].
+        """
+        ...
+
+    def finish_step(
+        self, slots: Tensor, tokens: Tensor, last_token: Tensor, counter: Tensor, ring: Tensor
+    ) -> None:
+        """Count a step, keep its tokens for the next one, and write the row of the ring that the count says.
+
+        Args:
+            slots: int64 [R]; the null slot may be among them more than once.
+            tokens: int64 [R]; those below 0 are ~token, see `sampling.sample`.
+            last_token: of the slot table.
+            counter: int64 [1], the number of the step before, which becomes this one's.
+            ring: int64 [ring rows, 1 + num_slots]; the row gets the step's number and its tokens as they are.
+        """
+        ...
