@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -292,3 +294,39 @@ class Reference:
             torch.testing.assert_close(
                 results[0][step], reference, rtol=1e-4, atol=2e-5 * float(self.logits.abs().max())
             )
+
+    def check_independence(self, dtype: torch.dtype) -> None:
+        """What a sequence gets does not depend on the batch: bit by bit, alone or with others, in any order,
+        beside a chunk, on packed weights.
+        """
+
+        def main(collectives: Collectives) -> None:
+            rank = Rank.load(self.folder, collectives, dtype=dtype, block_size=4, num_blocks=64)
+            if not rank.decoder.weights.lm_head.is_packed:
+                pytest.skip(f"this CPU has no packed {dtype} weights")
+            tables = shuffled_tables(3, 40, 4, 64)
+            lengths = (33, 7, 17)
+            for s, length in enumerate(lengths):
+                rank.step([Work(s, 0, self.ids[s, :length].tolist())], tables)
+
+            def decode(s: int) -> Work:
+                return Work(s, lengths[s], [int(self.ids[s, lengths[s]])], decode=True)
+
+            alone = [rank.step([decode(s)], tables)[0] for s in range(3)]
+            for order in ((0, 1), (1, 0), (2, 1, 0), (0, 2, 1)):
+                together = rank.step([decode(s) for s in order], tables)
+                assert all(torch.equal(row, alone[s]) for row, s in zip(together, order, strict=True))
+            mixed = rank.step([decode(0), Work(1, 0, self.ids[1, :7].tolist())], tables)
+            assert torch.equal(mixed[0], alone[0])
+
+        run_ranks(1, main)
+        run_ranks(2, main)
+
+
+Models = Callable[[str], Reference]
+"""The reference of a configuration, by its name."""
+
+
+def references(configs: Mapping[str, Callable[[], Any]], make_folder: Callable[[str], Path]) -> Models:
+    """Each is made once, when it is asked for, in a folder that `make_folder` makes for its name."""
+    return functools.cache(lambda name: Reference.make(make_folder(name), configs[name]()))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,13 @@ from transformers import Ernie4_5Config, Glm4MoeConfig, LlamaConfig, MistralConf
 from tests.model.helpers import (
     CPU,
     SPEC,
+    Models,
     Rank,
     Reference,
     Work,
     edit_config,
     make_batch,
+    references,
     run_ranks,
     shuffled_tables,
     tiny_model,
@@ -77,13 +78,9 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 FULL_MATRIX = ("smollm2-shape", "multi-head", "grouped", "multi-query", "all-biases")
 
 
-Models = Callable[[str], Reference]
-
-
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    """The reference of a configuration; made once."""
-    return functools.cache(lambda name: Reference.make(tmp_path_factory.mktemp(name), CONFIGS[name]()))
+    return references(CONFIGS, tmp_path_factory.mktemp)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 8])
@@ -187,30 +184,7 @@ def test_hidden_states_are_the_same_on_all_ranks(models: Models) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_sequence_does_not_depend_on_the_batch(models: Models, dtype: torch.dtype) -> None:
-    """Bit by bit, alone or with others, in any order, beside a chunk, on packed weights."""
-    folder, ids = models("smollm2-shape").folder, models("smollm2-shape").ids
-
-    def main(collectives: Collectives) -> None:
-        rank = Rank.load(folder, collectives, dtype=dtype, block_size=4, num_blocks=64)
-        if not rank.decoder.weights.lm_head.is_packed:
-            pytest.skip(f"this CPU has no packed {dtype} weights")
-        tables = shuffled_tables(3, 40, 4, 64)
-        lengths = (33, 7, 17)
-        for s, length in enumerate(lengths):
-            rank.step([Work(s, 0, ids[s, :length].tolist())], tables)
-
-        def decode(s: int) -> Work:
-            return Work(s, lengths[s], [int(ids[s, lengths[s]])], decode=True)
-
-        alone = [rank.step([decode(s)], tables)[0] for s in range(3)]
-        for order in ((0, 1), (1, 0), (2, 1, 0), (0, 2, 1)):
-            together = rank.step([decode(s) for s in order], tables)
-            assert all(torch.equal(row, alone[s]) for row, s in zip(together, order, strict=True))
-        mixed = rank.step([decode(0), Work(1, 0, ids[1, :7].tolist())], tables)
-        assert torch.equal(mixed[0], alone[0])
-
-    run_ranks(1, main)
-    run_ranks(2, main)
+    models("smollm2-shape").check_independence(dtype)
 
 
 def test_what_a_block_held_before_does_not_matter(models: Models) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import logging
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from tests.model.helpers import CPU, Rank, Reference, Work, run_ranks, shuffled_tables
+from tests.model.helpers import CPU, Models, Rank, Reference, Work, references, run_ranks, shuffled_tables
 from tpworker.checkpoint.weights import load_weights
 from tpworker.errors import ModelError
 from tpworker.model import moe
@@ -80,13 +79,10 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "mixtral": lambda: MixtralConfig(**BASE, num_local_experts=4),
 }
 
-Models = Callable[[str], Reference]
-
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    """The reference of a configuration; made once."""
-    return functools.cache(lambda name: Reference.make(tmp_path_factory.mktemp(name), CONFIGS[name]()))
+    return references(CONFIGS, tmp_path_factory.mktemp)
 
 
 @pytest.fixture
@@ -180,30 +176,7 @@ def _choices_of_transformers(model: Reference) -> list[tuple[Tensor, Tensor]]:
 @pytest.mark.parametrize("name", ["glm", "ernie"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_sequence_does_not_depend_on_the_batch(models: Models, name: str, dtype: torch.dtype) -> None:
-    """Bit by bit, alone or with others, in any order, beside a chunk, on packed weights."""
-    folder, ids = models(name).folder, models(name).ids
-
-    def main(collectives: Collectives) -> None:
-        rank = Rank.load(folder, collectives, dtype=dtype)
-        if not rank.decoder.weights.lm_head.is_packed:
-            pytest.skip(f"this CPU has no packed {dtype} weights")
-        tables = shuffled_tables(3, 40, 4, 64)
-        lengths = (33, 7, 17)
-        for s, length in enumerate(lengths):
-            rank.step([Work(s, 0, ids[s, :length].tolist())], tables)
-
-        def decode(s: int) -> Work:
-            return Work(s, lengths[s], [int(ids[s, lengths[s]])], decode=True)
-
-        alone = [rank.step([decode(s)], tables)[0] for s in range(3)]
-        for order in ((0, 1), (1, 0), (2, 1, 0), (0, 2, 1)):
-            together = rank.step([decode(s) for s in order], tables)
-            assert all(torch.equal(row, alone[s]) for row, s in zip(together, order, strict=True))
-        mixed = rank.step([decode(0), Work(1, 0, ids[1, :7].tolist())], tables)
-        assert torch.equal(mixed[0], alone[0])
-
-    run_ranks(1, main)
-    run_ranks(2, main)
+    models(name).check_independence(dtype)
 
 
 def to_mixture(dense: Path, mixture: Path, num_experts: int) -> None:
