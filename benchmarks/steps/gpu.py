@@ -35,17 +35,22 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
-from benchmarks.common.options import add_stand_ins, choose_stand_ins, positive, shape
-from benchmarks.common.report import machine, save, told_ranks
+from benchmarks.common.options import choose_stand_ins, positive, shape
 from benchmarks.steps.gpu_run import DEFAULTS, Case, measure
-from benchmarks.steps.gpu_trace import KINDS, OTHER
+from benchmarks.steps.gpu_tables import (
+    SHAPE,
+    Columns,
+    Row,
+    add_shared_options,
+    measure_and_tell,
+    number,
+    pair,
+    print_all,
+    quantiles,
+)
 from tpworker.observe.gpus import count_gpus
 
 PEER: dict[tuple[str, int], dict[int, tuple[float, float]]] = {
@@ -68,7 +73,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch", type=positive, nargs="+", help="default: those that have a figure of the peer"
     )
-    parser.add_argument("--lookahead", type=int, nargs="+", default=[2, 0], help="default: 2 0")
     parser.add_argument(
         "--together", action="store_true", help="shapes of one GPU at a time, each on its own"
     )
@@ -77,9 +81,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         ("--step-tokens", DEFAULTS.max_num_batched_tokens),
     ):
         parser.add_argument(flag, type=positive, default=default, metavar="N", help=f"default: {default}")
-    add_stand_ins(parser)
-    parser.add_argument("--timeline", metavar="FILE", help="write some traced steps of each row, to be drawn")
-    parser.add_argument("--commit", help="to be noted with the figures; default: what git says")
+    add_shared_options(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -90,36 +92,34 @@ def run(options: argparse.Namespace) -> int:
     shapes = [(model, ranks) for model, ranks in shapes if ranks in stand_ins]
     if not shapes:
         return 1
-    where = machine(options.commit)
-    print(json.dumps(where), file=sys.stderr, flush=True)
-    rows: list[dict[str, Any]] = []
-    try:
-        alone = shapes
-        if options.together:
-            alone = [shape for shape in shapes if shape[1] > 1]
-            rows += together([model for model, ranks in shapes if ranks == 1], options, num_gpus)
-            write(options, where, rows)
-        for model, ranks in alone:
-            batches = options.batch or list(PEER.get((model, ranks), {1: ()}))
-            graphs: dict[int, list[tuple[float, float]]] = {}
-            for lookahead in options.lookahead:
-                overlap = lookahead > 0
-                case = Case(model, ranks, lookahead, batches, trace_steps=TRACE_STEPS[overlap], admit=overlap,
-                            replays=lookahead == options.lookahead[0],
-                            stand_ins=stand_ins[ranks], slots=options.slots,
-                            step_tokens=options.step_tokens)  # fmt: skip
-                rows += measure(case, graphs)
-                write(options, where, rows)
-    finally:  # what was measured is told, whatever comes to an end too early
-        print_tables(rows)
+    measure_and_tell(options, measured(options, shapes, stand_ins, num_gpus), print_tables)
     return 0
 
 
-def together(models: Sequence[str], options: argparse.Namespace, num_gpus: int) -> list[dict[str, Any]]:
+def measured(
+    options: argparse.Namespace, shapes: list[tuple[str, int]], stand_ins: dict[int, int], num_gpus: int
+) -> Iterator[list[Row]]:
+    """The rows of one runtime after another, or those of several GPUs together."""
+    if options.together:
+        yield together([model for model, ranks in shapes if ranks == 1], options, num_gpus)
+        shapes = [(model, ranks) for model, ranks in shapes if ranks > 1]
+    for model, ranks in shapes:
+        batches = options.batch or list(PEER.get((model, ranks), {1: ()}))
+        graphs: dict[int, list[tuple[float, float]]] = {}
+        for lookahead in options.lookahead:
+            overlap = lookahead > 0
+            case = Case(model, ranks, lookahead, batches, trace_steps=TRACE_STEPS[overlap], admit=overlap,
+                        replays=lookahead == options.lookahead[0],
+                        stand_ins=stand_ins[ranks], slots=options.slots,
+                        step_tokens=options.step_tokens)  # fmt: skip
+            yield measure(case, graphs)
+
+
+def together(models: Sequence[str], options: argparse.Namespace, num_gpus: int) -> list[Row]:
     """The rows of several models at TP 1, each on a GPU of its own, by processes of their own."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(str(gpu) for gpu in range(num_gpus))
     gpus = visible.split(",")
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     same = ["--lookahead", *(str(lookahead) for lookahead in options.lookahead)]
     same += ["--slots", str(options.slots), "--step-tokens", str(options.step_tokens)]
     same += ["--batch", *(str(batch) for batch in options.batch)] if options.batch else []
@@ -145,82 +145,29 @@ def together(models: Sequence[str], options: argparse.Namespace, num_gpus: int) 
     return rows
 
 
-def write(options: argparse.Namespace, where: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
-    """The JSON files; steps to be drawn go into one of their own."""
-    without = [{key: value for key, value in row.items() if key != "timeline"} for row in rows]
-    save(options.json, {"machine": where, "rows": without})
-    if options.timeline:
-        keys = ("model", "ranks", "num_running", "lookahead", "batch", "tpot_ms")
-        drawn = [{key: row.get(key) for key in keys} | row["timeline"] for row in rows if row.get("timeline")]
-        Path(options.timeline).write_text(json.dumps({"machine": where, "rows": drawn}) + "\n")
+COLUMNS: Columns = {
+    **SHAPE,
+    "TPOT": lambda row: pair(number(row, "tpot_ms", 3), number(row, "tpot_p99_ms", 3)),
+    "graph": lambda row: number(row, "graph_ms", 3),
+    "÷ graph": lambda row: number(row, "tpot_over_graph", 3),
+    "over": lambda row: quantiles(row, "over", 0),
+    "spread": lambda row: quantiles(row, "spread", 0),
+    "gap": lambda row: quantiles(row, "gap", 1),
+    "inside": lambda row: number(row, "idle_inside_us", 0),
+    "kernels": lambda row: number(row, "kernels", 0),
+    "floor": lambda row: number(row, "floor_ms", 3),
+    "admitted": lambda row: pair(number(row, "admitted_mean_ms", 1), number(row, "admitted_max_ms", 1)),
+    "TTFT": lambda row: number(row, "admitted_ttft_ms", 1),
+    "peer": lambda row: str(yardsticks(row)[0]),
+    "goal": lambda row: str(yardsticks(row)[1]),
+}
 
 
-def number(row: dict[str, Any], key: str, digits: int) -> str:
-    """A cell."""
-    value = row.get(key)
-    return "–" if value is None else f"{value:.{digits}f}"
+def yardsticks(row: Row) -> tuple[float | str, float | str]:
+    """The peer's TPOT and the goal, where there are any, ms."""
+    return PEER.get((row["model"], row["ranks"]), {}).get(row["batch"], ("–", "–"))
 
 
-def pair(first: str, second: str) -> str:
-    """Two cells in one."""
-    return first if (first, second) == ("–", "–") else f"{first} / {second}"
-
-
-def quantiles(row: dict[str, Any], key: str, digits: int) -> str:
-    """Median and p99, µs."""
-    return pair(number(row, f"{key}_p50_us", digits), number(row, f"{key}_p99_us", digits))
-
-
-def print_tables(rows: Sequence[dict[str, Any]]) -> None:
+def print_tables(rows: Sequence[Row]) -> None:
     """Everything that there is to say of these rows."""
-    names = ("TP", "batch", "ahead", "TPOT", "graph", "÷ graph", "over", "spread", "gap", "inside", "kernels",
-             "floor", "admitted", "TTFT", "peer", "goal")  # fmt: skip
-    table = Table("model", title="Decode steps; 'a / b': median / p99")
-    for name in names:
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in rows:
-        peer, goal = PEER.get((row["model"], row["ranks"]), {}).get(row["batch"], ("–", "–"))
-        table.add_row(
-            row["model"],
-            told_ranks(row),
-            *(str(row[key]) for key in ("batch", "lookahead")),
-            pair(number(row, "tpot_ms", 3), number(row, "tpot_p99_ms", 3)),
-            number(row, "graph_ms", 3),
-            number(row, "tpot_over_graph", 3),
-            quantiles(row, "over", 0),
-            quantiles(row, "spread", 0),
-            quantiles(row, "gap", 1),
-            number(row, "idle_inside_us", 0),
-            number(row, "kernels", 0),
-            number(row, "floor_ms", 3),
-            pair(number(row, "admitted_mean_ms", 1), number(row, "admitted_max_ms", 1)),
-            number(row, "admitted_ttft_ms", 1),
-            str(peer),
-            str(goal),
-        )
-    console = Console(width=195)
-    console.print(table)
-    print_kinds(rows, console)
-    print_failures(rows, console)
-
-
-def print_kinds(rows: Sequence[dict[str, Any]], console: Console) -> None:
-    """Where the time of a step's kernels goes."""
-    kinds = (*KINDS, OTHER)
-    table = Table("model", title="What the kernels of a step are for, µs")
-    for name in ("TP", "batch", "ahead", *kinds, "own", "skew"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in rows:
-        cells = [number(row.get("kinds_us", {}), kind, 0) for kind in kinds]
-        shape = [told_ranks(row), *(str(row[key]) for key in ("batch", "lookahead"))]
-        own, skew = number(row, "all_reduce_own_us", 0), quantiles(row, "skew", 1)
-        table.add_row(row["model"], *shape, *cells, own, skew)
-    console.print(table)
-
-
-def print_failures(rows: Sequence[dict[str, Any]], console: Console) -> None:
-    """Rows of which nothing could be traced, and why."""
-    for row in rows:
-        if "trace_failed" in row:
-            shape = f"{row['model']} TP {told_ranks(row)} batch {row['batch']} lookahead {row['lookahead']}"
-            console.print(f"{shape}: no trace: {row['trace_failed']}")
+    print_all("Decode steps; 'a / b': median / p99", COLUMNS, rows, width=195)

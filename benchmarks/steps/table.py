@@ -18,19 +18,21 @@ Takes 45 s for each lookahead of GLM-4.5-Air and 25 s of ERNIE at TP 2, half of 
 from __future__ import annotations
 
 import argparse
-import json
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
-from benchmarks.common.options import add_stand_ins, choose_stand_ins, positive
-from benchmarks.common.report import machine, told_ranks
-from benchmarks.steps.gpu import number, print_failures, print_kinds, quantiles, write
+from benchmarks.common.options import choose_stand_ins, positive
+from benchmarks.common.report import told_ranks
 from benchmarks.steps.gpu_run import Case, measure
+from benchmarks.steps.gpu_tables import (
+    Columns,
+    Row,
+    add_shared_options,
+    measure_and_tell,
+    number,
+    print_all,
+    quantiles,
+)
 from tpworker.observe.gpus import count_gpus
 
 
@@ -63,7 +65,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     models = [load.model for load in LOADS]
     parser.add_argument("--models", nargs="+", choices=models, default=models, help="default: both")
     parser.add_argument("--tensor-parallel-size", type=positive, default=4, metavar="N", help="default: 4")
-    parser.add_argument("--lookahead", type=int, nargs="+", default=[2, 0], help="default: 2 0")
     parser.add_argument(
         "--concurrency", type=positive, nargs="+", help="requests; default: 4 and 64 of GLM, 64 of ERNIE"
     )
@@ -76,9 +77,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cut", type=positive, default=300, metavar="N", help="run no more of the output; default: 300"
     )
-    add_stand_ins(parser)
-    parser.add_argument("--timeline", metavar="FILE", help="write some traced steps of each row, to be drawn")
-    parser.add_argument("--commit", help="to be noted with the figures; default: what git says")
+    add_shared_options(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -87,21 +86,18 @@ def run(options: argparse.Namespace) -> int:
     stand_ins = choose_stand_ins([ranks], num_gpus, options.stand_ins)
     if not stand_ins:
         return 1
-    where = machine(options.commit)
-    print(json.dumps(where), file=sys.stderr, flush=True)
-    rows: list[dict[str, Any]] = []
-    try:
-        for load in (load for load in LOADS if load.model in options.models):
-            graphs: dict[int, list[tuple[float, float]]] = {}
-            for lookahead in options.lookahead:
-                replays = lookahead == options.lookahead[0]
-                case = case_of(load, lookahead, options, stand_ins[ranks], replays)
-                output = options.output_len or load.num_output
-                rows += [row | {"whole_output": output} for row in measure(case, graphs)]
-                write(options, where, rows)
-    finally:  # what was measured is told, whatever comes to an end too early
-        print_table(rows)
+    measure_and_tell(options, measured(options, stand_ins[ranks]), print_table)
     return 0
+
+
+def measured(options: argparse.Namespace, stand_ins: int) -> Iterator[list[Row]]:
+    """The rows of one runtime after another."""
+    for load in (load for load in LOADS if load.model in options.models):
+        output = options.output_len or load.num_output
+        graphs: dict[int, list[tuple[float, float]]] = {}
+        for lookahead in options.lookahead:
+            case = case_of(load, lookahead, options, stand_ins, lookahead == options.lookahead[0])
+            yield [row | {"whole_output": output} for row in measure(case, graphs)]
 
 
 def case_of(load: Load, lookahead: int, options: argparse.Namespace, stand_ins: int, replays: bool) -> Case:
@@ -124,49 +120,47 @@ def case_of(load: Load, lookahead: int, options: argparse.Namespace, stand_ins: 
     )
 
 
-def print_table(rows: Sequence[dict[str, Any]]) -> None:
+def print_table(rows: Sequence[Row]) -> None:
     """Everything that there is to say of these rows."""
-    names = ("TP", "requests", "in / out", "ahead", "total, s", "tokens/s", "TPOT", "gap, µs", "over, µs",
-             "spread, µs", "graph", "÷ graph", "later", "floor", "touched", "gain", "peer", "goal",
-             "FastDeploy")  # fmt: skip
-    table = Table("model", title="Mixtures of experts; ms where nothing is said; 'a / b': median / p99")
-    for name in names:
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in rows:
-        shape = (row["model"], row["ranks"], row["batch"])
-        peer, goal = PEER.get(shape, (None, None))
-        table.add_row(
-            row["model"],
-            told_ranks(row),
-            str(row["batch"]),
-            f"{row['num_prompt']} / {row['num_output']}",
-            str(row["lookahead"]),
-            number(row, "total_s", 2),
-            number(row, "tokens_per_s", 1),
-            number(row, "tpot_ms", 2),
-            quantiles(row, "gap", 1),
-            quantiles(row, "over", 0),
-            quantiles(row, "spread", 0),
-            number(row, "graph_ms", 2),
-            number(row, "tpot_over_graph", 3),
-            number({"ms": later(row)}, "ms", 2),
-            number(row, "floor_ms", 2),
-            number(row, "touched", 1),
-            number({"gain": gain(row, rows)}, "gain", 3),
-            str(peer or "–"),
-            str(goal or "–"),
-            FASTDEPLOY.get(shape, "–"),
-        )
-    console = Console(width=205)
-    console.print(table)
-    for cut in dict.fromkeys((row["model"], row["num_output"], row["whole_output"]) for row in rows):
-        if cut[1] < cut[2]:
-            console.print(f"{cut[0]}: output cut at {cut[1]} tokens of {cut[2]}, TPOT having settled")
-    print_kinds(rows, console)
-    print_failures(rows, console)
+    columns: Columns = {
+        "TP": told_ranks,
+        "requests": lambda row: str(row["batch"]),
+        "in / out": lambda row: f"{row['num_prompt']} / {row['num_output']}",
+        "ahead": lambda row: str(row["lookahead"]),
+        "total, s": lambda row: number(row, "total_s", 2),
+        "tokens/s": lambda row: number(row, "tokens_per_s", 1),
+        "TPOT": lambda row: number(row, "tpot_ms", 2),
+        "gap, µs": lambda row: quantiles(row, "gap", 1),
+        "over, µs": lambda row: quantiles(row, "over", 0),
+        "spread, µs": lambda row: quantiles(row, "spread", 0),
+        "graph": lambda row: number(row, "graph_ms", 2),
+        "÷ graph": lambda row: number(row, "tpot_over_graph", 3),
+        "later": lambda row: number({"ms": later(row)}, "ms", 2),
+        "floor": lambda row: number(row, "floor_ms", 2),
+        "touched": lambda row: number(row, "touched", 1),
+        "gain": lambda row: number({"gain": gain(row, rows)}, "gain", 3),
+        "peer": lambda row: str(PEER.get(shape(row), (None, None))[0] or "–"),
+        "goal": lambda row: str(PEER.get(shape(row), (None, None))[1] or "–"),
+        "FastDeploy": lambda row: FASTDEPLOY.get(shape(row), "–"),
+    }
+    title = "Mixtures of experts; ms where nothing is said; 'a / b': median / p99"
+    print_all(title, columns, rows, width=205, remarks=cuts(rows))
 
 
-def gain(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> float | None:
+def shape(row: Row) -> tuple[str, int, int]:
+    """Model, TP size and concurrency, by which figures of others are known."""
+    return row["model"], row["ranks"], row["batch"]
+
+
+def cuts(rows: Sequence[Row]) -> Iterator[str]:
+    """A line for each output that was not run to its end."""
+    outputs = ((row["model"], row["num_output"], row["whole_output"]) for row in rows)
+    for model, run, whole in dict.fromkeys(outputs):
+        if run < whole:
+            yield f"{model}: output cut at {run} tokens of {whole}, TPOT having settled"
+
+
+def gain(row: Row, rows: Sequence[Row]) -> float | None:
     """TPOT of the same row without overlap by this one's; None for that one."""
     keys = ("model", "ranks", "batch")
     for other in rows:
@@ -175,7 +169,7 @@ def gain(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> float | None:
     return None
 
 
-def later(row: dict[str, Any]) -> float | None:
+def later(row: Row) -> float | None:
     """ms of the graph alone at the greatest length at which it was timed, if that is beyond the output."""
     points = row.get("graphs") or [(0.0, 0.0)]
     length, milliseconds = max(tuple(point) for point in points)

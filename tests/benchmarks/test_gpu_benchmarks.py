@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +22,7 @@ from benchmarks.steps import gpu, stand_ins, table
 from benchmarks.steps.gpu import print_tables
 from benchmarks.steps.gpu_rank import collect
 from benchmarks.steps.gpu_run import Case, _compared, measure
+from benchmarks.steps.gpu_tables import Row, measure_and_tell, quantiles
 from benchmarks.steps.gpu_trace import UNSETTLED, Trace, TraceFailed, covered, figures, kind_of
 from benchmarks.steps.gpu_trace import timeline as timeline_of
 from benchmarks.steps.routing import UniformRouting
@@ -285,8 +287,8 @@ def test_floors_of_the_models_measured() -> None:
 
 
 def test_cells() -> None:
-    assert gpu.quantiles({"gap_p50_us": 4.44, "gap_p99_us": 10.0}, "gap", 1) == "4.4 / 10.0"
-    assert gpu.quantiles({}, "gap", 1) == "–"
+    assert quantiles({"gap_p50_us": 4.44, "gap_p99_us": 10.0}, "gap", 1) == "4.4 / 10.0"
+    assert quantiles({}, "gap", 1) == "–"
 
 
 def tiny_glm(folder: Path) -> None:
@@ -367,6 +369,25 @@ def test_shapes_of_one_gpu_are_measured_at_a_time(monkeypatch: pytest.MonkeyPatc
     assert started == [("a:1", "2"), ("b:1", "3"), ("c:1", "2")]
     assert [row["model"] for row in rows] == ["a:1", "a:1", "c:1", "c:1"], "one that fails spoils no other"
     assert [row["timeline"] for row in rows[:2]] == [{"steps": [1]}, None]
+
+
+def test_what_was_measured_before_an_error_is_written_and_told(tmp_path: Path) -> None:
+    def measured() -> Iterator[list[Row]]:
+        yield [{"model": "a", "timeline": {"steps": [1]}}]
+        assert [row["model"] for row in json.loads(file.read_text())["rows"]] == ["a"], "written at once"
+        yield [{"model": "b", "timeline": None}]
+        raise KeyboardInterrupt
+
+    file, steps = tmp_path / "rows.json", tmp_path / "steps.json"
+    options = argparse.Namespace(json=str(file), timeline=str(steps), commit="abc")
+    told: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        measure_and_tell(options, measured(), lambda rows: told.extend(row["model"] for row in rows))
+    assert told == ["a", "b"]
+    written = json.loads(file.read_text())
+    assert written["machine"]["commit"] == "abc"
+    assert written["rows"] == [{"model": "a"}, {"model": "b"}]
+    assert [row["steps"] for row in json.loads(steps.read_text())["rows"]] == [[1]]
 
 
 def table_row(lookahead: int, tpot_ms: float) -> dict[str, Any]:
