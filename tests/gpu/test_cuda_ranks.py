@@ -18,22 +18,15 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from tests.gpu.runners import BLOCKS_PER_SLOT, NUM_SLOTS, TINY, cuda_runners
 from tests.model.helpers import tiny_model
 from tpworker import Runtime, RuntimeFailed, SamplingParams
-from tpworker.checkpoint.weights import load_weights
 from tpworker.ipc.arrays import pack_int32
 from tpworker.ipc.messages import Admission, BatchPlan, Chunk, Sampling
-from tpworker.model.decoder import Decoder
-from tpworker.model.families import read_spec
-from tpworker.model.kv_cache import KVCache
 from tpworker.model.sampling import SamplingMode
-from tpworker.model.tp import Shard
 from tpworker.observe.gpus import count_gpus
-from tpworker.rank.collectives import SoleRank
 from tpworker.rank.cuda import CudaDevice
 from tpworker.rank.graphs import TokenGraphs
-from tpworker.rank.runner import Runner
-from tpworker.rank.slots import SlotTable
 
 pytestmark = [
     pytest.mark.gpu,
@@ -53,18 +46,8 @@ def gpus(num_ranks: int) -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        max_position_embeddings=512,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
+    sizes = {"vocab_size": VOCAB, "hidden_size": 256, "intermediate_size": 512}
+    config = LlamaConfig(**TINY, **sizes, num_hidden_layers=3, num_attention_heads=4)
     tiny_model(folder, config, torch.bfloat16)
     return folder
 
@@ -170,28 +153,12 @@ def test_logits_that_are_nan_are_told_of(
     assert capfd.readouterr().err.count("logits are NaN") == 1
 
 
-def cuda_runners(folder: Path, count: int) -> list[Runner]:
-    """Runners of one rank on GPU 0, with the same weights, and slots and KV of their own."""
-    device = CudaDevice(0)
-    spec = read_spec(folder)
-    shard = Shard.of(spec, 0, 1)
-    with torch.inference_mode():
-        weights = load_weights(folder, spec, shard, torch.bfloat16, device.torch_device)
-        decoder = Decoder(spec, weights, shard, SoleRank(), 512)
-        runners = []
-        for _ in range(count):
-            cache = KVCache(spec, shard, 12 * 32 + 1, 16, torch.bfloat16, device.torch_device)
-            table = SlotTable(12, 32, device.torch_device)
-            runners.append(Runner(decoder, cache, table, device, SoleRank(), 4))
-    return runners
-
-
 def mixed_plans(number: int) -> Iterator[BatchPlan]:
     """Requests come in chunks while others decode: slot after slot, two chunks each, of many lengths."""
     draw = random.Random(5)
-    for slot in range(12):
+    for slot in range(NUM_SLOTS):
         prompt = draw.choices(range(VOCAB), k=draw.randint(2, 90))
-        blocks = pack_int32(range(32 * slot + 1, 32 * slot + 33))
+        blocks = pack_int32(range(BLOCKS_PER_SLOT * slot + 1, BLOCKS_PER_SLOT * (slot + 1) + 1))
         greedy = Sampling(0.0, 1.0, 0, 0, 9, 0, b"")
         cut = len(prompt) // 2
         step = 3 * slot
@@ -205,7 +172,7 @@ def mixed_plans(number: int) -> Iterator[BatchPlan]:
 
 
 def test_captured_mixed_steps_give_what_eager_ones_give(folder: Path) -> None:
-    captured, eager = cuda_runners(folder, 2)
+    captured, eager = cuda_runners(folder, CudaDevice(0), 2)
     captured.prepare(64)  # chunks of up to 45 tokens beside 11 that decode
     eager.prepare(64)
     assert captured._forwards.size_for(60) == 64

@@ -1,0 +1,48 @@
+"""Runners of one CUDA rank, for tests that launch steps themselves, and what their tiny models share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tpworker.checkpoint.weights import load_weights
+from tpworker.model.decoder import Decoder
+from tpworker.model.families import read_spec
+from tpworker.model.kv_cache import KVCache
+from tpworker.model.tp import Shard
+from tpworker.rank.collectives import SoleRank
+from tpworker.rank.cuda import CudaDevice
+from tpworker.rank.runner import Runner
+from tpworker.rank.slots import SlotTable
+
+NUM_SLOTS = 12
+BLOCK_SIZE = 16
+BLOCKS_PER_SLOT = 32
+MAX_MODEL_LEN = BLOCK_SIZE * BLOCKS_PER_SLOT
+
+TINY: dict[str, Any] = {
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "max_position_embeddings": MAX_MODEL_LEN,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+"""Of a config of transformers: heads that the kernels for GPUs serve, and nothing that ends an output."""
+
+
+def cuda_runners(folder: Path, device: CudaDevice, count: int = 1) -> list[Runner]:
+    """Runners of one rank, in bfloat16, with the same weights, and slots and KV of their own."""
+    spec = read_spec(folder)
+    shard = Shard.of(spec, 0, 1)
+    with torch.inference_mode():
+        weights = load_weights(folder, spec, shard, torch.bfloat16, device.torch_device)
+        decoder = Decoder(spec, weights, shard, SoleRank(), MAX_MODEL_LEN)
+        num_blocks = NUM_SLOTS * BLOCKS_PER_SLOT + 1
+        runners = []
+        for _ in range(count):
+            cache = KVCache(spec, shard, num_blocks, BLOCK_SIZE, torch.bfloat16, device.torch_device)
+            table = SlotTable(NUM_SLOTS, BLOCKS_PER_SLOT, device.torch_device)
+            runners.append(Runner(decoder, cache, table, device, SoleRank(), 4))
+    return runners
