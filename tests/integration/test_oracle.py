@@ -20,6 +20,9 @@ from tpworker.testing.in_process import InProcessGroup
 
 VOCAB = 97
 
+Oracle = dict[int, tuple[list[int], str | None]]
+"""By request, its tokens and why it ended."""
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -64,9 +67,9 @@ def requests() -> list[Submit]:
     return submits
 
 
-@pytest.fixture(scope="module")
-def oracle(folder: Path) -> dict[int, tuple[list[int], str | None]]:
-    alone: dict[int, tuple[list[int], str | None]] = {}
+def answers_alone(folder: Path) -> Oracle:
+    """What each request gets with lookahead 0, alone, on one rank."""
+    alone: Oracle = {}
     with InProcessGroup(folder, lookahead=0, prefix_caching=False) as group:
         for submit in requests():
             output = group.run([submit])[submit.request]
@@ -76,7 +79,12 @@ def oracle(folder: Path) -> dict[int, tuple[list[int], str | None]]:
     return alone
 
 
-def compare(group: InProcessGroup, oracle: dict[int, tuple[list[int], str | None]]) -> None:
+@pytest.fixture(scope="module")
+def oracle(folder: Path) -> Oracle:
+    return answers_alone(folder)
+
+
+def compare(group: InProcessGroup, oracle: Oracle) -> None:
     got = {number: (output.tokens, output.finish_reason) for number, output in group.outputs.items()}
     assert got == oracle
     group.scheduler.composer.check_integrity()
@@ -84,9 +92,7 @@ def compare(group: InProcessGroup, oracle: dict[int, tuple[list[int], str | None
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("lookahead", [0, 1, 2, 3, 4])
-def test_every_lookahead_and_tp_size(
-    folder: Path, oracle: dict[int, tuple[list[int], str | None]], num_ranks: int, lookahead: int
-) -> None:
+def test_every_lookahead_and_tp_size(folder: Path, oracle: Oracle, num_ranks: int, lookahead: int) -> None:
     with InProcessGroup(folder, num_ranks, lookahead=lookahead, check_agreement=True) as group:
         group.run(requests())
         compare(group, oracle)
@@ -98,7 +104,7 @@ def test_every_lookahead_and_tp_size(
 )
 def test_batches_padded_to_the_sizes_of_graphs(
     folder: Path,
-    oracle: dict[int, tuple[list[int], str | None]],
+    oracle: Oracle,
     num_ranks: int,
     lookahead: int,
     tokens: int,
@@ -117,9 +123,7 @@ def test_batches_padded_to_the_sizes_of_graphs(
 
 
 @pytest.mark.parametrize(("num_ranks", "lookahead"), [(1, 0), (1, 2), (2, 2), (2, 4), (3, 1), (4, 3), (8, 2)])
-def test_preemption(
-    folder: Path, oracle: dict[int, tuple[list[int], str | None]], num_ranks: int, lookahead: int
-) -> None:
+def test_preemption(folder: Path, oracle: Oracle, num_ranks: int, lookahead: int) -> None:
     with InProcessGroup(folder, num_ranks, num_kv_blocks=20, lookahead=lookahead) as group:
         group.run(requests())
         compare(group, oracle)
@@ -128,7 +132,7 @@ def test_preemption(
 
 @pytest.mark.parametrize(("num_ranks", "prepare"), [(1, False), (2, False), (2, True)])
 def test_random_delays_of_steps_and_copies(
-    folder: Path, oracle: dict[int, tuple[list[int], str | None]], num_ranks: int, prepare: bool
+    folder: Path, oracle: Oracle, num_ranks: int, prepare: bool
 ) -> None:
     """Invariant 4, too: a ring row or a buffer that is reused early would be caught in the act."""
     draw = random.Random(1)
@@ -144,9 +148,7 @@ def test_random_delays_of_steps_and_copies(
         compare(group, oracle)
 
 
-def test_requests_that_come_and_go_in_between(
-    folder: Path, oracle: dict[int, tuple[list[int], str | None]]
-) -> None:
+def test_requests_that_come_and_go_in_between(folder: Path, oracle: Oracle) -> None:
     with InProcessGroup(folder, 2, lookahead=2, max_num_seqs=3, max_num_batched_tokens=10) as group:
         for submit in requests():
             group.send(submit)
@@ -164,9 +166,7 @@ def test_requests_that_come_and_go_in_between(
         compare(group, oracle)
 
 
-def test_a_restart_goes_on_where_the_client_is(
-    folder: Path, oracle: dict[int, tuple[list[int], str | None]]
-) -> None:
+def test_a_restart_goes_on_where_the_client_is(folder: Path, oracle: Oracle) -> None:
     """Re-admitted as prompt + delivered tokens, a request gives the rest of its tokens."""
     with InProcessGroup(folder, 2, lookahead=2) as group:
         again = []

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from transformers import Ernie4_5_MoeConfig, Glm4MoeConfig
 
-from tests.integration.test_oracle import VOCAB, compare, requests
+from tests.integration.test_oracle import VOCAB, Oracle, answers_alone, compare, requests
 from tests.model.helpers import tiny_model
 from tpworker.testing.in_process import InProcessGroup
 
@@ -31,22 +31,13 @@ CONFIGS: dict[str, Any] = {
     "ernie": Ernie4_5_MoeConfig(**BASE, moe_num_experts=8, moe_k=3, tie_word_embeddings=False),
 }
 
-Oracle = dict[int, tuple[list[int], str | None]]
-
 
 @pytest.fixture(scope="module", params=CONFIGS)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Oracle]:
     """A folder, and each request's tokens with lookahead 0, alone, on one rank."""
     folder = tmp_path_factory.mktemp(request.param)
     tiny_model(folder, CONFIGS[request.param])
-    alone: Oracle = {}
-    with InProcessGroup(folder, lookahead=0, prefix_caching=False) as group:
-        for submit in requests():
-            output = group.run([submit])[submit.request]
-            alone[submit.request] = (output.tokens, output.finish_reason)
-    assert {reason for _, reason in alone.values()} == {"stop", "length"}
-    assert len({tuple(tokens) for tokens, _ in alone.values()}) == len(alone)
-    return folder, alone
+    return folder, answers_alone(folder)
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 4, 8])
