@@ -14,6 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.checkpoint.refusals import NO_FILES, refused
 from tests.model.helpers import CPU
 from tests.model.test_families import ERNIE, ERNIE_DENSE, GLM, LLAMA, LLAMA3, MIXTRAL, QWEN
 from tpworker.checkpoint.resolve import resolve_model
@@ -41,16 +42,6 @@ def find(folder: Path) -> FoundModel:
     return find_model(RuntimeConfig(model=str(folder), load_format="dummy"), lambda text, part: None)
 
 
-def refused(folder: Path) -> str:
-    """The line with which a folder is refused."""
-    with pytest.raises(ModelError) as caught:
-        find(folder)
-    line = str(caught.value)
-    assert line.isprintable(), "more than a line"
-    assert len(line) < 500 + len(str(folder))
-    return line
-
-
 FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
@@ -71,26 +62,17 @@ FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "spec
 )
 def test_a_file_that_is_no_json_object(folder: Path, name: str, text: str, words: str) -> None:
     (folder / name).write_text(text)
-    line = refused(folder)
+    line = refused(find, folder)
     assert words in line
     assert line.startswith(str(folder / name))
 
 
 @pytest.mark.parametrize("name", [*FILES, "tokenizer.json"])
-@pytest.mark.parametrize(
-    ("make", "words"),
-    [
-        (lambda path: path.mkdir(), "is a folder, not a file"),
-        (lambda path: path.symlink_to("/nonexistent/x"), "is a link to /nonexistent/x, which is missing"),
-        (lambda path: path.symlink_to(path), "cannot be read: Too many levels of symbolic links"),
-        (os.mkfifo, "is a device or a pipe, not a file"),
-        (lambda path: path.symlink_to("/dev/zero"), "is a device or a pipe, not a file"),
-    ],
-)
+@pytest.mark.parametrize(("make", "words"), NO_FILES)
 def test_what_has_a_files_name_and_is_none(folder: Path, name: str, make: Any, words: str) -> None:
     (folder / name).unlink(missing_ok=True)
     make(folder / name)
-    assert words in refused(folder)
+    assert words in refused(find, folder)
 
 
 def digits(count: int) -> int:
@@ -135,7 +117,7 @@ def digits(count: int) -> int:
 )
 def test_a_config_that_lies(folder: Path, change: dict[str, Any], words: str) -> None:
     (folder / "config.json").write_text(json.dumps(LLAMA | change))
-    line = refused(folder)
+    line = refused(find, folder)
     assert words in line
     assert line.startswith(f"{folder / 'config.json'}: ")
 
@@ -216,7 +198,7 @@ def test_what_may_not_be_read(readable: Path, what: str) -> None:
     try:
         if user == 0:  # who may read everything
             os.seteuid(65534)
-        line = refused(model)
+        line = refused(find, model)
     finally:
         os.seteuid(user)
         place.chmod(0o755)
