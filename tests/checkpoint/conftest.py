@@ -1,16 +1,5 @@
-"""Two cores and many ranks in threads: one torch thread each."""
+"""One torch thread each, as for the tests of the model."""
 
-from __future__ import annotations
+from tests.model.conftest import one_thread
 
-from collections.abc import Iterator
-
-import pytest
-import torch
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+__all__ = ["one_thread"]
