@@ -43,6 +43,8 @@ Generation = Annotated[int, Within(0, 2**31)]
 RequestId = Annotated[int, Within(0, 2**62)]
 Length = Annotated[int, Within(0, MAX_SEQUENCE)]
 Count = Annotated[int, Within(0, 2**62)]
+Priority = Annotated[int, Within(-(2**31), 2**31 - 1)]
+Salt = Annotated[str, Within(0, 256)]
 Nanoseconds = Annotated[int, Within(0, 2**63 - 1)]
 Name = Annotated[str, Within(1, 64)]
 Text = Annotated[str, Within(0, 1 << 16)]
@@ -124,6 +126,7 @@ class Submit:
 
     `tokens` is the prompt followed by the delivered tokens, so that prompt length is their difference.
     `request` is unique in the runtime's life: one number for each (request, choice) of a client.
+    Each choice comes whole, so that none needs another one to be there still.
     """
 
     generation: Generation
@@ -131,6 +134,9 @@ class Submit:
     tokens: Int32s
     num_delivered: Length
     sampling: Sampling
+    group: RequestId | None = None  # of several choices: the number of the first
+    priority: Priority = 0  # lower is earlier
+    salt: Salt = ""  # KV blocks are shared only with those of the same
 
 
 @dataclass(frozen=True, slots=True)

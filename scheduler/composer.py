@@ -1,7 +1,9 @@
 """Which requests make the next plan: continuous batching with chunked prefill under a token budget.
 
-    1. every decoding request gets one token (oldest first; when blocks run out the newest is preempted)
+    1. every decoding request gets one token (when blocks run out, the last in order is preempted)
     2. what is left of the budget goes to prompts that are under way, then to new admissions
+
+Each in the order of (priority, arrival), the lowest first: among equal priorities the oldest.
 
 Composing never looks at a token value of a step in flight: a decode entry is a slot number. What it
 must not overrun, a request's greatest length, it knows beforehand. A stop token it learns of late: the
@@ -10,22 +12,37 @@ steps composed meanwhile compute tokens for that slot that nobody reads.
 Slots and blocks that a plan releases may be given out by the very same plan: what it writes, it writes
 after every earlier plan has read. The one thing that waits for results is the re-admission of a
 preempted request, whose tokens in flight must be known by then.
+
+Several choices of one client's request (a group) are requests like others, but that their prompt is
+computed once: whichever is admitted and finds blocks of it missing computes them, and meanwhile its siblings
+are passed over, holding up nobody. From the plan after the one that computes the last of these blocks, they
+find them in the prefix cache, and compute what is left: what does not fill a block, or the last block where
+the prompt ends with one. No choice leads for good, so it matters to none which others have ended, were
+preempted, or came back.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections import deque
+from bisect import insort
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 from tpworker.ipc.arrays import pack_int32
 from tpworker.ipc.messages import Admission, BatchPlan, Chunk, Grant, Started
 from tpworker.scheduler.inflight import InFlight
 from tpworker.scheduler.kv_blocks import BlockPool
+from tpworker.scheduler.queue import Queue
 from tpworker.scheduler.requests import Request, State
 
 BLOCKS_AHEAD = 4
 """Blocks granted at a time while there are plenty, so that steady decode needs none for many steps."""
+
+MAX_ADMITTED_TOKENS = 1 << 20
+"""Known tokens of the requests that one plan admits, if they are several: 4 MiB. A plan is one message, and
+choices, or a shared prefix, would let very many long prompts in at once."""
+
+_by_key = attrgetter("key")
 
 
 @dataclass(slots=True)
@@ -51,11 +68,12 @@ class Composer:
 
     def __init__(self, max_num_seqs: int, max_num_batched_tokens: int, pool: BlockPool) -> None:
         self.pool = pool
-        self.waiting: deque[Request] = deque()
-        self.running: list[Request] = []  # in the order of their admission
+        self.waiting = Queue()
+        self.running: list[Request] = []  # in the order of their keys
         self.num_preemptions = 0
         self.num_prompt_tokens = 0
         self.num_cached_tokens = 0
+        self._computing: dict[int, Request] = {}  # of groups: who computes what the others will share
         self._num_slots = max_num_seqs
         self._budget = max_num_batched_tokens
         self._free_slots = list(range(max_num_seqs))
@@ -67,9 +85,10 @@ class Composer:
     # ------------------------------------------------------------------------------ requests
 
     def add(self, request: Request) -> None:
-        """Puts a new request at the end of the queue. It must fit into the pool on its own."""
+        """Puts a new request at its place in the queue. It must fit into the pool on its own."""
         assert self.blocks_for(request.max_length - 1) <= self.pool.num_usable, "refused by the runtime"
-        self.waiting.append(request)
+        request.root = self.pool.root(request.salt, request.group)
+        self.waiting.push(request)
 
     def finish(self, request: Request) -> None:
         """Ends a request in any state; its slot and blocks are free for the next plan."""
@@ -107,6 +126,8 @@ class Composer:
             return None
         for request in draft.prefilling:  # from the next plan on, others may share what this one computes
             self._register(request, request.computed)
+            if request.state is State.DECODING:
+                self._let_siblings_pass(request)
         return self._plan(draft, generation, step), self._snapshot(draft, step)
 
     def _decode(self, draft: _Draft) -> None:
@@ -129,11 +150,21 @@ class Composer:
                 self._chunk(request, draft)
 
     def _admit(self, draft: _Draft) -> None:
+        num_known = 0
+        passed_over = []
         while self.waiting and self._free_slots and draft.budget > 0:
-            request = self.waiting[0]
+            request = self.waiting.first()
+            if request.group in self._computing:
+                passed_over.append(self.waiting.pop())
+                continue
+            num_known += len(request.tokens)
+            if draft.admitted and num_known > MAX_ADMITTED_TOKENS:
+                break
             if request.in_flight or not self._give_slot(request, draft):
-                return
+                break
             self._chunk(request, draft)
+        for request in passed_over:
+            self.waiting.push(request)
 
     def _chunk(self, request: Request, draft: _Draft) -> None:
         length = min(request.target - request.computed, draft.budget)
@@ -177,13 +208,15 @@ class Composer:
         situation = (request.id, self.pool.num_free, len(self.running))
         if situation == self._blocked:
             return False  # nothing has changed: looking a long prompt up again would be for nothing
-        shared, node = self.pool.match(request.tokens)
+        shared, node = self.pool.match(request.tokens, request.root)
         fresh = self.blocks_for(len(request.tokens)) - len(shared)
         reserve = len(self.running)  # each will want to grow: an admission must not lead to a preemption
         if self.pool.num_free - self.pool.num_idle(shared) < fresh + reserve:
             self._blocked = situation
             return False
-        self.waiting.popleft()
+        self.waiting.pop()
+        if request.group is not None and len(shared) < request.num_shareable(self.pool.block_size):
+            self._computing[request.group] = request
         self.pool.share(shared)
         request.slot = heapq.heappop(self._free_slots)
         request.state = State.PREFILLING
@@ -192,12 +225,8 @@ class Composer:
         request.computed = num_cached = len(shared) * self.pool.block_size
         request.target = len(request.tokens)
         request.num_registered, request.last_node = len(shared), node
-        self.running.append(request)
-        if not request.started:
-            request.started = True
-            self._started.append(Started(request.id, num_cached))
-            self.num_prompt_tokens += request.target
-            self.num_cached_tokens += num_cached
+        insort(self.running, request, key=_by_key)
+        self._start(request, num_cached)
         draft.admitted.append(
             Admission(
                 request.slot,
@@ -210,12 +239,22 @@ class Composer:
         )
         return True
 
+    def _start(self, request: Request, num_cached: int) -> None:
+        """Tells once that it has got a slot. The prompt of several choices counts once, with the first."""
+        if request.started:
+            return
+        request.started = True
+        self._started.append(Started(request.id, num_cached))
+        if request.group is None or request.group == request.id:
+            self.num_prompt_tokens += request.target
+            self.num_cached_tokens += num_cached
+
     def _grow(self, request: Request, draft: _Draft) -> bool:
-        """Grants blocks to a decoding request. False: it was preempted, as the newest of all."""
+        """Grants blocks to a decoding request. False: it was preempted, as the last in order of all."""
         while self.pool.num_free == 0:
-            newest = self.running[-1]
-            self._preempt(newest)
-            if newest is request:
+            last = self.running[-1]  # later than `request`, so that this plan has nothing of it yet
+            self._preempt(last)
+            if last is request:
                 return False
         plenty = self.pool.num_free > BLOCKS_AHEAD * len(self.running)
         missing = self.blocks_for(request.max_length - 1) - len(request.blocks)
@@ -226,10 +265,10 @@ class Composer:
         return True
 
     def _preempt(self, request: Request) -> None:
-        """By recompute: back to the head of the queue, to be prefilled with all it has by then."""
+        """By recompute: back to its place in the queue, to be prefilled with all it has by then."""
         self._take_slot_away(request)
         request.state = State.WAITING
-        self.waiting.appendleft(request)
+        self.waiting.push(request)
         self.num_preemptions += 1
 
     def _take_slot_away(self, request: Request) -> None:
@@ -240,6 +279,12 @@ class Composer:
         self._released.append(request.slot)
         request.slot = -1
         request.reset()
+        self._let_siblings_pass(request)
+
+    def _let_siblings_pass(self, request: Request) -> None:
+        """It computes nothing any more that other choices will share: they need not wait for it."""
+        if request.group is not None and self._computing.get(request.group) is request:
+            del self._computing[request.group]
 
     def _register(self, request: Request, length: int) -> None:
         """Offers the blocks that are full within `length` tokens, known and computed, to the cache."""
@@ -260,6 +305,9 @@ class Composer:
             assert request.planned_length <= request.max_length, f"{request} is too long"
             if request.state is State.DECODING:
                 assert request.computed == request.planned_length - 1, f"{request}: KV and tokens differ"
+        assert self.running == sorted(self.running, key=_by_key), "the running are out of order"
+        for group, request in self._computing.items():
+            assert (request.group, request.state) == (group, State.PREFILLING), f"{request} is waited for"
         for request in self.waiting:
             assert not request.blocks, f"{request} waits, but holds blocks"
             assert request.slot == -1, f"{request} waits, but holds a slot"

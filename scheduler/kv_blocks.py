@@ -11,9 +11,10 @@ Every other block is in exactly one of three places:
 
 The cache is a tree of contents. A node stands for the text from the beginning of a sequence to the end
 of one full block; it is reached from its parent by the tokens of that block, compared in full, so that
-two texts can never be taken for one another. A block is registered only once its content will have been
-computed by an earlier plan than any that can share it: plans run in order on the device, so a plan may
-share what the plans before it computed, although nobody has seen a result yet.
+two texts can never be taken for one another. It has several roots: only texts that begin at the same one
+share (see `BlockPool.root`). A block is registered only once its content will have been computed by an
+earlier plan than any that can share it: plans run in order on the device, so a plan may share what the plans
+before it computed, although nobody has seen a result yet.
 """
 
 from __future__ import annotations
@@ -21,8 +22,11 @@ from __future__ import annotations
 from array import array
 from collections import OrderedDict
 
-ROOT = 0
-"""The node of the empty text."""
+Root = tuple[str, int | None]
+"""The node of an empty text: a salt, and a group's number if it is that group's alone."""
+
+Node = int | Root | None
+"""None: a text that is not cached."""
 
 
 class BlockPool:
@@ -31,7 +35,7 @@ class BlockPool:
     Args:
         num_blocks: blocks of the KV cache, the null block included.
         block_size: tokens in a block.
-        caching: False makes every lookup a miss.
+        caching: False: nobody shares blocks but the choices of one request.
     """
 
     def __init__(self, num_blocks: int, block_size: int, caching: bool) -> None:
@@ -41,9 +45,9 @@ class BlockPool:
         self._references = [0] * num_blocks
         self._plain = list(range(num_blocks - 1, 0, -1))  # popped from the end: block 1 first
         self._idle: OrderedDict[int, None] = OrderedDict()
-        self._edge_of_block: dict[int, tuple[int, bytes]] = {}
-        self._children: dict[tuple[int, bytes], tuple[int, int]] = {}  # (parent, tokens) -> (node, block)
-        self._next_node = ROOT + 1
+        self._edge_of_block: dict[int, tuple[Node, bytes]] = {}
+        self._children: dict[tuple[Node, bytes], tuple[int, int]] = {}  # (parent, tokens) -> (node, block)
+        self._next_node = 0
 
     @property
     def num_free(self) -> int:
@@ -80,15 +84,26 @@ class BlockPool:
                 else:
                     self._plain.append(block)
 
-    def match(self, tokens: array[int]) -> tuple[list[int], int]:
+    def root(self, salt: str = "", group: int | None = None) -> Root | None:
+        """Where a request begins. Those that begin at the same node share blocks; at None, with nobody.
+
+        Args:
+            salt: of the request: only those that bring the same one share. '' is one too.
+            group: its number, for one of several choices: without caching these share, and only these.
+        """
+        if self.caching:
+            return salt, None
+        return None if group is None else (salt, group)
+
+    def match(self, tokens: array[int], root: Root | None) -> tuple[list[int], Node]:
         """The longest cached prefix of `tokens` in whole blocks, and its node.
 
         At least one token is left over: its logits are what the request waits for. References are
         not taken; call `share` with the blocks, or with fewer, before anything else is allocated.
         """
         blocks: list[int] = []
-        node = ROOT
-        if self.caching:
+        node: Node = root
+        if root is not None:
             size = self.block_size
             for start in range(0, (len(tokens) - 1) // size * size, size):
                 found = self._children.get((node, tokens[start : start + size].tobytes()))
@@ -109,13 +124,13 @@ class BlockPool:
                 del self._idle[block]
             self._references[block] += 1
 
-    def register(self, parent: int, tokens: array[int], block: int) -> int:
+    def register(self, parent: Node, tokens: array[int], block: int) -> Node:
         """Makes the content of a full block known: `tokens` after the text of `parent`. Returns its node.
 
         If that content is known from another block already, that one stays, and this stays private.
         """
-        if not self.caching:
-            return ROOT
+        if parent is None:
+            return None
         edge = (parent, tokens.tobytes())
         found = self._children.get(edge)
         if found is not None:

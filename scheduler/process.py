@@ -89,6 +89,7 @@ class Scheduler:
         self.in_flight = InFlightPlans(settings.lookahead, settings.step_timeout * STEP_PATIENCE)
         self.next_step = 0
         self._open: dict[int, Request] = {}
+        self._num_arrived = 0
         self._committed: list[StepOutput] = []  # not forwarded yet
         self._runtime = runtime
         self._results = results
@@ -141,7 +142,8 @@ class Scheduler:
             case StepResult():
                 self.commit(message)
             case Submit():
-                request = Request(message, self.settings.max_model_len)
+                request = Request(message, self.settings.max_model_len, self._num_arrived)
+                self._num_arrived += 1
                 self._open[request.id] = request
                 self.composer.add(request)
             case Abort():

@@ -23,6 +23,10 @@ from enum import Enum, auto
 
 from tpworker.ipc.arrays import unpack_int32
 from tpworker.ipc.messages import Sampling, Submit
+from tpworker.scheduler.kv_blocks import Node, Root
+
+Key = tuple[int, int]
+"""(priority, arrival): who is served first, and preempted last. Unique."""
 
 
 class State(Enum):
@@ -39,12 +43,16 @@ class Request:
         "blocks",
         "capacity",
         "computed",
+        "group",
         "id",
         "in_flight",
+        "key",
         "last_node",
         "max_length",
         "num_prompt",
         "num_registered",
+        "root",
+        "salt",
         "sampling",
         "slot",
         "started",
@@ -54,8 +62,14 @@ class Request:
         "tokens",
     )
 
-    def __init__(self, submit: Submit, max_model_len: int) -> None:
+    def __init__(self, submit: Submit, max_model_len: int, arrival: int) -> None:
         self.id = submit.request
+        self.key: Key = (submit.priority, arrival)
+        self.salt = submit.salt
+        self.group = submit.group
+        """Of one of several choices: their number."""
+        self.root: Root | None = None
+        """Where it begins in the prefix cache; the composer knows."""
         self.tokens: array[int] = unpack_int32(submit.tokens)
         self.num_prompt = len(self.tokens) - submit.num_delivered
         self.sampling: Sampling = submit.sampling
@@ -76,7 +90,11 @@ class Request:
         self.computed = 0
         self.target = 0  # known tokens to prefill, set at admission
         self.num_registered = 0  # blocks offered to the prefix cache so far, and the cache's name
-        self.last_node = 0  # for the content up to there
+        self.last_node: Node = None  # for the content up to there
+
+    def num_shareable(self, block_size: int) -> int:
+        """Blocks of its prompt that choices of the same request can share with it."""
+        return min(self.num_prompt, len(self.tokens) - 1) // block_size
 
     @property
     def num_output(self) -> int:

@@ -140,7 +140,7 @@ def test_what_is_wrong_is_said(data: bytes, complaint: str) -> None:
 def test_nan_is_out_of_bounds() -> None:
     sampling = [float("nan"), 1.0, 0, 0, 1, 0, b""]
     with pytest.raises(MessageError, match="nan is not within"):
-        decode(msgpack.packb([10, 0, 0, b"", 0, sampling]))
+        decode(msgpack.packb([10, 0, 0, b"", 0, sampling, None, 0, ""]))
 
 
 def test_too_large() -> None:

@@ -24,8 +24,23 @@ def sampling(**changes: Any) -> Sampling:
     return Sampling(**{**fields, **changes})
 
 
-def submit(request: int, prompt: list[int], num_delivered: int = 0, **changes: Any) -> Submit:
-    return Submit(0, request, pack_int32(prompt), num_delivered, sampling(**changes))
+def submit(
+    request: int,
+    prompt: list[int],
+    num_delivered: int = 0,
+    *,
+    group: int | None = None,
+    priority: int = 0,
+    salt: str = "",
+    **changes: Any,
+) -> Submit:
+    tokens = pack_int32(prompt)
+    return Submit(0, request, tokens, num_delivered, sampling(**changes), group, priority, salt)
+
+
+def choices(first: int, count: int, prompt: list[int], **changes: Any) -> list[Submit]:
+    """Several choices of one request, their numbers from `first` on, which are their seeds too."""
+    return [submit(first + i, prompt, group=first, seed=first + i, **changes) for i in range(count)]
 
 
 class Wire:

@@ -7,19 +7,20 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from tpworker.scheduler.kv_blocks import ROOT, BlockPool
+from tpworker.scheduler.kv_blocks import BlockPool, Node, Root
 
 SIZE = 4
+ROOT: Root = ("", None)
 
 
 def tokens(*values: int) -> array[int]:
     return array("i", values)
 
 
-def fill(pool: BlockPool, text: array[int]) -> list[int]:
+def fill(pool: BlockPool, text: array[int], root: Root | None = ROOT) -> list[int]:
     """Allocates and registers all whole blocks of a text, as a request that ran alone does."""
     blocks = pool.allocate(len(text) // SIZE)
-    node = ROOT
+    node: Node = root
     for index, block in enumerate(blocks):
         node = pool.register(node, text[index * SIZE : (index + 1) * SIZE], block)
     return blocks
@@ -39,24 +40,24 @@ def test_more_than_there_are() -> None:
 def test_a_prefix_is_matched_in_whole_blocks_and_leaves_a_token() -> None:
     pool = BlockPool(8, SIZE, True)
     blocks = fill(pool, tokens(*range(8)))
-    assert pool.match(tokens(*range(9)))[0] == blocks
-    assert pool.match(tokens(*range(8)))[0] == blocks[:1], "the last token's logits are needed"
-    assert pool.match(tokens(0, 1, 2, 3, 9, 9, 9, 9, 9))[0] == blocks[:1]
-    assert pool.match(tokens(9, 1, 2, 3, 4, 5, 6, 7, 8))[0] == []
+    assert pool.match(tokens(*range(9)), ROOT)[0] == blocks
+    assert pool.match(tokens(*range(8)), ROOT)[0] == blocks[:1], "the last token's logits are needed"
+    assert pool.match(tokens(0, 1, 2, 3, 9, 9, 9, 9, 9), ROOT)[0] == blocks[:1]
+    assert pool.match(tokens(9, 1, 2, 3, 4, 5, 6, 7, 8), ROOT)[0] == []
 
 
 def test_equal_blocks_after_different_texts_are_different() -> None:
     pool = BlockPool(8, SIZE, True)
     fill(pool, tokens(1, 1, 1, 1, 7, 7, 7, 7))
-    assert pool.match(tokens(2, 2, 2, 2, 7, 7, 7, 7, 0))[0] == []
-    assert pool.match(tokens(7, 7, 7, 7, 0))[0] == []
+    assert pool.match(tokens(2, 2, 2, 2, 7, 7, 7, 7, 0), ROOT)[0] == []
+    assert pool.match(tokens(7, 7, 7, 7, 0), ROOT)[0] == []
 
 
 def test_a_known_content_stays_with_its_first_block() -> None:
     pool = BlockPool(8, SIZE, True)
     first = fill(pool, tokens(*range(8)))
     second = fill(pool, tokens(*range(8)))
-    assert pool.match(tokens(*range(9)))[0] == first
+    assert pool.match(tokens(*range(9)), ROOT)[0] == first
     pool.release(second)
     pool.release(first)
     assert pool.num_free == 7
@@ -67,18 +68,35 @@ def test_released_contents_are_found_until_they_are_evicted_last_block_first() -
     pool = BlockPool(4, SIZE, True)
     blocks = fill(pool, tokens(*range(12)))
     pool.release(blocks)
-    assert pool.match(tokens(*range(13)))[0] == blocks
+    assert pool.match(tokens(*range(13)), ROOT)[0] == blocks
     pool.allocate(1)
-    assert pool.match(tokens(*range(13)))[0] == blocks[:2]
+    assert pool.match(tokens(*range(13)), ROOT)[0] == blocks[:2]
     pool.allocate(1)
-    assert pool.match(tokens(*range(13)))[0] == blocks[:1]
+    assert pool.match(tokens(*range(13)), ROOT)[0] == blocks[:1]
 
 
 def test_no_caching() -> None:
     pool = BlockPool(8, SIZE, False)
-    pool.release(fill(pool, tokens(*range(8))))
-    assert pool.match(tokens(*range(9))) == ([], ROOT)
+    assert pool.root("salt") is None
+    pool.release(fill(pool, tokens(*range(8)), pool.root()))
+    assert pool.match(tokens(*range(9)), pool.root()) == ([], None)
     pool.check_integrity([])
+
+
+def test_without_caching_the_choices_of_one_request_share_and_nobody_else() -> None:
+    pool = BlockPool(8, SIZE, False)
+    blocks = fill(pool, tokens(*range(8)), pool.root("", 1))
+    assert pool.match(tokens(*range(9)), pool.root("", 1))[0] == blocks
+    for other in (pool.root("", 2), pool.root("salt", 1), pool.root()):
+        assert pool.match(tokens(*range(9)), other)[0] == []
+
+
+def test_only_texts_of_the_same_salt_share() -> None:
+    pool = BlockPool(8, SIZE, True)
+    blocks = {salt: fill(pool, tokens(*range(8)), pool.root(salt)) for salt in ("", "a", "b")}
+    for salt in blocks:
+        assert pool.match(tokens(*range(9)), pool.root(salt, 5))[0] == blocks[salt]
+    assert pool.match(tokens(*range(9)), pool.root("ab"))[0] == []
 
 
 def test_integrity_notices_a_lost_and_a_doubled_block() -> None:
@@ -104,7 +122,7 @@ class Pool(RuleBasedStateMachine):
     @rule(text=st.lists(st.integers(0, 1), min_size=1, max_size=20))
     def admit(self, text: list[int]) -> None:
         known = tokens(*text)
-        shared, node = self.pool.match(known)
+        shared, node = self.pool.match(known, ROOT)
         for index, block in enumerate(shared):
             assert self.content[block] == tuple(text[: (index + 1) * SIZE]), "a wrong content was shared"
         missing = -(-len(text) // SIZE) - len(shared)
