@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from tpworker import ConfigError, InvalidRequest, RuntimeConfig, SamplingParams
+from tpworker.config import MAX_CHOICES, MAX_SEED, choice_seed
 from tpworker.ipc.child import pack_boot
 from tpworker.runtime.settings import scheduler_settings
 
@@ -33,7 +34,7 @@ REALS: list[Any] = [
 
 @pytest.mark.parametrize("five", INTEGERS, ids=repr)
 def test_integers_of_any_library_are_integers(five: Any) -> None:
-    names = ("max_tokens", "top_k", "seed", "min_tokens")
+    names = ("max_tokens", "top_k", "seed", "min_tokens", "n", "priority")
     params = SamplingParams(**dict.fromkeys(names, five), stop_token_ids=[five, 6], temperature=five)
     assert params == SamplingParams(**dict.fromkeys(names, 5), stop_token_ids=[5, 6], temperature=5)
     for name in (*names, "temperature"):
@@ -70,7 +71,7 @@ def test_truth_of_any_library_is_a_bool_and_no_number(true: Any) -> None:
     params = SamplingParams(ignore_eos=true, detokenize=true)
     assert (params.ignore_eos, params.detokenize) == (True, True)
     assert RuntimeConfig(prefix_caching=true).prefix_caching is True
-    for name in ("max_tokens", "temperature", "top_p", "top_k", "seed", "min_tokens"):
+    for name in ("max_tokens", "temperature", "top_p", "top_k", "seed", "min_tokens", "n", "priority"):
         with pytest.raises(InvalidRequest, match=f"{name}="):
             SamplingParams(**{name: true})
     with pytest.raises(InvalidRequest, match="stop_token_ids="):
@@ -86,7 +87,7 @@ def test_truth_of_any_library_is_a_bool_and_no_number(true: Any) -> None:
     ids=repr,
 )
 def test_what_is_no_number_is_refused(value: Any) -> None:
-    for name in ("max_tokens", "temperature", "min_tokens"):
+    for name in ("max_tokens", "temperature", "min_tokens", "n", "priority"):
         with pytest.raises(InvalidRequest, match=f"{name}="):
             SamplingParams(**{name: value})
     with pytest.raises(InvalidRequest, match="stop_token_ids="):
@@ -121,3 +122,41 @@ def test_what_they_come_to_crosses_to_the_processes() -> None:
     from tests.ipc.test_child import SCHEDULER_BOOT
 
     assert pack_boot(dataclasses.replace(SCHEDULER_BOOT, settings=settings))
+
+
+@pytest.mark.parametrize(
+    ("name", "good", "bad"),
+    [
+        ("n", [1, 128], [0, -1, 129, None]),
+        ("priority", [-(2**31) + 1, 2**31 - 1], [-(2**31), 2**31, None]),
+        ("cache_salt", [None, "s", "ü" * 256], ["", "s" * 257, 5, b"s", "\udc80"]),
+    ],
+)
+def test_bounds_from_both_sides(name: str, good: list[Any], bad: list[Any]) -> None:
+    for value in good:
+        assert getattr(SamplingParams(**{name: value}), name) == value
+    for value in bad:
+        with pytest.raises(InvalidRequest, match=f"{name}=.*must be") as caught:
+            SamplingParams(**{name: value})
+        assert caught.value.parameter == name
+
+
+def test_a_scheduling_policy_is_one_of_two() -> None:
+    assert RuntimeConfig().scheduling_policy == "fcfs"
+    assert RuntimeConfig(scheduling_policy="priority").scheduling_policy == "priority"
+    with pytest.raises(ConfigError, match="scheduling_policy='lpm': must be fcfs or priority"):
+        RuntimeConfig(scheduling_policy="lpm")  # type: ignore[arg-type]
+
+
+def test_each_choice_has_a_seed_of_its_own_and_the_first_the_requests() -> None:
+    params = SamplingParams(n=4, seed=7, temperature=0.5)
+    assert params.of_choice(0) == SamplingParams(seed=7, temperature=0.5)
+    seeds = {choice_seed(seed, index) for seed in range(-50, 50) for index in range(MAX_CHOICES)}
+    assert len(seeds) == 100 * MAX_CHOICES, "neighbouring seeds have a choice in common"
+    assert choice_seed(7, 1) == 4595731978703777594, "a promise: what was generated can be had again"
+    for extreme in (MAX_SEED, -MAX_SEED - 1):
+        assert SamplingParams(n=2, seed=extreme).of_choice(1).n == 1
+    with pytest.raises(InvalidRequest, match="seed=None"):
+        SamplingParams(n=4).of_choice(1)
+    with pytest.raises(InvalidRequest, match="the choices are 0 to 3, and not 4"):
+        params.of_choice(4)

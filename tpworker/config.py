@@ -6,9 +6,10 @@ instant, before a process is started.
 
 from __future__ import annotations
 
+import hashlib
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from tpworker.errors import ConfigError, InvalidRequest, shown
@@ -16,12 +17,16 @@ from tpworker.errors import ConfigError, InvalidRequest, shown
 DeviceName = Literal["auto", "cpu", "cuda"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 LoadFormat = Literal["auto", "dummy"]
+SchedulingPolicy = Literal["fcfs", "priority"]
 
 MAX_LOOKAHEAD = 16
 MAX_NUM_SEQS = 4096
 MAX_STOP_IDS = 16  # per request, the model's end-of-sequence ids included: one row of a device table
 MAX_STOP_STRINGS = 16
 MAX_SEED = 2**63 - 1
+MAX_CHOICES = 128
+MAX_PRIORITY = 2**31 - 1
+MAX_SALT = 256  # characters
 
 _KINDS: dict[str, tuple[type, ...]] = {
     "int": (int,),
@@ -32,6 +37,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "DeviceName": (str,),
     "DtypeName": (str,),
     "LoadFormat": (str,),
+    "SchedulingPolicy": (str,),
 }
 """What a field of `RuntimeConfig` may be, by its annotation: an integer is no bool, and no float either."""
 
@@ -68,6 +74,15 @@ def _number(value: Any, kind: type[int] | type[float]) -> Any:
     return value
 
 
+def choice_seed(seed: int, index: int) -> int:
+    """The seed of choice `index` of a request: the request's for the first, a hash of both for the others. So
+    neither a request's choices nor those of requests with neighbouring seeds have anything in common."""
+    if index == 0:
+        return seed
+    digest = hashlib.blake2b(f"{seed} {index}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
 @dataclass(frozen=True, kw_only=True)
 class RuntimeConfig:
     """How a runtime is built.
@@ -102,9 +117,14 @@ class RuntimeConfig:
     of all that is free there, on the CPU of the rank's part of half of it. Graphs need some of the rest."""
     prefix_caching: bool = True
     """Share the KV blocks of equal prefixes between requests."""
+    scheduling_policy: SchedulingPolicy = "fcfs"
+    """`fcfs`: first come, first served. `priority`: who waits gets a slot in the order of
+    `SamplingParams.priority`, of equals who came first; when KV blocks run out, who runs loses them in the
+    reverse order. Nobody loses a slot to one who waits; and who waits may wait for ever, while others that go
+    before keep coming."""
     max_queue: int = 1024
     """Most requests that wait for a slot, those still being tokenised included, beyond the ones that free
-    slots are about to take; one more is refused with `QueueFull`."""
+    slots are about to take; one more is refused with `QueueFull`. Each choice of a request counts."""
     step_timeout: float = 60.0
     """Seconds after which a step that is not answered, or a rank that has not come, ends the runtime."""
     start_timeout: float = 600.0
@@ -159,6 +179,7 @@ class RuntimeConfig:
         )
         check(self.num_kv_blocks is None or 2 <= self.num_kv_blocks <= 2**30, "num_kv_blocks", "at least 2")
         check(0.05 <= self.gpu_memory_utilization <= 1.0, "gpu_memory_utilization", "from 0.05 to 1")
+        check(self.scheduling_policy in ("fcfs", "priority"), "scheduling_policy", "fcfs or priority")
         check(1 <= self.max_queue <= 2**20, "max_queue", f"from 1 to {2**20}")
         check(0 < self.step_timeout <= 86400, "step_timeout", "above 0 and at most 86400 seconds")
         check(0 < self.start_timeout <= 86400, "start_timeout", "above 0 and at most 86400 seconds")
@@ -185,6 +206,14 @@ class SamplingParams:
     """The k most likely tokens. Default 0: all."""
     seed: int | None = None
     """None: one is drawn for the request."""
+    n: int = 1
+    """Choices: so many outputs for the prompt, which is computed once. Each counts as a request: it takes a
+    slot, or a place in the queue. Each has a seed of its own (see `of_choice`); greedy ones are all alike."""
+    priority: int = 0
+    """Lower is earlier. Other than 0 only where `RuntimeConfig.scheduling_policy` is `priority`."""
+    cache_salt: str | None = None
+    """KV blocks of equal prefixes are shared only with requests of the same salt: who does not know it cannot
+    find out, by how quickly an answer comes, what others have asked. None is a salt too."""
     min_tokens: int = 0
     """No end-of-sequence or stop token before this many tokens; a stop string that is complete within them
     is text."""
@@ -234,6 +263,19 @@ class SamplingParams:
         check("top_p", self.top_p is None or self.top_p > 0, "a number above 0 and at most 1")
         integer("top_k", -1, 2**31 - 1, "an integer from 0 to 2**31 - 1 (0 or -1: no limit)")
         integer("seed", -(2**63), MAX_SEED, "an integer of 64 bits")
+        integer("n", 1, MAX_CHOICES, f"an integer from 1 to {MAX_CHOICES}", optional=False)
+        limit = f"an integer from {-MAX_PRIORITY} to {MAX_PRIORITY}"
+        integer("priority", -MAX_PRIORITY, MAX_PRIORITY, limit, optional=False)
+        check(
+            "cache_salt",
+            self.cache_salt is None
+            or (
+                isinstance(self.cache_salt, str)
+                and 1 <= len(self.cache_salt) <= MAX_SALT
+                and is_utf8(self.cache_salt)
+            ),
+            f"a string of 1 to {MAX_SALT} characters; leave it out for none",
+        )
         integer("min_tokens", 0, 2**31 - 1, "an integer from 0 to 2**31 - 1", optional=False)
         check(
             "min_tokens",
@@ -254,3 +296,15 @@ class SamplingParams:
             and all(type(i) is int and i >= 0 for i in self.stop_token_ids),
             f"at most {MAX_STOP_IDS} token ids, integers from 0 on",
         )
+
+    def of_choice(self, index: int) -> SamplingParams:
+        """The parameters with which a request of its own gives what choice `index` of this one gives.
+
+        Raises:
+            InvalidRequest: there is no seed, so that nothing would be the same; or no such choice.
+        """
+        if self.seed is None:
+            raise InvalidRequest("seed=None: no choice can be had again without one", "seed")
+        if not 0 <= index < self.n:
+            raise InvalidRequest(f"n={self.n}: the choices are 0 to {self.n - 1}, and not {index}", "n")
+        return replace(self, n=1, seed=choice_seed(self.seed, index))

@@ -10,7 +10,7 @@ RuntimeState = Literal["stopped", "starting", "ready", "draining", "failed"]
 
 
 class RequestOutput(NamedTuple):
-    """What has come of one request since the output before. A tuple: one is made for every token.
+    """What has come of one choice of a request since its output before. A tuple: one is made for every token.
 
     A consumer that is slower than the model gets several tokens in one output; none is lost or repeated.
     """
@@ -28,14 +28,17 @@ class RequestOutput(NamedTuple):
     """With 'stop': the stop string, or the id out of `stop_token_ids`. None: the model's own end."""
     num_prompt_tokens: int
     num_cached_tokens: int
-    """Prompt tokens whose KV was found in the prefix cache."""
+    """Prompt tokens whose KV was found in the prefix cache; what another choice computes does not count."""
     num_output_tokens: int
-    """Tokens so far, these included."""
+    """Tokens of this choice so far, these included."""
+    index: int = 0  # type: ignore[assignment]  # instead of a tuple's method, which nobody wants here
+    """Which choice this is of, from 0 to `SamplingParams.n` - 1. Each has a last output of its own. Their
+    prompt is computed once: both counts of its tokens are the same for all."""
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A whole request, from `SyncRuntime.complete`. The fields are those of `RequestOutput`."""
+    """A whole choice of a request, from `SyncRuntime.complete`. The fields are those of `RequestOutput`."""
 
     request_id: str
     text: str
@@ -44,6 +47,7 @@ class Completion:
     stop_reason: int | str | None
     num_prompt_tokens: int
     num_cached_tokens: int
+    index: int = 0
 
     @property
     def num_output_tokens(self) -> int:
@@ -75,7 +79,10 @@ class StepRecord(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """How busy a runtime is. Counters count from its start; the rest is as of the last step."""
+    """How busy a runtime is. Counters count from its start; the rest is as of the last step.
+
+    Each choice of a request counts as a request; their prompt's tokens count once.
+    """
 
     open: int
     """Requests that are not ended, those still being tokenised included."""

@@ -45,6 +45,7 @@ FLAGS = {
     "--no-enable-overlap-schedule",
     "--no-prefix-caching",
     "--port",
+    "--scheduling-policy",
     "--seed",
     "--served-model-name",
     "--start-timeout",
@@ -122,7 +123,7 @@ def test_every_option_gets_to_its_place() -> None:
         --model m -tp 4 --device cpu --dtype bfloat16 --max-model-len 99 --load-format dummy --seed 5
         --max-num-seqs 8 --max-num-batched-tokens 80 --lookahead 3 --block-size 32
         --gpu-memory-utilization 0.5 --no-prefix-caching --max-queue 7 --step-timeout 1.5 --start-timeout 90
-        --host 0.0.0.0 --port 81 --served-model-name name --api-key key
+        --scheduling-policy priority --host 0.0.0.0 --port 81 --served-model-name name --api-key key
     """
     options = parse(*arguments.split())
     assert options.config == RuntimeConfig(
@@ -139,6 +140,7 @@ def test_every_option_gets_to_its_place() -> None:
         block_size=32,
         gpu_memory_utilization=0.5,
         prefix_caching=False,
+        scheduling_policy="priority",
         max_queue=7,
         step_timeout=1.5,
         start_timeout=90.0,
@@ -321,6 +323,7 @@ def test_the_default_number_of_ranks(
         ("--ask Hi --api-key k", "--api-key has no effect"),
         ("--ask Hi --served-model-name n", "--served-model-name has no effect"),
         ("--ask Hi --max-queue 5", "--max-queue has no effect"),
+        ("--ask Hi --scheduling-policy priority", "--scheduling-policy has no effect"),
         ("--port 70000", "--port 70000"),
         ("--port -1", "--port -1"),
         ("--ask Hi --api-key-file f", "--api-key-file has no effect"),

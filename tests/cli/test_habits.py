@@ -28,6 +28,14 @@ from tpworker.cli import habits
         ("--quantization fp8", "--quantization: not supported yet: weights are served in float32"),
         ("-q fp8", "-q: not supported yet: weights are served in float32"),
         ("--tokenizer some/where", "--tokenizer: not supported: it is read from the model's folder"),
+        (
+            "--schedule-policy lpm",
+            "--schedule-policy: the name here is --scheduling-policy, fcfs or priority",
+        ),
+        (
+            "--enable-priority-scheduling",
+            "--enable-priority-scheduling: the name here is --scheduling-policy",
+        ),
         ("-pp 2", "-pp: not supported yet: tensor parallelism (-tp)"),
         ("--enforce-eager", "--enforce-eager: not needed: steps on GPUs are always graph replays"),
         ("--disable-log-requests", "--disable-log-requests: not needed: requests are not logged"),

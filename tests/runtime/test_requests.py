@@ -1,12 +1,10 @@
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 
 import pytest
 
 from tests.server.fake_runtime import byte_tokenizer
-from tpworker.errors import RuntimeFailed
 from tpworker.ipc.arrays import pack_int32, pack_int64
 from tpworker.ipc.messages import Finish, SchedulerLoad, Started, StepOutput, StepTiming
 from tpworker.outputs import RequestOutput
@@ -58,8 +56,8 @@ def test_tokens_come_in_order_to_the_request_they_are_of(requests: Requests) -> 
     a, b = requests.open("a"), requests.open("b")
     requests.deliver(step((a, 0, 10), (b, 0, 20)))
     requests.deliver(step((b, 1, 21), (a, 1, 11), finished=[(1, "length")]))
-    assert a.take() == RequestOutput("a", "", (10, 11), "length", None, 0, 0, 2)
-    assert b.take() == RequestOutput("b", "", (20, 21), None, None, 0, 0, 2)
+    assert a.take() == RequestOutput("a", "", (10, 11), "length", None, 0, 0, 2, index=0)
+    assert b.take() == RequestOutput("b", "", (20, 21), None, None, 0, 0, 2, index=0)
     assert a not in requests
     assert b in requests
     assert requests.num_output_tokens == 4
@@ -128,62 +126,6 @@ def test_a_slow_consumer_gets_all_that_came_together(requests: Requests) -> None
     deliver_text(requests, a, "world", "length")
     output = a.take()
     assert (output.text, output.finish_reason, output.num_output_tokens) == ("hello world", "length", 11)
-
-
-def test_a_consumer_is_woken_once_a_step_and_only_if_it_waits(requests: Requests) -> None:
-    async def main() -> list[tuple[int, ...]]:
-        a = requests.open("a")
-        taken: list[tuple[int, ...]] = []
-
-        async def consume() -> None:
-            while not taken or taken[-1][-1] != 99:
-                await a.arrival()
-                taken.append(a.take().token_ids)
-
-        consumer = asyncio.ensure_future(consume())
-        await asyncio.sleep(0)
-        requests.deliver(step((a, 0, 1)))
-        requests.deliver(step((a, 1, 2)))  # before the consumer had a turn
-        await asyncio.sleep(0)
-        requests.deliver(step((a, 2, 99)))
-        await consumer
-        return taken
-
-    assert asyncio.run(main()) == [(1, 2), (99,)]
-
-
-def test_a_consumer_that_gave_up_waiting_does_not_disturb(requests: Requests) -> None:
-    async def main() -> tuple[int, ...]:
-        a = requests.open("a")
-        waiting = asyncio.ensure_future(a.arrival())
-        await asyncio.sleep(0)
-        waiting.cancel()
-        await asyncio.sleep(0)
-        requests.deliver(step((a, 0, 1)))
-        await a.arrival()
-        return a.take().token_ids
-
-    assert asyncio.run(main()) == (1,)
-
-
-def test_a_failure_comes_after_the_tokens_that_had_arrived(requests: Requests) -> None:
-    async def main() -> None:
-        a, b = requests.open("a"), requests.open("b")
-        requests.deliver(step((a, 0, 1)))
-        waiting = asyncio.ensure_future(b.arrival())
-        await asyncio.sleep(0)
-        requests.fail_all(lambda: RuntimeFailed("rank 1 died"))
-        await a.arrival()
-        assert a.take().token_ids == (1,)
-        errors = []
-        for consumer in (a.arrival(), waiting):
-            with pytest.raises(RuntimeFailed, match="rank 1 died") as caught:
-                await consumer
-            errors.append(caught.value)
-        assert errors[0] is not errors[1]  # each has a traceback of its own
-        assert requests.num_waiting + requests.num_running == 0
-
-    asyncio.run(main())
 
 
 @pytest.mark.parametrize("at_once", [True, False])

@@ -57,6 +57,20 @@ def test_many_prompts_at_once(model_folder: Path) -> None:
         assert runtime.tokenizer.decode([]) == ""
 
 
+def test_choices_come_prompt_by_prompt(model_folder: Path) -> None:
+    with sync_runtime(model_folder, max_num_seqs=2, max_num_batched_tokens=4, max_queue=1) as runtime:
+        params = SamplingParams(max_tokens=4, detokenize=False, n=3)  # more than there are slots
+        completions = runtime.complete([[5], [6]], params)
+        assert [(c.token_ids[0], c.index, c.num_output_tokens) for c in completions] == [
+            (token, index, 4) for token in (5, 6) for index in range(3)
+        ]
+        ids = [completion.request_id for completion in completions]
+        assert ids == [ids[0]] * 3 + [ids[3]] * 3
+        indices = {output.index for output in runtime.generate([5], params)}
+        assert indices == {0, 1, 2}
+        assert runtime.stats().finished == 9
+
+
 def test_one_prompt_is_no_list(runtime: SyncRuntime) -> None:
     with pytest.raises(TypeError, match="list of prompts"):
         runtime.complete("prompt")

@@ -84,7 +84,7 @@ def _serve_options(given: dict[str, Any]) -> Options:
     serving = {name: given.pop(name) for name in _SERVER_OPTIONS if name in given}
     ask = given.pop("ask", None)
     if ask is not None:
-        for name in [*serving, *({"max_queue"} & given.keys())]:
+        for name in [*serving, *(name for name in ("max_queue", "scheduling_policy") if name in given)]:
             raise ConfigError(
                 f"--{name.replace('_', '-')} has no effect with --ask, which serves nobody: leave it out"
             )

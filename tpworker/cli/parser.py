@@ -215,9 +215,15 @@ def _add_schedule_options(group: _Group) -> None:
     )
     _add(
         group,
+        "--scheduling-policy",
+        "fcfs: first come, first served; priority: by the priority that a request brings, lower is earlier",
+        choices=["fcfs", "priority"],
+    )
+    _add(
+        group,
         "--max-queue",
         "most requests that wait for a slot, those still being tokenised included; each prompt of a request "
-        "counts; one more is refused with status 429",
+        "counts, and each choice; one more is refused with status 429",
         type=_integer,
         metavar="N",
     )

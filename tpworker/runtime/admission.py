@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tpworker.config import MAX_STOP_IDS, SamplingParams
+from tpworker.config import MAX_STOP_IDS, SamplingParams, SchedulingPolicy
 from tpworker.errors import InvalidRequest, PromptTooLong
 from tpworker.ipc.arrays import pack_int32, unpack_int32
 from tpworker.ipc.messages import Sampling
@@ -121,6 +121,20 @@ def fit(params: SamplingParams, num_prompt: int, limits: Limits) -> int:
             f"min_tokens={params.min_tokens}: only {max_tokens} tokens fit after this prompt", "min_tokens"
         )
     return max_tokens
+
+
+def check_priority(params: SamplingParams, policy: SchedulingPolicy) -> None:
+    """Refuse a priority where nobody would look at it.
+
+    Raises:
+        InvalidRequest: it is not 0, and the policy is `fcfs`.
+    """
+    if params.priority and policy != "priority":
+        raise InvalidRequest(
+            f"priority={params.priority}: requests are taken as they come here (scheduling_policy={policy}): "
+            "leave it out, or start with --scheduling-policy priority",
+            "priority",
+        )
 
 
 def resolve_sampling(params: SamplingParams, spec: ModelSpec, max_tokens: int, seed: int) -> Sampling:

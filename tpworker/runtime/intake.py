@@ -1,10 +1,11 @@
 """What happens for a request, from its place in the queue until its consumer has its last output.
 
     check_room ─► prepare (chat templates, several prompts) ─┐
-                                                             ├─► reserve ─► submit ─► … tokens … ─► close
-    promises: what was being prepared when a drain began ────┘   a place    checks, Submit     counts, Abort
+                                                             ├─► reserve ─► submit ─► take, take … ─► close
+    promises: what was being prepared when a drain began ────┘   places     checks, Submits    counts, Aborts
 
-Whether the runtime takes requests at all (it is ready; it has not failed) is for `Runtime` to say.
+A request of several choices is as many towards the scheduler, and in all that is counted here. Whether the
+runtime takes requests at all (it is ready; it has not failed) is for `Runtime` to say.
 """
 
 from __future__ import annotations
@@ -13,16 +14,19 @@ import asyncio
 import random
 import secrets
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
-from tpworker.config import SamplingParams
+from tpworker.config import SamplingParams, SchedulingPolicy, choice_seed
 from tpworker.errors import InvalidRequest, QueueFull
 from tpworker.ipc.arrays import unpack_int32
 from tpworker.ipc.messages import Abort, Sampling, Submit
-from tpworker.runtime.admission import fit, pack_prompt, resolve_sampling
+from tpworker.outputs import RequestOutput
+from tpworker.runtime.admission import check_priority, fit, pack_prompt, resolve_sampling
+from tpworker.runtime.choices import Choices
 from tpworker.runtime.generation import Generation
-from tpworker.runtime.requests import Request, Requests
+from tpworker.runtime.requests import Bell, Request, Requests
 from tpworker.runtime.start import Served
 from tpworker.runtime.tokenisers import SHORT_CHARS, Tokenisers
 
@@ -38,17 +42,20 @@ class Intake:
     Args:
         max_queue: how many may wait.
         seed: of the seeds of requests that bring none.
+        policy: see `RuntimeConfig.scheduling_policy`.
     """
 
-    def __init__(self, max_queue: int, seed: int) -> None:
+    def __init__(self, max_queue: int, seed: int, policy: SchedulingPolicy) -> None:
         self.requests = Requests()
         """Those that the scheduler may still say something about."""
         self.num_finished = 0
         self.num_aborted = 0
         self._max_queue = max_queue
+        self._policy = policy
         self._seeds = random.Random(seed)
         self._tokenisers = Tokenisers()
-        self._open: dict[str, Request] = {}  # those whose consumers still wait for something
+        self._open: dict[str, Choices] = {}  # those whose consumers still wait for something
+        self._num_open = 0  # choices of these that have not ended
         self._num_preparing = 0  # requests to come, see `prepare`
         self._promises: list[float] = []  # until when each of those may still come, though we drain
         self._closed: asyncio.Future[None] | None = None  # set when one of them is closed, for `all_closed`
@@ -63,7 +70,7 @@ class Intake:
     @property
     def num_open(self) -> int:
         """Those that are being prepared included."""
-        return len(self._open) + self._num_preparing
+        return self._num_open + self._num_preparing
 
     @property
     def num_waiting(self) -> int:
@@ -72,8 +79,12 @@ class Intake:
 
     # ------------------------------------------------------------------------------- a place
 
-    def check_room(self, num_requests: int) -> None:
-        """Whether so many more requests can be taken now.
+    def check_room(self, num_requests: int, parameter: str = "prompt") -> None:
+        """Whether so many more requests can be taken now, each choice of each prompt counted.
+
+        Args:
+            num_requests: how many.
+            parameter: to blame for them if they are too many: 'prompt', or 'n'.
 
         Raises:
             InvalidRequest: so many can never be open at once.
@@ -82,10 +93,10 @@ class Intake:
         slots, places = self._serving()[0].max_num_seqs, self._max_queue
         if num_requests > slots + places:
             raise InvalidRequest(
-                f"{num_requests} prompts are more than the {slots + places} that can be open at once "
-                f"(max_num_seqs={slots} and max_queue={places}): ask for fewer at a time, or raise "
-                "--max-queue",
-                "prompt",
+                f"{num_requests} {'choices' if parameter == 'n' else 'prompts'} are more than the "
+                f"{slots + places} that can be open at once (max_num_seqs={slots} and max_queue={places}): "
+                "ask for fewer at a time, or raise --max-queue",
+                parameter,
             )
         if self.num_waiting + num_requests - (slots - self.requests.num_running) > places:
             more = f", and this is {num_requests} more" if num_requests > 1 else ""
@@ -108,11 +119,11 @@ class Intake:
         until = asyncio.get_running_loop().time() + PROMISE_SECONDS
         self._promises += [until] * num_requests
 
-    def take_promise(self) -> bool:
-        """Whether a request that comes now had been promised. Each promise is good for one."""
-        if not self._promised():
+    def take_promise(self, num_choices: int) -> bool:
+        """Whether a request that comes now had been promised. Each promise is good for one choice."""
+        if self._promised() < num_choices:
             return False
-        self._promises.pop()
+        del self._promises[-num_choices:]
         return True
 
     def _promised(self) -> int:
@@ -121,34 +132,49 @@ class Intake:
         self._promises = [until for until in self._promises if until > now]
         return len(self._promises)
 
-    def reserve(self, request_id: str | None) -> Request:
-        """A place in the queue, before anything is done that takes time.
+    def reserve(self, request_id: str | None, num_choices: int) -> Choices:
+        """Places in the queue, before anything is done that takes time.
 
         Raises:
-            InvalidRequest: there is an open request of this id.
+            InvalidRequest: there is an open request of this id; or see `check_room`.
             QueueFull: see `check_room`.
         """
-        self.check_room(1)
+        self.check_room(num_choices, "n")
         if request_id in self._open:
             raise InvalidRequest(f"request_id {request_id!r} is that of another open request", "request_id")
-        request = self.requests.open(request_id or f"request-{secrets.token_hex(8)}")
-        self._open[request.request_id] = request
-        return request
+        request_id = request_id or f"request-{secrets.token_hex(8)}"
+        bell = Bell()
+        first = self.requests.open(request_id, bell=bell)
+        others = [self.requests.open(request_id, first, index, bell) for index in range(1, num_choices)]
+        self._open[request_id] = choices = Choices([first, *others], bell)
+        self._num_open += num_choices
+        return choices
 
     # ---------------------------------------------------------------------- to the scheduler
 
     async def submit(
         self,
-        request: Request,
+        choices: Choices,
         prompt: str | Sequence[int],
         params: SamplingParams,
         default_max_tokens: int | None,
     ) -> None:
         """Checks what is asked for, and tells the scheduler. Errors are those of `Runtime.generate`."""
+        check_priority(params, self._policy)
         served, _ = self._serving()
         tokens = pack_prompt(await self._tokenise(prompt, served), served.model.spec)
+        sampling = self._resolve(params, len(tokens) // 4, default_max_tokens, served)
+        for request in choices.requests:
+            self._describe(request, tokens, params, sampling, served)
+        for request in choices.requests:
+            if request in self.requests:  # else it was aborted meanwhile
+                self._send(request, tokens, params, sampling)
+
+    def _describe(
+        self, request: Request, tokens: bytes, params: SamplingParams, sampling: Sampling, served: Served
+    ) -> None:
+        """What is to be known of a request when its tokens come."""
         request.num_prompt = len(tokens) // 4
-        sampling = self._resolve(params, request.num_prompt, default_max_tokens, served)
         request.own_stop_ids = frozenset(params.stop_token_ids).difference(served.model.spec.eos_ids)
         if params.detokenize:
             from tpworker.text.stream import TextStream
@@ -160,10 +186,23 @@ class Intake:
                 min_tokens=params.min_tokens,
                 prompt=unpack_int32(tokens),
             )
+
+    def _send(self, request: Request, tokens: bytes, params: SamplingParams, sampling: Sampling) -> None:
+        """All that the scheduler is told of a request: what would bring it back after a restart."""
         _, generation = self._serving()
-        if request in self.requests:  # else it was aborted meanwhile
-            request.is_submitted = True
-            generation.send(Submit(generation.number, request.number, tokens, 0, sampling))
+        request.is_submitted = True
+        generation.send(
+            Submit(
+                generation.number,
+                request.number,
+                tokens,
+                0,
+                replace(sampling, seed=choice_seed(sampling.seed, request.index)),
+                request.first.number if params.n > 1 else None,
+                params.priority,
+                params.cache_salt or "",
+            )
+        )
 
     async def _tokenise(self, prompt: str | Sequence[int], served: Served) -> Sequence[int]:
         if isinstance(prompt, (bytes, bytearray)):
@@ -189,16 +228,30 @@ class Intake:
 
     # ------------------------------------------------------------------------------- its end
 
-    def abort(self, request_id: str) -> None:
-        """Ends a request with an output that says so. Unknown ids are ignored."""
-        request = self._open.get(request_id)
-        if request is not None:
-            self._withdraw(request)
-            request.end("abort")
+    async def take(self, choices: Choices) -> RequestOutput:
+        """The next output of a request some choice of which has not ended. Errors as in `Choices.take`."""
+        request, output = await choices.take()
+        if output.finish_reason is not None:
+            self._ended(request)
+        return output
 
-    def close(self, request: Request) -> None:
-        """Its consumer has all it will get."""
-        del self._open[request.request_id]
+    def abort(self, request_id: str) -> None:
+        """Ends a request, each choice with an output that says so. Unknown ids are ignored."""
+        choices = self._open.get(request_id)
+        if choices is not None:
+            for request in choices.unended:
+                self._withdraw(request)
+                request.end("abort")
+
+    def close(self, choices: Choices) -> None:
+        """Its consumer has all it will get, or wants no more."""
+        del self._open[choices.request_id]
+        for request in choices.unended:
+            self._ended(request)
+
+    def _ended(self, request: Request) -> None:
+        """The consumer has all it will get of this choice."""
+        self._num_open -= 1
         self._withdraw(request)
         if request.finish in ("stop", "length"):
             self.num_finished += 1

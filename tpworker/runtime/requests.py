@@ -1,11 +1,14 @@
 """The requests that are open in a runtime, and how the scheduler's tokens get to their consumers.
 
                  ┌────────────────────── Requests (by number) ─────────────────────┐
-    StepOutput ──┤ position known already? drop. a gap? fault. next? append, wake  ├──► Request ──► take()
+    StepOutput ──┤ position known already? drop. a gap? fault. next? append, ring  ├──► Request ──► take()
                  └─────────────────────────────────────────────────────────────────┘
 
 Delivering a token costs an append and, once a step, waking the consumer that waits for it. Everything
 else, detokenising above all, is done in `take`, when the consumer comes to fetch what has arrived.
+
+Each choice of a client's request (`SamplingParams.n`) is a request here, in all counts too; `Choices` puts
+them together for their consumer.
 
 All of this belongs to one event loop's thread.
 """
@@ -28,16 +31,45 @@ class GapError(Exception):
     """A token came that is not the next one of its request: one was lost."""
 
 
+class Bell:
+    """Wakes the one consumer of a request, or of several."""
+
+    __slots__ = ("_waiter",)
+
+    def __init__(self) -> None:
+        self._waiter: asyncio.Future[None] | None = None
+
+    def ring(self) -> None:
+        """Something has changed. The consumer is woken if it waits, and has not been woken already."""
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+    async def wait(self) -> None:
+        """Until it rings. What has changed before must have been looked at."""
+        self._waiter = asyncio.get_running_loop().create_future()
+        await self._waiter
+
+
 class Request:
-    """One request, from before it is tokenised until its consumer has its last output."""
+    """One choice of a request, from before it is tokenised until its consumer has its last output.
+
+    Args:
+        number: its name towards the scheduler; never used again.
+        request_id: its client's name for it; that of all choices.
+        first: the choice with index 0; None: it is that.
+        index: which choice it is.
+        bell: rung whenever there is something new.
+    """
 
     __slots__ = (
-        "_arrived",
+        "_bell",
         "_num_taken",
         "_tokens",
-        "_waiter",
         "error",
         "finish",
+        "first",
+        "index",
         "is_running",
         "is_submitted",
         "num_cached",
@@ -49,10 +81,18 @@ class Request:
         "text",
     )
 
-    def __init__(self, number: int, request_id: str) -> None:
+    def __init__(
+        self,
+        number: int,
+        request_id: str,
+        first: Request | None = None,
+        index: int = 0,
+        bell: Bell | None = None,
+    ) -> None:
         self.number = number
-        """Its name towards the scheduler; never used again."""
         self.request_id = request_id
+        self.first = first or self
+        self.index = index
         self.num_prompt = 0
         self.num_cached = 0
         self.num_received = 0
@@ -70,43 +110,28 @@ class Request:
         """Those of its stop_token_ids that do not end every request."""
         self._tokens: list[int] = []  # arrived, not taken yet
         self._num_taken = 0
-        self._waiter: asyncio.Future[None] | None = None
+        self._bell = bell or Bell()
 
     def append(self, token: int) -> None:
-        """The next token has arrived. Its consumer is woken if it waits, and has not been woken already."""
+        """The next token has arrived."""
         self._tokens.append(token)
         self.num_received += 1
-        if self._waiter is not None:
-            self.wake()
-
-    def wake(self) -> None:
-        """Something has changed that the consumer waits for."""
-        waiter, self._waiter = self._waiter, None
-        if waiter is not None and not waiter.done():
-            waiter.set_result(None)
+        self._bell.ring()
 
     def end(self, finish: FinishReason) -> None:
         """No more tokens will come. The first reason counts."""
         if self.finish is None:
             self.finish = finish
-        self.wake()
+        self._bell.ring()
 
     def fail(self, error: Callable[[], Exception]) -> None:
         """No more tokens will come, because of an error."""
         self.error = error
-        self.wake()
+        self._bell.ring()
 
-    async def arrival(self) -> None:
-        """Waits until there is something to take.
-
-        Raises:
-            Exception: what `fail` was told, once all tokens that had arrived are taken.
-        """
-        while not self._tokens and self.finish is None:
-            if self.error is not None:
-                raise self.error()
-            self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
+    def has_arrived(self) -> bool:
+        """Whether there is something to take."""
+        return bool(self._tokens) or self.finish is not None
 
     def take(self) -> RequestOutput:
         """All that has arrived, as one output. A stop string in it ends the request, at its position."""
@@ -132,8 +157,9 @@ class Request:
             finish,
             stop_reason,
             self.num_prompt,
-            self.num_cached,
+            self.first.num_cached,
             self._num_taken,
+            self.index,
         )
 
 
@@ -158,9 +184,11 @@ class Requests:
     def __contains__(self, request: Request) -> bool:
         return request.number in self._by_number
 
-    def open(self, request_id: str) -> Request:
-        """A new request, waiting."""
-        request = Request(self._next_number, request_id)
+    def open(
+        self, request_id: str, first: Request | None = None, index: int = 0, bell: Bell | None = None
+    ) -> Request:
+        """A new request, waiting. The arguments are those of `Request`."""
+        request = Request(self._next_number, request_id, first, index, bell)
         self._next_number += 1
         self._by_number[request.number] = request
         self.num_waiting += 1

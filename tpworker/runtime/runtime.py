@@ -86,7 +86,7 @@ class Runtime(Facts):
         self._home = HomeLoop()
         self._generation: Generation | None = None  # once processes were started
         self._gpu_watch: GpuWatch | None = None  # if there are GPUs
-        self._intake = Intake(self.config.max_queue, self.config.seed)
+        self._intake = Intake(self.config.max_queue, self.config.seed, self.config.scheduling_policy)
         self._steps = Steps()
 
     # ------------------------------------------------------------------------ start and stop
@@ -224,6 +224,9 @@ class Runtime(Facts):
     ) -> AsyncGenerator[RequestOutput, None]:
         """Generates from a prompt; outputs come as tokens do, the last one with a `finish_reason`.
 
+        With `SamplingParams.n` there are several choices. Each output is of one of them (`index`), and each
+        choice has a last output; it ends when all have ended.
+
         It is an asynchronous generator: nothing happens before it is iterated, and closing it (`aclose`,
         or cancelling the task that waits for it) aborts the request. A generator that is merely left, as
         by `break`, is closed when it is collected; `contextlib.aclosing` closes it at once.
@@ -242,19 +245,19 @@ class Runtime(Facts):
             RuntimeStopped: the runtime is not started, drains, was stopped, or started on another event loop.
             RuntimeFailed: a process has died, hung, diverged or raised; names it, with its traceback.
         """
-        self._check_taking(is_promised=self._intake.take_promise())
-        request = self._intake.reserve(request_id)
+        sampling = sampling or SamplingParams()
+        self._check_taking(is_promised=self._intake.take_promise(sampling.n))
+        choices = self._intake.reserve(request_id, sampling.n)
         try:
-            await self._intake.submit(request, prompt, sampling or SamplingParams(), default_max_tokens)
+            await self._intake.submit(choices, prompt, sampling, default_max_tokens)
             while True:
                 self._home.check()
-                await request.arrival()
-                output = request.take()
-                if output.finish_reason is not None:
+                output = await self._intake.take(choices)
+                if not choices.unended:
                     break
                 yield output
         finally:
-            self._home.call(partial(self._intake.close, request))
+            self._home.call(partial(self._intake.close, choices))
         yield output
 
     async def prepare(self, work: Callable[[], T], num_requests: int = 1, num_chars: int = 0) -> T:
@@ -264,7 +267,7 @@ class Runtime(Facts):
 
         Args:
             work: called in one of the threads that tokenise; its result is returned.
-            num_requests: how many requests that will be.
+            num_requests: how many requests that will be, each choice of each prompt counted.
             num_chars: of the texts that this is about: long ones must not have short ones wait.
 
         Raises:
@@ -290,7 +293,8 @@ class Runtime(Facts):
         return self.tokenizer.encode(text, add_special_tokens)
 
     def abort(self, request_id: str) -> None:
-        """Ends a request, whose last output then has the finish reason 'abort'. Unknown ids are ignored.
+        """Ends a request, whose last output, or that of each choice that had not ended, then has the finish
+        reason 'abort'. Unknown ids are ignored.
 
         Raises:
             RuntimeStopped: the runtime was started on another event loop.

@@ -138,6 +138,9 @@ class SyncRuntime:
     ) -> list[Completion]:
         """Completes all prompts, as many at once as the runtime has slots, and returns them in order.
 
+        With `SamplingParams.n` there are so many completions for each prompt: all choices of the first one,
+        by index, then all of the second, and so on.
+
         Args:
             prompts: texts, or lists of token ids.
             sampling: the same for all.
@@ -152,33 +155,28 @@ class SyncRuntime:
     async def _complete_all(
         self, prompts: Sequence[str | Sequence[int]], sampling: SamplingParams | None
     ) -> list[Completion]:
-        slots = asyncio.Semaphore(self.runtime.max_num_seqs)
+        num_choices = 1 if sampling is None else sampling.n
+        at_once = asyncio.Semaphore(max(1, self.runtime.max_num_seqs // num_choices))
 
-        async def complete(prompt: str | Sequence[int]) -> Completion:
-            async with slots:
+        async def complete(prompt: str | Sequence[int]) -> list[Completion]:
+            async with at_once:
                 return await self._complete(prompt, sampling)
 
         tasks = [asyncio.ensure_future(complete(prompt)) for prompt in prompts]
         try:
-            return await asyncio.gather(*tasks)
+            return [completion for choices in await asyncio.gather(*tasks) for completion in choices]
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _complete(self, prompt: str | Sequence[int], sampling: SamplingParams | None) -> Completion:
-        outputs = [output async for output in self.runtime.generate(prompt, sampling)]
-        last = outputs[-1]
-        assert last.finish_reason is not None
-        return Completion(
-            last.request_id,
-            "".join(output.text for output in outputs),
-            tuple(token for output in outputs for token in output.token_ids),
-            last.finish_reason,
-            last.stop_reason,
-            last.num_prompt_tokens,
-            last.num_cached_tokens,
-        )
+    async def _complete(
+        self, prompt: str | Sequence[int], sampling: SamplingParams | None
+    ) -> list[Completion]:
+        by_index: dict[int, list[RequestOutput]] = {}
+        async for output in self.runtime.generate(prompt, sampling):
+            by_index.setdefault(output.index, []).append(output)
+        return [_completion(by_index[index]) for index in sorted(by_index)]
 
     def abort(self, request_id: str) -> None:
         """See `Runtime.abort`."""
@@ -252,3 +250,19 @@ class SyncRuntime:
         except BaseException:
             future.cancel()
             raise
+
+
+def _completion(outputs: list[RequestOutput]) -> Completion:
+    """All outputs of one choice as one."""
+    last = outputs[-1]
+    assert last.finish_reason is not None
+    return Completion(
+        last.request_id,
+        "".join(output.text for output in outputs),
+        tuple(token for output in outputs for token in output.token_ids),
+        last.finish_reason,
+        last.stop_reason,
+        last.num_prompt_tokens,
+        last.num_cached_tokens,
+        last.index,
+    )

@@ -1,0 +1,51 @@
+"""The choices of one request, as their one consumer sees them.
+
+    StepOutput ─► Request, index 0 ─┐
+                  Request, index 1 ─┼─► Choices.take ─► one output after the other, each of one choice
+                  Request, index 2 ─┘
+
+A round goes over all that have something, so none waits for another; what comes for one that has been
+taken already waits for the next round, and comes together then.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+from tpworker.outputs import RequestOutput
+from tpworker.runtime.requests import Bell, Request
+
+
+class Choices:
+    """One request of a client: its choices, by index, each of which is a `Request` with a number of its own.
+
+    Args:
+        requests: all of the same bell.
+    """
+
+    def __init__(self, requests: list[Request], bell: Bell) -> None:
+        self.requests = tuple(requests)
+        self.request_id = requests[0].request_id
+        self.unended = list(requests)
+        """Those whose last output has not been taken."""
+        self._round: deque[Request] = deque()  # of those, who had something at the last look
+        self._bell = bell
+
+    async def take(self) -> tuple[Request, RequestOutput]:
+        """Waits until something has come, and takes it; there must be a choice that has not ended.
+
+        Raises:
+            Exception: what `Request.fail` was told, once all that had arrived is taken.
+        """
+        while not self._round:
+            self._round.extend(request for request in self.unended if request.has_arrived())
+            if not self._round:
+                for request in self.unended:
+                    if request.error is not None:
+                        raise request.error()
+                await self._bell.wait()
+        request = self._round.popleft()
+        output = request.take()
+        if output.finish_reason is not None:
+            self.unended.remove(request)
+        return request, output
