@@ -50,7 +50,7 @@ class Codec:
             value = values[i]
             if isinstance(value, tuple):
                 values[i] = [codec_of(type(part)).pack(part) for part in value]
-            else:
+            elif value is not None:
                 values[i] = codec_of(type(value)).pack(value)
         return values
 
@@ -68,9 +68,12 @@ def _is_part(hint: Any) -> bool:
 
 
 def _part_of(hint: Any) -> Any:
-    """The dataclass that a field holds, directly or in a tuple; None for plain values."""
+    """The dataclass that a field holds, directly, in a tuple or else None; None for plain values."""
     if get_origin(hint) is tuple:
         hint = get_args(hint)[0]
+    for kind in get_args(hint):
+        if _is_part(kind):
+            return kind
     return hint if _is_part(hint) else None
 
 

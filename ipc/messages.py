@@ -27,13 +27,19 @@ import msgpack
 
 from tpworker.ipc.codec import MessageError, Within, codec_of
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 MAX_MESSAGE_BYTES = 1 << 26
 MAX_RANKS = 64
 MAX_SLOTS = 4096
 MAX_BLOCKS = 1 << 30
 MAX_SEQUENCE = 1 << 22  # tokens of one request, prompt and output together
+MAX_BIAS = 1024
+MAX_BARRED = 128
+MAX_BARRED_LENGTH = 16  # tokens
+NO_LOGPROBS = -1
+LOGPROB_ROW_BYTES = 164
+"""float32 [21]: the token's logprob and the likeliest ones', best first; int32 [20]: their ids, -1: none."""
 
 
 Step = Annotated[int, Within(0, 2**62)]
@@ -46,10 +52,13 @@ Count = Annotated[int, Within(0, 2**62)]
 Priority = Annotated[int, Within(-(2**31), 2**31 - 1)]
 Salt = Annotated[str, Within(0, 256)]
 Nanoseconds = Annotated[int, Within(0, 2**63 - 1)]
+NumLogprobs = Annotated[int, Within(-1, 20)]  # likeliest tokens told of beside the token itself
 Name = Annotated[str, Within(1, 64)]
 Text = Annotated[str, Within(0, 1 << 16)]
 Int32s = Annotated[bytes, Within(0, 4 * MAX_SEQUENCE)]
+Float32s = Annotated[bytes, Within(0, 4 * MAX_SEQUENCE)]
 Int64s = Annotated[bytes, Within(0, 8 * MAX_SEQUENCE)]
+LogprobRows = Annotated[bytes, Within(0, 1 << 25)]
 
 
 # ------------------------------------------------------------------------------------ handshake
@@ -108,6 +117,19 @@ class Stop:
 
 
 @dataclass(frozen=True, slots=True)
+class LogitRules:
+    """What changes a request's logits before its tokens are chosen. Part of `Sampling`."""
+
+    repetition_penalty: Annotated[float, Within(1e-6, 1e6)]  # 1: none
+    presence_penalty: Annotated[float, Within(-1e6, 1e6)]  # 0: none
+    frequency_penalty: Annotated[float, Within(-1e6, 1e6)]
+    bias_ids: Int32s  # all different, at most MAX_BIAS
+    bias: Float32s  # in their order
+    allowed_ids: Int32s | None  # None: all
+    barred: tuple[Int32s, ...]  # words of 1 to MAX_BARRED_LENGTH tokens; of several: at most MAX_BARRED
+
+
+@dataclass(frozen=True, slots=True)
 class Sampling:
     """A request's sampling parameters with every default filled in. Part of `Submit` and `Admission`."""
 
@@ -118,6 +140,10 @@ class Sampling:
     max_tokens: Annotated[int, Within(1, MAX_SEQUENCE)]
     min_tokens: Length
     stop_ids: Annotated[bytes, Within(0, 64)]  # int32: end-of-sequence ids (unless ignored), stop token ids
+    min_p: Annotated[float, Within(0, 1)] = 0.0  # 0: all
+    rules: LogitRules | None = None
+    num_logprobs: NumLogprobs = NO_LOGPROBS
+    num_prompt_logprobs: NumLogprobs = NO_LOGPROBS
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +207,7 @@ class Chunk:
     """Tokens [start, start + length) of a slot's known tokens are prefilled. Part of `BatchPlan`.
 
     `sample` is true for the chunk that reaches the end of the known tokens: a token is sampled there.
+    Of a request that asks for it, the result has a logprob row for each prompt token behind one of these.
     """
 
     slot: Slot
@@ -224,12 +251,18 @@ class StepTiming:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """The sampled tokens of one step, int32, in the order that `BatchPlan` tells."""
+    """The sampled tokens of one step, int32, in the order that `BatchPlan` tells.
+
+    `logprobs` has a row of LOGPROB_ROW_BYTES for each of them, if any of their requests asks for logprobs;
+    `prompt_logprobs` those of prompt tokens, see `Chunk`.
+    """
 
     generation: Generation
     step: Step
     tokens: Int32s
     timing: StepTiming
+    logprobs: LogprobRows = b""
+    prompt_logprobs: LogprobRows = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,6 +282,15 @@ class Started:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptLogprobs:
+    """Logprob rows of a request's prompt tokens, from `position` on. Part of `StepOutput`."""
+
+    request: RequestId
+    position: Length
+    rows: LogprobRows
+
+
+@dataclass(frozen=True, slots=True)
 class SchedulerLoad:
     """What only the scheduler knows, as of a `StepOutput`; the last three count since its start."""
 
@@ -264,6 +306,7 @@ class StepOutput:
 
     `requests` (int64), `positions` and `tokens` (int32) run in parallel. A position counts a request's
     output tokens from 0, over restarts and preemptions too: the runtime drops what it already has.
+    `logprobs` has a row for those tokens whose index stands in `logprobs_of` (int32).
     """
 
     generation: Generation
@@ -277,6 +320,9 @@ class StepOutput:
     num_decodes: Count
     timing: StepTiming
     load: SchedulerLoad
+    logprobs_of: Int32s = b""
+    logprobs: LogprobRows = b""
+    prompt_logprobs: tuple[PromptLogprobs, ...] = ()
 
 
 Message = (

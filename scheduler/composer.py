@@ -30,8 +30,8 @@ from operator import attrgetter
 
 from tpworker.ipc.arrays import pack_int32
 from tpworker.ipc.messages import Admission, BatchPlan, Chunk, Grant, Started
-from tpworker.scheduler.inflight import InFlight
-from tpworker.scheduler.kv_blocks import BlockPool
+from tpworker.scheduler.inflight import InFlight, PromptPart
+from tpworker.scheduler.kv_blocks import BlockPool, Node
 from tpworker.scheduler.queue import Queue
 from tpworker.scheduler.requests import Request, State
 
@@ -198,8 +198,13 @@ class Composer:
         sampled = draft.decoding + [
             request for request, chunk in zip(draft.prefilling, draft.chunks, strict=True) if chunk.sample
         ]
+        told = [
+            PromptPart(request, chunk.start + 1, request.num_told(chunk))
+            for request, chunk in zip(draft.prefilling, draft.chunks, strict=True)
+            if request.wants_prompt_logprobs
+        ]
         prefill_tokens = sum(chunk.length for chunk in draft.chunks)
-        return InFlight(step, sampled, prefill_tokens, len(draft.decoding))
+        return InFlight(step, sampled, told, prefill_tokens, len(draft.decoding))
 
     # ----------------------------------------------------------------------- slots and blocks
 
@@ -208,7 +213,7 @@ class Composer:
         situation = (request.id, self.pool.num_free, len(self.running))
         if situation == self._blocked:
             return False  # nothing has changed: looking a long prompt up again would be for nothing
-        shared, node = self.pool.match(request.tokens, request.root)
+        shared, node = self._find_prefix(request)
         fresh = self.blocks_for(len(request.tokens)) - len(shared)
         reserve = len(self.running)  # each will want to grow: an admission must not lead to a preemption
         if self.pool.num_free - self.pool.num_idle(shared) < fresh + reserve:
@@ -238,6 +243,12 @@ class Composer:
             )
         )
         return True
+
+    def _find_prefix(self, request: Request) -> tuple[list[int], Node]:
+        """Blocks of its tokens that are computed already. Who asks for a prompt's logprobs computes all."""
+        if request.wants_prompt_logprobs:
+            return [], request.root
+        return self.pool.match(request.tokens, request.root)
 
     def _start(self, request: Request, num_cached: int) -> None:
         """Tells once that it has got a slot. The prompt of several choices counts once, with the first."""

@@ -10,7 +10,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from tpworker.ipc.arrays import unpack_int32
-from tpworker.ipc.messages import StepResult
+from tpworker.ipc.messages import LOGPROB_ROW_BYTES, StepResult
 from tpworker.ipc.patience import Patience
 from tpworker.scheduler.requests import Request
 
@@ -20,11 +20,21 @@ class ProtocolError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class PromptPart:
+    """Prompt tokens of whose logprobs a plan's result will tell."""
+
+    request: Request
+    position: int  # of the first one
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
 class InFlight:
     """One unanswered plan."""
 
     step: int
     sampled: list[Request]  # whose tokens come back, in the plan's order
+    told: list[PromptPart]  # in the order of their chunks
     num_prefill_tokens: int
     num_decodes: int
 
@@ -70,5 +80,14 @@ class InFlightPlans:
         plan = self._plans.popleft()
         if len(tokens) != len(plan.sampled):
             raise ProtocolError(f"step {result.step}: {len(tokens)} tokens for {len(plan.sampled)} rows")
+        wanted = len(tokens) if any(request.wants_logprobs for request in plan.sampled) else 0
+        _check_rows(result.step, result.logprobs, wanted)
+        _check_rows(result.step, result.prompt_logprobs, sum(part.count for part in plan.told))
         self.patience.restart()
         return plan, tokens
+
+
+def _check_rows(step: int, rows: bytes, count: int) -> None:
+    """Raises ProtocolError unless there are so many logprob rows."""
+    if len(rows) != count * LOGPROB_ROW_BYTES:
+        raise ProtocolError(f"step {step}: {len(rows)} bytes of logprobs for {count} rows")

@@ -19,11 +19,13 @@ from tpworker.ipc.channels import Channel, Poller, accept_all, close_all
 from tpworker.ipc.child import RANK_NAME, SchedulerBoot, SchedulerSettings, board_names
 from tpworker.ipc.codec import MessageError
 from tpworker.ipc.messages import (
+    LOGPROB_ROW_BYTES,
     Abort,
     Allocate,
     BatchPlan,
     Finish,
     Message,
+    PromptLogprobs,
     RankLoaded,
     RankReady,
     SchedulerLoad,
@@ -169,16 +171,22 @@ class Scheduler:
     def commit(self, result: StepResult) -> None:
         """Applies a step's tokens, finds what has ended, and makes one message of it for the runtime."""
         plan, tokens = self.in_flight.answered(result)
+        told_of_prompts = prompt_logprobs(plan, result)  # before one ends with its first token
         requests: list[int] = []
         positions: list[int] = []
         committed: list[int] = []
         finished: list[Finish] = []
-        for request, token in zip(plan.sampled, tokens, strict=True):
+        told: list[int] = []  # places in `committed`
+        rows: list[bytes] = []
+        for row, (request, token) in enumerate(zip(plan.sampled, tokens, strict=True)):
             request.in_flight -= 1
             if request.state is State.FINISHED:
                 continue  # sampled for nobody: it had ended, which was not known when this was composed
             requests.append(request.id)
             positions.append(request.num_output)
+            if request.wants_logprobs:
+                told.append(len(committed))
+                rows.append(logprob_row(result.logprobs, row))
             committed.append(token)
             request.tokens.append(token)
             if token in request.stop_ids:
@@ -203,6 +211,9 @@ class Scheduler:
                 plan.num_decodes,
                 result.timing,
                 self.load(),
+                pack_int32(told),
+                b"".join(rows),
+                told_of_prompts,
             )
         )
 
@@ -238,6 +249,22 @@ class Scheduler:
             f"steps of each rank: {places}",
             behind if len(behind) < len(rows) or len(rows) == 1 else [],
         )
+
+
+def logprob_row(rows: bytes, index: int, count: int = 1) -> bytes:
+    """Some of the logprob rows of a result."""
+    return rows[index * LOGPROB_ROW_BYTES : (index + count) * LOGPROB_ROW_BYTES]
+
+
+def prompt_logprobs(plan: InFlight, result: StepResult) -> tuple[PromptLogprobs, ...]:
+    """What a result tells of prompts, by request."""
+    found, row = [], 0
+    for part in plan.told:
+        if part.count and part.request.state is not State.FINISHED:
+            rows = logprob_row(result.prompt_logprobs, row, part.count)
+            found.append(PromptLogprobs(part.request.id, part.position, rows))
+        row += part.count
+    return tuple(found)
 
 
 def scheduler_main(boot: SchedulerBoot) -> None:

@@ -22,7 +22,7 @@ from array import array
 from enum import Enum, auto
 
 from tpworker.ipc.arrays import unpack_int32
-from tpworker.ipc.messages import Sampling, Submit
+from tpworker.ipc.messages import NO_LOGPROBS, Chunk, Sampling, Submit
 from tpworker.scheduler.kv_blocks import Node, Root
 
 Key = tuple[int, int]
@@ -95,6 +95,20 @@ class Request:
     def num_shareable(self, block_size: int) -> int:
         """Blocks of its prompt that choices of the same request can share with it."""
         return min(self.num_prompt, len(self.tokens) - 1) // block_size
+
+    @property
+    def wants_logprobs(self) -> bool:
+        """Whether the logprobs of its tokens are asked for."""
+        return self.sampling.num_logprobs != NO_LOGPROBS
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether those of its prompt are."""
+        return self.sampling.num_prompt_logprobs != NO_LOGPROBS
+
+    def num_told(self, chunk: Chunk) -> int:
+        """Of how many prompt tokens' logprobs a chunk tells: of those behind one of its own."""
+        return max(0, min(chunk.start + chunk.length, self.num_prompt - 1) - chunk.start)
 
     @property
     def num_output(self) -> int:

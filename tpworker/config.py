@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from types import MappingProxyType
 from typing import Any, Literal
 
 from tpworker.errors import ConfigError, InvalidRequest, shown
@@ -27,6 +28,10 @@ MAX_SEED = 2**63 - 1
 MAX_CHOICES = 128
 MAX_PRIORITY = 2**31 - 1
 MAX_SALT = 256  # characters
+MAX_LOGPROBS = 20
+MAX_BIAS = 1024
+MAX_BAD_WORDS = 1024
+MAX_WORD = 128  # characters
 
 _KINDS: dict[str, tuple[type, ...]] = {
     "int": (int,),
@@ -197,13 +202,35 @@ class SamplingParams:
     """
 
     max_tokens: int | None = None
-    """Most tokens generated. None: as many as fit into max_model_len."""
+    """Most tokens generated. None: as many as fit into max_model_len. 0: none, e.g. for `prompt_logprobs`."""
     temperature: float | None = None
     """0 is greedy. Default 1.0."""
     top_p: float | None = None
     """Smallest set of tokens whose probabilities sum to at least top_p. Default 1.0: all."""
     top_k: int | None = None
     """The k most likely tokens. Default 0: all."""
+    min_p: float | None = None
+    """Only tokens at least min_p times as likely as the likeliest, after temperature, before top_k and top_p.
+    Default 0: all."""
+    repetition_penalty: float | None = None
+    """Divides positive logits of tokens that prompt or output hold, and multiplies negative ones. Default 1:
+    none."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logits of tokens that the output holds."""
+    frequency_penalty: float = 0.0
+    """The same, for each time that the output holds them."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
+    """Added to the logits of these token ids, before penalties."""
+    allowed_token_ids: Sequence[int] | None = None
+    """No other token is chosen. None: all are allowed."""
+    bad_words: Sequence[str] = field(default=())
+    """Texts that the output does not come to hold, tokenised as they are and behind a space: the last token
+    of one is not chosen where those before it stand. Other ways to spell them in tokens are not barred."""
+    logprobs: int | None = None
+    """Outputs have `logprobs`: of each token, and of so many of the likeliest in its place."""
+    prompt_logprobs: int | None = None
+    """The first output has `prompt_logprobs`: the same for the tokens of the prompt. All of it is computed
+    then, whatever the prefix cache holds."""
     seed: int | None = None
     """None: one is drawn for the request."""
     n: int = 1
@@ -254,14 +281,47 @@ class SamplingParams:
             check(name, isinstance(getattr(self, name), bool), "true or false")
 
         listed("stop", "a string, or a sequence of strings")
+        listed("bad_words", "a string, or a sequence of strings")
+        if self.allowed_token_ids is not None:
+            listed("allowed_token_ids", "a sequence of token ids")
+            settle("allowed_token_ids", tuple(_number(i, int) for i in self.allowed_token_ids))
+        check("logit_bias", isinstance(self.logit_bias, Mapping), "a mapping of token ids to numbers")
+        bias = {_number(i, int): _number(value, float) for i, value in self.logit_bias.items()}
+        settle("logit_bias", MappingProxyType(bias))
         listed("stop_token_ids", "a sequence of token ids")
         settle("stop_token_ids", tuple(_number(i, int) for i in self.stop_token_ids))
 
-        integer("max_tokens", 1, 2**31 - 1, "an integer from 1 to 2**31 - 1")
+        integer("max_tokens", 0, 2**31 - 1, "an integer from 0 to 2**31 - 1")
         number("temperature", 0.0, 100.0, "a number from 0 to 100")
         number("top_p", 0.0, 1.0, "a number above 0 and at most 1")
         check("top_p", self.top_p is None or self.top_p > 0, "a number above 0 and at most 1")
         integer("top_k", -1, 2**31 - 1, "an integer from 0 to 2**31 - 1 (0 or -1: no limit)")
+        number("min_p", 0.0, 1.0, "a number from 0 to 1")
+        number("repetition_penalty", 0.01, 100.0, "a number from 0.01 to 100 (1: none)")
+        for name in ("presence_penalty", "frequency_penalty"):
+            number(name, -2.0, 2.0, "a number from -2 to 2 (0: none)")
+            check(name, getattr(self, name) is not None, "a number from -2 to 2 (0: none)")
+        for name in ("logprobs", "prompt_logprobs"):
+            integer(name, 0, MAX_LOGPROBS, f"an integer from 0 to {MAX_LOGPROBS}")
+        check(
+            "logit_bias",
+            len(bias) <= MAX_BIAS
+            and all(type(i) is int and i >= 0 for i in bias)
+            and all(type(value) in (int, float) and -100 <= value <= 100 for value in bias.values()),
+            f"at most {MAX_BIAS} token ids, each with a number from -100 to 100",
+        )
+        allowed = self.allowed_token_ids
+        check(
+            "allowed_token_ids",
+            allowed is None or (len(allowed) > 0 and all(type(i) is int and i >= 0 for i in allowed)),
+            "at least one token id, integers from 0 on; leave it out to allow all",
+        )
+        check(
+            "bad_words",
+            len(self.bad_words) <= MAX_BAD_WORDS
+            and all(isinstance(word, str) and 0 < len(word) <= MAX_WORD for word in self.bad_words),
+            f"at most {MAX_BAD_WORDS} strings of 1 to {MAX_WORD} characters",
+        )
         integer("seed", -(2**63), MAX_SEED, "an integer of 64 bits")
         integer("n", 1, MAX_CHOICES, f"an integer from 1 to {MAX_CHOICES}", optional=False)
         limit = f"an integer from {-MAX_PRIORITY} to {MAX_PRIORITY}"

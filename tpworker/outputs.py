@@ -9,6 +9,16 @@ FinishReason = Literal["stop", "length", "abort"]
 RuntimeState = Literal["stopped", "starting", "ready", "draining", "failed"]
 
 
+class TokenLogprobs(NamedTuple):
+    """Natural logarithms of probabilities where one token stands, of the whole vocabulary, in float32: of the
+    model's logits as they are, before temperature, penalties, bias and masks. NaN where logits are."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+    """Of the likeliest tokens there, as many as were asked for: (token id, logprob), best first."""
+
+
 class RequestOutput(NamedTuple):
     """What has come of one choice of a request since its output before. A tuple: one is made for every token.
 
@@ -34,6 +44,11 @@ class RequestOutput(NamedTuple):
     index: int = 0  # type: ignore[assignment]  # instead of a tuple's method, which nobody wants here
     """Which choice this is of, from 0 to `SamplingParams.n` - 1. Each has a last output of its own. Their
     prompt is computed once: both counts of its tokens are the same for all."""
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    """Of `token_ids`, one each; None: not asked for."""
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+    """Of the prompt's tokens, one each, None for the first, before which nothing stands. With the first
+    output of choice 0; None: not asked for, or told already."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +63,8 @@ class Completion:
     num_prompt_tokens: int
     num_cached_tokens: int
     index: int = 0
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
 
     @property
     def num_output_tokens(self) -> int:

@@ -78,7 +78,7 @@ class MeasuringRunner(Runner):
         self._number = self._num_admitted = self._steady = self._first_traced = 0
         self._profiler: Any = None
         mixtures = [layer.mlp for layer in self._decoder.weights.layers if isinstance(layer.mlp, Moe)]
-        self._routing = UniformRouting(mixtures, self._counter) if mixtures else None
+        self._routing = UniformRouting(mixtures, self.sampler.counter) if mixtures else None
 
     def launch(self, plan: BatchPlan) -> Launched:
         launched = super().launch(plan)

@@ -43,6 +43,6 @@ def cuda_runners(folder: Path, device: CudaDevice, count: int = 1) -> list[Runne
         runners = []
         for _ in range(count):
             cache = KVCache(spec, shard, num_blocks, BLOCK_SIZE, torch.bfloat16, device.torch_device)
-            table = SlotTable(NUM_SLOTS, BLOCKS_PER_SLOT, device.torch_device)
+            table = SlotTable(NUM_SLOTS, BLOCKS_PER_SLOT, device.torch_device, (0, shard.vocab.local))
             runners.append(Runner(decoder, cache, table, device, SoleRank(), 4))
     return runners

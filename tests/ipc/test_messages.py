@@ -123,8 +123,11 @@ def test_wrong_fields_are_refused_before_anybody_sees_them(tag: int, fields: lis
         (msgpack.packb([6, True]), "Stop: expected int, got bool"),
         (msgpack.packb([6, 1.0]), "Stop: expected int, got float"),
         (msgpack.packb([6, -1]), "Stop: -1 is not within 0 and"),
-        (msgpack.packb([30, 0, 0, "tokens", [0, 0, 0]]), "StepResult: expected bytes, got str"),
-        (msgpack.packb([30, 0, 0, b"", [0, 0]]), "StepResult: StepTiming: expected an array of 3 fields"),
+        (msgpack.packb([30, 0, 0, "tokens", [0, 0, 0], b"", b""]), "StepResult: expected bytes, got str"),
+        (
+            msgpack.packb([30, 0, 0, b"", [0, 0], b"", b""]),
+            "StepResult: StepTiming: expected an array of 3 fields",
+        ),
         (msgpack.packb([20, 0, 0, [5000], [], [], [], None]), "BatchPlan: 5000 is not within 0 and 4095"),
         (msgpack.packb([20, 0, 0, 5, [], [], [], None]), "BatchPlan: expected an array, got int"),
         (msgpack.packb([20, 0, 0, [], [], [], [[0, 0, 1, 1]], None]), "Chunk: expected bool, got int"),
@@ -138,8 +141,15 @@ def test_what_is_wrong_is_said(data: bytes, complaint: str) -> None:
 
 
 def test_nan_is_out_of_bounds() -> None:
-    sampling = [float("nan"), 1.0, 0, 0, 1, 0, b""]
+    sampling = [float("nan"), 1.0, 0, 0, 1, 0, b"", 0.0, None, -1, -1]
     with pytest.raises(MessageError, match="nan is not within"):
+        decode(msgpack.packb([10, 0, 0, b"", 0, sampling, None, 0, ""]))
+
+
+def test_a_part_that_need_not_be_there_is_checked_where_it_is() -> None:
+    rules = [0.0, 0.0, 0.0, b"", b"", None, []]
+    sampling = [0.0, 1.0, 0, 0, 1, 0, b"", 0.0, rules, -1, -1]
+    with pytest.raises(MessageError, match=r"Sampling: LogitRules: 0\.0 is not within 1e-06"):
         decode(msgpack.packb([10, 0, 0, b"", 0, sampling, None, 0, ""]))
 
 

@@ -346,9 +346,9 @@ def test_a_quantisation_that_says_nothing_is_none(tmp_path: Path) -> None:
 
 
 def test_generation_defaults(tmp_path: Path) -> None:
-    generation = {"temperature": 0.6, "top_p": 0.9, "top_k": 20, "do_sample": True, "repetition_penalty": 1.0}
-    spec = read_spec(folder(tmp_path, LLAMA, generation))
-    assert spec.generation_defaults == {"temperature": 0.6, "top_p": 0.9, "top_k": 20}
+    asked = {"temperature": 0.6, "top_p": 0.9, "top_k": 20, "repetition_penalty": 1.05, "min_p": 0.1}
+    spec = read_spec(folder(tmp_path, LLAMA, {**asked, "do_sample": True}))
+    assert spec.generation_defaults == asked
     assert spec.generation_ignored == {}
 
 
@@ -358,10 +358,10 @@ def test_generation_defaults_may_be_greedy_or_absent(tmp_path: Path) -> None:
 
 
 def test_generation_defaults_that_cannot_be_had_are_told(tmp_path: Path) -> None:
-    asked = {"repetition_penalty": 1.1, "min_p": 0.05, "suppress_tokens": [3], "stop_strings": ["x"]}
+    asked = {"typical_p": 0.5, "suppress_tokens": [3], "stop_strings": ["x"]}
     asked |= {"num_beams": 4, "eta_cutoff": 0.1, "forced_eos_token_id": 2}
     assert read_spec(folder(tmp_path, LLAMA, asked)).generation_ignored == asked
-    neutral = {"repetition_penalty": 1, "suppress_tokens": [], "num_beams": 1, "min_length": 0}
+    neutral = {"typical_p": 1, "suppress_tokens": [], "num_beams": 1, "min_length": 0}
     assert read_spec(folder(tmp_path, LLAMA, neutral)).generation_ignored == {}
 
 
@@ -389,7 +389,7 @@ def test_a_top_p_of_0_keeps_the_most_probable_token_alone() -> None:
     values = torch.zeros(1, 64, dtype=torch.float32)  # the 64 best of all
     log_total = torch.tensor(MAX_VOCAB_SIZE, dtype=torch.float32).log()[None]
     top_k, top_p = torch.tensor([MAX_VOCAB_SIZE]), torch.tensor([LEAST_TOP_P])
-    kept = _keep(values, log_total, top_k, top_p, MAX_VOCAB_SIZE)
+    kept = _keep(values, log_total, top_k, top_p, torch.tensor([-torch.inf]), MAX_VOCAB_SIZE)
     assert kept.tolist() == [[True] + [False] * 63]
 
 

@@ -34,6 +34,7 @@ def rows_of(
     position: int | Sequence[int] = 7,
     min_length: int | Sequence[int] = 0,
     stop_ids: Sequence[Sequence[int]] = ((-1,),),
+    min_p: float | Sequence[float] = 0.0,
 ) -> SamplingRows:
     """`count` rows; single values hold for all of them, seeds count up."""
 
@@ -48,6 +49,7 @@ def rows_of(
         position=column(position, torch.int64),
         min_length=column(min_length, torch.int64),
         stop_ids=torch.tensor(stop_ids).expand(count, -1).clone(),
+        log_min_p=column(min_p, torch.float32).log(),
     )
 
 

@@ -20,7 +20,9 @@ from tpworker.model.kv_cache import KVCache
 from tpworker.model.tp import Collectives, Shard
 from tpworker.rank.collectives import SoleRank
 from tpworker.rank.device import CpuDevice, StreamBroken
-from tpworker.rank.runner import Launched, RanksDisagree, Runner
+from tpworker.rank.graphs import MODES
+from tpworker.rank.runner import Launched, Runner
+from tpworker.rank.sampler import RanksDisagree
 from tpworker.rank.slots import SlotTable
 
 CPU = torch.device("cpu")
@@ -36,7 +38,7 @@ class Rig:
         with torch.inference_mode():
             weights = dummy_weights(SPEC, shard, torch.float32, CPU, 1)
             decoder = Decoder(SPEC, weights, shard, SoleRank(), 64)
-            self.slots = SlotTable(4, 16, CPU)
+            self.slots = SlotTable(4, 16, CPU, (0, shard.vocab.local))
             cache = KVCache(SPEC, shard, 20, 4, torch.float32, CPU)
             self.runner = Runner(decoder, cache, self.slots, self.device, ranks, 3, check_agreement)
 
@@ -72,7 +74,7 @@ def test_launching_waits_for_nothing(rig: Rig) -> None:
         rig.launch(BatchPlan(0, 1, decode=pack_int32([2]))),
         rig.launch(BatchPlan(0, 2)),
     ]
-    assert (rig.runner._ring == -1).all(), "three steps were launched, and none of them has run"
+    assert (rig.runner.sampler.ring == -1).all(), "three steps were launched, and none of them has run"
     gate.set()
     rows = [rig.row(step) for step in launched]
     assert [row[0] for row in rows] == [0, 1, 2]
@@ -85,7 +87,7 @@ def test_a_decode_step_goes_on_from_device_state_alone(rig: Rig) -> None:
     rig.launch(first_plan())
     launched = [rig.launch(BatchPlan(0, 1, decode=pack_int32([2])))]
     launched[0].done.synchronize()
-    tokens = [int(rig.runner._ring[0, 1]), rig.row(launched[0])[1]]
+    tokens = [int(rig.runner.sampler.ring[0, 1]), rig.row(launched[0])[1]]
     again = BatchPlan(
         0, 2, released=(2,), admitted=(admission(0, [3, 4, 5, *tokens], [4, 5]),),
         chunks=(Chunk(0, 0, 5, True),), decode=b"",
@@ -128,7 +130,7 @@ def test_the_ring_goes_round(rig: Rig) -> None:
         decode = pack_int32([2]) if step == 1 else None
         launched = rig.launch(BatchPlan(0, step, decode=decode))
         assert rig.row(launched)[0] == step
-        assert launched.ring_row.data_ptr() == rig.runner._ring[step % 3].data_ptr()
+        assert launched.ring_row.data_ptr() == rig.runner.sampler.ring[step % 3].data_ptr()
 
 
 def test_captured_mixed_steps_give_what_exact_ones_give(rig: Rig) -> None:
@@ -204,7 +206,7 @@ def test_it_says_when_graphs_are_about_to_be_captured(rig: Rig, monkeypatch: pyt
     monkeypatch.setattr(rig.device, "capture", lambda work: events.append("capture") or work)
     rig.runner.prepare(8, lambda: events.append("capturing"))
     at = events.index("capturing")
-    assert events[:at] == ["run"] * 3
+    assert events[:at] == ["run"] * len(MODES)
     assert set(events[at + 1 :]) == {"capture"}
 
 
@@ -235,5 +237,5 @@ def test_a_rehearsal_launches_what_captured_steps_do_and_leaves_no_trace(
     for this in (rig, plain):
         launched = [this.launch(first_plan()), this.launch(BatchPlan(0, 1, decode=pack_int32([2])))]
         this.row(launched[1])
-    assert rig.runner._ring.tolist() == plain.runner._ring.tolist()
+    assert rig.runner.sampler.ring.tolist() == plain.runner.sampler.ring.tolist()
     plain.device.close()

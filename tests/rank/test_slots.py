@@ -10,7 +10,7 @@ from tests.model.helpers import run_ranks
 from tests.model.test_sampling import logits_of, reference_tokens, rows_of
 from tests.scheduler.helpers import sampling
 from tpworker.ipc.arrays import pack_int32
-from tpworker.ipc.messages import Admission, Grant
+from tpworker.ipc.messages import Admission, Grant, LogitRules
 from tpworker.model import torch_operations
 from tpworker.model.sampling import SamplingMode, sample
 from tpworker.model.tp import Collectives
@@ -73,25 +73,35 @@ def test_a_slot_forgets_who_had_it_before() -> None:
     table = SlotTable(4, 8, torch.device("cpu"))
     greedy = sampling(temperature=0.0)
     apply(table, [admission(1, sampling=sampling(top_k=5, min_tokens=3, stop_ids=pack_int32([1] * 16)))], [])
-    assert dataclasses.astuple(table.sampling_mode([1])) == (True, True, True)
+    assert table.sampling_mode([1]) == SamplingMode(True, True, True)
     apply(table, [admission(1, sampling=greedy)], [])
-    assert dataclasses.astuple(table.sampling_mode([1])) == (False, False, False)
+    assert table.sampling_mode([1]) == SamplingMode(False, False, False)
     assert table.stop_ids[1].tolist() == [-1] * MAX_STOP_IDS
 
 
 def test_the_mode_is_what_any_row_needs() -> None:
-    table = SlotTable(4, 8, torch.device("cpu"))
+    table = SlotTable(6, 8, torch.device("cpu"))
     kinds = [
         sampling(temperature=0.0, top_k=5),  # greedy: truncation changes nothing
         sampling(temperature=1.0),
         sampling(temperature=1.0, top_p=0.5),
         sampling(temperature=0.0, min_tokens=1, stop_ids=pack_int32([3])),
+        sampling(temperature=0.0, rules=LogitRules(1.1, 0.0, 0.0, b"", b"", None, ())),
+        sampling(temperature=0.0, num_logprobs=0),
     ]
     apply(table, [admission(slot, sampling=kind) for slot, kind in enumerate(kinds)], [])
-    modes = [dataclasses.astuple(table.sampling_mode([slot])) for slot in range(4)]
-    assert modes == [(False, False, False), (True, False, False), (True, True, False), (False, False, True)]
-    assert dataclasses.astuple(table.sampling_mode([0, 1, 2, 3])) == (True, True, True)
-    assert dataclasses.astuple(table.sampling_mode([])) == (False, False, False)
+    modes = [dataclasses.astuple(table.sampling_mode([slot])) for slot in range(6)]
+    no = False
+    assert modes == [
+        (no, no, no, no, no),
+        (True, no, no, no, no),
+        (True, True, no, no, no),
+        (no, no, True, no, no),
+        (no, no, no, True, no),
+        (no, no, no, no, True),
+    ]
+    assert dataclasses.astuple(table.sampling_mode([0, 1, 2, 3, 4, 5])) == (True, True, True, True, True)
+    assert dataclasses.astuple(table.sampling_mode([])) == (no, no, no, no, no)
 
 
 def test_sampling_rows_are_gathered() -> None:

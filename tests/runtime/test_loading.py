@@ -87,14 +87,14 @@ def name_other_files(folder: Path) -> None:
 
 
 def ask_for_what_is_not_there(folder: Path) -> None:
-    asked = {"eos_token_id": [7, -1], "repetition_penalty": 1.2}
+    asked = {"eos_token_id": [7, -1], "eta_cutoff": 0.2}
     (folder / "generation_config.json").write_text(json.dumps(asked))
 
 
 ODD = [
     (tie_to_another_head, ["a different lm_head.weight: both are used"]),
     (name_other_files, ["model.safetensors is read, as transformers does"]),
-    (ask_for_what_is_not_there, ["others are never generated", "ignored: repetition_penalty=1.2"]),
+    (ask_for_what_is_not_there, ["others are never generated", "ignored: eta_cutoff=0.2"]),
 ]
 
 

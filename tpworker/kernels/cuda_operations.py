@@ -8,6 +8,8 @@ from torch import Tensor
 
 from tpworker.kernels import moe_kernels, moe_routing
 from tpworker.kernels.cuda_linear import CudaLinear as linear
+from tpworker.kernels.logit_kernels import adjust, count_tokens
+from tpworker.kernels.logprob_kernel import logprob_parts
 from tpworker.kernels.operands import Matrix, Routing
 from tpworker.kernels.slot_kernels import begin_decode, begin_mixed, finish_step
 from tpworker.kernels.triton_kernels import add_norm, best_tokens, norm_rotate_store, places, silu_mul
@@ -15,12 +17,15 @@ from tpworker.kernels.truncation_kernel import sample_truncated
 
 __all__ = [
     "add_norm",
+    "adjust",
     "begin_decode",
     "begin_mixed",
     "best_tokens",
+    "count_tokens",
     "experts",
     "finish_step",
     "linear",
+    "logprob_parts",
     "norm_rotate_store",
     "places",
     "ready_logits",

@@ -116,11 +116,48 @@ class SamplingRows:
     position: Tensor  # int64 [R], of the token being sampled, in its sequence
     min_length: Tensor  # int64 [R], stop ids are suppressed while position < min_length
     stop_ids: Tensor  # int64 [R, K], -1: none
+    log_min_p: (
+        Tensor  # float32 [R], at most 0: less likely by more than that than the likeliest: out; -inf: none
+    )
 
     def select(self, rows: Tensor) -> SamplingRows:
         """Some of the rows (int64 [n]), in that order; what is empty stays so."""
         columns = (getattr(self, field.name) for field in fields(self))
         return SamplingRows(*(column[rows] if len(column) else column for column in columns))
+
+
+MOST_LOGPROBS = 20
+"""The likeliest tokens that a logprob row tells of."""
+
+LOGPROB_ROW = 1 + 2 * MOST_LOGPROBS
+"""float32 values of a logprob row: the token's own, those of the likeliest, best first, and the ids of these
+(exact below 2**24; -1 and a logprob of -inf: there is none)."""
+
+PENALISED, MASKED, BIASED, WORDS_BARRED = 1, 2, 4, 8
+"""Bits of `LogitTables.uses`."""
+
+IN_PROMPT = 1 << 30
+"""Added to a token's count where the prompt holds it."""
+
+
+@dataclass(frozen=True, slots=True)
+class LogitTables:
+    """What changes logits before a token is chosen: N slots, the null slot the last; this rank's V tokens.
+
+    A slot that uses none of it has 0 in `uses`, and whatever it is in the rest.
+    """
+
+    vocab_start: int  # token id of the first column of `counts`, and of bit 0 of `allowed`
+    uses: Tensor  # int32 [N], bits: see PENALISED
+    penalties: Tensor  # float32 [N, 3]: repetition (above 0; 1: none), presence, frequency (0: none)
+    counts: (
+        Tensor  # int32 [N, V]: how often each token is in the output, IN_PROMPT added if it is in the prompt
+    )
+    allowed: Tensor  # int32 [N, ceil(V / 32)]: bit i % 32 of word i // 32, whether column i may be chosen
+    bias_ids: Tensor  # int32 [N, B], all different; -1: none
+    bias: Tensor  # float32 [N, B]
+    barred: Tensor  # int32 [N, W, L]: words of up to L tokens, filled up with -1 in front; all -1: none
+    history: Tensor  # int32 [N, H], H a power of two above L: the token at position p of a sequence, at p % H
 
 
 class Routing(Protocol):

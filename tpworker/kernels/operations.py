@@ -15,7 +15,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from tpworker.kernels.operands import Matrix, Places, Routing, SamplingRows
+from tpworker.kernels.operands import LogitTables, Matrix, Places, Routing, SamplingRows
 
 
 class Operations(Protocol):
@@ -125,6 +125,32 @@ class Operations(Protocol):
         """Logits [R, vocab_local] of the weights' dtype as the operations below take them."""
         ...
 
+    def adjust(self, logits: Tensor, slots: Tensor, positions: Tensor, tables: LogitTables) -> Tensor:
+        """What the slots' rules make of the logits, in this order.
+
+            + bias; repetition penalty (divides what is above 0, multiplies the rest) of what is in prompt or
+            output; - frequency * count - presence of what is in the output; -inf for what is not allowed, and
+            for the last token of a barred word whose others are the last ones of the sequence
+
+        Args:
+            logits: [R, V] of a float dtype; stays as it is.
+            slots: int64 [R], each with other tokens of its own, but for the null slot.
+            positions: int64 [R], of the tokens to be chosen: those before them are in the history.
+
+        Returns:
+            float32 [R, V]; of a slot that uses no rule, the same values.
+        """
+        ...
+
+    def count_tokens(self, slots: Tensor, tokens: Tensor, positions: Tensor, tables: LogitTables) -> None:
+        """Put chosen tokens into `counts`, where they are this rank's, and into `history`.
+
+        Args:
+            slots, positions: as `adjust`.
+            tokens: int64 [R]; those below 0 are ~token.
+        """
+        ...
+
     def best_tokens(
         self, logits: Tensor, rows: SamplingRows, random: bool, vocab_start: int
     ) -> tuple[Tensor, Tensor]:
@@ -147,6 +173,22 @@ class Operations(Protocol):
         Args:
             logits: [R, V], of the whole vocabulary; -inf where it is padding.
             tokens: int64 [R], sampled from the whole vocabulary; those of other rows stay, and negative ones.
+        """
+        ...
+
+    def logprob_parts(self, logits: Tensor, tokens: Tensor, vocab_start: int) -> Tensor:
+        """What this rank's part of the vocabulary contributes to logprob rows.
+
+        Args:
+            logits: [R, V] of a float dtype; computed with in float32; stays as it is.
+            tokens: int64 [R], of the whole vocabulary; those below 0 are ~token.
+            vocab_start: token id of the first logit.
+
+        Returns:
+            float32 [R, 3 + 2 MOST_LOGPROBS]: the greatest logit; the sum of exp(logit - greatest); the logit
+            of the token, -inf if another rank has it; the greatest logits, best first, of equal ones the
+            lowest id first; their ids, -1 for a logit of -inf. Where a logit is NaN, the sum is, the rest is
+            any.
         """
         ...
 

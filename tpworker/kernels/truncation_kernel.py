@@ -1,10 +1,12 @@
-"""Sampling from top-k and top-p sets without sorting the vocabulary. Imports Triton: import it on CUDA only.
+"""Sampling from min-p, top-k and top-p sets without sorting the vocabulary. Imports Triton: on CUDA only.
 
-What `sampling.sample_truncated` defines: of the top-k most likely tokens, of these the fewest that have a
-share of top-p, the one with the best score, logit / temperature + noise. Here one program a row
+What `sampling.sample_truncated` defines: of the tokens that min-p leaves the top-k most likely ones; of these
+the fewest that have a share of top-p; of these the one with the best score, logit / temperature + noise. Here
+one program a row
 
-    1. finds the k-th most likely token by bisection: of its value, then among equal values of its id
-    2. takes the token with the best score of these (without top-k: of all, which is known already)
+    1. finds the least value that min-p admits, and where that leaves more than k tokens, the k-th most likely
+       one, both by bisection: of the value, then among equal values of the id
+    2. takes the token with the best score of these (without min-p and top-k: of all, which is known already)
     3. adds up what the tokens more likely than that one weigh. If that is less than the share, it is in the
        set, and the answer; else no token but those can be, and the best of them is tried next
 
@@ -126,16 +128,32 @@ def _weigh(
 
 
 @triton.jit
+def _least_key(highest_key, floor):
+    """int64, the least key whose value, less the highest one, is at least `floor`, which is 0 or less."""
+    low = tl.full([], _LOWEST, tl.int64)
+    high = highest_key.to(tl.int64)
+    while low < high:
+        middle = low + (high - low) // 2
+        is_in = _value(middle.to(tl.int32)) - _value(highest_key) >= floor  # not, where it is no number's key
+        low = tl.where(is_in, low, middle + 1)
+        high = tl.where(is_in, middle, high)
+    return low
+
+
+@triton.jit
 def _sample_row(
-    logits, group_keys, lists, temperature, top_p, top_k, seeds, positions, tokens, size, stride, num_groups,
-    GREEDY_BELOW: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr,
+    logits, group_keys, lists, temperature, top_p, top_k, log_min_p, seeds, positions, tokens, size, stride,
+    num_groups, GREEDY_BELOW: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """One program a row."""
     row = tl.program_id(0).to(tl.int64)
     degree = tl.load(temperature + row)
     share = tl.load(top_p + row)
     most = tl.load(top_k + row)
-    is_limited = (most > 0) & (most < size)
+    floor = tl.load(log_min_p + row)
+    is_top_k = (most > 0) & (most < size)
+    has_floor = floor > float("-inf")
+    is_limited = is_top_k | has_floor
     is_nan = tl.load(tokens + row) < 0  # see `sampling.sample`: nothing can be ranked
     if (degree < GREEDY_BELOW) | ((share >= 1.0) & (is_limited == 0)) | is_nan:
         return
@@ -152,15 +170,21 @@ def _sample_row(
 
     if is_limited:
         low = tl.full([], _LOWEST, tl.int64)
+        if has_floor:
+            low = _least_key(highest_key, floor)
         high = highest_key.to(tl.int64)
-        if most <= num_groups:  # as many tokens are at least as great as the k-th greatest group
+        if is_top_k & (most <= num_groups):  # as many tokens are at least as great as the k-th greatest group
             while low < high:
                 middle = low + (high - low + 1) // 2
                 is_enough = tl.sum((keys >= middle.to(tl.int32)).to(tl.int32)) >= most
                 low = tl.where(is_enough, middle, low)
                 high = tl.where(is_enough, high, middle - 1)
         num_listed = _list_groups(keys, num_groups, low.to(tl.int32), listed, GROUPS)
-        high = highest_key.to(tl.int64)
+        is_cut = is_top_k
+        if is_top_k & has_floor:  # min-p may leave no more than k
+            below = (low - 1).to(tl.int32)
+            is_cut = _count(logits, listed, num_listed, size, degree, below, -1, GROUP, ROWS) > most
+        high = tl.where(is_cut, highest_key.to(tl.int64), low)
         while low < high:  # the k-th greatest value
             middle = low + (high - low + 1) // 2
             below = (middle - 1).to(tl.int32)
@@ -168,8 +192,8 @@ def _sample_row(
             low = tl.where(is_enough, middle, low)
             high = tl.where(is_enough, high, middle - 1)
         cut_key = low.to(tl.int32)
-        first = tl.zeros([], tl.int32)
-        last = first + size - 1
+        last = tl.zeros([], tl.int32) + size - 1
+        first = tl.where(is_cut, 0, last)  # without a cut all that are as great are in
         while first < last:  # and the token that is the k-th
             half = (first + last) // 2
             is_enough = _count(logits, listed, num_listed, size, degree, cut_key, half, GROUP, ROWS) >= most
@@ -223,6 +247,7 @@ def sample_truncated(logits: Tensor, rows: SamplingRows, tokens: Tensor) -> None
         rows.temperature,
         rows.top_p,
         rows.top_k,
+        rows.log_min_p,
         rows.seed,
         rows.position,
         tokens,

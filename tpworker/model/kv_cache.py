@@ -36,7 +36,7 @@ class KVCache:
         device: torch.device,
     ) -> None:
         shape = (2, spec.num_layers, num_blocks, block_size, shard.num_kv_heads, spec.head_dim)
-        memory = _zeros(shape, dtype, device)
+        memory = zeroed(shape, dtype, device)
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.keys: list[Tensor] = list(memory[0].unbind(0))
@@ -48,8 +48,8 @@ class KVCache:
         return 2 * spec.num_layers * block_size * shard.num_kv_heads * spec.head_dim * dtype.itemsize
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def zeroed(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Zeroed memory. On the CPU the kernel's own zero pages: what no request has used yet costs nothing."""
-    if device.type != "cpu":
+    if device.type != "cpu" or not math.prod(shape):
         return torch.zeros(shape, dtype=dtype, device=device)
     return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)

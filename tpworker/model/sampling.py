@@ -1,4 +1,4 @@
-"""From logits to tokens: greedy, temperature, top-k, top-p, minimum length; the same on every rank.
+"""From logits to tokens: greedy, temperature, min-p, top-k, top-p, minimum length; the same on every rank.
 
 A token is the argmax of logits / T + g, with g independent Gumbel noise: this samples from
 softmax(logits / T) (the Gumbel-max trick). The noise of a token id is a function of (seed, position, id)
@@ -28,9 +28,13 @@ class SamplingMode:
     random: bool
     """Some temperature is not 0."""
     truncate: bool
-    """Some random row has top_k or top_p."""
+    """Some random row has min_p, top_k or top_p."""
     suppress: bool
     """Some row may be below its min_length."""
+    adjust: bool = False
+    """Some row has a rule for its logits, see `LogitTables`."""
+    logprobs: bool = False
+    """Some row asks for logprobs."""
 
 
 def sample(
@@ -96,13 +100,14 @@ def _scaled(logits: Tensor, rows: SamplingRows) -> Tensor:
 def sample_truncated(logits: Tensor, rows: SamplingRows, tokens: Tensor) -> None:
     """See `Operations.sample_truncated`."""
     is_greedy = rows.temperature < GREEDY_BELOW
-    is_truncated = ~is_greedy & ((rows.top_p < 1) | (rows.top_k > 0)) & (tokens >= 0)
+    is_limited = (rows.top_p < 1) | (rows.top_k > 0) | (rows.log_min_p > float("-inf"))
+    is_truncated = ~is_greedy & is_limited & (tokens >= 0)
     sampled = _sample_from_sets(_scaled(logits, rows), rows, is_truncated)
     tokens.copy_(torch.where(is_truncated, sampled, tokens))
 
 
 def _sample_from_sets(full: Tensor, rows: SamplingRows, is_truncated: Tensor) -> Tensor:
-    """Sample each row from its top-k and top-p set; rows that have neither get some token.
+    """Sample each row from its min-p, top-k and top-p set; rows that have none of them get some token.
 
     Args:
         full: float32 [R, V], logits / temperature.
@@ -122,7 +127,7 @@ def _sample_from_sets(full: Tensor, rows: SamplingRows, is_truncated: Tensor) ->
 
 
 def _sample_ranked(full: Tensor, rows: SamplingRows, count: int) -> tuple[Tensor, Tensor]:
-    """Sample each row from those of its top-k and top-p set that are among its `count` most likely tokens.
+    """Sample each row from those of its set that are among its `count` most likely tokens.
 
     Returns:
         int64 [R], tokens; bool [R], whether the set lies within them, so that the token is right.
@@ -130,12 +135,14 @@ def _sample_ranked(full: Tensor, rows: SamplingRows, count: int) -> tuple[Tensor
     vocab_size = full.shape[1]
     top_k = torch.where(rows.top_k > 0, rows.top_k, vocab_size).clamp_(max=vocab_size)
     values, ids = _ranked(full, count)
-    keep = _keep(values, full.logsumexp(dim=-1), top_k, rows.top_p, vocab_size)
+    keep = _keep(values, full.logsumexp(dim=-1), top_k, rows.top_p, rows.log_min_p, vocab_size)
     scores = gumbel_noise(rows.seed, rows.position, ids).add_(values).masked_fill_(~keep, float("-inf"))
     token = ids.gather(1, scores.argmax(dim=-1, keepdim=True))[:, 0]
     # Of values equal to the least one kept, the lowest ids were taken only if all such values are here.
     least_kept = values.gather(1, keep.sum(dim=-1, keepdim=True) - 1)[:, 0]
-    is_total_known = (top_k <= count) | (top_k == vocab_size)
+    is_min_p_within = values[:, -1] - values[:, 0] < rows.log_min_p
+    is_unlimited = (top_k == vocab_size) & (rows.log_min_p == float("-inf"))
+    is_total_known = (top_k <= count) | is_min_p_within | is_unlimited
     return token, (values[:, -1] < least_kept) & is_total_known
 
 
@@ -153,26 +160,30 @@ def _ranked(full: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return values, ids.gather(1, by_value)
 
 
-def _keep(values: Tensor, log_total: Tensor, top_k: Tensor, top_p: Tensor, vocab_size: int) -> Tensor:
+def _keep(
+    values: Tensor, log_total: Tensor, top_k: Tensor, top_p: Tensor, log_min_p: Tensor, vocab_size: int
+) -> Tensor:
     """Which of the ranked values are in the row's set: a prefix of at least one. bool [R, C].
 
-    First the top_k, then the fewest of them whose share of their probability is at least top_p. This order
-    is that of transformers and vLLM.
+    First those that min_p leaves, of these the top_k, then the fewest whose share of the probability of these
+    is at least top_p. This order is that of vLLM; without min_p also that of transformers.
 
     Args:
         values: float32 [R, C], descending.
         log_total: float32 [R], log of the sum of exp over the whole vocabulary.
         top_k: int64 [R], from 1 to `vocab_size`.
-        top_p: float32 [R].
+        top_p, log_min_p: float32 [R].
     """
     rank = torch.arange(values.shape[1], device=values.device)
-    in_top_k = rank < top_k[:, None]
-    weights = (values - values[:, :1]).exp().to(torch.float64)  # of the most likely token: 1
-    of_top_k = (weights * in_top_k).sum(dim=-1)
-    total = torch.where(top_k < vocab_size, of_top_k, (log_total - values[:, 0]).exp().to(torch.float64))
+    distance = values - values[:, :1]
+    is_in = (rank < top_k[:, None]) & (distance >= log_min_p[:, None])
+    weights = distance.exp().to(torch.float64)  # of the most likely token: 1
+    is_limited = (top_k < vocab_size) | (log_min_p > float("-inf"))
+    everything = (log_total - values[:, 0]).exp().to(torch.float64)
+    total = torch.where(is_limited, (weights * is_in).sum(dim=-1), everything)
     before = weights.cumsum(dim=-1) - weights
     in_top_p = (before < (top_p * total)[:, None]) | (top_p >= 1)[:, None]
-    return (in_top_k & in_top_p) | (rank == 0)
+    return (is_in & in_top_p) | (rank == 0)
 
 
 # ------------------------------------------------------------------------------------------- noise

@@ -7,18 +7,23 @@ from torch import Tensor
 from tpworker.kernels.operands import Matrix, Routing
 from tpworker.model.layer_ops import add_norm, norm_rotate_store, places, silu_mul
 from tpworker.model.linear import Linear as linear
+from tpworker.model.logit_rules import adjust, count_tokens
+from tpworker.model.logprobs import logprob_parts
 from tpworker.model.moe import choose, experts
 from tpworker.model.sampling import best_tokens, sample_truncated
 from tpworker.model.slot_ops import begin_decode, begin_mixed, finish_step
 
 __all__ = [
     "add_norm",
+    "adjust",
     "begin_decode",
     "begin_mixed",
     "best_tokens",
+    "count_tokens",
     "experts",
     "finish_step",
     "linear",
+    "logprob_parts",
     "norm_rotate_store",
     "places",
     "ready_logits",

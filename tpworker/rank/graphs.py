@@ -17,7 +17,12 @@ from tpworker.model.sampling import SamplingMode
 from tpworker.rank.device import Device
 
 GREEDY = SamplingMode(False, False, False)
-MODES = (SamplingMode(True, True, True), SamplingMode(True, False, False), GREEDY)
+MODES = (
+    SamplingMode(True, True, True, True, True),
+    SamplingMode(True, True, True),
+    SamplingMode(True, False, False),
+    GREEDY,
+)
 """Those that are captured, the one that needs most memory first."""
 
 
@@ -68,8 +73,10 @@ class RowGraphs:
         """What replays a step of `count` rows; None if nothing was captured."""
         if not self._replays:
             return None
-        if mode.truncate or mode.suppress:
+        if mode.adjust or mode.logprobs:
             mode = MODES[0]
+        elif mode.truncate or mode.suppress:
+            mode = MODES[1]
         return self._replays[self._sizes[bisect.bisect_left(self._sizes, count)], mode]
 
 

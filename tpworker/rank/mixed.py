@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -98,6 +99,43 @@ class MixedInputs:
             max_query=max_query,
             sample_rows=self.sample_rows,
         )
+
+
+_A = TypeVar("_A")
+
+
+@dataclass(frozen=True, slots=True)
+class PromptRows(Generic[_A]):
+    """The prompt tokens of a step whose logprobs are asked for: those behind a token of a chunk."""
+
+    before: _A  # int64 [n], the rows of the tokens before them, among those of the step
+    tokens: _A  # int64 [n]
+    count: int
+
+    @classmethod
+    def of(
+        cls,
+        num_decodes: int,
+        chunks: Sequence[Chunk],
+        prompts: Mapping[int, NDArray[np.int32]],
+        told: Mapping[int, int],
+    ) -> PromptRows[NDArray[np.int64]]:
+        """Those of a step.
+
+        Args:
+            num_decodes, chunks: as `pack`; chunks follow the decoding slots' tokens.
+            prompts: by slot, all tokens of those that have chunks.
+            told: the length of the prompt, of slots of which it is asked.
+        """
+        first, before, tokens = num_decodes, [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+        for chunk in chunks:
+            if chunk.slot in told:
+                following = prompts[chunk.slot][chunk.start + 1 : told[chunk.slot]][: chunk.length]
+                before.append(np.arange(first, first + len(following)))
+                tokens.append(following.astype(np.int64))
+            first += chunk.length
+        rows = np.concatenate(before)
+        return PromptRows(rows, np.concatenate(tokens), len(rows))
 
 
 def pack(

@@ -110,12 +110,19 @@ def assemble(
         collectives = meeting.result()
         decoder = Decoder(spec, weights, shard, collectives, settings.max_model_len)
         row.enter(Phase.ALLOCATING)
+        max_blocks = -(-settings.max_model_len // settings.block_size)
+        vocab = (shard.vocab_start, shard.vocab.local)
+        slots = SlotTable(settings.max_num_seqs, max_blocks, device.torch_device, vocab)
         cache = agree_on_cache(boot, plans, decoder, dtype, device)
-        slots = SlotTable(
-            settings.max_num_seqs, -(-settings.max_model_len // settings.block_size), device.torch_device
-        )
         return runner_class(
-            decoder, cache, slots, device, collectives, ring_rows(settings), settings.check_ranks_agree
+            decoder,
+            cache,
+            slots,
+            device,
+            collectives,
+            ring_rows(settings),
+            settings.check_ranks_agree,
+            settings.max_num_batched_tokens,
         )
 
 
@@ -158,6 +165,7 @@ def connect_loop(
         device,
         ring_rows(settings),
         settings.max_num_seqs,
+        settings.max_num_batched_tokens,
         runner.staging,
         row,
         result_channel if boot.rank == 0 else None,

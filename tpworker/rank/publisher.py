@@ -21,12 +21,14 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from tpworker.ipc.board import Field, Row
 from tpworker.ipc.channels import Channel
 from tpworker.ipc.messages import StepResult, StepTiming
+from tpworker.kernels.operands import LOGPROB_ROW, MOST_LOGPROBS
 from tpworker.rank.device import Device, Event
 from tpworker.rank.runner import Launched
 from tpworker.rank.staging import StagingPool
@@ -39,6 +41,8 @@ class _Published:
     launched: Launched
     copied: Event
     buffer: Tensor | None  # int64 [1 + num_sampled] on the host; None on the ranks that do not send
+    logprobs: Tensor | None = None  # float32 [n, LOGPROB_ROW] on the host; None: nobody asks for them
+    prompt_logprobs: Tensor | None = None
 
 
 class Publisher:
@@ -48,6 +52,7 @@ class Publisher:
         generation: for the messages.
         device: whose copy stream is used.
         ring_rows, num_slots: shape of the token ring.
+        max_tokens: of a step.
         staging: gets the buffers back.
         row: of the status board.
         connect: makes the channel to the scheduler, on the publisher's own thread; None: do not send.
@@ -60,6 +65,7 @@ class Publisher:
         device: Device,
         ring_rows: int,
         num_slots: int,
+        max_tokens: int,
         staging: StagingPool,
         row: Row,
         connect: Callable[[], Channel] | None,
@@ -76,13 +82,17 @@ class Publisher:
         self._has_told_of_nan = False
         num_bytes = 8 * ring_rows * (1 + num_slots)
         self._buffers = device.host_buffer(num_bytes).view(torch.int64).view(ring_rows, -1).unbind(0)
+        num_rows = num_slots + max_tokens
+        logprobs = device.host_buffer(4 * ring_rows * num_rows * LOGPROB_ROW).view(torch.float32)
+        self._logprobs = logprobs.view(ring_rows, num_rows, LOGPROB_ROW)
+        self._num_slots = num_slots
         self._queue: queue.SimpleQueue[_Published | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="publisher", daemon=True)
         self._thread.start()
 
     def publish(self, launched: Launched) -> None:
         """Queues the copy of a step's tokens and their sending (launch thread; returns at once)."""
-        buffer = None
+        buffer = logprobs = prompt_logprobs = None
         copied = launched.done
         if self._connect is not None:
             in_use = self._rows_in_use - self._rows_freed
@@ -92,8 +102,18 @@ class Publisher:
             copies = self._device.copies
             copies.wait(launched.done)
             copies.run(lambda: _copy(buffer, launched.ring_row))
+            logprobs = self._copy_logprobs(launched, launched.logprobs, 0)
+            prompt_logprobs = self._copy_logprobs(launched, launched.prompt_logprobs, self._num_slots)
             copied = copies.record()
-        self._queue.put(_Published(launched, copied, buffer))
+        self._queue.put(_Published(launched, copied, buffer, logprobs, prompt_logprobs))
+
+    def _copy_logprobs(self, launched: Launched, source: Tensor | None, first: int) -> Tensor | None:
+        """Queues the copy of logprob rows to those of the step's buffer from `first` on."""
+        if source is None:
+            return None
+        buffer = self._logprobs[launched.step % len(self._logprobs), first : first + len(source)]
+        self._device.copies.run(lambda: _copy(buffer, source))
+        return buffer
 
     def close(self) -> None:
         """Publishes what is queued, then ends the thread."""
@@ -107,7 +127,7 @@ class Publisher:
             while (item := self._queue.get()) is not None:
                 item.copied.synchronize()
                 if channel is not None and item.buffer is not None:
-                    channel.send(self._result(item.launched, item.buffer))
+                    channel.send(self._result(item, item.buffer))
                     self._rows_freed += 1
                 self._staging.give_back(item.launched.staging)
                 self._row[Field.COMPLETED] = item.launched.step + 1
@@ -116,7 +136,8 @@ class Publisher:
         except BaseException as error:
             self._fail(error)
 
-    def _result(self, launched: Launched, buffer: Tensor) -> StepResult:
+    def _result(self, item: _Published, buffer: Tensor) -> StepResult:
+        launched = item.launched
         timing = StepTiming(launched.launched_ns, launched.started.time_ns(), launched.done.time_ns())
         row = buffer.numpy()
         assert row[0] == launched.step, f"the ring row of step {launched.step} holds step {row[0]}"
@@ -124,7 +145,14 @@ class Publisher:
         if (tokens < 0).any():  # ~token, see `sampling.sample`
             tokens = tokens ^ (tokens >> 63)
             self._tell_of_nan()
-        return StepResult(self._generation, launched.step, tokens.astype("<i4").tobytes(), timing)
+        return StepResult(
+            self._generation,
+            launched.step,
+            tokens.astype("<i4").tobytes(),
+            timing,
+            _packed(item.logprobs),
+            _packed(item.prompt_logprobs),
+        )
 
     def _tell_of_nan(self) -> None:
         if not self._has_told_of_nan:
@@ -133,6 +161,18 @@ class Publisher:
                 "logits are NaN, and tokens chosen by them mean nothing: weights that are broken do that, "
                 "and a --dtype whose range is too small for the model (float16)"
             )
+
+
+def _packed(rows: Tensor | None) -> bytes:
+    """Logprob rows as they travel: the ids as int32."""
+    if rows is None:
+        return b""
+    values = rows.numpy()
+    packed = np.empty(values.shape, np.dtype("<f4"))
+    ids = 1 + MOST_LOGPROBS
+    packed[:, :ids] = values[:, :ids]
+    packed.view(np.dtype("<i4"))[:, ids:] = values[:, ids:]
+    return packed.tobytes()
 
 
 def _copy(buffer: Tensor, tokens: Tensor) -> None:

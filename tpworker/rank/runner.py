@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import struct
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,30 +28,29 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tpworker.ipc.arrays import pack_int32
-from tpworker.ipc.messages import Admission, BatchPlan, Chunk, Sampling
+from tpworker.ipc.messages import NO_LOGPROBS, Admission, BatchPlan, Chunk, LogitRules, Sampling
 from tpworker.model.attention import PagedAttention
 from tpworker.model.batch import Batch
 from tpworker.model.decoder import Decoder
 from tpworker.model.kv_cache import KVCache
-from tpworker.model.sampling import SamplingMode, sample
+from tpworker.model.sampling import SamplingMode
 from tpworker.model.tp import Collectives
 from tpworker.rank.device import Device, Event
 from tpworker.rank.graphs import GREEDY, MODES, MOST_TOKENS, RowGraphs, TokenGraphs, ladder, token_ladder
-from tpworker.rank.mixed import MixedInputs, MixedShape, pack
+from tpworker.rank.mixed import MixedInputs, MixedShape, PromptRows, pack
+from tpworker.rank.sampler import Sampler
 from tpworker.rank.slots import SlotDeltas, SlotTable
 from tpworker.rank.staging import StagedArray, StagingBuffer, StagingPool
 
 logger = logging.getLogger(__name__)
 
+_ALL_RULES = LogitRules(1.1, 0.1, 0.1, pack_int32([1]), struct.pack("<f", 1.0), None, (pack_int32([0, 1]),))
 _WARM_UP = (
+    Sampling(1.0, 0.9, 5, 0, 1, 1, pack_int32([0]), 0.1, _ALL_RULES, 5),
     Sampling(1.0, 0.9, 5, 0, 1, 1, pack_int32([0])),  # truncated, and stop ids suppressed
     Sampling(1.0, 1.0, 0, 0, 1, 0, b""),
     Sampling(0.0, 1.0, 0, 0, 1, 0, b""),  # greedy comes last: the null slot stays so
 )
-
-
-class RanksDisagree(RuntimeError):
-    """Debug mode: the ranks computed something differently that they must compute alike."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +64,8 @@ class Launched:
     done: Event
     launched_ns: int
     staging: StagingBuffer
+    logprobs: Tensor | None = None  # float32 [num_sampled, LOGPROB_ROW]; None: nobody asks for them
+    prompt_logprobs: Tensor | None = None  # float32 [n, LOGPROB_ROW]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +76,7 @@ class _Mixed:
     shape: MixedShape
     longest: int  # tokens of one chunk
     size: int | None  # of the graph that it is padded for
+    prompt_rows: PromptRows[StagedArray] | None  # whose logprobs are asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +104,7 @@ class Runner:
         collectives: for sampling, and for the debug mode.
         ring_rows: rows of the token ring, at least lookahead + 2.
         check_agreement: debug mode: after every step, compare hidden states and tokens of all ranks.
+        max_tokens: of a step.
     """
 
     def __init__(
@@ -112,17 +116,14 @@ class Runner:
         collectives: Collectives,
         ring_rows: int,
         check_agreement: bool = False,
+        max_tokens: int = MOST_TOKENS,
     ) -> None:
+        self.sampler = Sampler(decoder, slots, collectives, ring_rows, max_tokens, check_agreement)
         self.staging = StagingPool(device, ring_rows)
         self._decoder = decoder
         self._cache = cache
         self._slots = slots
         self._device = device
-        self._collectives = collectives
-        self._check_agreement = check_agreement
-        self._ring = torch.full((ring_rows, 1 + slots.num_slots), -1, device=device.torch_device)
-        self._ring_rows = self._ring.unbind(0)  # a step takes one: 4 µs less than by indexing
-        self._counter = torch.full((1,), -1, device=device.torch_device)  # number of the step that runs
         self._batch_slots = torch.full((slots.num_slots,), slots.num_slots, device=device.torch_device)
         self._rows = torch.arange(slots.num_slots + 1, device=device.torch_device)
         self._starts = self._rows.int()
@@ -133,6 +134,7 @@ class Runner:
         self._forwards = TokenGraphs()
         self._samplings = RowGraphs(slots.num_slots)
         self._prompts: dict[int, NDArray[np.int32]] = {}
+        self._told_prompts: dict[int, int] = {}  # of slots whose prompts' logprobs are asked for: the length
         self._decode: list[int] = []
         self._decode_mode = SamplingMode(False, False, False)
 
@@ -150,11 +152,11 @@ class Runner:
         """
         width = self._slots.block_table.shape[1]
         length = min(max_tokens, max(1, (width - 1) * self._cache.block_size))  # of one sequence
-        if not self._check_agreement:  # which looks at values
+        if not self.sampler.check_agreement:  # which looks at values
             self._device.compile_ahead(partial(self._rehearse, max_tokens))
         self._run_once(length)
         capturing()
-        if not self._check_agreement:  # which looks at values
+        if not self.sampler.check_agreement:  # which looks at values
             self._capture(max_tokens)
         while (length := length // 2) and self._forwards.size_for(length) is None:
             self._run_once(length)
@@ -215,8 +217,7 @@ class Runner:
 
     def _begin(self) -> None:
         """As if there had been no step."""
-        self._counter.fill_(-1)
-        self._ring.fill_(-1)
+        self.sampler.begin()
         self._slots.last_token.zero_()
         self._slots.position.zero_()
 
@@ -225,7 +226,6 @@ class Runner:
     def launch(self, plan: BatchPlan) -> Launched:
         """Queues a step on the compute stream and returns at once."""
         step = self._stage(plan)
-        ring_row = self._ring_rows[plan.step % len(self._ring_rows)][: 1 + step.num_sampled]
         compute, uploads = self._device.compute, self._device.uploads
         launched_ns = time.monotonic_ns()
         if not step.staging.is_empty:
@@ -233,8 +233,18 @@ class Runner:
             compute.wait(uploads.record())
         started = compute.record_start()
         compute.run(lambda: self._run(step))
+        prompt_rows = step.mixed and step.mixed.prompt_rows
+        sampler, count = self.sampler, step.num_sampled
         return Launched(
-            plan.step, step.num_sampled, ring_row, started, compute.record(), launched_ns, step.staging
+            plan.step,
+            count,
+            sampler.ring_row(plan.step, count),
+            started,
+            compute.record(),
+            launched_ns,
+            step.staging,
+            sampler.logprob_row(plan.step, count) if step.mode.logprobs else None,
+            sampler.prompt_logprob_row(plan.step, prompt_rows.count) if prompt_rows else None,
         )
 
     def _stage(self, plan: BatchPlan) -> _Step:
@@ -242,8 +252,11 @@ class Runner:
         deltas = self._slots.stage(plan.admitted, plan.grants, staging)
         for slot in plan.released:
             self._prompts.pop(slot, None)
+            self._told_prompts.pop(slot, None)
         for admission in plan.admitted:
             self._prompts[admission.slot] = np.frombuffer(admission.tokens, np.dtype("<i4"))
+            if admission.sampling.num_prompt_logprobs != NO_LOGPROBS:
+                self._told_prompts[admission.slot] = admission.num_prompt
         decode_slots = None
         if plan.decode is not None:
             decode = np.frombuffer(plan.decode, np.dtype("<i4")).astype(np.int64)
@@ -268,13 +281,21 @@ class Runner:
     def _stage_mixed(self, plan: BatchPlan, staging: StagingBuffer) -> _Mixed:
         shape = MixedShape.exact(len(self._decode), plan.chunks)
         size = self._forwards.size_for(shape.num_tokens)
+        prompt_rows = None
+        if self._told_prompts:
+            rows = PromptRows.of(len(self._decode), plan.chunks, self._prompts, self._told_prompts)
+            if rows.count:
+                prompt_rows = PromptRows(staging.put(rows.before), staging.put(rows.tokens), rows.count)
+                size = None  # captured ones keep no hidden states but those to sample from
         if size is not None:
             shape = MixedShape.padded(size, self._slots.num_slots)
         packed = pack(self._decode, plan.chunks, self._prompts, shape, self._slots.num_slots)
         for chunk in plan.chunks:
             if chunk.sample:  # the prompt is on the device now
                 del self._prompts[chunk.slot]
-        return _Mixed(staging.put(packed), shape, max(chunk.length for chunk in plan.chunks), size)
+                self._told_prompts.pop(chunk.slot, None)
+        longest = max(chunk.length for chunk in plan.chunks)
+        return _Mixed(staging.put(packed), shape, longest, size, prompt_rows)
 
     # -------------------------------------------------------------------------- compute stream
 
@@ -305,14 +326,21 @@ class Runner:
             max_query=1,
             sample_rows=None,
         )
-        self._sample_step(slots, self._decoder.forward(batch, self._cache), mode)
+        self.sampler.finish_step(slots, self._decoder.forward(batch, self._cache), mode)
 
     def _mixed_step(self, step: _Step, mixed: _Mixed) -> None:
         packed = mixed.packed.get()
         if mixed.size is None:
             inputs = MixedInputs.of(packed, mixed.shape)
             batch = inputs.begin(self._slots, step.num_decodes, mixed.longest)
-            self._sample_step(inputs.sampled_slots, self._decoder.forward(batch, self._cache), step.mode)
+            if mixed.prompt_rows is not None:
+                batch.sample_rows = None  # all of them
+            hidden = self._decoder.forward(batch, self._cache)
+            if mixed.prompt_rows is not None:
+                before, tokens = mixed.prompt_rows.before.get(), mixed.prompt_rows.tokens.get()
+                self.sampler.tell_of_prompt(step.number, hidden[before], tokens)
+                hidden = hidden[inputs.sample_rows]
+            self.sampler.finish_step(inputs.sampled_slots, hidden, step.mode)
             return
         self._mixed_inputs[: len(packed)].copy_(packed)
         self._forwards.replay(mixed.size)
@@ -329,31 +357,4 @@ class Runner:
 
     def _sample_padded(self, count: int, mode: SamplingMode) -> None:
         """Samples from what `_forward_padded` has left, for the first `count` slots of its input."""
-        self._sample_step(self._mixed_inputs[:count], self._hidden[:count], mode)
-
-    def _sample_step(self, slots: Tensor, hidden: Tensor, mode: SamplingMode) -> None:
-        """The end of a step: tokens for where the slots stand now, and the ring's row."""
-        tokens = slots.new_empty(0)
-        if len(slots):  # if not: chunks in the middle of their prompts
-            tokens = self._sample(hidden, slots, mode)
-        self._slots.finish_step(slots, tokens, self._counter, self._ring)
-
-    def _sample(self, hidden: Tensor, slots: Tensor, mode: SamplingMode) -> Tensor:
-        """The next token of each row: hidden [R, hidden_size] and slots int64 [R] -> int64 [R]."""
-        logits = self._decoder.logits(hidden)
-        rows = self._slots.sampling_rows(slots, mode)
-        decoder = self._decoder
-        tokens = sample(decoder.operations, logits, rows, mode, decoder.vocab_start, self._collectives)
-        if self._check_agreement:
-            self._compare_ranks("hidden states", hidden)
-            self._compare_ranks("sampled tokens", tokens)
-        return tokens
-
-    def _compare_ranks(self, what: str, values: Tensor) -> None:
-        """Raises RanksDisagree unless every rank has the same bits (which it looks at: no CUDA graph)."""
-        everybody = self._collectives.all_gather(values.contiguous().view(torch.uint8).view(-1))
-        different = [rank for rank, bits in enumerate(everybody) if not torch.equal(bits, everybody[0])]
-        if different:
-            raise RanksDisagree(
-                f"step {int(self._counter) + 1}: {what} of ranks {different} are not, bit by bit, rank 0's"
-            )
+        self.sampler.finish_step(self._mixed_inputs[:count], self._hidden[:count], mode)

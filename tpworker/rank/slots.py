@@ -9,6 +9,7 @@ The last row is the null slot: padding rows of a batch point to it, and its bloc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,10 +18,11 @@ import torch
 from torch import Tensor
 
 from tpworker.ipc.arrays import unpack_int32
-from tpworker.ipc.messages import Admission, Grant, Sampling
+from tpworker.ipc.messages import NO_LOGPROBS, Admission, Grant, Sampling
 from tpworker.kernels.operands import SamplingRows
 from tpworker.model.operations import operations_of
 from tpworker.model.sampling import SamplingMode
+from tpworker.rank.logit_state import LogitState, RuleDeltas
 from tpworker.rank.staging import StagedArray, StagingBuffer
 
 MAX_STOP_IDS = 16
@@ -33,9 +35,10 @@ class SlotDeltas:
 
     slots: StagedArray | None = None  # int64 [A]
     integers: StagedArray | None = None  # int64 [A, 4 + MAX_STOP_IDS]
-    floats: StagedArray | None = None  # float32 [A, 2]: temperature, top_p
+    floats: StagedArray | None = None  # float32 [A, 3]: temperature, top_p, log of min_p
     block_places: StagedArray | None = None  # int64 [B]: slot * width + entry
     blocks: StagedArray | None = None  # int32 [B]
+    rules: RuleDeltas | None = None
 
 
 class SlotTable:
@@ -45,16 +48,19 @@ class SlotTable:
         num_slots: rows, without the null slot.
         max_blocks: width of the block table.
         device: where the tensors live.
+        vocab: this rank's part of the vocabulary: its first token, and how many.
     """
 
-    def __init__(self, num_slots: int, max_blocks: int, device: torch.device) -> None:
+    def __init__(
+        self, num_slots: int, max_blocks: int, device: torch.device, vocab: tuple[int, int] = (0, 0)
+    ) -> None:
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(num_slots + 1, *shape, dtype=dtype, device=device)
 
         self.num_slots = num_slots
         self.operations = operations_of(device)
         self._integers = zeros(_STOP_IDS + MAX_STOP_IDS)
-        self._floats = zeros(2, dtype=torch.float32)
+        self._floats = zeros(3, dtype=torch.float32)
         self.last_token = zeros()
         """int64 [num_slots + 1]: the token that the next decode step is fed."""
         self.block_table = zeros(max_blocks, dtype=torch.int32)
@@ -62,14 +68,15 @@ class SlotTable:
         self.position = zeros()
         """int64: where the last token stands, which is the number of tokens whose KV is computed."""
         # What else an admission sets are columns of two tables: two writes, not six.
-        self.temperature, self.top_p = self._floats.unbind(1)
+        self.temperature, self.top_p, self.log_min_p = self._floats.unbind(1)
         self.top_k = self._integers[:, _TOP_K]
         self.seed = self._integers[:, _SEED]
         self.min_length = self._integers[:, _MIN_LENGTH]
         """int64: stop ids are suppressed for tokens at positions below it."""
         self.stop_ids = self._integers[:, _STOP_IDS:].fill_(-1)
         """int64 [num_slots + 1, MAX_STOP_IDS], filled up with -1."""
-        self._needs = np.zeros((num_slots + 1, 3), np.bool_)  # on the host: random, truncate, suppress
+        self._needs = np.zeros((num_slots + 1, 5), np.bool_)  # on the host: fields of `SamplingMode`
+        self.rules = LogitState(num_slots, *vocab, device)
 
     def stage(
         self, admitted: Sequence[Admission], grants: Sequence[Grant], staging: StagingBuffer
@@ -90,14 +97,16 @@ class SlotTable:
         if not admitted:
             return SlotDeltas(block_places=block_places, blocks=block_values)
         samplings = [admission.sampling for admission in admitted]
+        rules = self.rules.stage(admitted, staging)
         for admission in admitted:
             self._needs[admission.slot] = _needs(admission.sampling)
         return SlotDeltas(
             staging.put(np.array([admission.slot for admission in admitted], np.int64)),
             staging.put(np.stack([_integers(admission) for admission in admitted])),
-            staging.put(np.array([(s.temperature, s.top_p) for s in samplings], np.float32)),
+            staging.put(np.array([_floats(sampling) for sampling in samplings], np.float32)),
             block_places,
             block_values,
+            rules,
         )
 
     def apply(self, deltas: SlotDeltas) -> None:
@@ -110,6 +119,8 @@ class SlotTable:
             self.position[slots] = integers[:, _POSITION]
             self._integers[slots] = integers
             self._floats[slots] = deltas.floats.get()
+        if deltas.rules is not None:
+            self.rules.apply(deltas.rules)
 
     def begin_decode(self, slots: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """See `Operations.begin_decode`."""
@@ -133,22 +144,30 @@ class SlotTable:
             rows(self.top_p, mode.truncate),
             rows(self.top_k, mode.truncate),
             rows(self.seed, mode.random),
-            rows(self.position, mode.random or mode.suppress),
+            rows(self.position, mode.random or mode.suppress or mode.adjust),
             rows(self.min_length, mode.suppress),
             rows(self.stop_ids, mode.suppress),
+            rows(self.log_min_p, mode.truncate),
         )
 
     def sampling_mode(self, slots: Sequence[int]) -> SamplingMode:
         """What sampling these slots needs, from the host's own record (launch thread)."""
         rows = list(slots)
-        random, truncate, suppress = (bool(self._needs[rows, column].any()) for column in range(3))
-        return SamplingMode(random, truncate, suppress)
+        random, truncate, suppress, adjust, logprobs = (
+            bool(self._needs[rows, column].any()) for column in range(5)
+        )
+        return SamplingMode(random, truncate, suppress, adjust, logprobs)
 
 
-def _needs(sampling: Sampling) -> tuple[bool, bool, bool]:
+def _needs(sampling: Sampling) -> tuple[bool, bool, bool, bool, bool]:
     random = sampling.temperature > 0
-    truncate = random and (sampling.top_p < 1 or sampling.top_k > 0)
-    return random, truncate, sampling.min_tokens > 0 and bool(sampling.stop_ids)
+    truncate = random and (sampling.top_p < 1 or sampling.top_k > 0 or sampling.min_p > 0)
+    suppress = sampling.min_tokens > 0 and bool(sampling.stop_ids)
+    return random, truncate, suppress, sampling.rules is not None, sampling.num_logprobs != NO_LOGPROBS
+
+
+def _floats(sampling: Sampling) -> tuple[float, float, float]:
+    return sampling.temperature, sampling.top_p, math.log(sampling.min_p) if sampling.min_p else -math.inf
 
 
 def _integers(admission: Admission) -> np.ndarray[tuple[int], np.dtype[np.int64]]:

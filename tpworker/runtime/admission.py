@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from tpworker.config import MAX_STOP_IDS, SamplingParams, SchedulingPolicy
 from tpworker.errors import InvalidRequest, PromptTooLong
 from tpworker.ipc.arrays import pack_int32, unpack_int32
-from tpworker.ipc.messages import Sampling
+from tpworker.ipc.messages import NO_LOGPROBS, LogitRules, Sampling
+from tpworker.runtime.rules import Encode, resolve_rules
 
 if TYPE_CHECKING:
     from tpworker.model.families import ModelSpec
@@ -115,7 +116,7 @@ def fit(params: SamplingParams, num_prompt: int, limits: Limits) -> int:
             f"{remedy}",
             "max_tokens",
         )
-    max_tokens = limit - num_prompt if params.max_tokens is None else params.max_tokens
+    max_tokens = limit - num_prompt if params.max_tokens is None else max(1, params.max_tokens)
     if params.min_tokens > max_tokens:
         raise InvalidRequest(
             f"min_tokens={params.min_tokens}: only {max_tokens} tokens fit after this prompt", "min_tokens"
@@ -137,7 +138,9 @@ def check_priority(params: SamplingParams, policy: SchedulingPolicy) -> None:
         )
 
 
-def resolve_sampling(params: SamplingParams, spec: ModelSpec, max_tokens: int, seed: int) -> Sampling:
+def resolve_sampling(
+    params: SamplingParams, spec: ModelSpec, max_tokens: int, seed: int, encode: Encode | None = None
+) -> Sampling:
     """Sampling parameters with every default filled in: the request's, else the model's, else ours.
 
     Args:
@@ -145,9 +148,10 @@ def resolve_sampling(params: SamplingParams, spec: ModelSpec, max_tokens: int, s
         spec: of the model.
         max_tokens: see `fit`.
         seed: for a request that gives none.
+        encode: see `resolve_rules`.
 
     Raises:
-        InvalidRequest: a stop token outside the vocabulary, or too many of them.
+        InvalidRequest: a stop token outside the vocabulary, or too many of them; or see `resolve_rules`.
     """
     wrong = [i for i in params.stop_token_ids if i >= spec.vocab_size]
     if wrong:
@@ -177,4 +181,24 @@ def resolve_sampling(params: SamplingParams, spec: ModelSpec, max_tokens: int, s
         max_tokens=max_tokens,
         min_tokens=params.min_tokens,
         stop_ids=pack_int32(stop_ids),
+        min_p=float(chosen(params.min_p, "min_p", 0.0)),
+        rules=_rules(params, spec, stop_ids, encode),
+        num_logprobs=NO_LOGPROBS if params.logprobs is None else params.logprobs,
+        num_prompt_logprobs=NO_LOGPROBS if params.prompt_logprobs is None else params.prompt_logprobs,
     )
+
+
+def _rules(
+    params: SamplingParams, spec: ModelSpec, stop_ids: list[int], encode: Encode | None
+) -> LogitRules | None:
+    if (
+        params.allowed_token_ids is not None
+        and params.min_tokens
+        and set(params.allowed_token_ids) <= set(stop_ids)
+    ):
+        raise InvalidRequest(
+            f"allowed_token_ids are tokens that end the output, and min_tokens={params.min_tokens} forbids "
+            "them: there would be nothing to choose",
+            "allowed_token_ids",
+        )
+    return resolve_rules(params, spec, encode)

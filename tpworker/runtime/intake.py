@@ -21,11 +21,12 @@ from typing import TypeVar
 from tpworker.config import SamplingParams, SchedulingPolicy, choice_seed
 from tpworker.errors import InvalidRequest, QueueFull
 from tpworker.ipc.arrays import unpack_int32
-from tpworker.ipc.messages import Abort, Sampling, Submit
+from tpworker.ipc.messages import NO_LOGPROBS, Abort, Sampling, Submit
 from tpworker.outputs import RequestOutput
 from tpworker.runtime.admission import check_priority, fit, pack_prompt, resolve_sampling
 from tpworker.runtime.choices import Choices
 from tpworker.runtime.generation import Generation
+from tpworker.runtime.logprobs import LogprobRecord
 from tpworker.runtime.requests import Bell, Request, Requests
 from tpworker.runtime.start import Served
 from tpworker.runtime.tokenisers import SHORT_CHARS, Tokenisers
@@ -175,7 +176,11 @@ class Intake:
     ) -> None:
         """What is to be known of a request when its tokens come."""
         request.num_prompt = len(tokens) // 4
+        request.wants_tokens = params.max_tokens != 0
         request.own_stop_ids = frozenset(params.stop_token_ids).difference(served.model.spec.eos_ids)
+        prompt_logprobs = params.prompt_logprobs if request.index == 0 else None
+        if params.logprobs is not None or prompt_logprobs is not None:
+            request.logprobs = LogprobRecord(params.logprobs, prompt_logprobs, unpack_int32(tokens))
         if params.detokenize:
             from tpworker.text.stream import TextStream
 
@@ -197,12 +202,18 @@ class Intake:
                 request.number,
                 tokens,
                 0,
-                replace(sampling, seed=choice_seed(sampling.seed, request.index)),
+                self._of_choice(sampling, request.index),
                 request.first.number if params.n > 1 else None,
                 params.priority,
                 params.cache_salt or "",
             )
         )
+
+    @staticmethod
+    def _of_choice(sampling: Sampling, index: int) -> Sampling:
+        """Those of one choice: a seed of its own, and the prompt's logprobs with the first alone."""
+        told = sampling.num_prompt_logprobs if index == 0 else NO_LOGPROBS
+        return replace(sampling, seed=choice_seed(sampling.seed, index), num_prompt_logprobs=told)
 
     async def _tokenise(self, prompt: str | Sequence[int], served: Served) -> Sequence[int]:
         if isinstance(prompt, (bytes, bytearray)):
@@ -219,7 +230,11 @@ class Intake:
         max_tokens = fit(params, num_prompt, served.limits)
         if params.max_tokens is None and default_max_tokens is not None:
             max_tokens = min(max_tokens, max(default_max_tokens, params.min_tokens))
-        return resolve_sampling(params, served.model.spec, max_tokens, self._seeds.getrandbits(63))
+        encode = None
+        if params.bad_words and served.tokenizer is not None:
+            encode = partial(served.tokenizer.encode, add_special_tokens=False)
+        seed = self._seeds.getrandbits(63)
+        return resolve_sampling(params, served.model.spec, max_tokens, seed, encode)
 
     def _serving(self) -> tuple[Served, Generation]:
         assert self._served is not None, "a request before `serve`"

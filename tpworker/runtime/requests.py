@@ -19,9 +19,10 @@ import asyncio
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from tpworker.ipc.arrays import unpack_int32, unpack_int64
+from tpworker.ipc.arrays import unpack_int32, unpack_int64, unpack_logprobs
 from tpworker.ipc.messages import StepOutput
 from tpworker.outputs import FinishReason, RequestOutput
+from tpworker.runtime.logprobs import LogprobRecord, LogprobRow
 
 if TYPE_CHECKING:
     from tpworker.text.stream import TextStream
@@ -72,6 +73,7 @@ class Request:
         "index",
         "is_running",
         "is_submitted",
+        "logprobs",
         "num_cached",
         "num_prompt",
         "num_received",
@@ -79,6 +81,7 @@ class Request:
         "own_stop_ids",
         "request_id",
         "text",
+        "wants_tokens",
     )
 
     def __init__(
@@ -108,13 +111,19 @@ class Request:
         self.text: TextStream | None = None
         self.own_stop_ids: frozenset[int] = frozenset()
         """Those of its stop_token_ids that do not end every request."""
+        self.logprobs: LogprobRecord | None = None
+        """What has come of logprobs; None: not asked for."""
+        self.wants_tokens = True
+        """False: max_tokens is 0. A step yields a token at least; that one is nobody's."""
         self._tokens: list[int] = []  # arrived, not taken yet
         self._num_taken = 0
         self._bell = bell or Bell()
 
-    def append(self, token: int) -> None:
-        """The next token has arrived."""
+    def append(self, token: int, row: LogprobRow | None = None) -> None:
+        """The next token has arrived; row: its logprobs, if they are asked for."""
         self._tokens.append(token)
+        if row is not None and self.logprobs is not None:
+            self.logprobs.append(token, row)
         self.num_received += 1
         self._bell.ring()
 
@@ -136,6 +145,8 @@ class Request:
     def take(self) -> RequestOutput:
         """All that has arrived, as one output. A stop string in it ends the request, at its position."""
         tokens, self._tokens = self._tokens, []
+        if not self.wants_tokens and tokens:
+            tokens, self.finish = [], "length"
         finish = self.finish
         stop_reason: int | str | None = None
         text = ""
@@ -150,6 +161,7 @@ class Request:
             elif finish is not None:
                 text += self.text.finish()
         self._num_taken += len(tokens)
+        logprobs, prompt_logprobs = (None, None) if self.logprobs is None else self.logprobs.take(len(tokens))
         return RequestOutput(
             self.request_id,
             text,
@@ -160,6 +172,8 @@ class Request:
             self.first.num_cached,
             self._num_taken,
             self.index,
+            logprobs,
+            prompt_logprobs,
         )
 
 
@@ -219,16 +233,19 @@ class Requests:
         by_number = self._by_number
         for started in output.started:
             self._start(started.request, started.num_cached)
+        for told in output.prompt_logprobs:
+            if (request := by_number.get(told.request)) is not None and request.logprobs is not None:
+                request.logprobs.extend_prompt(told.position, unpack_logprobs(told.rows))
         numbers = unpack_int64(output.requests)
+        rows = dict(zip(unpack_int32(output.logprobs_of), unpack_logprobs(output.logprobs), strict=True))
         delivered = 0
-        for number, position, token in zip(
-            numbers, unpack_int32(output.positions), unpack_int32(output.tokens), strict=True
-        ):
+        triples = zip(numbers, unpack_int32(output.positions), unpack_int32(output.tokens), strict=True)
+        for index, (number, position, token) in enumerate(triples):
             request = by_number.get(number)
             if request is None:
                 continue  # aborted, and the scheduler did not know yet
             if position == request.num_received:
-                request.append(token)
+                request.append(token, rows.get(index))
                 delivered += 1
             elif position > request.num_received:
                 raise GapError(

@@ -62,10 +62,9 @@ class FakeRunner(Runner):
     """Stages steps as any runner does; on the device they write their row of the token ring, no more."""
 
     def _run(self, step: _Step) -> None:
-        ring = self._ring.numpy()
-        row = ring[step.number % len(ring)]
+        row = self.sampler.ring_row(step.number, step.num_sampled).numpy()
         row[0] = step.number
-        row[1 : 1 + step.num_sampled] = step.number % self._decoder.spec.vocab_size
+        row[1:] = step.number % self._decoder.spec.vocab_size
 
 
 def main(boot: RankBoot) -> None:

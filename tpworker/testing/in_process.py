@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from tpworker.ipc.arrays import unpack_int32, unpack_int64
+from tpworker.ipc.arrays import unpack_int32, unpack_int64, unpack_logprobs
 from tpworker.ipc.barrier import Barrier
 from tpworker.ipc.board import Board
 from tpworker.ipc.channels import Channel, accept_all
@@ -34,6 +34,10 @@ class Output:
     tokens: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     num_cached: int = 0
+    logprobs: list[tuple[float, list[tuple[int, float]]]] = field(default_factory=list)
+    """Of its tokens, where they are asked for; as `unpack_logprobs`."""
+    prompt_logprobs: list[tuple[float, list[tuple[int, float]]]] = field(default_factory=list)
+    """Of its prompt's tokens but the first, each once, whatever was repeated."""
 
 
 class InProcessGroup:
@@ -151,6 +155,13 @@ class InProcessGroup:
         for request, position, token in zip(requests, positions, unpack_int32(output.tokens), strict=True):
             assert position == len(self.outputs[request].tokens), "a token twice, or a gap"
             self.outputs[request].tokens.append(token)
+        rows = unpack_logprobs(output.logprobs)
+        for index, row in zip(unpack_int32(output.logprobs_of), rows, strict=True):
+            self.outputs[requests[index]].logprobs.append(row)
+        for told in output.prompt_logprobs:
+            known = self.outputs[told.request].prompt_logprobs
+            assert told.position <= len(known) + 1, "a gap"
+            known += list(unpack_logprobs(told.rows))[len(known) + 1 - told.position :]
         for finish in output.finished:
             self.outputs[requests[finish.index]].finish_reason = finish.reason
         for started in output.started:

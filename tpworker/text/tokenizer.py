@@ -221,6 +221,11 @@ class Tokenizer:
             piece = self.pieces[token_id] = self._find_piece(token_id)
         return piece
 
+    def special_name(self, token_id: int) -> str:
+        """How a token that is no text is written; empty if the tokenizer does not have it."""
+        name: str | None = self._backend.id_to_token(token_id)
+        return name or ""
+
     def _find_piece(self, token_id: int) -> str | bytes:
         token = self.token(token_id)
         return "" if token is None else self.decoding.piece(token)

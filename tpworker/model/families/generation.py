@@ -39,11 +39,9 @@ _DEFAULT_EOS = {
 # What generation_config.json may set, that would change the output and that is not done, with the values at
 # which it changes nothing.
 _NOT_DONE: dict[str, tuple[Any, ...]] = {
-    "repetition_penalty": (1.0,),
     "encoder_repetition_penalty": (1.0,),
     "presence_penalty": (0.0,),
     "frequency_penalty": (0.0,),
-    "min_p": (0.0,),
     "top_h": (),
     "typical_p": (1.0,),
     "epsilon_cutoff": (0.0,),
@@ -66,7 +64,11 @@ _NOT_DONE: dict[str, tuple[Any, ...]] = {
 
 
 def read_defaults(generation: Config) -> dict[str, float]:
-    """temperature, top_p and top_k, as far as they are set. Raises ModelError when one is out of range."""
+    """What sets them of temperature, top_p, top_k, min_p and repetition_penalty.
+
+    Raises:
+        ModelError: one is out of range.
+    """
     defaults: dict[str, float] = {}
     temperature = generation.get("temperature")
     if temperature is not None:
@@ -82,6 +84,14 @@ def read_defaults(generation: Config) -> dict[str, float]:
     if generation.get("top_k") is not None:  # -1 is how many write 0: all tokens
         top_k = generation.integer("top_k", minimum=-1, maximum=MAX_TOP_K, whole_floats=True)
         defaults["top_k"] = max(0, top_k)
+    if generation.get("min_p") is not None:
+        defaults["min_p"] = generation.number("min_p", minimum=0.0)
+        if defaults["min_p"] > 1:
+            generation.fail("min_p", "must be at least 0 and at most 1")
+    if generation.get("repetition_penalty") is not None:
+        defaults["repetition_penalty"] = generation.number("repetition_penalty")
+        if not 0.01 <= defaults["repetition_penalty"] <= 100:
+            generation.fail("repetition_penalty", "must be at least 0.01 and at most 100")
     return defaults
 
 

@@ -1,0 +1,73 @@
+"""Penalties, bias, allowed tokens and barred words: what changes logits before a token is chosen, in torch.
+
+The definition of `Operations.adjust` and `count_tokens`; the tables are kept by `tpworker.rank.logit_state`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tpworker.kernels.operands import BIASED, IN_PROMPT, MASKED, PENALISED, WORDS_BARRED, LogitTables
+
+
+def adjust(logits: Tensor, slots: Tensor, positions: Tensor, tables: LogitTables) -> Tensor:
+    """See `Operations.adjust`."""
+    out = logits.to(torch.float32, copy=True)
+    uses = tables.uses[slots]
+    for bit, apply in ((BIASED, _add_bias), (PENALISED, _penalise), (MASKED, _mask)):
+        rows = (uses & bit).nonzero()[:, 0]
+        if len(rows):
+            out[rows] = apply(out[rows], slots[rows], tables)
+    rows = (uses & WORDS_BARRED).nonzero()[:, 0]
+    if len(rows):
+        out[rows] = _bar_words(out[rows], slots[rows], positions[rows], tables)
+    return out
+
+
+def _add_bias(logits: Tensor, slots: Tensor, tables: LogitTables) -> Tensor:
+    columns = tables.bias_ids[slots].long() - tables.vocab_start
+    is_here = (tables.bias_ids[slots] >= 0) & (columns >= 0) & (columns < logits.shape[1])
+    bias = torch.where(is_here, tables.bias[slots], 0.0)
+    return logits.scatter_add_(1, torch.where(is_here, columns, 0), bias)
+
+
+def _penalise(logits: Tensor, slots: Tensor, tables: LogitTables) -> Tensor:
+    repetition, presence, frequency = tables.penalties[slots].unbind(1)
+    counts = tables.counts[slots]
+    repeated = torch.where(logits > 0, logits / repetition[:, None], logits * repetition[:, None])
+    logits = torch.where(counts > 0, repeated, logits)
+    of_output = counts & (IN_PROMPT - 1)
+    logits = logits - of_output * frequency[:, None]
+    return logits - (of_output > 0) * presence[:, None]
+
+
+def _mask(logits: Tensor, slots: Tensor, tables: LogitTables) -> Tensor:
+    column = torch.arange(logits.shape[1], device=logits.device)
+    words = tables.allowed[slots][:, column // 32]
+    return logits.masked_fill_((words >> (column % 32)) & 1 == 0, float("-inf"))
+
+
+def _bar_words(logits: Tensor, slots: Tensor, positions: Tensor, tables: LogitTables) -> Tensor:
+    words, history = tables.barred[slots], tables.history[slots]  # [R, W, L], [R, H]
+    length = words.shape[2]
+    back = torch.arange(length - 1, 0, -1, device=logits.device)
+    places = positions[:, None] - back  # of the last L - 1 tokens
+    recent = history.gather(1, places % history.shape[1])
+    recent = torch.where(places >= 0, recent, -2)  # before the sequence's first token
+    begins = words[:, :, :-1]
+    is_next = ((begins == recent[:, None]) | (begins < 0)).all(dim=-1)
+    columns = words[:, :, -1].long() - tables.vocab_start
+    is_barred = is_next & (words[:, :, -1] >= 0) & (columns >= 0) & (columns < logits.shape[1])
+    ceiling = torch.where(is_barred, float("-inf"), float("inf"))
+    return logits.scatter_reduce_(1, torch.where(is_barred, columns, 0), ceiling, reduce="amin")
+
+
+def count_tokens(slots: Tensor, tokens: Tensor, positions: Tensor, tables: LogitTables) -> None:
+    """See `Operations.count_tokens`."""
+    tokens = tokens ^ (tokens >> 63)
+    columns = tokens - tables.vocab_start
+    is_here = (columns >= 0) & (columns < tables.counts.shape[1])
+    places = (slots, torch.where(is_here, columns, 0))
+    tables.counts.index_put_(places, is_here.to(torch.int32), accumulate=True)
+    tables.history[slots, positions % tables.history.shape[1]] = tokens.to(torch.int32)

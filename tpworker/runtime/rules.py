@@ -1,0 +1,86 @@
+"""What a request asks of its logits, from its parameters: checked against the model, as the ranks take it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from tpworker.config import SamplingParams
+from tpworker.errors import InvalidRequest, shown
+from tpworker.ipc.arrays import pack_float32, pack_int32
+from tpworker.ipc.messages import MAX_BARRED, MAX_BARRED_LENGTH, LogitRules
+
+if TYPE_CHECKING:
+    from tpworker.model.families import ModelSpec
+
+Encode = Callable[[str], Sequence[int]]
+"""Token ids of a text, without special tokens around it."""
+
+
+def resolve_rules(params: SamplingParams, spec: ModelSpec, encode: Encode | None) -> LogitRules | None:
+    """The rules of a request; None: it has none, and its steps need not look.
+
+    Args:
+        params: what the request asks for.
+        spec: of the model; its defaults count where the request is silent.
+        encode: None: there is no tokenizer.
+
+    Raises:
+        InvalidRequest: a token outside the vocabulary, a word too long to bar, nothing left to choose.
+    """
+    repetition = params.repetition_penalty
+    if repetition is None:
+        repetition = spec.generation_defaults.get("repetition_penalty", 1.0)
+    bias = sorted((token, value) for token, value in params.logit_bias.items() if value)
+    _check_vocabulary("logit_bias", [token for token, _ in bias], spec)
+    allowed = params.allowed_token_ids
+    _check_vocabulary("allowed_token_ids", allowed or (), spec)
+    words = _words(params.bad_words, encode)
+    if allowed is not None and not set(allowed) - {word[0] for word in words if len(word) == 1}:
+        raise InvalidRequest(
+            "bad_words bars every one of allowed_token_ids: there would be nothing to choose", "bad_words"
+        )
+    penalties = (float(repetition), float(params.presence_penalty), float(params.frequency_penalty))
+    if penalties == (1.0, 0.0, 0.0) and not bias and allowed is None and not words:
+        return None
+    return LogitRules(
+        *penalties,
+        bias_ids=pack_int32(token for token, _ in bias),
+        bias=pack_float32(value for _, value in bias),
+        allowed_ids=None if allowed is None else pack_int32(allowed),
+        barred=tuple(map(pack_int32, words)),
+    )
+
+
+def _check_vocabulary(name: str, ids: Sequence[int], spec: ModelSpec) -> None:
+    wrong = next((i for i in ids if i >= spec.vocab_size), None)
+    if wrong is not None:
+        raise InvalidRequest(
+            f"{name} holds {wrong}; the model's vocabulary has 0 to {spec.vocab_size - 1}", name
+        )
+
+
+def _words(words: Sequence[str], encode: Encode | None) -> list[tuple[int, ...]]:
+    """The tokens of each word, as they stand at the beginning of a text and behind a space."""
+    if words and encode is None:
+        raise InvalidRequest("bad_words are text, and this model has no tokenizer", "bad_words")
+    found: dict[tuple[int, ...], None] = {}
+    for word in words:
+        assert encode is not None
+        for text in (word, f" {word.lstrip()}"):
+            tokens = tuple(encode(text))
+            if len(tokens) > MAX_BARRED_LENGTH:
+                raise InvalidRequest(
+                    f"bad_words: {shown(word)} has {len(tokens)} tokens; the limit is {MAX_BARRED_LENGTH} a "
+                    "word",
+                    "bad_words",
+                )
+            if tokens:
+                found[tokens] = None
+    if sum(len(tokens) > 1 for tokens in found) > MAX_BARRED:
+        raise InvalidRequest(
+            f"bad_words are {sum(len(tokens) > 1 for tokens in found)} sequences of several tokens, at the "
+            f"beginning of a text and behind a space; the limit is {MAX_BARRED}",
+            "bad_words",
+        )
+    return list(found)

@@ -1,0 +1,108 @@
+"""Logprobs as the two endpoints write them.
+
+A token is written as the text that it adds; where its bytes are no whole characters, as OpenAI's API does
+(`bytes:` and each byte in hexadecimal), with the bytes themselves beside it where there is a place for them.
+Without a tokenizer, or if asked for, as `token_id:123`, as vLLM does.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Sequence
+from typing import Any
+
+from tpworker.outputs import TokenLogprobs
+from tpworker.text.tokenizer import Tokenizer
+
+LEAST_LOGPROB = -9999.0
+"""Written for what is less, for minus infinity and for NaN: JSON has neither."""
+
+
+class LogprobWriter:
+    """Of one answer.
+
+    Args:
+        tokenizer: None: there is none.
+        as_ids: tokens are written as their ids.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None, as_ids: bool = False) -> None:
+        self._tokenizer = None if as_ids else tokenizer
+
+    def token(self, token_id: int) -> tuple[str, bytes]:
+        """A token's name, and its bytes."""
+        if self._tokenizer is None:
+            name = f"token_id:{token_id}"
+            return name, name.encode()
+        piece = self._tokenizer.piece(token_id) or self._tokenizer.special_name(token_id)
+        if isinstance(piece, str):
+            return piece, piece.encode()
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece), piece
+
+    def chat(self, tokens: Sequence[TokenLogprobs]) -> dict[str, Any]:
+        """`logprobs` of a choice, or of a chunk, of /v1/chat/completions."""
+        content = []
+        for one in tokens:
+            top = [self._entry(token_id, logprob) for token_id, logprob in one.top]
+            content.append({**self._entry(one.token_id, one.logprob), "top_logprobs": top})
+        return {"content": content, "refusal": None}
+
+    def _entry(self, token_id: int, logprob: float) -> dict[str, Any]:
+        name, raw = self.token(token_id)
+        return {"token": name, "logprob": written(logprob), "bytes": list(raw)}
+
+    def completion(self, tokens: Sequence[Told], offsets: Offsets, has_top: bool) -> dict[str, Any]:
+        """`logprobs` of a choice, or of a chunk, of /v1/completions.
+
+        Args:
+            tokens: token id, and what is told of it: None for a prompt's first token.
+            offsets: where the choice's text stands.
+            has_top: False: only the tokens' own were asked for.
+        """
+        return {
+            "tokens": [self.token(token_id)[0] for token_id, _ in tokens],
+            "token_logprobs": [None if one is None else written(one.logprob) for _, one in tokens],
+            "text_offset": [offsets.pass_by(self._added(token_id)) for token_id, _ in tokens],
+            "top_logprobs": [None if one is None else self._top(one) for _, one in tokens]
+            if has_top
+            else None,
+        }
+
+    def _added(self, token_id: int) -> bytes:
+        """What a token adds to the text."""
+        piece = "" if self._tokenizer is None else self._tokenizer.piece(token_id)
+        return piece.encode() if isinstance(piece, str) else piece
+
+    def _top(self, one: TokenLogprobs) -> dict[str, float]:
+        """The likeliest by name, and the token itself, which may not be one of them. Of the same names the
+        likelier."""
+        top: dict[str, float] = {}
+        for token_id, logprob in (*one.top, (one.token_id, one.logprob)):
+            top.setdefault(self.token(token_id)[0], written(logprob))
+        return top
+
+
+class Offsets:
+    """Of one choice: at which character of its text each token begins.
+
+    Args:
+        start: characters before the first.
+    """
+
+    def __init__(self, start: int = 0) -> None:
+        self._offset = start
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def pass_by(self, added: bytes) -> int:
+        """Where a token that adds these bytes begins: a character counts once its last byte is there."""
+        begin = self._offset
+        self._offset += len(self._decoder.decode(added))
+        return begin
+
+
+Told = tuple[int, TokenLogprobs | None]
+
+
+def written(logprob: float) -> float:
+    """As JSON can have it."""
+    return logprob if logprob > LEAST_LOGPROB else LEAST_LOGPROB
