@@ -39,7 +39,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.common.options import choose_stand_ins, positive, shape
-from benchmarks.steps.gpu_run import DEFAULTS, Case, measure
+from benchmarks.steps.gpu_run import DEFAULTS, SAMPLINGS, Case, measure
 from benchmarks.steps.gpu_tables import (
     SHAPE,
     Columns,
@@ -81,6 +81,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         ("--step-tokens", DEFAULTS.max_num_batched_tokens),
     ):
         parser.add_argument(flag, type=positive, default=default, metavar="N", help=f"default: {default}")
+    parser.add_argument(
+        "--sampling", choices=list(SAMPLINGS), default="greedy",
+        help="what requests ask for; graphs alone are greedy ones in any case; default: greedy",
+    )  # fmt: skip
     add_shared_options(parser)
 
 
@@ -111,7 +115,7 @@ def measured(
             case = Case(model, ranks, lookahead, batches, trace_steps=TRACE_STEPS[overlap], admit=overlap,
                         replays=lookahead == options.lookahead[0],
                         stand_ins=stand_ins[ranks], slots=options.slots,
-                        step_tokens=options.step_tokens)  # fmt: skip
+                        step_tokens=options.step_tokens, sampling=options.sampling)  # fmt: skip
             yield measure(case, graphs)
 
 
@@ -122,6 +126,7 @@ def together(models: Sequence[str], options: argparse.Namespace, num_gpus: int) 
     rows: list[Row] = []
     same = ["--lookahead", *(str(lookahead) for lookahead in options.lookahead)]
     same += ["--slots", str(options.slots), "--step-tokens", str(options.step_tokens)]
+    same += ["--sampling", options.sampling]
     same += ["--batch", *(str(batch) for batch in options.batch)] if options.batch else []
     with tempfile.TemporaryDirectory() as folder:
         for first in range(0, len(models), len(gpus)):

@@ -41,6 +41,26 @@ _TOKENS = 256  # every vocabulary has as many
 _LONG = ("timeline", "slowest", "calls", "graphs", "over_us", "spread_us")  # not printed
 
 
+SAMPLINGS: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0.0},
+    "random": {"temperature": 0.8},
+    "everything": {
+        "temperature": 0.8,
+        "min_p": 0.02,
+        "top_k": 50,
+        "top_p": 0.95,
+        "repetition_penalty": 1.1,
+        "presence_penalty": 0.1,
+        "frequency_penalty": 0.1,
+        "logit_bias": dict.fromkeys(range(0, 3000, 10), 1.0),
+        "allowed_token_ids": range(30_000),
+        "stop_token_ids": [7],  # suppressed all the time by min_tokens, which is max_tokens
+        "logprobs": 20,
+    },
+}
+"""What requests ask for; barred words are text, for which these models have no tokenizer."""
+
+
 @dataclass(frozen=True, slots=True)
 class Case:
     """What is measured with one runtime."""
@@ -67,6 +87,8 @@ class Case:
     """Of the runtime; at least as many as the largest batch has."""
     step_tokens: int = DEFAULTS.max_num_batched_tokens
     """Token budget of a step."""
+    sampling: str = "greedy"
+    """One of SAMPLINGS."""
 
     @property
     def num_running(self) -> int:
@@ -208,10 +230,17 @@ async def _serve(folder: Path, case: Case) -> list[dict[str, Any]]:
     return rows
 
 
-async def _request(runtime: Runtime, prompt: list[int], num_output: int, number: int) -> tuple[float, float]:
+async def _request(
+    runtime: Runtime, prompt: list[int], num_output: int, number: int, asked: str = "greedy"
+) -> tuple[float, float]:
     """Seconds to the first token and to the last."""
     sampling = SamplingParams(
-        temperature=0.0, seed=number, max_tokens=num_output, ignore_eos=True, detokenize=False
+        seed=number,
+        max_tokens=num_output,
+        min_tokens=num_output,
+        ignore_eos=True,
+        detokenize=False,
+        **SAMPLINGS[asked],
     )
     first, started = 0.0, time.monotonic()
     async for _ in runtime.generate(prompt, sampling):
@@ -231,7 +260,9 @@ async def _decode(
     earlier = runtime.stats().steps
     prompts = [draw.choices(range(_TOKENS), k=case.num_prompt) for _ in range(batch)]
     began = time.monotonic()
-    times = await asyncio.gather(*(_request(runtime, prompt, num_output, number) for prompt in prompts))
+    times = await asyncio.gather(
+        *(_request(runtime, prompt, num_output, number, case.sampling) for prompt in prompts)
+    )
     seen = {
         "total_s": time.monotonic() - began,
         "tokens_per_s": fmean(num_output / last for _, last in times),

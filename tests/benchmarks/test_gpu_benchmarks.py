@@ -353,6 +353,7 @@ def test_shapes_of_one_gpu_are_measured_at_a_time(monkeypatch: pytest.MonkeyPatc
             self.returncode = int(options["--shapes"] == "b:1")
             started.append((options["--shapes"], env["CUDA_VISIBLE_DEVICES"]))
             assert (options["--batch"], options["--slots"], options["--step-tokens"]) == ("16", "32", "64")
+            assert options["--sampling"] == "random"
             if self.returncode:
                 return
             row = {"model": options["--shapes"], "lookahead": 2, "batch": 16}
@@ -364,7 +365,7 @@ def test_shapes_of_one_gpu_are_measured_at_a_time(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
     monkeypatch.setattr(gpu.subprocess, "Popen", Child)
-    options = argparse.Namespace(lookahead=[2, 0], batch=[16], slots=32, step_tokens=64)
+    options = argparse.Namespace(lookahead=[2, 0], batch=[16], slots=32, step_tokens=64, sampling="random")
     rows = gpu.together(["a", "b", "c"], options, 2)
     assert started == [("a:1", "2"), ("b:1", "3"), ("c:1", "2")]
     assert [row["model"] for row in rows] == ["a:1", "a:1", "c:1", "c:1"], "one that fails spoils no other"
