@@ -8,6 +8,8 @@ publisher: the yardstick for what the runtime adds. The tables:
              4.3 TB/s; how many kernels a step is, and how long they ran, from a profiler trace
   attention  µs a layer with norms, rotation and storage of its heads, every layer's cache in turn
   products   µs of each matrix product and of the norm before it, every layer's weight in turn
+  sampling   µs from logits to tokens, plain and with what requests can ask for: min-p, top-k and top-p
+             (truncated), rules of every kind, logprobs; and all of it at once, in every row
   kernels    of the fastest backend, the profiler's time by kernel
 """
 
@@ -31,12 +33,15 @@ from benchmarks.common.floors import BYTES_PER_SECOND, floor_bytes
 from benchmarks.common.options import positive
 from benchmarks.common.report import machine, save
 from tpworker.checkpoint.weights import dummy_weights
+from tpworker.ipc.messages import MAX_BARRED, MAX_BARRED_LENGTH, MAX_BIAS
+from tpworker.kernels.operands import BIASED, MASKED, PENALISED, WORDS_BARRED, LogitTables
 from tpworker.model import composed_ops
 from tpworker.model.attention import Attention, flash
 from tpworker.model.batch import Batch
 from tpworker.model.decoder import Decoder
 from tpworker.model.families import ModelSpec, read_spec
 from tpworker.model.kv_cache import KVCache
+from tpworker.model.logprobs import logprob_rows
 from tpworker.model.mlp import Mlp
 from tpworker.model.rope import rope_tables
 from tpworker.model.sampling import SamplingMode, SamplingRows, sample
@@ -56,6 +61,7 @@ YARDSTICKS: dict[tuple[str, int], tuple[float, float | None]] = {
 }
 GREEDY = SamplingMode(random=False, truncate=False, suppress=False)
 RANDOM = SamplingMode(random=True, truncate=False, suppress=False)
+TRUNCATED = SamplingMode(random=True, truncate=True, suppress=False)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -108,6 +114,7 @@ def measure_model(name: str, options: argparse.Namespace, console: Console) -> l
                 step = step_of(decoder, batch, cache, GREEDY)
                 row["step_ms"][what] = replay_ms(step, options.rounds)[0]
         row["products_us"] = products_us(decoder, count, options.rounds)
+        row["sampling_us"] = sampling_us(decoder, count, options.rounds)
         row["random_ms"] = replay_ms(step_of(decoder, batch, cache, RANDOM), options.rounds)[0]
         _, graph = replay_ms(step_of(decoder, batch, cache, GREEDY), 1)
         row["kernels"] = profile(graph)
@@ -145,23 +152,86 @@ def decode_batch(count: int, context: int, width: int) -> Batch:
 
 def step_of(decoder: Decoder, batch: Batch, cache: KVCache, mode: SamplingMode) -> Callable[[], Tensor]:
     """Forward and sampling of a decode step."""
-    count = len(batch.token_ids)
-    integers = torch.zeros(count, dtype=torch.int64, device="cuda")
-    rows = SamplingRows(
-        temperature=torch.full((count,), 0.7, device="cuda"),
-        top_p=torch.ones(count, device="cuda"),
-        top_k=integers,
-        seed=torch.arange(count, device="cuda"),
-        position=batch.positions + 1,
-        min_length=integers,
-        stop_ids=torch.full((count, 16), -1, device="cuda"),
-    )
+    rows = sampling_rows(batch.positions + 1)
 
     def step() -> Tensor:
         logits = decoder.logits(decoder.forward(batch, cache))
         return sample(decoder.operations, logits, rows, mode, decoder.vocab_start, decoder.collectives)
 
     return step
+
+
+def sampling_rows(positions: Tensor) -> SamplingRows:
+    """For the tokens at these positions (int64 [R]): all that truncates is on, if the mode says so."""
+    count = len(positions)
+    return SamplingRows(
+        temperature=torch.full((count,), 0.7, device="cuda"),
+        top_p=torch.full((count,), 0.95, device="cuda"),
+        top_k=torch.full((count,), 40, device="cuda"),
+        seed=torch.arange(count, device="cuda"),
+        position=positions,
+        min_length=torch.zeros_like(positions),
+        stop_ids=torch.full((count, 16), -1, device="cuda"),
+        log_min_p=torch.full((count,), 0.02, device="cuda").log(),
+    )
+
+
+def logit_tables(count: int, vocab_size: int) -> LogitTables:
+    """As a rank has them, every kind of rule in every slot; a few hundred tokens were met before."""
+    rows = count + 1
+
+    def integers(high: int, *size: int) -> Tensor:
+        return torch.randint(high, (rows, *size), dtype=torch.int32, device="cuda")
+
+    return LogitTables(
+        vocab_start=0,
+        uses=torch.full(
+            (rows,), PENALISED | MASKED | BIASED | WORDS_BARRED, dtype=torch.int32, device="cuda"
+        ),
+        penalties=torch.tensor([1.1, 0.2, 0.1], device="cuda").repeat(rows, 1),
+        counts=(integers(300, vocab_size) == 0).int(),
+        allowed=integers(1 << 30, -(-vocab_size // 32)),
+        bias_ids=torch.randperm(vocab_size, device="cuda")[:MAX_BIAS].int().repeat(rows, 1),
+        bias=torch.randn(rows, MAX_BIAS, device="cuda"),
+        barred=integers(vocab_size, MAX_BARRED, MAX_BARRED_LENGTH),
+        history=integers(vocab_size, 2 * MAX_BARRED_LENGTH),
+    )
+
+
+def sampling_us(decoder: Decoder, count: int, rounds: int) -> dict[str, float]:
+    """Microseconds from logits to tokens, and of its parts."""
+    operations, sole, vocab_size = (
+        decoder.operations,
+        decoder.collectives,
+        decoder.weights.lm_head.weight.shape[0],
+    )
+    slots, positions = torch.arange(count, device="cuda"), torch.full((count,), 700, device="cuda")
+    rows, tables = sampling_rows(positions), logit_tables(count, vocab_size)
+    logits = (3 * torch.randn(count, vocab_size, device="cuda")).bfloat16()
+    tokens = logits.argmax(dim=-1)
+    adjust = partial(operations.adjust, logits, slots, positions, tables)
+
+    def chosen(mode: SamplingMode, logits: Tensor = logits) -> Tensor:
+        return sample(operations, logits, rows, mode, 0, sole)
+
+    def counted(tokens: Tensor = tokens) -> Tensor:
+        operations.count_tokens(slots, tokens, positions, tables)
+        return tokens
+
+    def told(tokens: Tensor = tokens) -> Tensor:
+        return logprob_rows(operations, logits, tokens, 0, sole)
+
+    works: dict[str, Callable[[], Tensor]] = {
+        "greedy": partial(chosen, GREEDY),
+        "random": partial(chosen, RANDOM),
+        "truncated": partial(chosen, TRUNCATED),
+        "adjust": adjust,
+        "count": counted,
+        "logprob parts": partial(operations.logprob_parts, logits, tokens, 0),
+        "logprobs": told,
+        "all": lambda: told(counted(chosen(TRUNCATED, adjust()))),
+    }
+    return {what: 1000 * replay_ms(work, rounds)[0] for what, work in works.items()}
 
 
 def attention_us(decoder: Decoder, batch: Batch, cache: KVCache, rounds: int) -> float:
@@ -313,6 +383,12 @@ def print_tables(rows: list[dict[str, Any]], console: Console) -> None:
         cells = (" / ".join(f"{time:.1f}" for time in cell.values()) for cell in row["products_us"].values())
         products.add_row(str(row["batch"]), *cells)
     console.print(products)
+    sampling = Table(title=f"{name}: sampling, µs")
+    for column in ("batch", *rows[0]["sampling_us"]):
+        sampling.add_column(column, justify="right")
+    for row in rows:
+        sampling.add_row(str(row["batch"]), *(f"{time:.1f}" for time in row["sampling_us"].values()))
+    console.print(sampling)
     for row in rows:
         table = Table(title=f"{name}, batch {row['batch']}: where a step's time goes")
         for column in ("kernel", "times", "µs a step", "µs each"):

@@ -170,6 +170,7 @@ def word_tables(words: list[list[int]], history: list[int], vocab: int) -> Logit
     """One slot that bars these words, and whose tokens so far are `history`, and the null slot."""
     tables = make_tables(vocab, 0, Widths(barred=len(words), length=4, history=8))
     tables.uses[0] = WORDS_BARRED
+    tables.history[0] = 1  # what nobody may take for a token of the sequence
     for row, word in enumerate(words):
         tables.barred[0, row] = torch.tensor([-1] * (4 - len(word)) + word)
     for position, token in enumerate(history):
