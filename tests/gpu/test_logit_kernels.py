@@ -204,6 +204,17 @@ def test_barred_words(kernels: Any, words: list[list[int]], history: list[int], 
     same(result, expected)
 
 
+def test_a_barred_logit_that_is_nan_stays_so(kernels: Any) -> None:
+    """What finds it would not see it otherwise."""
+    tables = word_tables([[5, 6], [9, 6], [5, 7]], [5], 40)
+    logits = torch.randn(1, 40)
+    logits[0, 6] = math.nan
+    slots, positions = torch.tensor([0]), torch.tensor([1])
+    result = kernels.adjust(logits.to(DEVICE), slots.to(DEVICE), positions.to(DEVICE), on_device(tables))
+    assert result[0, 6].isnan()
+    same(result, logit_rules.adjust(logits, slots, positions, tables))
+
+
 def test_rows_with_something_between_them(kernels: Any) -> None:
     vocab = 200
     tables, (slots, positions) = make_tables(vocab, 0, WIDTHS["few"]), place_rows()

@@ -44,12 +44,6 @@ def _index(rank):
 
 
 @triton.jit
-def _number(value):
-    """What may be compared; NaN comes last, like what is out of question."""
-    return tl.where(value == value, value, float("-inf"))
-
-
-@triton.jit
 def _base(greatest):
     """What to take from exponents, such that the exponential of what is out of question is 0."""
     return tl.where(greatest == float("-inf"), 0.0, greatest)
@@ -68,7 +62,7 @@ def _add_up_blocks(
     group = block * ROWS + tl.arange(0, ROWS)
     column = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     value = tl.load(logits + row * stride + column, mask=column < size, other=float("-inf")).to(tl.float32)
-    greatest = tl.max(_number(value), axis=1)
+    greatest = tl.max(value, axis=1)  # NaN comes in or not: it is in the sum
     tl.store(group_greatest + row * num_groups + group, greatest, mask=group < num_groups)
     highest = tl.max(greatest, axis=0)
     tl.store(block_greatest + row * num_blocks + block, highest)
@@ -122,7 +116,7 @@ def _tell_rows(
     ranks = _best(tl.where(group < num_groups, _rank(value, group), _NONE), MOST, SLOTS)
     listed = tl.where(ranks > _NONE, _index(ranks), num_groups)
     columns = tl.reshape(listed[:, None] * GROUP + tl.arange(0, GROUP)[None, :], [SLOTS * GROUP])
-    value = _number(tl.load(logits + columns, mask=columns < size, other=float("-inf")).to(tl.float32))
+    value = tl.load(logits + columns, mask=columns < size, other=float("-inf")).to(tl.float32)
     ranks = _best(tl.where(columns < size, _rank(value, columns), _NONE), MOST, SLOTS)
     value = tl.where(ranks > _NONE, _value((ranks >> 32).to(tl.int32)), float("-inf"))
     ids = tl.where(value > float("-inf"), (_index(ranks) + vocab_start).to(tl.float32), -1.0)
