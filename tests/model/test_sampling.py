@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import fields
@@ -11,6 +12,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers import MinPLogitsWarper
 
 from tests.model.helpers import run_ranks
 from tpworker.kernels.operands import SamplingRows
@@ -88,10 +90,13 @@ def sample_at(size: int, logits: Tensor, rows: SamplingRows, mode: SamplingMode)
     return results[0]
 
 
-def reference_set(logits: Tensor, temperature: float, top_k: int, top_p: float) -> list[int]:
+def reference_set(
+    logits: Tensor, temperature: float, top_k: int, top_p: float, min_p: float = 0.0
+) -> list[int]:
     """The tokens that may be chosen, by the definition, in float64 and plain Python."""
     scaled = (logits / temperature).double().tolist()
     order = sorted(range(len(scaled)), key=lambda token: (-scaled[token], token))
+    order = [token for token in order if math.exp(scaled[token] - scaled[order[0]]) >= min_p]
     if top_k:
         order = order[:top_k]
     weights = [math.exp(scaled[token] - scaled[order[0]]) for token in order]
@@ -112,7 +117,8 @@ def reference_tokens(logits: Tensor, rows: SamplingRows) -> list[int]:
         if temperature == 0:
             tokens.append(int(row_logits.argmax()))
             continue
-        kept = reference_set(row_logits, temperature, int(rows.top_k[row]), float(rows.top_p[row]))
+        min_p = math.exp(float(rows.log_min_p[row]))
+        kept = reference_set(row_logits, temperature, int(rows.top_k[row]), float(rows.top_p[row]), min_p)
         noise = gumbel_noise(
             rows.seed[row : row + 1], rows.position[row : row + 1], torch.arange(len(row_logits))
         )[0]
@@ -209,6 +215,74 @@ def test_top_k_and_top_p_are_the_definitions(size: int, vocab_size: int) -> None
     logits = logits_of(len(choices), vocab_size, seed=vocab_size)
     rows = rows_of(len(choices), temperatures, top_ps, top_ks)
     assert sample_at(size, logits, rows, TRUNCATED).tolist() == reference_tokens(logits, rows)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("vocab_size", [30, 300, 3000])
+def test_min_p_with_all_others_is_the_definition(size: int, vocab_size: int) -> None:
+    choices = list(
+        itertools.product(
+            (0.0, 0.2, 1.0, 20.0), (0, 1, 5, 255, 256, 257, 700), (0.1, 0.9, 1.0), (0.0, 0.003, 0.2, 0.7, 1.0)
+        )
+    )
+    temperatures, top_ks, top_ps, min_ps = zip(*choices, strict=True)
+    logits = logits_of(len(choices), vocab_size, seed=vocab_size)
+    rows = rows_of(len(choices), temperatures, top_ps, top_ks, min_p=min_ps)
+    assert sample_at(size, logits, rows, TRUNCATED).tolist() == reference_tokens(logits, rows)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("vocab_size", [254, 255, 256, 257, 258, 3000])
+@pytest.mark.parametrize("num_left", [1, 2, 254, 255, 256, 257, 258, 2000])
+def test_min_p_sets_of_as_many_tokens_as_are_looked_at_first(
+    size: int, vocab_size: int, num_left: int
+) -> None:
+    """One more and one less, with top_k and top_p that end before, at and after it; some of the set's least
+    likely tokens are equal, and so are those just outside."""
+    num_left = min(num_left, vocab_size)
+    places = torch.randperm(vocab_size, generator=torch.Generator().manual_seed(num_left))
+    logits = torch.full((vocab_size,), -9.0)
+    logits[places[:num_left]] = (torch.arange(num_left) % 5).float() * 0.1
+    choices = list(itertools.product((0, 1, 255, 256, 257), (1.0, 0.99, 0.5), (0.3, 1e-9)))
+    top_ks, top_ps, min_ps = zip(*choices, strict=True)
+    seed = torch.arange(len(choices))
+    for round_ in range(4):
+        rows = rows_of(len(choices), 1.0, top_ps, top_ks, seed=seed + 1000 * round_, min_p=min_ps)
+        together = logits.expand(len(choices), -1)
+        tokens = sample_at(size, together, rows, TRUNCATED).tolist()
+        assert tokens == reference_tokens(together, rows)
+        left = set(places[:num_left].tolist())
+        assert all(token in left for token, min_p in zip(tokens, min_ps, strict=True) if min_p == 0.3)
+
+
+@pytest.mark.parametrize("min_p", [0.01, 0.1, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+@pytest.mark.parametrize("vocab_size", [60, 2000])
+def test_min_p_alone_is_transformers(
+    min_p: float, temperature: float, vocab_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every token of the set can be chosen and no other: noise that prefers each in turn."""
+    logits = logits_of(1, vocab_size, seed=5)
+    left = MinPLogitsWarper(min_p)(torch.zeros(1, 1, dtype=torch.int64), logits / temperature)[0].isfinite()
+    monkeypatch.setattr(sampling, "gumbel_noise", lambda seed, position, ids: 1000.0 * (ids == seed[:, None]))
+    rows = rows_of(vocab_size, temperature, min_p=min_p)  # seeds count up: row i prefers token i
+    tokens = sample_at(1, logits.expand(vocab_size, -1), rows, TRUNCATED)
+    assert torch.equal(tokens == torch.arange(vocab_size), left)
+
+
+def test_min_p_is_of_the_likeliest_after_temperature() -> None:
+    """Half as likely at temperature 1 is a quarter at 0.5."""
+    logits = torch.tensor([0.5, 0.25, 0.125]).log().expand(300, -1)
+    assert set(sample_at(1, logits, rows_of(300, min_p=0.4), TRUNCATED).tolist()) == {0, 1}
+    assert set(sample_at(1, logits, rows_of(300, 0.5, min_p=0.4), TRUNCATED).tolist()) == {0}
+    assert set(sample_at(1, logits, rows_of(300, 2.0, min_p=0.4), TRUNCATED).tolist()) == {0, 1, 2}
+
+
+def test_top_p_counts_within_min_p() -> None:
+    """0.4, 0.3, 0.2, 0.1: of the first two, 0.57 and 0.43, a top_p of 0.55 leaves the first alone."""
+    logits = torch.tensor([0.2, 0.4, 0.1, 0.3]).log().expand(300, -1)
+    assert set(sample_at(1, logits, rows_of(300, top_p=0.55), TRUNCATED).tolist()) == {1, 3}
+    assert set(sample_at(1, logits, rows_of(300, top_p=0.55, min_p=0.6), TRUNCATED).tolist()) == {1}
 
 
 @settings(deadline=None, max_examples=150)

@@ -25,10 +25,12 @@ def logprob_rows(
     if collectives.size > 1:
         parts = _merged(collectives.all_gather(parts))
     greatest, total, own = parts[:, :3].unbind(1)
-    log_total = (greatest + total.log())[:, None]
+    log_total = total.log()[:, None]
+    likeliest = parts[:, 3 : 3 + MOST_LOGPROBS]
     rows = parts.new_empty(len(parts), LOGPROB_ROW)
-    rows[:, :1] = own[:, None] - log_total
-    rows[:, 1 : 1 + MOST_LOGPROBS] = parts[:, 3 : 3 + MOST_LOGPROBS] - log_total
+    # Distances first: added to a large logit, the total's logarithm would be rounded away.
+    rows[:, :1] = (own - greatest)[:, None] - log_total
+    rows[:, 1 : 1 + MOST_LOGPROBS] = (likeliest - greatest[:, None]) - log_total
     rows[:, 1 + MOST_LOGPROBS :] = parts[:, 3 + MOST_LOGPROBS :]
     return rows
 
@@ -55,7 +57,8 @@ def logprob_parts(logits: Tensor, tokens: Tensor, vocab_start: int) -> Tensor:
     own = logits.gather(1, torch.where(is_here, columns, 0)[:, None])[:, 0]
     own = torch.where(is_here, own, float("-inf"))
     greatest = logits.amax(dim=-1)
-    total = (logits - greatest[:, None]).exp().sum(dim=-1)
+    # Where there is nothing but padding, the greatest is -inf, and the sum 0.
+    total = (logits - greatest.where(greatest > float("-inf"), 0)[:, None]).exp().sum(dim=-1)
     count = min(MOST_LOGPROBS, logits.shape[1])
     values, ids = _likeliest(logits, count)
     ids = torch.where(values > float("-inf"), ids + vocab_start, -1).to(torch.float32)
