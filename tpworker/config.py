@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from tpworker.errors import ConfigError, InvalidRequest, shown
 
@@ -77,6 +76,35 @@ def _number(value: Any, kind: type[int] | type[float]) -> Any:
     except (TypeError, ValueError, OverflowError):
         pass
     return value
+
+
+_K = TypeVar("_K")
+_V = TypeVar("_V")
+
+
+class FrozenDict(Mapping[_K, _V]):
+    """A mapping that stays as it is, and has a hash; it can be copied and pickled, which a
+    `MappingProxyType` cannot."""
+
+    __slots__ = ("_items",)
+
+    def __init__(self, items: Mapping[_K, _V]) -> None:
+        self._items = dict(items)
+
+    def __getitem__(self, key: _K) -> _V:
+        return self._items[key]
+
+    def __iter__(self) -> Iterator[_K]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self._items.items()))
+
+    def __repr__(self) -> str:
+        return repr(self._items)
 
 
 def choice_seed(seed: int, index: int) -> int:
@@ -219,7 +247,7 @@ class SamplingParams:
     """Subtracted from the logits of tokens that the output holds."""
     frequency_penalty: float = 0.0
     """The same, for each time that the output holds them."""
-    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
     """Added to the logits of these token ids, before penalties."""
     allowed_token_ids: Sequence[int] | None = None
     """No other token is chosen. None: all are allowed."""
@@ -287,7 +315,7 @@ class SamplingParams:
             settle("allowed_token_ids", tuple(_number(i, int) for i in self.allowed_token_ids))
         check("logit_bias", isinstance(self.logit_bias, Mapping), "a mapping of token ids to numbers")
         bias = {_number(i, int): _number(value, float) for i, value in self.logit_bias.items()}
-        settle("logit_bias", MappingProxyType(bias))
+        settle("logit_bias", FrozenDict(bias))
         listed("stop_token_ids", "a sequence of token ids")
         settle("stop_token_ids", tuple(_number(i, int) for i in self.stop_token_ids))
 
@@ -319,8 +347,11 @@ class SamplingParams:
         check(
             "bad_words",
             len(self.bad_words) <= MAX_BAD_WORDS
-            and all(isinstance(word, str) and 0 < len(word) <= MAX_WORD for word in self.bad_words),
-            f"at most {MAX_BAD_WORDS} strings of 1 to {MAX_WORD} characters",
+            and all(
+                isinstance(word, str) and 0 < len(word) <= MAX_WORD and is_utf8(word)
+                for word in self.bad_words
+            ),
+            f"at most {MAX_BAD_WORDS} strings of 1 to {MAX_WORD} characters, in UTF-8",
         )
         integer("seed", -(2**63), MAX_SEED, "an integer of 64 bits")
         integer("n", 1, MAX_CHOICES, f"an integer from 1 to {MAX_CHOICES}", optional=False)

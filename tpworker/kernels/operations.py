@@ -185,10 +185,10 @@ class Operations(Protocol):
             vocab_start: token id of the first logit.
 
         Returns:
-            float32 [R, 3 + 2 MOST_LOGPROBS]: the greatest logit; the sum of exp(logit - greatest), 0 where all
-            are -inf; the logit of the token, -inf if another rank has it; the greatest logits, best first, of
-            equal ones the lowest id first; their ids, -1 for a logit of -inf. Where a logit is NaN, the sum is,
-            the rest is any.
+            float32 [R, 3 + 2 MOST_LOGPROBS]: the greatest logit; the sum of exp(logit - greatest), 0 where
+            all are -inf; the logit of the token, -inf if another rank has it; the greatest logits, best
+            first, of equal ones the lowest id first; their ids, -1 for a logit of -inf. Where a logit is
+            NaN, the sum is, the rest is any.
         """
         ...
 
