@@ -73,6 +73,7 @@ class Composer:
         self.num_preemptions = 0
         self.num_prompt_tokens = 0
         self.num_cached_tokens = 0
+        self._num_asking = 0  # of the running, who want logprobs
         self._computing: dict[int, Request] = {}  # of groups: who computes what the others will share
         self._num_slots = max_num_seqs
         self._budget = max_num_batched_tokens
@@ -204,7 +205,8 @@ class Composer:
             if request.wants_prompt_logprobs
         ]
         prefill_tokens = sum(chunk.length for chunk in draft.chunks)
-        return InFlight(step, sampled, told, prefill_tokens, len(draft.decoding))
+        wants_logprobs = self._num_asking > 0 and any(request.wants_logprobs for request in sampled)
+        return InFlight(step, sampled, wants_logprobs, told, prefill_tokens, len(draft.decoding))
 
     # ----------------------------------------------------------------------- slots and blocks
 
@@ -231,6 +233,7 @@ class Composer:
         request.target = len(request.tokens)
         request.num_registered, request.last_node = len(shared), node
         insort(self.running, request, key=_by_key)
+        self._num_asking += request.wants_logprobs
         self._start(request, num_cached)
         draft.admitted.append(
             Admission(
@@ -285,6 +288,7 @@ class Composer:
     def _take_slot_away(self, request: Request) -> None:
         self._register(request, min(request.computed, len(request.tokens)))
         self.running.remove(request)
+        self._num_asking -= request.wants_logprobs
         self.pool.release(request.blocks)
         heapq.heappush(self._free_slots, request.slot)
         self._released.append(request.slot)
@@ -309,6 +313,8 @@ class Composer:
     def check_integrity(self) -> None:
         """Asserts what must hold between plans: slots, blocks and lengths fit together."""
         self.pool.check_integrity([request.blocks for request in self.running])
+        asking = [request for request in self.running if request.wants_logprobs]
+        assert self._num_asking == len(asking), "who wants logprobs is miscounted"
         slots = [request.slot for request in self.running]
         assert sorted(slots + self._free_slots) == list(range(self._num_slots)), "a slot is lost or doubled"
         for request in self.running:

@@ -34,6 +34,7 @@ class InFlight:
 
     step: int
     sampled: list[Request]  # whose tokens come back, in the plan's order
+    wants_logprobs: bool  # any of these
     told: list[PromptPart]  # in the order of their chunks
     num_prefill_tokens: int
     num_decodes: int
@@ -80,8 +81,7 @@ class InFlightPlans:
         plan = self._plans.popleft()
         if len(tokens) != len(plan.sampled):
             raise ProtocolError(f"step {result.step}: {len(tokens)} tokens for {len(plan.sampled)} rows")
-        wanted = len(tokens) if any(request.wants_logprobs for request in plan.sampled) else 0
-        _check_rows(result.step, result.logprobs, wanted)
+        _check_rows(result.step, result.logprobs, len(tokens) if plan.wants_logprobs else 0)
         _check_rows(result.step, result.prompt_logprobs, sum(part.count for part in plan.told))
         self.patience.restart()
         return plan, tokens

@@ -171,22 +171,18 @@ class Scheduler:
     def commit(self, result: StepResult) -> None:
         """Applies a step's tokens, finds what has ended, and makes one message of it for the runtime."""
         plan, tokens = self.in_flight.answered(result)
-        told_of_prompts = prompt_logprobs(plan, result)  # before one ends with its first token
+        told, rows = logprobs(plan, result)  # of those that have not ended by now
+        told_of_prompts = prompt_logprobs(plan, result)
         requests: list[int] = []
         positions: list[int] = []
         committed: list[int] = []
         finished: list[Finish] = []
-        told: list[int] = []  # places in `committed`
-        rows: list[bytes] = []
-        for row, (request, token) in enumerate(zip(plan.sampled, tokens, strict=True)):
+        for request, token in zip(plan.sampled, tokens, strict=True):
             request.in_flight -= 1
             if request.state is State.FINISHED:
                 continue  # sampled for nobody: it had ended, which was not known when this was composed
             requests.append(request.id)
             positions.append(request.num_output)
-            if request.wants_logprobs:
-                told.append(len(committed))
-                rows.append(logprob_row(result.logprobs, row))
             committed.append(token)
             request.tokens.append(token)
             if token in request.stop_ids:
@@ -211,8 +207,8 @@ class Scheduler:
                 plan.num_decodes,
                 result.timing,
                 self.load(),
-                pack_int32(told),
-                b"".join(rows),
+                told,
+                rows,
                 told_of_prompts,
             )
         )
@@ -254,6 +250,20 @@ class Scheduler:
 def logprob_row(rows: bytes, index: int, count: int = 1) -> bytes:
     """Some of the logprob rows of a result."""
     return rows[index * LOGPROB_ROW_BYTES : (index + count) * LOGPROB_ROW_BYTES]
+
+
+def logprobs(plan: InFlight, result: StepResult) -> tuple[bytes, bytes]:
+    """Which of the tokens that a result commits have logprob rows (int32, see `StepOutput`), and the rows."""
+    if not plan.wants_logprobs:
+        return b"", b""
+    told, rows, place = [], [], 0
+    for row, request in enumerate(plan.sampled):
+        if request.state is not State.FINISHED:
+            if request.wants_logprobs:
+                told.append(place)
+                rows.append(logprob_row(result.logprobs, row))
+            place += 1
+    return pack_int32(told), b"".join(rows)
 
 
 def prompt_logprobs(plan: InFlight, result: StepResult) -> tuple[PromptLogprobs, ...]:

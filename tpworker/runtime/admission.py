@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from tpworker.config import MAX_STOP_IDS, SamplingParams, SchedulingPolicy
 from tpworker.errors import InvalidRequest, PromptTooLong
 from tpworker.ipc.arrays import pack_int32, unpack_int32
-from tpworker.ipc.messages import NO_LOGPROBS, LogitRules, Sampling
+from tpworker.ipc.messages import NO_LOGPROBS, Sampling
 from tpworker.runtime.rules import Encode, resolve_rules
 
 if TYPE_CHECKING:
@@ -182,23 +182,7 @@ def resolve_sampling(
         min_tokens=params.min_tokens,
         stop_ids=pack_int32(stop_ids),
         min_p=float(chosen(params.min_p, "min_p", 0.0)),
-        rules=_rules(params, spec, stop_ids, encode),
+        rules=resolve_rules(params, spec, encode, stop_ids if params.min_tokens else ()),
         num_logprobs=NO_LOGPROBS if params.logprobs is None else params.logprobs,
         num_prompt_logprobs=NO_LOGPROBS if params.prompt_logprobs is None else params.prompt_logprobs,
     )
-
-
-def _rules(
-    params: SamplingParams, spec: ModelSpec, stop_ids: list[int], encode: Encode | None
-) -> LogitRules | None:
-    if (
-        params.allowed_token_ids is not None
-        and params.min_tokens
-        and set(params.allowed_token_ids) <= set(stop_ids)
-    ):
-        raise InvalidRequest(
-            f"allowed_token_ids are tokens that end the output, and min_tokens={params.min_tokens} forbids "
-            "them: there would be nothing to choose",
-            "allowed_token_ids",
-        )
-    return resolve_rules(params, spec, encode)

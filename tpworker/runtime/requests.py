@@ -16,13 +16,13 @@ All of this belongs to one event loop's thread.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from tpworker.ipc.arrays import unpack_int32, unpack_int64, unpack_logprobs
 from tpworker.ipc.messages import StepOutput
 from tpworker.outputs import FinishReason, RequestOutput
-from tpworker.runtime.logprobs import LogprobRecord, LogprobRow
+from tpworker.runtime.logprobs import LogprobRecord
 
 if TYPE_CHECKING:
     from tpworker.text.stream import TextStream
@@ -119,11 +119,9 @@ class Request:
         self._num_taken = 0
         self._bell = bell or Bell()
 
-    def append(self, token: int, row: LogprobRow | None = None) -> None:
-        """The next token has arrived; row: its logprobs, if they are asked for."""
+    def append(self, token: int) -> None:
+        """The next token has arrived; its logprobs, if they are asked for, have already."""
         self._tokens.append(token)
-        if row is not None and self.logprobs is not None:
-            self.logprobs.append(token, row)
         self.num_received += 1
         self._bell.ring()
 
@@ -237,15 +235,19 @@ class Requests:
             if (request := by_number.get(told.request)) is not None and request.logprobs is not None:
                 request.logprobs.extend_prompt(told.position, unpack_logprobs(told.rows))
         numbers = unpack_int64(output.requests)
-        rows = dict(zip(unpack_int32(output.logprobs_of), unpack_logprobs(output.logprobs), strict=True))
+        triples: Iterable[tuple[int, int, int]] = zip(
+            numbers, unpack_int32(output.positions), unpack_int32(output.tokens), strict=True
+        )
+        if output.logprobs_of:
+            triples = list(triples)
+            self._deliver_logprobs(output, triples)
         delivered = 0
-        triples = zip(numbers, unpack_int32(output.positions), unpack_int32(output.tokens), strict=True)
-        for index, (number, position, token) in enumerate(triples):
+        for number, position, token in triples:
             request = by_number.get(number)
             if request is None:
                 continue  # aborted, and the scheduler did not know yet
             if position == request.num_received:
-                request.append(token, rows.get(index))
+                request.append(token)
                 delivered += 1
             elif position > request.num_received:
                 raise GapError(
@@ -258,6 +260,15 @@ class Requests:
             if request is not None:
                 self.close(request)
                 request.end("stop" if finish.reason == "stop" else "length")
+
+    def _deliver_logprobs(self, output: StepOutput, triples: Sequence[tuple[int, int, int]]) -> None:
+        """Of those of a step's tokens (number, position, token) that will be delivered."""
+        told = zip(unpack_int32(output.logprobs_of), unpack_logprobs(output.logprobs), strict=True)
+        for index, row in told:
+            number, position, token = triples[index]
+            request = self._by_number.get(number)
+            if request is not None and request.logprobs is not None and position == request.num_received:
+                request.logprobs.append(token, row)
 
     def _start(self, number: int, num_cached: int) -> None:
         request = self._by_number.get(number)

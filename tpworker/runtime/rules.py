@@ -17,13 +17,16 @@ Encode = Callable[[str], Sequence[int]]
 """Token ids of a text, without special tokens around it."""
 
 
-def resolve_rules(params: SamplingParams, spec: ModelSpec, encode: Encode | None) -> LogitRules | None:
+def resolve_rules(
+    params: SamplingParams, spec: ModelSpec, encode: Encode | None, delayed: Sequence[int] = ()
+) -> LogitRules | None:
     """The rules of a request; None: it has none, and its steps need not look.
 
     Args:
         params: what the request asks for.
         spec: of the model; its defaults count where the request is silent.
         encode: None: there is no tokenizer.
+        delayed: token ids that its min_tokens forbid at first.
 
     Raises:
         InvalidRequest: a token outside the vocabulary, a word too long to bar, nothing left to choose.
@@ -36,10 +39,8 @@ def resolve_rules(params: SamplingParams, spec: ModelSpec, encode: Encode | None
     allowed = params.allowed_token_ids
     _check_vocabulary("allowed_token_ids", allowed or (), spec)
     words = _words(params.bad_words, encode)
-    if allowed is not None and not set(allowed) - {word[0] for word in words if len(word) == 1}:
-        raise InvalidRequest(
-            "bad_words bars every one of allowed_token_ids: there would be nothing to choose", "bad_words"
-        )
+    if allowed is not None:
+        _check_choice(set(allowed) - {word[0] for word in words if len(word) == 1}, params, delayed)
     penalties = (float(repetition), float(params.presence_penalty), float(params.frequency_penalty))
     if penalties == (1.0, 0.0, 0.0) and not bias and allowed is None and not words:
         return None
@@ -50,6 +51,20 @@ def resolve_rules(params: SamplingParams, spec: ModelSpec, encode: Encode | None
         allowed_ids=None if allowed is None else pack_int32(allowed),
         barred=tuple(map(pack_int32, words)),
     )
+
+
+def _check_choice(left: set[int], params: SamplingParams, delayed: Sequence[int]) -> None:
+    """Whether there is something to choose of what is allowed and not barred."""
+    if not left:
+        raise InvalidRequest(
+            "bad_words bars every one of allowed_token_ids: there would be nothing to choose", "bad_words"
+        )
+    if left <= set(delayed):
+        raise InvalidRequest(
+            "allowed_token_ids leaves tokens that end the output alone, and "
+            f"min_tokens={params.min_tokens} forbids them: there would be nothing to choose",
+            "allowed_token_ids",
+        )
 
 
 def _check_vocabulary(name: str, ids: Sequence[int], spec: ModelSpec) -> None:
@@ -72,15 +87,16 @@ def _words(words: Sequence[str], encode: Encode | None) -> list[tuple[int, ...]]
             if len(tokens) > MAX_BARRED_LENGTH:
                 raise InvalidRequest(
                     f"bad_words: {shown(word)} has {len(tokens)} tokens; the limit is {MAX_BARRED_LENGTH} a "
-                    "word",
+                    "word: give a shorter part of it",
                     "bad_words",
                 )
-            if tokens:
-                found[tokens] = None
+            if not tokens:
+                raise InvalidRequest(f"bad_words: {shown(word)} has no tokens: leave it out", "bad_words")
+            found[tokens] = None
     if sum(len(tokens) > 1 for tokens in found) > MAX_BARRED:
         raise InvalidRequest(
             f"bad_words are {sum(len(tokens) > 1 for tokens in found)} sequences of several tokens, at the "
-            f"beginning of a text and behind a space; the limit is {MAX_BARRED}",
+            f"beginning of a text and behind a space; the limit is {MAX_BARRED}: give fewer words",
             "bad_words",
         )
     return list(found)
