@@ -38,6 +38,7 @@ MAX_BIAS = 1024
 MAX_BARRED = 128
 MAX_BARRED_LENGTH = 16  # tokens
 NO_LOGPROBS = -1
+MAX_TOLD = 1 << 16  # tokens of one plan's chunks, of prompts whose logprobs are asked for
 LOGPROB_ROW_BYTES = 164
 """float32 [21]: the token's logprob and the likeliest ones', best first; int32 [20]: their ids, -1: none."""
 
@@ -207,7 +208,8 @@ class Chunk:
     """Tokens [start, start + length) of a slot's known tokens are prefilled. Part of `BatchPlan`.
 
     `sample` is true for the chunk that reaches the end of the known tokens: a token is sampled there.
-    Of a request that asks for it, the result has a logprob row for each prompt token behind one of these.
+    Of a request that asks for it, the result has a logprob row for each prompt token behind one of these; all
+    such chunks of a plan together have at most MAX_TOLD tokens.
     """
 
     slot: Slot

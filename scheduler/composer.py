@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 
 from tpworker.ipc.arrays import pack_int32
-from tpworker.ipc.messages import Admission, BatchPlan, Chunk, Grant, Started
+from tpworker.ipc.messages import MAX_TOLD, Admission, BatchPlan, Chunk, Grant, Started
 from tpworker.scheduler.inflight import InFlight, PromptPart
 from tpworker.scheduler.kv_blocks import BlockPool, Node
 from tpworker.scheduler.queue import Queue
@@ -50,6 +50,7 @@ class _Draft:
     """A plan in the making."""
 
     budget: int
+    room_to_tell: int = MAX_TOLD  # of the budget, for prompts whose logprobs are asked for
     decoding: list[Request] = field(default_factory=list)
     prefilling: list[Request] = field(default_factory=list)
     admitted: list[Admission] = field(default_factory=list)
@@ -169,6 +170,9 @@ class Composer:
 
     def _chunk(self, request: Request, draft: _Draft) -> None:
         length = min(request.target - request.computed, draft.budget)
+        if request.wants_prompt_logprobs:
+            length = min(length, draft.room_to_tell)
+            draft.room_to_tell -= length
         if length == 0:
             return
         sample = request.computed + length == request.target

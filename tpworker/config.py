@@ -83,8 +83,7 @@ _V = TypeVar("_V")
 
 
 class FrozenDict(Mapping[_K, _V]):
-    """A mapping that stays as it is, and has a hash; it can be copied and pickled, which a
-    `MappingProxyType` cannot."""
+    """A mapping that stays as it is and has a hash. `MappingProxyType` can be neither copied nor pickled."""
 
     __slots__ = ("_items",)
 
@@ -347,10 +346,7 @@ class SamplingParams:
         check(
             "bad_words",
             len(self.bad_words) <= MAX_BAD_WORDS
-            and all(
-                isinstance(word, str) and 0 < len(word) <= MAX_WORD and is_utf8(word)
-                for word in self.bad_words
-            ),
+            and all(isinstance(s, str) and 0 < len(s) <= MAX_WORD and is_utf8(s) for s in self.bad_words),
             f"at most {MAX_BAD_WORDS} strings of 1 to {MAX_WORD} characters, in UTF-8",
         )
         integer("seed", -(2**63), MAX_SEED, "an integer of 64 bits")

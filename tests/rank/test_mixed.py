@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from tpworker.ipc.messages import Chunk
-from tpworker.rank.mixed import MixedInputs, MixedShape, pack
+from tpworker.rank.mixed import MixedInputs, MixedShape, PromptRows, pack
 from tpworker.rank.slots import SlotTable
 
 NULL = 6
@@ -73,6 +73,38 @@ def test_nothing_but_padding() -> None:
     assert found.starts.tolist() == [0, 0, 0, 0, 0, 4]
     assert (found.slots == NULL).all()
     assert (found.sampled_slots == NULL).all()
+
+
+def told_of(num_decodes: int, chunks: list[Chunk], told: dict[int, int]) -> list[tuple[int, int]]:
+    """(row of the token before, token) of each."""
+    rows = PromptRows.of(num_decodes, chunks, PROMPTS, told)
+    assert rows.before.dtype == rows.tokens.dtype == np.int64
+    assert len(rows.before) == len(rows.tokens) == rows.count
+    return list(zip(rows.before.tolist(), rows.tokens.tolist(), strict=True))
+
+
+def test_prompt_rows_are_those_behind_a_token_of_a_chunk() -> None:
+    """Behind two decoding slots; of slots that were asked for, and within their prompts."""
+    chunks = list(CHUNKS)
+    assert told_of(2, chunks, {}) == []
+    assert told_of(2, chunks, {0: 10}) == [(2, 13), (3, 14), (4, 15)]
+    assert told_of(2, chunks, {5: 2}) == [(5, 51)], "behind the last one stands the output"
+    assert told_of(2, chunks, {0: 10, 5: 2, 3: 2}) == [(2, 13), (3, 14), (4, 15), (5, 51)]
+    assert told_of(0, chunks[::-1], {0: 10, 5: 2}) == [(1, 51), (3, 13), (4, 14), (5, 15)]
+    assert told_of(2, chunks, {0: 4}) == [(2, 13)], "what was generated before a preemption is no prompt"
+    assert told_of(2, chunks, {0: 2}) == []
+    assert told_of(2, chunks, {0: 3}) == []
+
+
+def test_chunks_of_any_length_tell_of_every_prompt_token_once() -> None:
+    for length in range(1, 11):
+        for cut in range(1, 11):
+            found = []
+            for start in range(0, length, cut):
+                chunk = Chunk(0, start, min(cut, length - start), start + cut >= length)
+                before = told_of(3, [chunk], {0: length})
+                found += [(start + row - 3, token) for row, token in before]
+            assert found == [(place, 11 + place) for place in range(length - 1)]
 
 
 def test_positions_and_tokens_come_from_the_slot_table() -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import threading
 import time
 
+import numpy as np
 import pytest
 import torch
 
 from tpworker.ipc.arrays import unpack_int32
 from tpworker.ipc.board import Board, Field
 from tpworker.ipc.channels import Channel, new_address
-from tpworker.ipc.messages import StepResult
+from tpworker.ipc.messages import LOGPROB_ROW_BYTES, StepResult
+from tpworker.kernels.operands import LOGPROB_ROW, MOST_LOGPROBS
 from tpworker.rank.device import CpuDevice
 from tpworker.rank.publisher import Publisher
 from tpworker.rank.runner import Launched
@@ -38,14 +40,17 @@ class Rig:
         if sends:
             self.results.accept("rank", 0, 10)
 
-    def launch(self, step: int, tokens: list[int], written_step: int | None = None) -> Launched:
+    def launch(
+        self, step: int, tokens: list[int], written_step: int | None = None, **logprobs: torch.Tensor
+    ) -> Launched:
         """As a runner does: the device writes the step's row of the ring."""
         row = self.ring[step % ROWS, : 1 + len(tokens)]
         values = torch.tensor([step if written_step is None else written_step, *tokens])
         started = self.device.compute.record()
         self.device.compute.run(lambda: (row.copy_(values), None)[1])
         done = self.device.compute.record()
-        return Launched(step, len(tokens), row, started, done, time.monotonic_ns(), self.pool.take())
+        launched_ns, staging = time.monotonic_ns(), self.pool.take()
+        return Launched(step, len(tokens), row, started, done, launched_ns, staging, **logprobs)
 
     def close(self) -> None:
         self.publisher.close()
@@ -80,6 +85,51 @@ def test_tokens_by_logits_that_are_nan_are_told_of_once(rig: Rig, caplog: pytest
         assert unpack_int32(result.tokens).tolist() == ([3, 4], [3, 4], [0, 5], [])[step]
         assert len(caplog.records) == (step > 0)
     assert "logits are NaN" in caplog.text
+
+
+def some_logprobs(count: int, seed: int) -> torch.Tensor:
+    """Rows as `logprob_rows` makes them: [count, LOGPROB_ROW]."""
+    rows = torch.randn(count, LOGPROB_ROW, generator=torch.Generator().manual_seed(seed)).abs_().neg_()
+    ids = torch.arange(count * MOST_LOGPROBS).view(count, MOST_LOGPROBS) + (1 << 24) - count * MOST_LOGPROBS
+    rows[:, 1 + MOST_LOGPROBS :] = ids
+    return rows
+
+
+def test_logprobs_leave_with_their_tokens(rig: Rig) -> None:
+    """Those of tokens and of prompts, either, both or none; values bit by bit, NaN too, and ids as integers."""
+    for step, (num_rows, num_of_prompt) in enumerate([(2, 0), (0, 8), (4, 5), (0, 0), (1, 1)]):
+        rows, of_prompt = some_logprobs(num_rows, step), some_logprobs(num_of_prompt, 50 + step)
+        for values in (rows, of_prompt):
+            values[-1:, 0] = torch.nan
+            values[-1:, 1 + MOST_LOGPROBS - 1] = -torch.inf
+            values[-1:, -1] = -1
+        given = {"logprobs": rows, "prompt_logprobs": of_prompt}
+        given = {name: values for name, values in given.items() if len(values)}
+        rig.publisher.publish(rig.launch(step, [7] * num_rows, **given))
+        result = rig.results.receive(10)
+        assert isinstance(result, StepResult)
+        for packed, values in ((result.logprobs, rows), (result.prompt_logprobs, of_prompt)):
+            assert len(packed) == len(values) * LOGPROB_ROW_BYTES
+            found = np.frombuffer(packed, "<f4").reshape(len(values), LOGPROB_ROW)
+            assert found[:, : 1 + MOST_LOGPROBS].tobytes() == values[:, : 1 + MOST_LOGPROBS].numpy().tobytes()
+            ids = np.ascontiguousarray(found[:, 1 + MOST_LOGPROBS :]).view("<i4")
+            assert ids.tolist() == values[:, 1 + MOST_LOGPROBS :].long().tolist()
+    assert not rig.errors
+
+
+def test_logprobs_are_copied_before_their_row_is_rewritten(rig: Rig) -> None:
+    """As many steps as the ring has rows are published before anything is sent: each has its own."""
+    gate = threading.Event()
+    rig.device.copies.run(lambda: gate.wait(10) and None)
+    sent = [some_logprobs(2, step) for step in range(ROWS)]
+    for step, rows in enumerate(sent):
+        rig.publisher.publish(rig.launch(step, [1, 2], logprobs=rows))
+    gate.set()
+    for rows in sent:
+        result = rig.results.receive(10)
+        assert isinstance(result, StepResult)
+        found = np.frombuffer(result.logprobs, "<f4").reshape(2, LOGPROB_ROW)
+        assert found[:, 0].tolist() == rows[:, 0].tolist()
 
 
 def test_publishing_waits_for_nothing(rig: Rig) -> None:

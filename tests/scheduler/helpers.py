@@ -9,7 +9,16 @@ from typing import Any
 from tpworker.ipc.arrays import pack_int32, unpack_int32, unpack_int64
 from tpworker.ipc.board import Board
 from tpworker.ipc.child import SchedulerSettings, board_names
-from tpworker.ipc.messages import BatchPlan, Message, Sampling, StepOutput, StepResult, Submit, decode
+from tpworker.ipc.messages import (
+    LOGPROB_ROW_BYTES,
+    BatchPlan,
+    Message,
+    Sampling,
+    StepOutput,
+    StepResult,
+    Submit,
+    decode,
+)
 from tpworker.scheduler.process import Scheduler
 from tpworker.testing.fake_rank import FakeRank
 
@@ -41,6 +50,12 @@ def submit(
 def choices(first: int, count: int, prompt: list[int], **changes: Any) -> list[Submit]:
     """Several choices of one request, their numbers from `first` on, which are their seeds too."""
     return [submit(first + i, prompt, group=first, seed=first + i, **changes) for i in range(count)]
+
+
+def rows_of(logprobs: bytes) -> list[bytes]:
+    """Logprob rows, one by one."""
+    assert len(logprobs) % LOGPROB_ROW_BYTES == 0
+    return [logprobs[i : i + LOGPROB_ROW_BYTES] for i in range(0, len(logprobs), LOGPROB_ROW_BYTES)]
 
 
 class Wire:
@@ -82,11 +97,14 @@ class World:
         self.tokens: dict[int, list[int]] = {}
         self.finished: dict[int, str] = {}
         self.cached: dict[int, int] = {}
+        self.logprobs: dict[int, list[bytes]] = {}
+        self.prompt_logprobs: dict[int, list[bytes]] = {}  # of the prompt's tokens but the first, each once
         self.executed: list[BatchPlan] = []
         self._random = random.Random(seed)
 
     def submit(self, message: Submit) -> None:
         self.tokens[message.request] = []
+        self.logprobs[message.request], self.prompt_logprobs[message.request] = [], []
         self.scheduler.take(message)
 
     def compose(self) -> bool:
@@ -120,6 +138,16 @@ class World:
             assert position == len(self.tokens[request]), "a token twice, or a gap"
             assert request not in self.finished, "a token after the end"
             self.tokens[request].append(token)
+        for index, row in zip(unpack_int32(output.logprobs_of), rows_of(output.logprobs), strict=True):
+            self.logprobs[requests[index]].append(row)
+        for told in output.prompt_logprobs:
+            assert told.request not in self.finished, "told of after the end"
+            known = self.prompt_logprobs[told.request]
+            assert told.position <= len(known) + 1, "a gap"
+            repeated = len(known) + 1 - told.position
+            rows = rows_of(told.rows)
+            assert known[len(known) - repeated :][: len(rows)] == rows[:repeated], "what is repeated differs"
+            known += rows[repeated:]
         for finish in output.finished:
             self.finished[requests[finish.index]] = finish.reason
         for started in output.started:

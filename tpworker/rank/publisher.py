@@ -27,7 +27,7 @@ from torch import Tensor
 
 from tpworker.ipc.board import Field, Row
 from tpworker.ipc.channels import Channel
-from tpworker.ipc.messages import StepResult, StepTiming
+from tpworker.ipc.messages import MAX_TOLD, StepResult, StepTiming
 from tpworker.kernels.operands import LOGPROB_ROW, MOST_LOGPROBS
 from tpworker.rank.device import Device, Event
 from tpworker.rank.runner import Launched
@@ -82,7 +82,7 @@ class Publisher:
         self._has_told_of_nan = False
         num_bytes = 8 * ring_rows * (1 + num_slots)
         self._buffers = device.host_buffer(num_bytes).view(torch.int64).view(ring_rows, -1).unbind(0)
-        num_rows = num_slots + max_tokens
+        num_rows = num_slots + min(max_tokens, MAX_TOLD)
         logprobs = device.host_buffer(4 * ring_rows * num_rows * LOGPROB_ROW).view(torch.float32)
         self._logprobs = logprobs.view(ring_rows, num_rows, LOGPROB_ROW)
         self._num_slots = num_slots

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tpworker.ipc.messages import MAX_TOLD
 from tpworker.kernels.operands import LOGPROB_ROW
 from tpworker.model.decoder import Decoder
 from tpworker.model.logprobs import logprob_rows
@@ -57,7 +58,8 @@ class Sampler:
         self._rows = self.ring.unbind(0)  # a step takes one: 4 µs less than by indexing
         self.counter = torch.full((1,), -1, device=device)  # number of the step that runs
         self._logprobs = torch.zeros(ring_rows, slots.num_slots, LOGPROB_ROW, device=device)
-        self._prompt_logprobs = torch.zeros(ring_rows, max_tokens, LOGPROB_ROW, device=device)
+        num_told = min(max_tokens, MAX_TOLD)
+        self._prompt_logprobs = torch.zeros(ring_rows, num_told, LOGPROB_ROW, device=device)
 
     def begin(self) -> None:
         """As if there had been no step."""

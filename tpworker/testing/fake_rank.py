@@ -3,18 +3,29 @@
 It executes plans as a rank does, on blocks that hold tokens in the place of keys and values, and its next
 token is a function of everything that it can see through a slot's block table. So a block that was given
 away too early, shared wrongly or not filled changes the output, as it would with a model, and
-`expected_output` tells what the output must be.
+`expected_output` tells what the output must be. So it is with logprobs, and `logprob_row`.
 """
 
 from __future__ import annotations
 
+import math
+import struct
 import zlib
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from tpworker.ipc.arrays import pack_int32, unpack_int32
-from tpworker.ipc.messages import Admission, BatchPlan, Sampling, StepResult, StepTiming
+from tpworker.ipc.messages import (
+    MAX_TOLD,
+    NO_LOGPROBS,
+    Admission,
+    BatchPlan,
+    Chunk,
+    Sampling,
+    StepResult,
+    StepTiming,
+)
 
 
 def next_token(context: Sequence[int], seed: int, vocab_size: int) -> int:
@@ -36,6 +47,13 @@ def expected_output(
         if token in stop_ids:
             break
     return tokens[len(prompt) :]
+
+
+def logprob_row(context: Sequence[int], token: int) -> bytes:
+    """The logprob row of a token that follows `context`, in the same world: it tells of two likely ones."""
+    own = -(zlib.crc32(array("q", [token, *context]).tobytes()) % 4096) / 64
+    top, ids = [own, own - 1] + [-math.inf] * 18, [token, len(context)] + [-1] * 18
+    return struct.pack("<21f20i", own, *top, *ids)
 
 
 @dataclass(slots=True)
@@ -80,6 +98,8 @@ class FakeRank:
         if plan.decode is not None:
             self._decode = unpack_int32(plan.decode).tolist()
         tokens = [self._decode_slot(slot) for slot in self._decode]
+        sampled = [*self._decode, *(chunk.slot for chunk in plan.chunks if chunk.sample)]
+        told: list[bytes] = []
         for chunk in plan.chunks:
             state = self.slots[chunk.slot]
             assert chunk.start == state.position, "a chunk does not begin where the one before ended"
@@ -89,7 +109,32 @@ class FakeRank:
             assert chunk.sample == (state.position == len(state.tokens))
             if chunk.sample:
                 tokens.append(self._sample(state))
-        return StepResult(plan.generation, plan.step, pack_int32(tokens), StepTiming(0, 0, 0))
+            told += self._tell_of_prompt(state, chunk)
+        assert len(told) <= MAX_TOLD
+        return StepResult(
+            plan.generation,
+            plan.step,
+            pack_int32(tokens),
+            StepTiming(0, 0, 0),
+            b"".join(self._logprobs([self.slots[slot] for slot in sampled])),
+            b"".join(told),
+        )
+
+    def _logprobs(self, sampled: list[_Slot]) -> list[bytes]:
+        """A row for each, if any asks for it."""
+        if all(state.sampling.num_logprobs == NO_LOGPROBS for state in sampled):
+            return []
+        return [logprob_row(self._context(state, state.position), state.last_token) for state in sampled]
+
+    def _tell_of_prompt(self, state: _Slot, chunk: Chunk) -> list[bytes]:
+        """A row for each prompt token behind one of the chunk, if it is asked for."""
+        if state.sampling.num_prompt_logprobs == NO_LOGPROBS:
+            return []
+        told = range(chunk.start + 1, min(chunk.start + chunk.length, state.num_prompt - 1) + 1)
+        return [logprob_row(self._context(state, place), state.tokens[place]) for place in told]
+
+    def _context(self, state: _Slot, length: int) -> list[int]:
+        return [self._read(state, position) for position in range(length)]
 
     def _admit(self, admission: Admission) -> None:
         assert admission.slot not in self.slots, f"slot {admission.slot} is taken"
@@ -102,7 +147,7 @@ class FakeRank:
             admission.num_cached,
         )
         self.slots[admission.slot] = state
-        cached = [self._read(state, position) for position in range(admission.num_cached)]
+        cached = self._context(state, admission.num_cached)
         assert cached == state.tokens[: admission.num_cached].tolist(), "the prefix cache gave wrong content"
 
     def _decode_slot(self, slot: int) -> int:
@@ -112,8 +157,7 @@ class FakeRank:
         return self._sample(state)
 
     def _sample(self, state: _Slot) -> int:
-        context = [self._read(state, position) for position in range(state.position)]
-        token = next_token(context, state.sampling.seed, self.vocab_size)
+        token = next_token(self._context(state, state.position), state.sampling.seed, self.vocab_size)
         while token in state.stop_ids and state.position < state.num_prompt + state.sampling.min_tokens:
             token = (token + 1) % self.vocab_size
         state.last_token = token
