@@ -96,7 +96,7 @@ def some_logprobs(count: int, seed: int) -> torch.Tensor:
 
 
 def test_logprobs_leave_with_their_tokens(rig: Rig) -> None:
-    """Those of tokens and of prompts, either, both or none; values bit by bit, NaN too, and ids as integers."""
+    """Of tokens and of prompts, either, both or none; values bit by bit, NaN too, and ids as integers."""
     for step, (num_rows, num_of_prompt) in enumerate([(2, 0), (0, 8), (4, 5), (0, 0), (1, 1)]):
         rows, of_prompt = some_logprobs(num_rows, step), some_logprobs(num_of_prompt, 50 + step)
         for values in (rows, of_prompt):
