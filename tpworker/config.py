@@ -251,8 +251,8 @@ class SamplingParams:
     allowed_token_ids: Sequence[int] | None = None
     """No other token is chosen. None: all are allowed."""
     bad_words: Sequence[str] = field(default=())
-    """Texts that the output does not come to hold, tokenised as they are and behind a space: the last token
-    of one is not chosen where those before it stand. Other ways to spell them in tokens are not barred."""
+    """Texts that the output does not come to hold, tokenised as they are and, unless they begin with one,
+    behind a space: the last token of one is not chosen where those before it stand. Other ways to spell them in tokens are not barred."""
     logprobs: int | None = None
     """Outputs have `logprobs`: of each token, and of so many of the likeliest in its place."""
     prompt_logprobs: int | None = None

@@ -76,13 +76,13 @@ def _check_vocabulary(name: str, ids: Sequence[int], spec: ModelSpec) -> None:
 
 
 def _words(words: Sequence[str], encode: Encode | None) -> list[tuple[int, ...]]:
-    """The tokens of each word, as they stand at the beginning of a text and behind a space."""
+    """The tokens of each word, as it is and, unless it begins with one, behind a space."""
     if words and encode is None:
         raise InvalidRequest("bad_words are text, and this model has no tokenizer", "bad_words")
     found: dict[tuple[int, ...], None] = {}
     for word in words:
         assert encode is not None
-        for text in (word, f" {word.lstrip()}"):
+        for text in (word,) if word[0].isspace() else (word, f" {word}"):
             tokens = tuple(encode(text))
             if len(tokens) > MAX_BARRED_LENGTH:
                 raise InvalidRequest(

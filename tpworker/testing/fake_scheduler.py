@@ -1,8 +1,9 @@
 """A scheduler without ranks' work: it echoes. `python -m tpworker.testing.fake_scheduler`, as the real one.
 
 A request's output is its prompt, over and over: token i is prompt[i % len(prompt)], whatever the sampling,
-until a stop token, max_tokens or max_model_len. It meets the ranks and agrees on sizes with them, sends
-them Stop at the end, and nothing in between. For tests of everything on the runtime's side of it.
+until a stop token, max_tokens or max_model_len; its logprobs are those of `FakeRank`. It meets the ranks and
+agrees on sizes with them, sends them Stop at the end, and nothing in between. For tests of everything on the
+runtime's side of it.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from tpworker.ipc.board import Board, Field, Phase
 from tpworker.ipc.channels import Channel, accept_all, close_all
 from tpworker.ipc.child import RANK_NAME, SchedulerBoot, board_names, run_child
 from tpworker.ipc.messages import (
+    NO_LOGPROBS,
     Abort,
     Finish,
+    PromptLogprobs,
     SchedulerLoad,
     SchedulerReady,
     Started,
@@ -26,6 +29,7 @@ from tpworker.ipc.messages import (
     Submit,
 )
 from tpworker.scheduler.process import agree_on_blocks
+from tpworker.testing.fake_rank import logprob_row
 
 STEP_SECONDS = 0.001
 STOP_SECONDS = 5.0
@@ -40,6 +44,19 @@ class Echo:
     stop_ids: frozenset[int]
     limit: int
     position: int = 0
+
+    def token(self, place: int) -> int:
+        """The one at that place of prompt and output."""
+        return self.prompt[place % len(self.prompt)]
+
+    def logprob_row(self, place: int) -> bytes:
+        """See `fake_rank.logprob_row`."""
+        return logprob_row([self.token(before) for before in range(place)], self.token(place))
+
+    def tell_of_prompt(self) -> PromptLogprobs:
+        """The prompt's logprobs."""
+        rows = (self.logprob_row(place) for place in range(1, len(self.prompt)))
+        return PromptLogprobs(self.submit.request, 1, b"".join(rows))
 
 
 class FakeScheduler:
@@ -100,8 +117,12 @@ class FakeScheduler:
         started, self.waiting = self.waiting[:free], self.waiting[free:]
         self.running += started
         requests, positions, tokens, finished = [], [], [], []
+        told, rows = [], []
         for echo in self.running[:]:
-            token = echo.prompt[echo.position % len(echo.prompt)]
+            token = echo.token(echo.position)
+            if echo.submit.sampling.num_logprobs != NO_LOGPROBS:
+                told.append(len(tokens))
+                rows.append(echo.logprob_row(len(echo.prompt) + echo.position))
             requests.append(echo.submit.request)
             positions.append(echo.position)
             tokens.append(token)
@@ -123,6 +144,13 @@ class FakeScheduler:
             len(tokens) - len(started),
             StepTiming(now, now, now),
             SchedulerLoad(self.num_blocks - 1, 0, 0, 0),
+            pack_int32(told),
+            b"".join(rows),
+            tuple(
+                echo.tell_of_prompt()
+                for echo in started
+                if echo.submit.sampling.num_prompt_logprobs != NO_LOGPROBS
+            ),
         )
 
     def send(self, output: StepOutput) -> None:
