@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from decimal import Decimal
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from tpworker import ConfigError, InvalidRequest, RuntimeConfig, SamplingParams
-from tpworker.config import MAX_CHOICES, MAX_SEED, choice_seed
+from tpworker.config import MAX_BIAS, MAX_CHOICES, MAX_SEED, FrozenDict, choice_seed
 from tpworker.ipc.child import pack_boot
 from tpworker.runtime.settings import scheduler_settings
 
@@ -23,6 +24,10 @@ class Size(IntEnum):
     FIVE = 5
 
 
+NUMBERS = (
+    "max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "min_tokens", "n", "priority", "logprobs",
+    "prompt_logprobs", "repetition_penalty", "presence_penalty", "frequency_penalty",
+)  # fmt: skip
 INTEGERS: list[Any] = [
     np.int64(5), np.int8(5), np.uint16(5), np.array(5), torch.tensor(5), torch.tensor(5).int(), Size.FIVE
 ]  # fmt: skip
@@ -32,14 +37,25 @@ REALS: list[Any] = [
 ]  # fmt: skip
 
 
+def key_of(value: Any, plain: float = 5) -> Any:
+    """The value, or its plain number if it has no hash: arrays cannot be keys."""
+    return plain if isinstance(value, np.ndarray) else value
+
+
 @pytest.mark.parametrize("five", INTEGERS, ids=repr)
 def test_integers_of_any_library_are_integers(five: Any) -> None:
-    names = ("max_tokens", "top_k", "seed", "min_tokens", "n", "priority")
-    params = SamplingParams(**dict.fromkeys(names, five), stop_token_ids=[five, 6], temperature=five)
-    assert params == SamplingParams(**dict.fromkeys(names, 5), stop_token_ids=[5, 6], temperature=5)
-    for name in (*names, "temperature"):
+    names = (
+        "max_tokens", "top_k", "seed", "min_tokens", "n", "priority", "logprobs", "prompt_logprobs",
+        "repetition_penalty", "temperature",
+    )  # fmt: skip
+    ids = {"stop_token_ids": [five, 6], "allowed_token_ids": [five, 6]}
+    params = SamplingParams(**dict.fromkeys(names, five), **ids, logit_bias={key_of(five): five})
+    ids = {"stop_token_ids": [5, 6], "allowed_token_ids": [5, 6]}
+    assert params == SamplingParams(**dict.fromkeys(names, 5), **ids, logit_bias={5: 5})
+    for name in names:
         assert type(getattr(params, name)) is int
-    assert [type(i) for i in params.stop_token_ids] == [int, int]
+    numbers = [*params.stop_token_ids, *params.allowed_token_ids, *params.logit_bias, params.logit_bias[5]]
+    assert [type(number) for number in numbers] == [int] * 6
     assert hash(params) == hash(dataclasses.replace(params))
     config = RuntimeConfig(max_num_seqs=five, seed=five, max_model_len=five, step_timeout=five)
     assert config == RuntimeConfig(max_num_seqs=5, seed=5, max_model_len=5, step_timeout=5)
@@ -48,9 +64,17 @@ def test_integers_of_any_library_are_integers(five: Any) -> None:
 
 @pytest.mark.parametrize("half", REALS, ids=repr)
 def test_real_numbers_of_any_library_are_floats(half: Any) -> None:
-    params = SamplingParams(temperature=half, top_p=half)
-    assert params == SamplingParams(temperature=0.5, top_p=0.5)
-    assert (type(params.temperature), type(params.top_p)) == (float, float)
+    names = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+    params = SamplingParams(**dict.fromkeys(names, half), logit_bias={7: half})
+    assert params == SamplingParams(**dict.fromkeys(names, 0.5), logit_bias={7: 0.5})
+    assert {type(getattr(params, name)) for name in names} == {float}
+    assert type(params.logit_bias[7]) is float
+    for name in ("logprobs", "prompt_logprobs"):
+        with pytest.raises(InvalidRequest, match=f"{name}="):
+            SamplingParams(**{name: half})
+    for name, given in (("logit_bias", {key_of(half, 0.5): 1}), ("allowed_token_ids", [half])):
+        with pytest.raises(InvalidRequest, match=f"{name}="):
+            SamplingParams(**{name: given})
     config = RuntimeConfig(gpu_memory_utilization=half, step_timeout=half)
     assert (type(config.step_timeout), config.gpu_memory_utilization) == (float, 0.5)
     with pytest.raises(InvalidRequest, match="top_k="):
@@ -63,7 +87,8 @@ def test_real_numbers_of_any_library_are_floats(half: Any) -> None:
     "ids", [np.array([5, 6]), torch.tensor([5, 6]), (np.int32(5), 6), range(5, 7)], ids=repr
 )
 def test_arrays_are_sequences_of_ids(ids: Any) -> None:
-    assert SamplingParams(stop_token_ids=ids).stop_token_ids == (5, 6)
+    params = SamplingParams(stop_token_ids=ids, allowed_token_ids=ids)
+    assert params.stop_token_ids == params.allowed_token_ids == (5, 6)
 
 
 @pytest.mark.parametrize("true", [np.bool_(True), np.array(True), torch.tensor(True), True], ids=repr)
@@ -71,7 +96,7 @@ def test_truth_of_any_library_is_a_bool_and_no_number(true: Any) -> None:
     params = SamplingParams(ignore_eos=true, detokenize=true)
     assert (params.ignore_eos, params.detokenize) == (True, True)
     assert RuntimeConfig(prefix_caching=true).prefix_caching is True
-    for name in ("max_tokens", "temperature", "top_p", "top_k", "seed", "min_tokens", "n", "priority"):
+    for name in NUMBERS:
         with pytest.raises(InvalidRequest, match=f"{name}="):
             SamplingParams(**{name: true})
     with pytest.raises(InvalidRequest, match="stop_token_ids="):
@@ -87,7 +112,7 @@ def test_truth_of_any_library_is_a_bool_and_no_number(true: Any) -> None:
     ids=repr,
 )
 def test_what_is_no_number_is_refused(value: Any) -> None:
-    for name in ("max_tokens", "temperature", "min_tokens", "n", "priority"):
+    for name in NUMBERS:
         with pytest.raises(InvalidRequest, match=f"{name}="):
             SamplingParams(**{name: value})
     with pytest.raises(InvalidRequest, match="stop_token_ids="):
@@ -99,14 +124,18 @@ def test_what_is_no_number_is_refused(value: Any) -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, np.float32("nan"), 10**400, -(10**400)])
 def test_numbers_that_are_not_finite_or_too_large_are_refused(value: Any) -> None:
-    for name in ("temperature", "top_p"):
+    for name in NUMBERS:
         with pytest.raises(InvalidRequest, match=f"{name}="):
             SamplingParams(**{name: value})
+    with pytest.raises(InvalidRequest, match="logit_bias="):
+        SamplingParams(logit_bias={5: value})
 
 
 @pytest.mark.parametrize("value", [5, None, np.array(5), torch.tensor(5), 5.0])
-@pytest.mark.parametrize("name", ["stop", "stop_token_ids"])
+@pytest.mark.parametrize("name", ["stop", "stop_token_ids", "bad_words", "allowed_token_ids"])
 def test_what_is_no_sequence_is_refused_as_everything_is(name: str, value: Any) -> None:
+    if name == "allowed_token_ids" and value is None:
+        return  # all are
     with pytest.raises(InvalidRequest, match=rf"{name}=.*must be a") as caught:
         SamplingParams(**{name: value})
     assert caught.value.parameter == name
@@ -129,6 +158,39 @@ def test_what_they_come_to_crosses_to_the_processes() -> None:
     [
         ("n", [1, 128], [0, -1, 129, None]),
         ("priority", [-(2**31) + 1, 2**31 - 1], [-(2**31), 2**31, None]),
+        ("max_tokens", [None, 0, 1, 2**31 - 1], [-1, 2**31, 1.0]),
+        ("min_p", [None, 0, 0.0, 1e-300, 1, 1.0], [-0.1, 1.0000001, 2]),
+        ("repetition_penalty", [None, 0.01, 1, 100], [0, 0.0099, 100.1, -1]),
+        ("presence_penalty", [-2, 0, 2.0], [-2.001, 2.001, None]),
+        ("frequency_penalty", [-2, 0, 2.0], [-2.001, 2.001, None]),
+        ("logprobs", [None, 0, 20], [-1, 21, 1.0]),
+        ("prompt_logprobs", [None, 0, 20], [-1, 21, 1.0]),
+        (
+            "logit_bias",
+            [{}, {0: -100, 2**31: 100}, dict.fromkeys(range(MAX_BIAS), 1)],
+            [
+                {5: 100.1},
+                {5: -100.1},
+                {-1: 1},
+                {"5": 1},
+                {5: "1"},
+                {5: None},
+                {(5, 6): 1},
+                {True: 1},
+                {5: True},
+                dict.fromkeys(range(MAX_BIAS + 1), 1),
+                None,
+                [5],
+                [(5, 1)],
+                "5",
+            ],
+        ),
+        ("allowed_token_ids", [None, (0,), (7, 7)], [(), [-1], [1.0], ["a"], "", "a", [[1]], [None]]),
+        (
+            "bad_words",
+            [(), ("a",), ("ü" * 128,), ("a",) * 1024],
+            [[""], "", ["ü" * 129], ["a"] * 1025, [5], [b"a"], [None], ["\udc80"], b"ab"],
+        ),
         ("cache_salt", [None, "s", "ü" * 256], ["", "s" * 257, 5, b"s", "\udc80"]),
     ],
 )
@@ -139,6 +201,48 @@ def test_bounds_from_both_sides(name: str, good: list[Any], bad: list[Any]) -> N
         with pytest.raises(InvalidRequest, match=f"{name}=.*must be") as caught:
             SamplingParams(**{name: value})
         assert caught.value.parameter == name
+
+
+EVERYTHING: dict[str, Any] = {
+    "logit_bias": {5: 1.5, 7: -2}, "bad_words": ["a"], "allowed_token_ids": [1, 2], "logprobs": 3,
+    "presence_penalty": 1, "stop": ["x"],
+}  # fmt: skip
+
+
+def test_parameters_can_be_copied_and_compared_and_have_a_hash() -> None:
+    """What those do who put them into sets, or make others of them."""
+    params = SamplingParams(**EVERYTHING)
+    for other in (copy.copy(params), copy.deepcopy(params), dataclasses.replace(params), SamplingParams(**dataclasses.asdict(params))):  # fmt: skip
+        assert other == params
+        assert hash(other) == hash(params)
+    for changed in ({5: 1.5}, {5: 1.5, 7: -2.5}, {}):
+        assert dataclasses.replace(params, logit_bias=changed) != params
+    assert len({params, dataclasses.replace(params, logit_bias={5: 1})}) == 2
+    assert "logit_bias={5: 1.5, 7: -2}" in repr(params)
+
+
+def test_parameters_are_frozen_and_keep_nothing_of_who_made_them() -> None:
+    given = {name: copy.copy(value) for name, value in EVERYTHING.items()}
+    params = SamplingParams(**given)
+    given["logit_bias"][5] = 99
+    given["bad_words"].append("b")
+    given["allowed_token_ids"].append(9)
+    assert params == SamplingParams(**EVERYTHING)
+    with pytest.raises(TypeError):
+        params.logit_bias[5] = 2  # type: ignore[index]
+    assert isinstance(params.logit_bias, FrozenDict)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        params.logprobs = 5  # type: ignore[misc]
+
+
+def test_one_word_is_a_list_of_it() -> None:
+    assert SamplingParams(bad_words="some word").bad_words == ("some word",)
+
+
+def test_no_tokens_at_all_leave_no_room_for_a_minimum() -> None:
+    assert SamplingParams(max_tokens=0, min_tokens=0).max_tokens == 0
+    with pytest.raises(InvalidRequest, match=r"min_tokens=1: must be at most max_tokens \(0\)"):
+        SamplingParams(max_tokens=0, min_tokens=1)
 
 
 def test_a_scheduling_policy_is_one_of_two() -> None:

@@ -83,7 +83,7 @@ _V = TypeVar("_V")
 
 
 class FrozenDict(Mapping[_K, _V]):
-    """A mapping that stays as it is and has a hash. `MappingProxyType` can be neither copied nor pickled."""
+    """A mapping that stays as it is and has a hash. Unlike `MappingProxyType` it can be copied."""
 
     __slots__ = ("_items",)
 
@@ -251,8 +251,9 @@ class SamplingParams:
     allowed_token_ids: Sequence[int] | None = None
     """No other token is chosen. None: all are allowed."""
     bad_words: Sequence[str] = field(default=())
-    """Texts that the output does not come to hold, tokenised as they are and, unless they begin with one,
-    behind a space: the last token of one is not chosen where those before it stand. Other ways to spell them in tokens are not barred."""
+    """Texts that the output does not come to hold, tokenised as they are and, unless they begin with a space,
+    behind one: a text's last token is not chosen where those before it stand. Other tokens that spell it are
+    not barred."""
     logprobs: int | None = None
     """Outputs have `logprobs`: of each token, and of so many of the likeliest in its place."""
     prompt_logprobs: int | None = None

@@ -12,6 +12,7 @@ from tests.conftest import VOCAB_SIZE
 from tpworker.config import SamplingParams
 from tpworker.errors import InvalidRequest, PromptTooLong
 from tpworker.ipc.arrays import unpack_int32
+from tpworker.ipc.messages import NO_LOGPROBS
 from tpworker.runtime.admission import Limits, fit, pack_prompt, resolve_sampling
 
 
@@ -88,6 +89,14 @@ def test_what_does_not_fit_is_refused_with_value_limit_and_remedy(
     assert caught.value.parameter == parameter
 
 
+def test_no_tokens_are_one_that_nobody_gets() -> None:
+    """A step yields a token at least, for which there must be room."""
+    assert fit(SamplingParams(max_tokens=0), 10, Limits(17, 99, 1000)) == 1
+    assert fit(SamplingParams(max_tokens=0), 16, Limits(17, 99, 1000)) == 1
+    with pytest.raises(PromptTooLong, match="17 tokens, but max_model_len is 17"):
+        fit(SamplingParams(max_tokens=0), 17, Limits(17, 99, 1000))
+
+
 def test_min_tokens_must_fit_too() -> None:
     with pytest.raises(InvalidRequest, match="only 7 tokens fit") as caught:
         fit(SamplingParams(min_tokens=8), 10, Limits(17, 99, 1000))
@@ -100,6 +109,14 @@ def test_defaults_are_the_requests_then_the_models_then_ours() -> None:
     assert (sampling.seed, sampling.max_tokens) == (5, 9)
     sampling = resolve_sampling(SamplingParams(top_k=-1, seed=-7), spec, 9, seed=5)
     assert (sampling.temperature, sampling.top_k, sampling.seed) == (0.2, 0, -7)
+
+
+def test_what_is_not_asked_for_is_not_there() -> None:
+    sampling = resolve_sampling(SamplingParams(), spec, 9, seed=5)
+    assert (sampling.min_p, sampling.rules) == (0.0, None)
+    assert sampling.num_logprobs == sampling.num_prompt_logprobs == NO_LOGPROBS
+    sampling = resolve_sampling(SamplingParams(logprobs=0, prompt_logprobs=20), spec, 9, seed=5)
+    assert (sampling.num_logprobs, sampling.num_prompt_logprobs) == (0, 20)
 
 
 def stop_ids(**params: Any) -> list[int]:
