@@ -212,7 +212,8 @@ EVERYTHING: dict[str, Any] = {
 def test_parameters_can_be_copied_and_compared_and_have_a_hash() -> None:
     """What those do who put them into sets, or make others of them."""
     params = SamplingParams(**EVERYTHING)
-    for other in (copy.copy(params), copy.deepcopy(params), dataclasses.replace(params), SamplingParams(**dataclasses.asdict(params))):  # fmt: skip
+    same = SamplingParams(**dataclasses.asdict(params))
+    for other in (copy.copy(params), copy.deepcopy(params), dataclasses.replace(params), same):
         assert other == params
         assert hash(other) == hash(params)
     for changed in ({5: 1.5}, {5: 1.5, 7: -2.5}, {}):

@@ -116,8 +116,12 @@ class FakeScheduler:
         free = self.boot.settings.max_num_seqs - len(self.running)
         started, self.waiting = self.waiting[:free], self.waiting[free:]
         self.running += started
-        requests, positions, tokens, finished = [], [], [], []
-        told, rows = [], []
+        requests: list[int] = []
+        positions: list[int] = []
+        tokens: list[int] = []
+        finished: list[Finish] = []
+        told: list[int] = []
+        rows: list[bytes] = []
         for echo in self.running[:]:
             token = echo.token(echo.position)
             if echo.submit.sampling.num_logprobs != NO_LOGPROBS:
