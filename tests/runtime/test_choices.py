@@ -247,8 +247,9 @@ def test_abort_ends_every_choice(fake_runtime: MakeRuntime, monkeypatch: pytest.
             sent = sent_by(runtime, monkeypatch)
             outputs = []
             async for output in runtime.generate([5], ids_only(n=3), request_id="a"):
+                if not outputs:
+                    runtime.abort("a")
                 outputs.append(output)
-                runtime.abort("a")
             found = by_index(outputs)  # one of them has waited all the time
             assert {found[i][-1].finish_reason for i in range(3)} == {"abort"}
             assert runtime.stats().aborted == 3
@@ -275,6 +276,8 @@ def test_each_choice_takes_a_place_in_the_queue(fake_runtime: MakeRuntime) -> No
         async with fake_runtime(max_num_seqs=2, max_num_batched_tokens=2, max_queue=3) as runtime:
             async with aclosing(runtime.generate([5], ids_only(400, n=4))) as outputs:
                 await anext(outputs)
+                while runtime.stats().running < 2:
+                    await anext(outputs)
                 assert (runtime.stats().open, runtime.stats().waiting) == (4, 2)
                 with pytest.raises(QueueFull, match="2 requests wait already, and this is 2 more"):
                     await collect(runtime, [5], ids_only(1, n=2))

@@ -38,14 +38,20 @@ class Choices:
             Exception: what `Request.fail` was told, once all that had arrived is taken.
         """
         while not self._round:
-            self._round.extend(request for request in self.unended if request.has_arrived())
+            for request in self.unended:
+                if request.has_arrived():
+                    self._round.append(request)
             if not self._round:
-                for request in self.unended:
-                    if request.error is not None:
-                        raise request.error()
-                await self._bell.wait()
+                self._check()
+                await self._bell.listen()
         request = self._round.popleft()
         output = request.take()
         if output.finish_reason is not None:
             self.unended.remove(request)
         return request, output
+
+    def _check(self) -> None:
+        """Raises why no more will come, if that is known."""
+        for request in self.unended:
+            if request.error is not None:
+                raise request.error()

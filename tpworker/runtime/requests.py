@@ -35,21 +35,22 @@ class GapError(Exception):
 class Bell:
     """Wakes the one consumer of a request, or of several."""
 
-    __slots__ = ("_waiter",)
+    __slots__ = ("waiter",)
 
     def __init__(self) -> None:
-        self._waiter: asyncio.Future[None] | None = None
+        self.waiter: asyncio.Future[None] | None = None
+        """Of a consumer that waits, and has not been woken."""
 
     def ring(self) -> None:
         """Something has changed. The consumer is woken if it waits, and has not been woken already."""
-        waiter, self._waiter = self._waiter, None
+        waiter, self.waiter = self.waiter, None
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
 
-    async def wait(self) -> None:
-        """Until it rings. What has changed before must have been looked at."""
-        self._waiter = asyncio.get_running_loop().create_future()
-        await self._waiter
+    def listen(self) -> asyncio.Future[None]:
+        """Done when it rings. What has changed before must have been looked at."""
+        self.waiter = asyncio.get_running_loop().create_future()
+        return self.waiter
 
 
 class Request:
@@ -123,7 +124,8 @@ class Request:
         """The next token has arrived; its logprobs, if they are asked for, have already."""
         self._tokens.append(token)
         self.num_received += 1
-        self._bell.ring()
+        if self._bell.waiter is not None:  # seldom: a consumer may have many choices
+            self._bell.ring()
 
     def end(self, finish: FinishReason) -> None:
         """No more tokens will come. The first reason counts."""
@@ -138,7 +140,7 @@ class Request:
 
     def has_arrived(self) -> bool:
         """Whether there is something to take."""
-        return bool(self._tokens) or self.finish is not None
+        return self.finish is not None or bool(self._tokens)
 
     def take(self) -> RequestOutput:
         """All that has arrived, as one output. A stop string in it ends the request, at its position."""
