@@ -60,8 +60,7 @@ ONLY_CHAT: list[tuple[str, object]] = [
     ("path", "name", "value"),
     [(path, *case) for path in (COMPLETIONS, CHAT) for case in UNSUPPORTED]
     + [(COMPLETIONS, *case) for case in ONLY_COMPLETIONS]
-    + [(CHAT, *case) for case in ONLY_CHAT]
-    + [(path, "temprature", 0) for path in (COMPLETIONS, CHAT)],
+    + [(CHAT, *case) for case in ONLY_CHAT],
 )
 def test_what_is_not_supported_is_refused_by_name(
     server: LiveServer, path: str, name: str, value: object
@@ -76,7 +75,7 @@ def test_what_is_not_supported_is_refused_by_name(
 @pytest.mark.parametrize(
     ("change", "param", "words"),
     [
-        ({"prompt": None}, "prompt", "string"),
+        ({"prompt": None}, "prompt", "missing"),
         ({"prompt": []}, "prompt", "list of token ids"),
         ({"prompt": [1, "a"]}, "prompt", "list of token ids"),
         ({"prompt": [1, True]}, "prompt", "list of token ids"),
@@ -105,8 +104,8 @@ def test_what_is_not_supported_is_refused_by_name(
         ({"stop_token_ids": [-1]}, "stop_token_ids", "token ids"),
         ({"ignore_eos": "yes"}, "ignore_eos", "'yes'"),
         ({"stream": "yes"}, "stream", "'yes'"),
-        ({"stream_options": {"include_usage": True}}, "stream_options", "stream=true"),
-        ({"stream": True, "stream_options": {"usage": True}}, "stream_options.usage", "not permitted"),
+        ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage", "=1"),
+        ({"stream": True, "stream_options": []}, "stream_options", "[]"),
         ({"model": 5}, "model", "string"),
         ({"prompt": "x" * 600}, None, "do not fit"),
     ],
@@ -129,7 +128,7 @@ def test_values_that_cannot_be(
         ({"messages": [{"role": "user"}]}, "messages[0].content", "missing"),
         ({"messages": [USER, {"role": "king", "content": "x"}]}, "messages[1].role", "'king'"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", "'tool'"),
-        ({"messages": [{"role": "user", "content": None}]}, "messages[0].content", "list"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages[0].content", "missing"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
             "messages[0].content[0].type",
@@ -184,7 +183,6 @@ JSON = {"Content-Type": "application/json"}
         (b'{"prompt": "a", "temperature": NaN}', JSON, "temperature"),
         (b'{"prompt": "a", "temperature": 1' + b"0" * 400 + b"}", JSON, "temperature"),
         (b'{"prompt": "a\\ud83d"}', JSON, "surrogate"),
-        (b'{"prompt": "a", "\\ud83d": 1}', JSON, "not a parameter"),
         (b'{"prompt": "a", "model": "\\ud83d"}', JSON, "not served here"),
     ],
 )

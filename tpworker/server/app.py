@@ -23,6 +23,7 @@ from tpworker.server.answer import Answer, client_left
 from tpworker.server.errors import ApiError, ModelNotFound, describe, describe_validation, internal_error
 from tpworker.server.formats import ChatFormat, CompletionFormat, Format
 from tpworker.server.gate import OUTCOME, Gate
+from tpworker.server.ignored import HEADER
 from tpworker.server.metrics import Metrics, Timing
 from tpworker.server.requests import ChatRequest, CompletionRequest, GenerationRequest, Prompt
 
@@ -69,7 +70,7 @@ def create_app(
             allow_origins=allowed_origins,
             allow_methods=["GET", "HEAD", "POST"],
             allow_headers=["*"],
-            expose_headers=["Retry-After"],
+            expose_headers=["Retry-After", HEADER],
         )
     _add_error_handlers(app)
     _add_generation(app, front)

@@ -10,6 +10,8 @@ from typing import Any
 from starlette.responses import Response
 
 from tpworker.errors import InvalidRequest, PromptTooLong, QueueFull, RuntimeFailed, RuntimeStopped
+from tpworker.server.requests.fields import UNSUPPORTED
+from tpworker.server.requests.unsupported import REMEDIES
 
 RETRY = {"Retry-After": "1"}
 
@@ -63,7 +65,10 @@ def internal_error() -> ApiError:
 
 
 def describe_validation(errors: Sequence[Any]) -> ApiError:
-    """The first of the errors that pydantic found in a body, with the field's name and its value."""
+    """What pydantic found in a body: all parameters that are not supported, or else the first error, with the
+    field's name and its value."""
+    if refused := [error for error in errors if error["type"] == UNSUPPORTED]:
+        return _unsupported([_place(error["loc"]) for error in refused])
     error = errors[0]
     cause = error.get("ctx", {}).get("error")
     place = _place(error["loc"])
@@ -86,6 +91,18 @@ def describe_validation(errors: Sequence[Any]) -> ApiError:
         str(cause) if isinstance(cause, ValueError) else error["msg"].replace("Input should", "it should")
     )
     return ApiError(400, f"{place}={_shortened(error['input'])}: {reason}", param=place)
+
+
+def _unsupported(names: Sequence[str]) -> ApiError:
+    """All parameters that are not supported, in one error; `param` is the first."""
+    if len(names) == 1:
+        message = f"{names[0]} is not supported: leave it out"
+    else:
+        message = f"{', '.join(names[:-1])} and {names[-1]} are not supported: leave them out"
+    for name in names:
+        if remedy := REMEDIES.get(name):
+            message += f"; instead of {name}: {remedy}"
+    return ApiError(400, message, param=names[0])
 
 
 def _place(loc: Sequence[int | str]) -> str:

@@ -9,6 +9,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tpworker.server.bodies import BODY_BYTES, BODY_BYTES_PER_TOKEN, Bodies, Body, Disconnected, Refused
 from tpworker.server.errors import ApiError
+from tpworker.server.ignored import HEADER, Ignored, current
 
 OUTCOME = "tpworker.outcome"
 """Key in an ASGI scope: how a request ended that its status does not tell of."""
@@ -51,11 +52,16 @@ class Gate:
             await self._app(scope, receive, send)
             return
         status = 0
+        ignored = Ignored()
+        current.set(ignored)  # this task is the request's own
 
         async def watched(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                if names := ignored.header():
+                    header = (HEADER.lower().encode(), names.encode())
+                    message = {**message, "headers": [*message.get("headers", ()), header]}
             await send(message)
 
         try:

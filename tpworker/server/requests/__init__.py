@@ -1,0 +1,11 @@
+"""The bodies of requests, a file for each endpoint: which parameters there are, and what becomes of others.
+
+A parameter that would change the output and is not supported is refused by name, unless it has the value
+that changes nothing. Some change nothing here and are accepted; what nobody knows is ignored, and named.
+"""
+
+from tpworker.server.requests.chat import ChatRequest
+from tpworker.server.requests.completions import CompletionRequest
+from tpworker.server.requests.generation import GenerationRequest, Prompt
+
+__all__ = ["ChatRequest", "CompletionRequest", "GenerationRequest", "Prompt"]

@@ -1,0 +1,61 @@
+"""The body of /v1/completions."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar
+
+from pydantic import BeforeValidator
+
+from tpworker.config import SamplingParams
+from tpworker.server.requests.generation import GenerationRequest, Prompt
+from tpworker.server.requests.unsupported import COMPLETION
+
+MAX_PROMPTS = 2048
+
+
+def _as_prompts(prompt: Any) -> list[Prompt]:
+    """One or several prompts, as text or as token ids, each checked to be one of these."""
+    if isinstance(prompt, str):
+        return [prompt]
+    if isinstance(prompt, list) and prompt:
+        if (ids := _as_ids(prompt)) is not None:
+            return [ids]
+        if len(prompt) > MAX_PROMPTS:
+            raise ValueError(
+                f"{len(prompt)} prompts are more than the {MAX_PROMPTS} that one request may have"
+            )
+        if all(isinstance(p, str) for p in prompt):
+            return prompt
+        lists = [_as_ids(p) if isinstance(p, list) else None for p in prompt]
+        if all(ids is not None for ids in lists):
+            return lists  # type: ignore[return-value]
+    raise ValueError("it should be a string, a list of strings, a list of token ids, or a list of such lists")
+
+
+def _as_ids(values: list[Any]) -> list[int] | None:
+    """Integers, some of them perhaps written as 4.0; None: not all are integers."""
+    kinds = set(map(type, values))
+    if kinds <= {int}:
+        return values
+    if kinds <= {int, float} and all(float(value).is_integer() for value in values):
+        return [int(value) for value in values]
+    return None
+
+
+class CompletionRequest(GenerationRequest):
+    """The body of /v1/completions."""
+
+    unsupported = COMPLETION
+    default_max_tokens: ClassVar[int | None] = 16  # the OpenAI API's own
+
+    prompt: Annotated[Any, BeforeValidator(_as_prompts)]
+    """Text or token ids; a list of either gives one choice each."""
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        prompts: list[Prompt] = self.prompt
+        return prompts
+
+    def sampling(self, detokenize: bool = True) -> SamplingParams:
+        """Raises InvalidRequest for a value out of range. False: the model has no tokenizer."""
+        return self._sampling(self.max_tokens, detokenize)

@@ -1,0 +1,79 @@
+"""What all bodies have in common: how they take what they know, what they do not know, and what is not there.
+
+known                  checked strictly: "5" is no number, and 1 is no truth; null is as if left out
+not supported          refused, unless its value asks for nothing; all of them in one error
+changes nothing here   accepted
+anything else          ignored, and the answer says so: `tpworker.server.ignored`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, Self
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+from tpworker.server.ignored import ignore
+from tpworker.server.requests.unsupported import Neutral, is_neutral
+
+UNSUPPORTED = "unsupported"
+"""The type of error that a parameter has which is not supported; its place is the parameter's."""
+
+
+class Body(BaseModel):
+    """A JSON object of a request; see above."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
+    unsupported: ClassVar[Neutral] = {}
+    accepted: ClassVar[frozenset[str]] = frozenset()
+    place: ClassVar[str] = ""
+    """What stands before the names of fields where they are told of, as `messages.`."""
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _sift(cls, data: Any, check: ModelWrapValidatorHandler[Self]) -> Self:
+        if not isinstance(data, dict):
+            return check(data)
+        refused = [
+            _unsupported([name], value)
+            for name, value in data.items()
+            if name in cls.unsupported and not is_neutral(value, cls.unsupported[name])
+        ]
+        known = {}
+        for name, value in data.items():
+            if name in cls.model_fields:
+                if value is not None:
+                    known[name] = value
+            elif name not in cls.unsupported and name not in cls.accepted:
+                ignore(cls.place + name)
+        try:
+            body = check(known)
+        except ValidationError as error:
+            deeper = [one for one in error.errors(include_url=False) if one["type"] == UNSUPPORTED]
+            refused += [_unsupported(one["loc"], one["input"]) for one in deeper]
+            if not refused:
+                raise
+        if refused:
+            raise ValidationError.from_exception_data(cls.__name__, refused)
+        return body
+
+
+def _unsupported(place: Sequence[int | str], value: object) -> InitErrorDetails:
+    kind = PydanticCustomError(UNSUPPORTED, "it is not supported")
+    return InitErrorDetails(type=kind, loc=tuple(place), input=value)
+
+
+def _integral(value: Any) -> Any:
+    """4.0 is an integer in JSON, and some languages write all numbers so."""
+    return int(value) if type(value) is float and value.is_integer() else value
+
+
+Integer = Annotated[int, BeforeValidator(_integral)]

@@ -1,0 +1,111 @@
+"""The parameters that would change the output and are not supported: each with the values that ask nothing.
+
+Null asks for nothing, always. Whatever else is given of them is refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+Neutral = Mapping[str, tuple[object, ...]]
+
+_GENERATION: Neutral = {
+    "n": (1,),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "repetition_penalty": (1,),
+    "length_penalty": (1,),
+    "logit_bias": ({},),
+    "min_p": (0,),
+    "best_of": (1,),
+    "use_beam_search": (False,),
+    "prompt_logprobs": (),
+    "include_stop_str_in_output": (False,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "bad_words": ([],),
+    "allowed_token_ids": (),
+    "truncate_prompt_tokens": (),
+    "priority": (0,),
+    "response_format": ({"type": "text"},),
+    "structured_outputs": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "return_token_ids": (False,),
+    # Of vLLM, SGLang, FastDeploy and llama.cpp, whose clients expect them to do something.
+    "cache_salt": (),
+    "ebnf": (),
+    "grammar": (),
+    "json_schema": (),
+    "kv_transfer_params": (),
+    "logits_processors": ([],),
+    "lora_path": (),
+    "min_new_tokens": (0,),
+    "no_repeat_ngram_size": (0,),
+    "no_stop_trim": (False,),
+    "prompt_embeds": (),
+    "regex": (),
+    "return_hidden_states": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "stop_regex": ([],),
+    "structural_tag": (),
+    "top_a": (0,),
+    "typical_p": (1,),
+    "vllm_xargs": ({},),
+}
+COMPLETION: Neutral = {
+    **_GENERATION,
+    "logprobs": (),  # 0 asks for the chosen token's
+    "echo": (False,),
+    "suffix": ("",),
+}
+CHAT: Neutral = {
+    **_GENERATION,
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "reasoning_effort": (),
+    "enable_thinking": (),
+    "thinking": (),
+    "thinking_token_budget": (),
+    "reasoning_max_tokens": (),
+    "include_reasoning": (True,),
+    "separate_reasoning": (True,),
+    "verbosity": (),
+    "web_search_options": (),
+    "echo": (False,),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "chat_template": (),
+    "documents": (),
+    "mm_processor_kwargs": (),
+}
+MESSAGE: Neutral = {
+    "tool_calls": ([],),
+    "tool_call_id": (),
+    "function_call": (),
+    "refusal": ("",),
+    "audio": (),
+    "annotations": ([],),
+}
+
+REMEDIES: Mapping[str, str] = {
+    "chat_template": "the server's own is used (--chat-template)",
+    "enable_thinking": "give it in chat_template_kwargs",
+    "thinking": "give it in chat_template_kwargs",
+}
+"""What to do instead of leaving one out, if there is anything."""
+
+
+def is_neutral(value: object, neutral: tuple[object, ...]) -> bool:
+    """Whether a value asks for nothing."""
+    same_kind = [n for n in neutral if isinstance(n, bool) == isinstance(value, bool)]  # True == 1
+    return value is None or value in same_kind
