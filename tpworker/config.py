@@ -163,6 +163,8 @@ class RuntimeConfig:
     """Seconds within which all ranks must have loaded the model."""
     load_format: LoadFormat = "auto"
     """`dummy`: random weights of the right shapes, for benchmarks."""
+    chat_template: str | None = None
+    """A file with a chat template (Jinja), which takes the place of the model's own."""
     seed: int = 0
     """Of dummy weights, and of the seeds drawn for requests that give none."""
     check_ranks_agree: bool = False
@@ -184,6 +186,11 @@ class RuntimeConfig:
             self.model != "" and is_utf8(self.model or ""),
             "model",
             "a folder or a name on the hub, in UTF-8; leave it out for the default model",
+        )
+        check(
+            self.chat_template != "" and is_utf8(self.chat_template or ""),
+            "chat_template",
+            "a file, named in UTF-8; leave it out for the model's own",
         )
         check(1 <= self.tensor_parallel_size <= 64, "tensor_parallel_size", "from 1 to 64")
         check(self.device in ("auto", "cpu", "cuda"), "device", "auto, cpu or cuda")
@@ -281,6 +288,10 @@ class SamplingParams:
     """Further token ids that end the output; like the model's own, they are not part of the text."""
     detokenize: bool = True
     """False: outputs carry token ids only, and `stop` must be empty."""
+    skip_special_tokens: bool = True
+    """False: special tokens are part of the text, by their names; the token that ends the output is not."""
+    include_stop_str_in_output: bool = False
+    """The text ends with the stop string that ended it, or with the token, if that is text."""
 
     def __post_init__(self) -> None:
         def check(name: str, ok: bool, limit: str) -> None:
@@ -372,12 +383,17 @@ class SamplingParams:
         )
         boolean("ignore_eos")
         boolean("detokenize")
+        boolean("skip_special_tokens")
+        boolean("include_stop_str_in_output")
         check(
             "stop",
             len(self.stop) <= MAX_STOP_STRINGS and all(isinstance(s, str) and s for s in self.stop),
             f"at most {MAX_STOP_STRINGS} strings, none of them empty",
         )
         check("stop", self.detokenize or not self.stop, "empty when detokenize is false")
+        is_plain = self.skip_special_tokens and not self.include_stop_str_in_output
+        name = "include_stop_str_in_output" if self.skip_special_tokens else "skip_special_tokens"
+        check(name, self.detokenize or is_plain, "left out when detokenize is false")
         check(
             "stop_token_ids",
             len(self.stop_token_ids) <= MAX_STOP_IDS

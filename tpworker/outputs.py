@@ -79,6 +79,11 @@ class Health:
     error: str | None = None
     """With 'failed': what happened, naming the process at fault, and its traceback."""
 
+    @property
+    def summary(self) -> str:
+        """The first line of that; '' without an error."""
+        return (self.error or "").partition("\n")[0]
+
 
 class StepRecord(NamedTuple):
     """One step, as rank 0's device saw it. Times are CLOCK_MONOTONIC in nanoseconds (`time.monotonic_ns`).

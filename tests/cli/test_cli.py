@@ -29,8 +29,10 @@ FLAGS = {
     "--api-key-file",
     "--ask",
     "--block-size",
+    "--chat-template",
     "--device",
     "--dtype",
+    "--enable-force-include-usage",
     "--enable-overlap-schedule",
     "--gpu-memory-utilization",
     "--help",
@@ -45,9 +47,13 @@ FLAGS = {
     "--no-enable-overlap-schedule",
     "--no-prefix-caching",
     "--port",
+    "--root-path",
     "--scheduling-policy",
     "--seed",
     "--served-model-name",
+    "--shutdown-timeout",
+    "--ssl-certfile",
+    "--ssl-keyfile",
     "--start-timeout",
     "--step-timeout",
     "--tensor-parallel-size",
@@ -115,7 +121,9 @@ def test_without_arguments_it_is_the_default_model_at_tp_2_on_the_cpu() -> None:
     options = parse()
     assert options.config == RuntimeConfig(tensor_parallel_size=2)
     assert (options.host, options.port, options.ask) == ("127.0.0.1", 8000, None)
-    assert (options.served_model_name, options.api_key, options.allowed_origins) == (None, None, ())
+    assert (options.served_model_names, options.api_key, options.allowed_origins) == ((), None, ())
+    assert (options.root_path, options.tls_files, options.shutdown_timeout) == ("", None, None)
+    assert options.force_include_usage is False
 
 
 def test_every_option_gets_to_its_place() -> None:
@@ -123,7 +131,8 @@ def test_every_option_gets_to_its_place() -> None:
         --model m -tp 4 --device cpu --dtype bfloat16 --max-model-len 99 --load-format dummy --seed 5
         --max-num-seqs 8 --max-num-batched-tokens 80 --lookahead 3 --block-size 32
         --gpu-memory-utilization 0.5 --no-prefix-caching --max-queue 7 --step-timeout 1.5 --start-timeout 90
-        --scheduling-policy priority --host 0.0.0.0 --port 81 --served-model-name name --api-key key
+        --scheduling-policy priority --host 0.0.0.0 --port 81 --served-model-name name other name --api-key key
+        --root-path /llm/ --shutdown-timeout 2.5 --enable-force-include-usage --chat-template t.jinja
     """
     options = parse(*arguments.split())
     assert options.config == RuntimeConfig(
@@ -144,9 +153,12 @@ def test_every_option_gets_to_its_place() -> None:
         max_queue=7,
         step_timeout=1.5,
         start_timeout=90.0,
+        chat_template="t.jinja",
     )
     assert (options.host, options.port) == ("0.0.0.0", 81)
-    assert (options.served_model_name, options.api_key) == ("name", "key")
+    assert (options.served_model_names, options.api_key) == (("name", "other"), "key")
+    assert (options.root_path, options.shutdown_timeout) == ("/llm", 2.5)
+    assert options.force_include_usage is True
 
 
 def test_the_options_of_the_doctor() -> None:
@@ -260,7 +272,7 @@ def test_a_name_that_nobody_can_write_is_refused(name: str) -> None:
 
 def test_names_of_all_languages_are_taken() -> None:
     for name in ("org/model", "模型 1", "modèle"):
-        assert parse("--served-model-name", name).served_model_name == name
+        assert parse("--served-model-name", name).served_model_names == (name,)
 
 
 def test_origins() -> None:

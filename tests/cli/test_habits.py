@@ -79,11 +79,11 @@ def test_the_table_of_habits_names_what_there_is() -> None:
     ("arguments", "said"),
     [
         (
-            "--served-model-name a b",
-            "'b': --served-model-name takes one value, and one with spaces needs quotes",
+            "--host a b",
+            "'b': --host takes one value, and one with spaces needs quotes",
         ),
-        ("--model b --served-model-name=a b", "'b': --served-model-name takes one value"),
-        ("--served-model-name b b", "'b': --served-model-name takes one value"),
+        ("--model b --host=a b", "'b': --host takes one value"),
+        ("--host b b", "'b': --host takes one value"),
         ("--max-num-seqs 4 8 --port 1", "'8': --max-num-seqs takes one value"),
         ("--no-prefix-caching a/b", "'a/b': belongs to no option; a model is named first, or with --model"),
         ("a/b c/d", "'c/d': --model takes one value"),

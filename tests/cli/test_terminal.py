@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tpworker import cli
 from tpworker.cli import terminal
 from tpworker.cli.terminal import StartProgress
 from tpworker.config import RuntimeConfig
@@ -81,7 +82,8 @@ def test_what_is_ready_is_told_with_where_the_time_went() -> None:
         has_tokenizer=True,
         tokenizer=SimpleNamespace(has_chat_template=True),
     )
-    text = terminal.ready_text(runtime, "0.0.0.0", 81, None, False)
+    options: Any = cli.parse(["serve", "--host", "0.0.0.0", "-tp", "2"])
+    text = terminal.ready_text(runtime, options, 81)
     assert text.startswith(
         "\ntpworker is ready: model on 2 TP ranks on the CPU, float32, http://127.0.0.1:81\n"
     )
@@ -89,9 +91,9 @@ def test_what_is_ready_is_told_with_where_the_time_went() -> None:
         "\n  weights loaded    2.00    2.25  (4.0 GB, 2.0 GB/s)\n\n  curl http://127.0.0.1:81/v1/chat" in text
     )
     runtime.start_times = None
-    assert "Start" not in terminal.ready_text(runtime, "0.0.0.0", 81, None, False)
+    assert "Start" not in terminal.ready_text(runtime, options, 81)
     runtime.has_tokenizer, runtime.device, runtime.dtype = False, "cuda", "bfloat16"
-    text = terminal.ready_text(runtime, "0.0.0.0", 81, None, False)
+    text = terminal.ready_text(runtime, options, 81)
     assert "It has no tokenizer: prompts are token ids" in text
     assert "/v1/completions" in text
     assert '{"prompt": [1, 2, 3], "max_tokens": 8}' in text

@@ -68,7 +68,7 @@ def test_what_the_start_took_is_told(fake_runtime: Callable[..., Runtime]) -> No
 def loading(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """Until it is set, the tokenizer is being loaded."""
     loading = threading.Event()
-    monkeypatch.setattr("tpworker.runtime.start.load_tokenizer", lambda folder: loading.wait(20) and None)
+    monkeypatch.setattr("tpworker.runtime.start.load_tokenizer_of", lambda model: loading.wait(20) and None)
     return loading
 
 

@@ -15,7 +15,7 @@ from starlette.applications import Starlette
 from starlette.routing import Mount
 
 from tests.server.fake_runtime import FakeRuntime
-from tpworker.server import bind, create_app
+from tpworker.server import FrontOptions, bind, create_app
 from tpworker.server.connection import Crowd
 from tpworker.server.serve import Server, http_config
 
@@ -30,13 +30,14 @@ class LiveServer:
         self.runtime = runtime
         self._listener = bind("127.0.0.1", 0)
         self.address = self._listener.getsockname()
-        self.url = f"http://127.0.0.1:{self.address[1]}"
+        self.url = f"http{'s' if options.get('tls') else ''}://127.0.0.1:{self.address[1]}"
         mount = options.pop("mount", None)
         self.crowd = Crowd(options.pop("max_open", 1000))
-        app: Any = create_app(runtime, options.pop("name", None), **options)  # type: ignore[arg-type]
+        tls = options.pop("tls", None)
+        app: Any = create_app(runtime, FrontOptions(**options))  # type: ignore[arg-type]
         if mount is not None:
             app = Starlette(routes=[Mount(mount, app)])
-        self.server = Server(http_config(app, self.crowd))
+        self.server = Server(http_config(app, self.crowd, tls))
         self.server.config.timeout_graceful_shutdown = 2
         self._thread = threading.Thread(target=self._run)
         self._loop: Future[asyncio.AbstractEventLoop] = Future()

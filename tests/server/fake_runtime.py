@@ -58,6 +58,7 @@ class FakeRuntime:
     before: Callable[[int], Any] | None = None
     abort_at: int | None = None
     max_model_len: int = 512
+    max_request_len: int = 512
     max_queue: int = 1000
     state: RuntimeState = "ready"
     error: str | None = None
@@ -221,7 +222,13 @@ class FakeRuntime:
     ) -> AsyncGenerator[RequestOutput, None]:
         script = self._bytes.encode(self.reply(prompt), add_special_tokens=False)
         limit = sampling.max_tokens or self.max_model_len
-        stream = TextStream(self._bytes, sampling.stop, min_tokens=sampling.min_tokens)
+        stream = TextStream(
+            self._bytes,
+            sampling.stop,
+            min_tokens=sampling.min_tokens,
+            skip_special_tokens=sampling.skip_special_tokens,
+            include_stop=sampling.include_stop_str_in_output,
+        )
         for position, token_id in enumerate(script[:limit]):
             if self.before is not None:
                 await self._wait_or_fail(position)

@@ -345,7 +345,7 @@ def test_many_at_once_get_their_own(server: LiveServer) -> None:
 
 
 def test_two_servers_in_one_process_do_not_meet(start: Start) -> None:
-    first, second = start(name="first"), start(name="second")
+    first, second = start(served_model_names=("first",)), start(served_model_names=("second",))
     first.post("/v1/completions", json={"prompt": "a"})
     assert first.metric('tpworker_requests_total{outcome="ok"}') == 1
     assert second.metric('tpworker_requests_total{outcome="ok"}') == 0

@@ -60,7 +60,7 @@ def test_what_is_served_and_on_what(start: Start) -> None:
 
     told = f'device="cpu",model="fake-model",tensor_parallel_size="1",version="{tpworker.__version__}"'
     assert start().metric(f"tpworker_info{{{told}}}") == 1
-    assert 'model="named"' in start(name="named").get("/metrics").text
+    assert 'model="named"' in start(served_model_names=("named",)).get("/metrics").text
     assert "tpworker_info{" not in start(FakeRuntime(device="")).get("/metrics").text
 
 

@@ -240,7 +240,7 @@ def test_an_unknown_model_is_not_found(server: LiveServer) -> None:
 
 
 def test_the_served_name_may_hold_a_slash(start: Start) -> None:
-    server = start(name="org/model")
+    server = start(served_model_names=("org/model",))
     assert [model.id for model in server.openai.models.list()] == ["org/model"]
     assert server.get("/v1/models/org/model").json()["max_model_len"] == 512
     assert server.post(COMPLETIONS, json={"prompt": "a", "model": "org/model"}).status_code == 200

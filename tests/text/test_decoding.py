@@ -125,6 +125,16 @@ def test_any_output_is_what_is_decoded(tokenizer: Tokenizer, ids: list[int], cut
 
 
 @each_tokenizer
+@given(ids=token_ids, cuts=st.lists(st.integers(0, 200), max_size=8))
+def test_special_tokens_that_are_shown_are_what_the_library_decodes(
+    tokenizer: Tokenizer, ids: list[int], cuts: list[int]
+) -> None:
+    expected = tokenizer._fast.decode(ids)
+    assert tokenizer.decode(ids, skip_special_tokens=False) == expected
+    assert stream_text(TextStream(tokenizer, skip_special_tokens=False), cut(ids, cuts)) == expected
+
+
+@each_tokenizer
 @given(prompt=token_ids, ids=token_ids)
 def test_behind_a_prompt_it_is_what_the_output_adds(
     tokenizer: Tokenizer, prompt: list[int], ids: list[int]

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -295,6 +296,40 @@ def test_a_hidden_token_may_be_one_that_ends_it() -> None:
     assert stream.push([*BYTE_LEVEL.encode("ab"), special(END)]) == ("ab", END, 3)
 
 
+@pytest.mark.parametrize("at_once", [True, False])
+@pytest.mark.parametrize(
+    ("stop", "skip_special_tokens", "text"),
+    [
+        ("b", True, "ab"),
+        (END, True, "abc"),
+        ("c" + END, True, "abc"),
+        (END + "\n", True, "abc\n"),
+        (END, False, "abc" + END),
+        ("c<|im", False, "abc<|im"),
+        ("b", False, "ab"),
+        ("\nd", False, f"abc{END}\nd"),
+    ],
+)
+def test_the_stop_string_may_be_part_of_the_text(
+    stop: str, skip_special_tokens: bool, text: str, at_once: bool
+) -> None:
+    ids = [*BYTE_LEVEL.encode("abc"), special(END), *BYTE_LEVEL.encode("\nd e")]
+    options: Any = {"skip_special_tokens": skip_special_tokens}
+    for include, expected in ((True, text), (False, text[: text.rindex(stop)] if stop in text else None)):
+        stream = TextStream(BYTE_LEVEL, [stop, "zzz"], include_stop=include, **options)
+        shown = [stream.push(chunk) for chunk in ([ids] if at_once else [[i] for i in ids])]
+        assert [delta.stopped for delta in shown if delta.stopped] == [stop]
+        if expected is not None:
+            assert "".join(delta.text for delta in shown) + stream.finish() == expected
+
+
+def test_special_tokens_may_be_text_behind_a_prompt_too() -> None:
+    prompt = [special(START), *BYTE_LEVEL.encode("a")]
+    stream = TextStream(BYTE_LEVEL, prompt=prompt, skip_special_tokens=False, hidden_ids=[special(END)])
+    assert stream_text(stream, [[special(START)], BYTE_LEVEL.encode("b"), [special(END)]]) == f"{START}b"
+    assert TextStream(BYTE_LEVEL).push([special(START)]).text == ""  # the pieces are not shared
+
+
 @pytest.mark.parametrize(
     ("min_tokens", "text", "stopped"),
     [
@@ -400,6 +435,45 @@ def test_the_chat_template_is_rendered_up_to_the_answer() -> None:
     assert tokenizer.has_chat_template
     text = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], mood="calm")
     assert text == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n[calm]"
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        (TEMPLATE, "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nWell, "),
+        ("{% for m in messages %}[{{ m.content | trim }}]{% endfor %}", "[Hi][Well,"),
+        (
+            "{% for m in messages %}{{ m.content }}{% for p in m.content %}{% endfor %}!{% endfor %}",
+            "Hi!Well, ",
+        ),
+    ],
+)
+@pytest.mark.parametrize("last", ["Well, ", [{"type": "text", "text": "Well, "}]])
+def test_the_last_message_can_be_continued(template: str, text: str, last: Any) -> None:
+    """As transformers does it."""
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": last}]
+    backend = byte_level()
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template)
+    with closing(Tokenizer(fast)) as tokenizer:
+        assert tokenizer.apply_chat_template(messages, continue_final_message=True) == text
+    if isinstance(last, str):
+        assert fast.apply_chat_template(messages, tokenize=False, continue_final_message=True) == text
+
+
+@pytest.mark.parametrize(
+    ("template", "content", "words"),
+    [
+        (TEMPLATE, "", "has no text to continue"),
+        (TEMPLATE, [], "has no text to continue"),
+        (TEMPLATE, None, "has no text to continue"),
+        ("{{ messages[0].content }}", "x", "does not show the last message's text"),
+    ],
+)
+def test_what_cannot_be_continued_is_the_clients_fault(template: str, content: Any, words: str) -> None:
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": content}]
+    fast = PreTrainedTokenizerFast(tokenizer_object=byte_level(), chat_template=template)
+    with closing(Tokenizer(fast)) as tokenizer, pytest.raises(InvalidRequest, match=words):
+        tokenizer.apply_chat_template(messages, continue_final_message=True)
 
 
 @pytest.mark.parametrize(

@@ -102,6 +102,18 @@ class TemplateRenderer:
             return str(text)
         raise InvalidRequest(_REFUSALS[kind].format(text), "messages")
 
+    def check(self) -> None:
+        """Starts a process, so that a template that is broken is found before any conversation.
+
+        Raises:
+            InvalidRequest: it is broken.
+        """
+        with self._places:
+            process = self._take()
+            with self._lock:
+                self._busy.discard(process)
+                self._idle.append(process)
+
     def close(self) -> None:
         """Ends the processes; whoever waits for one gets `RuntimeStopped`. May be called more than once."""
         with self._lock:

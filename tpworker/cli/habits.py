@@ -11,6 +11,8 @@ from tpworker.errors import shown
 
 NAMES = {
     "-m": "--model",
+    "--ssl-key": "--ssl-keyfile",
+    "--ssl-cert": "--ssl-certfile",
     "--model-path": "--model",
     "--model-name-or-path": "--model",
     "--tp": "-tp or --tensor-parallel-size",
@@ -57,7 +59,6 @@ _QUANTISED = "not supported yet: weights are served in float32, bfloat16 or floa
 _SPECULATION = "not supported yet: one token a step"
 _ADAPTERS = "not supported yet: merge the adapter into the weights"
 _TOOLS = "not supported yet: answers are plain text"
-_TLS = "not supported: put a proxy in front that speaks TLS"
 _SIZED = "not an option: KV blocks take the share that --gpu-memory-utilization gives"
 _EMBEDDED = "not an option: a field of RuntimeConfig, for programs that embed tpworker"
 
@@ -67,6 +68,14 @@ FACTS = {
     "--enable-mixed-chunk": _ON,
     "--async-scheduling": "always on (--no-enable-overlap-schedule switches it off): leave it out",
     "--enable-metrics": _ON,
+    "--enable-request-id-headers": "always on: answers have X-Request-Id",
+    "--enable-tokenizer-info-endpoint": _ON,
+    "--enable-server-load-tracking": _ON,
+    "--trust-request-chat-template": "not supported: conversations are rendered by the model's template, or "
+    "by the server's (--chat-template)",
+    "--ssl-ca-certs": "not supported: clients are known by --api-key",
+    "--ssl-cert-reqs": "not supported: clients are known by --api-key",
+    "--enable-ssl-refresh": "not supported: start the server again for a new certificate",
     "--no-enable-chunked-prefill": "not supported: prompts are always computed in chunks, of up to "
     "--max-num-batched-tokens",
     "--disable-chunked-prefill": "not supported: prompts are always computed in chunks, of up to "
@@ -106,7 +115,6 @@ FACTS = {
     "--tokenizer": _WITH_MODEL,
     "--tokenizer-path": _WITH_MODEL,
     "--tokenizer-mode": _WITH_MODEL,
-    "--chat-template": _WITH_MODEL,
     "--generation-config": _WITH_MODEL,
     "--hf-config-path": _WITH_MODEL,
     "--hf-overrides": _WITH_MODEL,
@@ -138,12 +146,9 @@ FACTS = {
     "--dist-init-addr": _ONE_KIND,
     "--splitwise-role": "not supported yet: prompts and decoding share the ranks",
     "--disaggregation-mode": "not supported yet: prompts and decoding share the ranks",
-    "--config": "not supported yet: options are given on the command line",
     "--log-level": "not an option: warnings and errors are on stderr",
     "--uvicorn-log-level": "not an option: warnings and errors are on stderr",
     "--decode-log-interval": _QUIET,
-    "--enable-request-id-headers": "not supported yet: ids of answers are the server's own",
-    "--root-path": "not supported yet: have the proxy in front strip the path",
     "--middleware": "not supported: embed tpworker.Runtime in an app of your own",
     "--response-role": "not supported: answers are the assistant's",
     "--chat-template-content-format": "not needed: read off the chat template itself",
@@ -187,8 +192,6 @@ FACTS = {
     "--guided-decoding-backend": "not supported yet: no structured output",
     "--grammar-backend": "not supported yet: no structured output",
     "--limit-mm-per-prompt": "not supported: models of text only",
-    "--ssl-keyfile": _TLS,
-    "--ssl-certfile": _TLS,
     "--num-gpu-blocks-override": _SIZED,
     "--max-total-tokens": _SIZED,
     "--num-kv-blocks": _EMBEDDED,

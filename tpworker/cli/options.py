@@ -9,12 +9,30 @@ from dataclasses import dataclass
 from typing import Any
 
 from tpworker.cli.habits import explain
-from tpworker.cli.parser import DEFAULT_HOST, DEFAULT_PORT, make_parser
-from tpworker.cli.server_options import checked_name, find_api_key, parse_origins
+from tpworker.cli.parser import DEFAULT_HOST, DEFAULT_PORT, flag_of, make_parser
+from tpworker.cli.server_options import (
+    checked_names,
+    checked_root_path,
+    find_api_key,
+    parse_origins,
+    tls_files,
+)
 from tpworker.config import RuntimeConfig, is_utf8
 from tpworker.errors import ConfigError, shown
 
-_SERVER_OPTIONS = ("host", "port", "served_model_name", "api_key", "api_key_file", "allowed_origins")
+_SERVER_OPTIONS = (
+    "host",
+    "port",
+    "served_model_name",
+    "api_key",
+    "api_key_file",
+    "allowed_origins",
+    "root_path",
+    "ssl_certfile",
+    "ssl_keyfile",
+    "shutdown_timeout",
+    "force_include_usage",
+)
 
 
 @dataclass(frozen=True)
@@ -24,9 +42,15 @@ class Options:
     config: RuntimeConfig
     host: str
     port: int
-    served_model_name: str | None
+    served_model_names: tuple[str, ...]
     api_key: str | None
     allowed_origins: tuple[str, ...]
+    root_path: str
+    tls_files: tuple[str, str | None] | None
+    """The certificate's file and the key's, which may be the same (None); None: no TLS."""
+    shutdown_timeout: float | None
+    """Seconds; None: as many as are usual."""
+    force_include_usage: bool
     ask: str | None
 
 
@@ -84,26 +108,32 @@ def _serve_options(given: dict[str, Any]) -> Options:
     serving = {name: given.pop(name) for name in _SERVER_OPTIONS if name in given}
     ask = given.pop("ask", None)
     if ask is not None:
-        for name in [*serving, *(name for name in ("max_queue", "scheduling_policy") if name in given)]:
-            raise ConfigError(
-                f"--{name.replace('_', '-')} has no effect with --ask, which serves nobody: leave it out"
-            )
+        without_effect = {"max_queue", "scheduling_policy"} & given.keys()
+        for name in [*serving, *without_effect]:
+            raise ConfigError(f"{flag_of(name)} has no effect with --ask, which serves nobody: leave it out")
     if not 0 <= serving.get("port", DEFAULT_PORT) <= 65535:
         raise ConfigError(f"--port {shown(serving['port'])}: must be from 0 (any that is free) to 65535")
     if ask == "":
         raise ConfigError("--ask must not be empty: leave it out")
-    model_name, origins = serving.get("served_model_name"), serving.get("allowed_origins")
+    timeout = serving.get("shutdown_timeout")
+    if timeout is not None and not 0 <= timeout <= 86400:
+        raise ConfigError(f"--shutdown-timeout {shown(timeout)}: must be from 0 to 86400 seconds")
     key = None
     if ask is None:
         key = find_api_key(serving.get("api_key"), serving.get("api_key_file"), os.environ)
+    origins = serving.get("allowed_origins")
     return Options(
-        RuntimeConfig(**given),
-        _host(serving["host"]) if "host" in serving else DEFAULT_HOST,
-        serving.get("port", DEFAULT_PORT),
-        None if model_name is None else checked_name(model_name),
-        key,
-        () if origins is None else parse_origins(origins),
-        ask,
+        config=RuntimeConfig(**given),
+        host=_host(serving["host"]) if "host" in serving else DEFAULT_HOST,
+        port=serving.get("port", DEFAULT_PORT),
+        served_model_names=checked_names(serving.get("served_model_name", ())),
+        api_key=key,
+        allowed_origins=() if origins is None else parse_origins(origins),
+        root_path=checked_root_path(serving.get("root_path", "")),
+        tls_files=tls_files(serving.get("ssl_certfile"), serving.get("ssl_keyfile")),
+        shutdown_timeout=timeout,
+        force_include_usage=serving.get("force_include_usage", False),
+        ask=ask,
     )
 
 

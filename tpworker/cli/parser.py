@@ -84,6 +84,11 @@ def _number(text: str) -> float:
         raise argparse.ArgumentTypeError(f"{shown(text)} must be a number") from None
 
 
+def flag_of(name: str) -> str:
+    """The flag of what the parser calls `name`, if that is not the same."""
+    return {"force_include_usage": "--enable-force-include-usage"}.get(name, f"--{name.replace('_', '-')}")
+
+
 _Group = Any  # argparse's groups have no public type
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(RuntimeConfig)}
 
@@ -111,6 +116,12 @@ def _add_model_options(group: _Group) -> None:
         "--load-format",
         "dummy: random weights of the right shapes, for benchmarks",
         choices=["auto", "dummy"],
+    )
+    _add(
+        group,
+        "--chat-template",
+        "a file with a chat template (Jinja), which takes the place of the model's own",
+        metavar="FILE",
     )
     _add(group, "--seed", "of dummy weights, and of requests that give none", type=_integer, metavar="N")
 
@@ -256,8 +267,10 @@ def _add_server_options(group: _Group) -> None:
     )
     group.add_argument(
         "--served-model-name",
+        nargs="+",
         metavar="NAME",
-        help="what clients call the model (default: its hub name, or the name of its folder)",
+        help="what clients may call the model, one or several names, of which the first is in answers "
+        "(default: its hub name, or the name of its folder)",
     )
     group.add_argument(
         "--api-key",
@@ -272,6 +285,34 @@ def _add_server_options(group: _Group) -> None:
         metavar="ORIGIN",
         help="web pages that browsers may let use the API, as https://host:port, several, or a JSON list; "
         "*: all (default: none)",
+    )
+    group.add_argument(
+        "--root-path",
+        metavar="PATH",
+        help="the path under which a proxy shows the server, as /llm, which it may strip or leave on "
+        "(default: none)",
+    )
+    group.add_argument(
+        "--ssl-certfile",
+        metavar="FILE",
+        help="a certificate (PEM), with its chain: the server speaks https (default: http)",
+    )
+    group.add_argument(
+        "--ssl-keyfile",
+        metavar="FILE",
+        help="the certificate's key (PEM; default: in the certificate's file)",
+    )
+    group.add_argument(
+        "--shutdown-timeout",
+        type=_number,
+        metavar="SECONDS",
+        help="how long open requests may take after the first signal to end (default: 20)",
+    )
+    group.add_argument(
+        "--enable-force-include-usage",
+        dest="force_include_usage",
+        action="store_true",
+        help="streams end with the token counts, also where stream_options does not ask for them",
     )
     group.add_argument(
         "--ask", metavar="TEXT", help="answer this one question, greedily, on stdout, and exit: no server"

@@ -22,7 +22,8 @@ _DOCTOR_S = 1.0
 def serve(options: Options) -> int:
     """Serve until a signal ends it, and return the exit status."""
     try:
-        from tpworker.server import bind, raise_descriptor_limit, run_server
+        from tpworker.server import FrontOptions, Tls, bind, raise_descriptor_limit, run_server
+        from tpworker.server.serve import DRAIN_S
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in _SERVER_PACKAGES:
             raise
@@ -41,21 +42,18 @@ def serve(options: Options) -> int:
         def on_ready() -> None:
             progress.close()
             port = listener.getsockname()[1]
-            text = ready_text(
-                runtime, options.host, port, options.served_model_name, options.api_key is not None
-            )
-            print(text, file=sys.stderr, flush=True)
+            print(ready_text(runtime, options, port), file=sys.stderr, flush=True)
 
-        asyncio.run(
-            run_server(
-                runtime,
-                listener,
-                options.served_model_name,
-                options.api_key,
-                allowed_origins=options.allowed_origins,
-                on_ready=on_ready,
-            )
+        front = FrontOptions(
+            served_model_names=options.served_model_names,
+            api_key=options.api_key,
+            allowed_origins=options.allowed_origins,
+            root_path=options.root_path,
+            force_include_usage=options.force_include_usage,
         )
+        tls = None if options.tls_files is None else Tls(*options.tls_files)
+        timeout = DRAIN_S if options.shutdown_timeout is None else options.shutdown_timeout
+        asyncio.run(run_server(runtime, listener, front, tls=tls, on_ready=on_ready, drain_timeout=timeout))
     return 0
 
 

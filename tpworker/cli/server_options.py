@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tpworker.errors import ConfigError
+from tpworker.errors import ConfigError, shown
 
 API_KEY_VARIABLE = "TPWORKER_API_KEY"
 """The one environment variable of ours: a key on the command line is shown by `ps` to everyone."""
@@ -83,6 +83,65 @@ def checked_name(name: str) -> str:
             "printable characters"
         )
     return name
+
+
+def checked_names(names: Sequence[str]) -> tuple[str, ...]:
+    """Several names, each once. Raises ConfigError as `checked_name`."""
+    return tuple(dict.fromkeys(map(checked_name, names)))
+
+
+def checked_root_path(path: str) -> str:
+    """--root-path as routes have it: '' or '/a/b'.
+
+    Raises:
+        ConfigError: it is no path, or none that a request's can begin with.
+    """
+    path = path.rstrip("/")
+    if path and not re.fullmatch(r"(/[A-Za-z0-9._~!$&'()*+,;=:@-]+)+", path):
+        raise ConfigError(
+            f"--root-path {path!r}: it must begin with / and have no empty parts, spaces, escapes or query, "
+            "as /llm or /models/small"
+        )
+    return path
+
+
+def tls_files(certfile: str | None, keyfile: str | None) -> tuple[str, str | None] | None:
+    """--ssl-certfile and --ssl-keyfile, which have been seen to fit; None: no TLS.
+
+    Raises:
+        ConfigError: one cannot be read, is of another kind, or they do not belong together.
+    """
+    if certfile is None:
+        if keyfile is not None:
+            raise ConfigError("--ssl-keyfile has no effect without --ssl-certfile: give both, or none")
+        return None
+    import ssl
+
+    def refuse_password() -> str:
+        raise ConfigError(
+            f"the key in {keyfile or certfile} is encrypted: take off its password, and let the file be read "
+            "by this user alone (`openssl pkey -in KEY -out NEW; chmod 600 NEW`)"
+        )
+
+    files = [("--ssl-certfile", certfile), ("--ssl-keyfile", keyfile)]
+    for flag, file in files:
+        try:
+            if file is not None:
+                with Path(file).open("rb") as opened:
+                    opened.read(1)
+        except (OSError, ValueError) as error:
+            why = error.strerror if isinstance(error, OSError) else error
+            raise ConfigError(f"{flag} {shown(file)} cannot be read: {why}") from error
+    given = " and ".join(f"{flag} {file}" for flag, file in files if file is not None)
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certfile, keyfile, refuse_password)
+    except ssl.SSLError as error:
+        why = (error.reason or str(error)).replace("_", " ").lower()
+        raise ConfigError(
+            f"{given}: they are no certificate and the key that belongs to it, as PEM ({why}); "
+            "`openssl x509 -in CERT -noout -pubkey` and `openssl pkey -in KEY -pubout` must say the same"
+        ) from error
+    return certfile, keyfile
 
 
 def parse_origins(words: Sequence[str]) -> tuple[str, ...]:

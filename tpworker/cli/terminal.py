@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
+    from tpworker.cli.options import Options
     from tpworker.runtime.runtime import Runtime
 
 _PLAIN_PERIOD_S = 5.0
@@ -64,15 +65,17 @@ class StartProgress:
         print(f"tpworker: {text}{done}", file=sys.stderr, flush=True)
 
 
-def ready_text(runtime: Runtime, host: str, port: int, name: str | None, has_key: bool) -> str:
+def ready_text(runtime: Runtime, options: Options, port: int) -> str:
     """What is served and where, and a command to try it with."""
-    url = f"http://{_reachable(host)}:{port}"
+    scheme = "http" if options.tls_files is None else "https"
+    url = f"{scheme}://{_reachable(options.host)}:{port}"
     num_ranks = runtime.config.tensor_parallel_size
     ranks = "1 TP rank" if num_ranks == 1 else f"{num_ranks} TP ranks"
     place = "the CPU" if runtime.device == "cpu" else "a GPU" if num_ranks == 1 else "GPUs"
-    served = f"{name or runtime.served_name} on {ranks} on {place}, {runtime.dtype}"
+    name = options.served_model_names[0] if options.served_model_names else runtime.served_name
+    served = f"{name} on {ranks} on {place}, {runtime.dtype}"
     path, body = _example(runtime)
-    key = " -H 'Authorization: Bearer '\"$API_KEY\"" if has_key else ""
+    key = " -H 'Authorization: Bearer '\"$API_KEY\"" if options.api_key is not None else ""
     times = runtime.start_times
     start = "" if times is None else f"Start, in seconds:\n\n{times.table()}\n\n"
     ids_only = (

@@ -76,6 +76,11 @@ class Facts:
         return self._known.group.rank.max_model_len
 
     @property
+    def max_request_len(self) -> int:
+        """As `max_model_len`, or fewer, where all KV blocks together hold fewer."""
+        return self._ready.limits.shortest
+
+    @property
     def max_num_seqs(self) -> int:
         """Most requests that run at once."""
         return self._known.group.rank.max_num_seqs

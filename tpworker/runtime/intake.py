@@ -187,9 +187,11 @@ class Intake:
             request.text = TextStream(
                 served.needed_tokenizer(),
                 params.stop,
-                hidden_ids=unpack_int32(sampling.stop_ids),
+                hidden_ids=() if params.include_stop_str_in_output else unpack_int32(sampling.stop_ids),
                 min_tokens=params.min_tokens,
                 prompt=unpack_int32(tokens),
+                skip_special_tokens=params.skip_special_tokens,
+                include_stop=params.include_stop_str_in_output,
             )
 
     def _send(self, request: Request, tokens: bytes, params: SamplingParams, sampling: Sampling) -> None:

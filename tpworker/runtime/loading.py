@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from tpworker.config import RuntimeConfig
-from tpworker.errors import ConfigError, ModelError, one_line, shown
+from tpworker.errors import ConfigError, InvalidRequest, ModelError, one_line, shown
 
 if TYPE_CHECKING:
     from tpworker.model.families import ModelSpec
@@ -36,6 +36,7 @@ class FoundModel:
     folder: Path  # absolute
     spec: ModelSpec
     name: str  # what to call it towards clients
+    chat_template: str | None = None  # in place of its own
 
     def with_tokenizer(self, tokenizer: Tokenizer) -> FoundModel:
         """The model as its tokenizer ends its outputs, too. Raises ModelError if too many tokens do."""
@@ -56,10 +57,11 @@ def find_model(config: RuntimeConfig, progress: Progress, *, check_weights: bool
         check_weights: whether the ranks are such as read the weights, unless these are dummies.
 
     Raises:
-        ConfigError: the working directory is gone.
+        ConfigError: the working directory is gone, or the chat template cannot be read.
         ModelError: there is no such model, or it cannot be served.
     """
     check_working_directory()
+    chat_template = None if config.chat_template is None else _read_template(config.chat_template)
     from tpworker.checkpoint.resolve import resolve_model
     from tpworker.model.families import read_spec
 
@@ -68,7 +70,33 @@ def find_model(config: RuntimeConfig, progress: Progress, *, check_weights: bool
     for line in what_is_odd(folder, spec, check_weights and config.load_format != "dummy"):
         logger.warning("%s", line)
     check_tokenizer_files(folder)
-    return FoundModel(folder, spec, config.model or folder.name)
+    if chat_template is not None and not has_tokenizer(folder):
+        raise ConfigError(
+            f"chat_template={config.chat_template!r} has no effect: there is no tokenizer in {folder}. Leave "
+            "out --chat-template, or fetch tokenizer.json"
+        )
+    return FoundModel(folder, spec, config.model or folder.name, chat_template)
+
+
+def _read_template(file: str) -> str:
+    """The text of a chat template's file.
+
+    Raises:
+        ConfigError: it cannot be read as text, or is longer than any.
+    """
+    from tpworker.json_file import MAX_BYTES, open_file
+
+    try:
+        with open_file(Path(file)) as opened:
+            data = opened.read(MAX_BYTES + 1)
+        text = data.decode("utf-8-sig")
+    except FileNotFoundError:
+        raise ConfigError(f"chat_template={file!r}: there is no such file") from None
+    except (ModelError, ValueError) as error:  # no file, not to be read, no UTF-8, or no name of a file
+        raise ConfigError(f"chat_template={file!r} cannot be read: {error}") from error
+    if not text.strip() or len(data) > MAX_BYTES:
+        raise ConfigError(f"chat_template={file!r}: it must have some text, and at most {MAX_BYTES} bytes")
+    return text
 
 
 def what_is_odd(folder: Path, spec: ModelSpec, check_weights: bool) -> list[str]:
@@ -141,6 +169,22 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
             return Tokenizer.load(folder)
     except ModelError as error:
         raise ModelError(one_line(str(error), _LONGEST_LINE)) from error
+
+
+def load_tokenizer_of(model: FoundModel) -> Tokenizer | None:
+    """As `load_tokenizer`, with the chat template that the configuration names.
+
+    Raises:
+        ConfigError: that template is broken.
+    """
+    tokenizer = load_tokenizer(model.folder)
+    if tokenizer is not None and model.chat_template is not None:
+        try:
+            tokenizer.use_chat_template(model.chat_template)
+        except InvalidRequest as error:
+            tokenizer.close()
+            raise ConfigError(f"--chat-template: {error}") from error
+    return tokenizer
 
 
 def in_daemon_thread(function: Callable[[], T]) -> asyncio.Future[T]:

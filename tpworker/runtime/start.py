@@ -23,7 +23,7 @@ from tpworker.runtime.loading import (
     find_model,
     has_tokenizer,
     in_daemon_thread,
-    load_tokenizer,
+    load_tokenizer_of,
 )
 from tpworker.runtime.settings import rank_settings, resolve_max_model_len, scheduler_settings
 from tpworker.runtime.supervisor import Group
@@ -133,11 +133,12 @@ async def until_ready(setup: Setup, generation: Generation, progress: Progress) 
 
     Raises:
         ModelError: the tokenizer cannot be read, or ends outputs by too many tokens.
+        ConfigError: the chat template that takes the place of its own is broken.
         StartFailed: the processes did not get ready.
     """
     model, rank = setup.model, setup.group.rank
     ready = asyncio.ensure_future(generation.ready(rank.start_timeout, progress))
-    loading = in_daemon_thread(lambda: load_tokenizer(model.folder))
+    loading = in_daemon_thread(lambda: load_tokenizer_of(model))
     try:
         both: list[asyncio.Future[Any]] = [ready, loading]
         await asyncio.wait(both, return_when=asyncio.FIRST_EXCEPTION)

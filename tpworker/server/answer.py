@@ -16,8 +16,9 @@ from starlette.types import Receive, Scope, Send
 from tpworker.errors import RuntimeStopped
 from tpworker.outputs import RequestOutput
 from tpworker.server.errors import describe, internal_error
-from tpworker.server.formats import DONE, Choice, Format
+from tpworker.server.formats import Choice, Format
 from tpworker.server.gate import HALF_CLOSED, OUTCOME
+from tpworker.server.leaving import client_left
 from tpworker.server.merge import Outputs, merge
 from tpworker.server.metrics import Timing
 
@@ -38,7 +39,7 @@ class Answer(Response):
         self._format = answer_format
         self._timing = timing
         self._stream = stream
-        self._choices = [Choice() for _ in streams]
+        self._choices = [Choice(keeps_ids=answer_format.telling.token_ids and not stream) for _ in streams]
         self._is_sent = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -94,7 +95,7 @@ class Answer(Response):
             described = describe(error)
             if described is None:
                 logger.exception("while answering %s", self._format.request_id)
-            event = f"data: {(described or internal_error()).as_json()}\n\n"
+            event = self._format.failing(described or internal_error())
             await send({"type": "http.response.body", "body": event.encode(), "more_body": True})
         self._is_sent = True
         await send({"type": "http.response.body", "body": b""})
@@ -117,15 +118,8 @@ class Answer(Response):
                     self._book(index, output)
                     if index not in opened:
                         opened.add(index)
-                        events.append(self._format.opening(index))
-                    if output.text or output.finish_reason is not None:
-                        events.append(self._format.event(index, output.text, self._choices[index]))
+                        events.append(self._format.opening(index, self._choices))
+                    events.append(self._format.event(index, output, self._choices))
                 if text := "".join(events):
                     yield text
-        yield (self._format.usage_event(self._choices) if self._format.include_usage else "") + DONE
-
-
-async def client_left(receive: Receive) -> None:
-    """Until the client has left; its body has been read before."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
+        yield self._format.closing(self._choices)

@@ -208,8 +208,11 @@ class Connection(H11Protocol):
                 h11.EndOfMessage(),
             ):
                 self.transport.write(self.conn.send(event) or b"")
-            self.transport.write_eof()
-            self._enter("lingering")
+            if self.transport.can_write_eof():
+                self.transport.write_eof()
+                self._enter("lingering")
+            else:  # TLS has no half that could be closed
+                self.transport.close()
         else:
             self.transport.close()
 
@@ -228,7 +231,8 @@ class Connection(H11Protocol):
         One that has left altogether looks alike, until it is sent something: then it resets the connection.
         """
         is_asked = self.cycle is not None and not self.cycle.response_complete
-        if not is_asked or self.conn.their_state is h11.SEND_BODY:
+        is_whole = not self.transport.can_write_eof()  # under TLS the other half is closed by now
+        if is_whole or not is_asked or self.conn.their_state is h11.SEND_BODY:
             return False
         self._got_eof = True
         self._look = self.loop.call_later(_LOOK_S, self._see_if_left, self.loop.time() + PROBE_S)

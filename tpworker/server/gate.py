@@ -20,8 +20,12 @@ sent something, however little. What that meets shows whether it reads on."""
 _OUTCOMES = {2: "ok", 4: "invalid", 5: "failed", 429: "busy", 503: "unavailable"}
 
 
+GUARDED = frozenset(["/tokenize", "/detokenize", "/tokenizer_info"])
+"""What needs the key, and has its bodies bounded, besides /v1/…."""
+
+
 class Gate:
-    """ASGI middleware around the whole app. Only /v1/… is counted, and needs the key.
+    """ASGI middleware around the whole app. Only /v1/… and GUARDED are counted, and need the key.
 
     Args:
         app: what to guard.
@@ -47,8 +51,7 @@ class Gate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             scope = _plain(scope)
-        path = scope["path"].removeprefix(scope.get("root_path", "")) if scope["type"] == "http" else ""
-        if not path.startswith("/v1/"):
+        if not (scope["type"] == "http" and _is_guarded(scope)):
             await self._app(scope, receive, send)
             return
         status = 0
@@ -128,6 +131,14 @@ class Gate:
         scheme, _, sent = (_header(scope, b"authorization") or b"").partition(b" ")
         is_right = [hmac.compare_digest(sent.strip(), key) for key in self._keys]
         return scheme.lower() == b"bearer" and any(is_right)
+
+
+def _is_guarded(scope: Scope) -> bool:
+    """Whether the routes see a path that is: without what is before them, as starlette takes it off."""
+    path, root = scope["path"], scope.get("root_path", "")
+    if root and path.startswith(f"{root}/"):
+        path = path.removeprefix(root)
+    return path.startswith("/v1/") or path in GUARDED
 
 
 def _header(scope: Scope, name: bytes) -> bytes | None:

@@ -7,6 +7,8 @@ import time
 from collections.abc import Generator
 from contextlib import contextmanager
 
+from tpworker.server.request_ids import WithRequestId
+
 PERIOD_S = 30.0
 _MAX_LINES = 256  # different ones that are remembered
 _LOGGERS = ("asyncio", "uvicorn.error", "tpworker.server.answer")
@@ -46,13 +48,15 @@ def _origin(record: logging.LogRecord) -> object:
 
 @contextmanager
 def seldom() -> Generator[None, None, None]:
-    """Meanwhile the HTTP server's log, and asyncio's, repeat nothing."""
-    few = Seldom()
+    """Meanwhile the HTTP server's log, and asyncio's, repeat nothing, and say for which request it is."""
+    filters = [Seldom(), WithRequestId()]  # in this order: ids differ
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     for logger in loggers:
-        logger.addFilter(few)
+        for one in filters:
+            logger.addFilter(one)
     try:
         yield
     finally:
         for logger in loggers:
-            logger.removeFilter(few)
+            for one in filters:
+                logger.removeFilter(one)

@@ -6,7 +6,7 @@ import asyncio
 import errno
 import logging
 import socket
-from collections.abc import Callable, Coroutine, Generator, Sequence
+from collections.abc import Callable, Coroutine, Generator
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from tpworker.errors import ConfigError, RuntimeFailed
 from tpworker.server.app import create_app
 from tpworker.server.connection import KEEP_ALIVE_S, Connection, Crowd
 from tpworker.server.descriptors import max_connections
+from tpworker.server.options import FrontOptions, Tls
 from tpworker.server.seldom import seldom
 from tpworker.server.signals import Signals, watched_signals
 
@@ -77,10 +78,9 @@ def _why_not_bound(host: str, port: int, error: OSError | UnicodeError) -> str:
 async def run_server(
     runtime: Runtime,
     listener: socket.socket,
-    served_model_name: str | None = None,
-    api_key: str | None = None,
+    options: FrontOptions | None = None,
     *,
-    allowed_origins: Sequence[str] = (),
+    tls: Tls | None = None,
     on_ready: Callable[[], None] = lambda: None,
     drain_timeout: float = DRAIN_S,
 ) -> None:
@@ -92,9 +92,8 @@ async def run_server(
     Args:
         runtime: not started yet.
         listener: from `bind`.
-        served_model_name: what clients call the model; None: what the runtime calls it.
-        api_key: what clients must send; None: nothing.
-        allowed_origins: of web pages that browsers may let use the API; "*": all.
+        options: of the front.
+        tls: the files for https, which have been checked; None: http.
         on_ready: called when requests are taken.
         drain_timeout: seconds that open requests may take after the first signal.
 
@@ -103,7 +102,7 @@ async def run_server(
         ConfigError, ModelError: it could not start.
     """
     crowd = Crowd(max_connections(runtime.config))
-    server = Server(http_config(create_app(runtime, served_model_name, api_key, allowed_origins), crowd))
+    server = Server(http_config(create_app(runtime, options), crowd, tls))
     with seldom(), watched_signals() as signals:
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         try:
@@ -113,7 +112,7 @@ async def run_server(
             on_ready()
             if await _first_of(_ended(runtime, serving), signals.one()):
                 # Its traceback is in the log already: the runtime wrote it when it failed.
-                raise RuntimeFailed((runtime.health().error or "the HTTP server ended").partition("\n")[0])
+                raise RuntimeFailed(runtime.health().summary or "the HTTP server ended")
             server.stop_listening()
             await _drain(runtime, drain_timeout, signals)
         finally:
@@ -144,8 +143,8 @@ async def _first_of(work: Coroutine[Any, Any, object], other: Coroutine[Any, Any
     return first
 
 
-def http_config(app: ASGIApp, crowd: Crowd) -> uvicorn.Config:
-    """How uvicorn serves an app; `crowd` are the connections."""
+def http_config(app: ASGIApp, crowd: Crowd, tls: Tls | None = None) -> uvicorn.Config:
+    """How uvicorn serves an app; `crowd` are the connections. None: without TLS."""
     return uvicorn.Config(
         app,
         http=partial(Connection, crowd=crowd),  # type: ignore[arg-type]  # it is called, and no more
@@ -157,6 +156,8 @@ def http_config(app: ASGIApp, crowd: Crowd) -> uvicorn.Config:
         backlog=_ACCEPTED_AT_ONCE,
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=_FLUSH_S,
+        ssl_certfile=None if tls is None else tls.certfile,
+        ssl_keyfile=None if tls is None else tls.keyfile,
     )
 
 

@@ -32,9 +32,11 @@ class StopStrings:
     Args:
         stops: none of them empty.
         special: the ids of special tokens, by their names.
+        is_included: whether what is shown ends with the characters of the stop string, or before them.
     """
 
-    def __init__(self, stops: Sequence[str], special: Mapping[str, int]) -> None:
+    def __init__(self, stops: Sequence[str], special: Mapping[str, int], is_included: bool = False) -> None:
+        self._is_included = is_included
         self._patterns = [_Pattern(stop, stop) for stop in stops]
         self._patterns += [
             _Pattern(stop, symbols) for stop in stops if (symbols := _with_ids(stop, special)) is not None
@@ -58,7 +60,7 @@ class StopStrings:
         for position, char in enumerate(text, start=len(self.held) + 1):
             found = self._advance(char, may_stop)
             if found is not None:
-                return whole[: position - found.num_shown[-1]], found.stop
+                return whole[: position if self._is_included else position - found.num_shown[-1]], found.stop
         return self._shown_of(whole), None
 
     def feed_special(
@@ -69,7 +71,8 @@ class StopStrings:
         if found is None:
             return self._shown_of(self.held), None
         num_found = found.num_shown[-1]
-        return self.held[: len(self.held) - num_found] + ("" if num_found else finish()), found.stop
+        num_cut = 0 if self._is_included else num_found
+        return self.held[: len(self.held) - num_cut] + ("" if num_found else finish()), found.stop
 
     def _advance(self, symbol: str | int, may_stop: bool) -> _Pattern | None:
         found: _Pattern | None = None

@@ -12,30 +12,32 @@ from typing import NamedTuple
 from tpworker.text.decoding import Filter, Rule, StripLeft, Window
 from tpworker.text.stops import StopStrings
 from tpworker.text.tokenizer import Tokenizer
+from tpworker.text.vocabulary import Vocabulary
 
 
 class Detokenizer:
     """The text of one output, token by token: what its tokens add to the decoded prompt.
 
-    All texts together, and then `finish()`, are what `Tokenizer.decode` makes of prompt and output behind
-    what it makes of the prompt, as far as decoding more tokens only ever adds to the text. What it takes
-    back is not shown: spaces at the end, or that the clean-up removes, wait for what comes behind them. Bytes
-    that are not UTF-8 become U+FFFD as `bytes.decode` has it; byte fallback has one for each byte of a
-    run with a fault in it, which is not known while the run lasts. Characters begin and end in the output.
+    All texts together, and then `finish()`, are what `Tokenizer.decode` makes of prompt and output, special
+    tokens shown or not as the vocabulary has it, behind what it makes of the prompt, as far as decoding more
+    tokens only ever adds to the text. What it takes back is not shown: spaces at the end, or that clean-up
+    removes, wait for what comes behind them. Bytes that are not UTF-8 become U+FFFD as `bytes.decode` has it;
+    byte fallback has one for each byte of a run with a fault in it, which is not known while the run lasts.
+    Characters begin and end in the output.
     """
 
     __slots__ = (
-        "_filters", "_hidden_ids", "_is_first", "_pieces", "_previous", "_tail", "_tokenizer", "_window",
+        "_filters", "_hidden_ids", "_is_first", "_pieces", "_previous", "_tail", "_vocabulary", "_window",
     )  # fmt: skip
 
     def __init__(
-        self, tokenizer: Tokenizer, hidden_ids: Collection[int] = (), prompt: Sequence[int] = ()
+        self, vocabulary: Vocabulary, hidden_ids: Collection[int] = (), prompt: Sequence[int] = ()
     ) -> None:
-        decoding = tokenizer.decoding
-        self._tokenizer = tokenizer
+        decoding = vocabulary.decoding
+        self._vocabulary = vocabulary
         self._hidden_ids = frozenset(hidden_ids)
         self._tail = b""  # the beginning of a character
-        before = _last_tokens(tokenizer, prompt, Window.NUM_KEPT if decoding.rule is Rule.WINDOW else 1)
+        before = _last_tokens(vocabulary, prompt, Window.NUM_KEPT if decoding.rule is Rule.WINDOW else 1)
         self._previous = before[-1] if before else None
         self._is_first = not before
         self._filters = self._filters_behind(prompt)
@@ -66,10 +68,10 @@ class Detokenizer:
 
     def _filters_behind(self, prompt: Sequence[int]) -> list[Filter]:
         """The filters as the prompt leaves them: what its beginning does to it may not be done yet."""
-        decoding = self._tokenizer.decoding
+        decoding = self._vocabulary.decoding
         if self._is_first or not decoding.strips_left:
             return decoding.filters(is_first=self._is_first)
-        beginning = Detokenizer(self._tokenizer)
+        beginning = Detokenizer(self._vocabulary)
         for token_id in prompt:
             beginning.push(token_id)
             if not any(isinstance(stage, StripLeft) for stage in beginning._filters):
@@ -80,19 +82,19 @@ class Detokenizer:
     def _settle(self) -> None:
         """From here on it may be that only the pieces count."""
         self._filters = [stage for stage in self._filters if not stage.is_done]
-        decoding = self._tokenizer.decoding
+        decoding = self._vocabulary.decoding
         is_beginning = self._is_first and decoding.first_is_special
         if decoding.rule is Rule.TOKEN and not self._filters and not is_beginning:
-            self._pieces = self._tokenizer.pieces
+            self._pieces = self._vocabulary.pieces
 
     def _next(self, token_id: int) -> str:
         """Of a token that is not in `_pieces`, or while more than they counts."""
-        if self._pieces is self._tokenizer.pieces:
-            return self._characters(self._tokenizer.piece(token_id))
-        token = self._tokenizer.token(token_id)
+        if self._pieces is self._vocabulary.pieces:
+            return self._characters(self._vocabulary.piece(token_id))
+        token = self._vocabulary.token(token_id)
         if token is None:
             return ""
-        decoding = self._tokenizer.decoding
+        decoding = self._vocabulary.decoding
         if self._window is not None:
             text = self._window.push(token)
         elif decoding.rule is Rule.PAIR:
@@ -100,7 +102,7 @@ class Detokenizer:
             self._previous = token
         else:
             text = self._characters(
-                decoding.piece(token, is_first=True) if self._is_first else self._tokenizer.piece(token_id)
+                decoding.piece(token, is_first=True) if self._is_first else self._vocabulary.piece(token_id)
             )
         for stage in self._filters:
             text = stage.feed(text)
@@ -117,11 +119,11 @@ class Detokenizer:
         return text
 
 
-def _last_tokens(tokenizer: Tokenizer, prompt: Sequence[int], count: int) -> list[str]:
+def _last_tokens(vocabulary: Vocabulary, prompt: Sequence[int], count: int) -> list[str]:
     """The last tokens of a prompt that are text, at most so many."""
     found: list[str] = []
     for token_id in reversed(prompt):
-        token = tokenizer.token(token_id)
+        token = vocabulary.token(token_id)
         if token is not None:
             found.append(token)
             if len(found) == count:
@@ -155,18 +157,25 @@ class TextStream:
         *,
         min_tokens: int = 0,
         prompt: Sequence[int] = (),
+        skip_special_tokens: bool = True,
+        include_stop: bool = False,
     ) -> None:
         """
         Args:
             tokenizer: of the model; streams share it.
-            stop: strings that end the text. They are not part of it.
+            stop: strings that end the text. They are not part of it, unless that is asked for.
             hidden_ids: ids that are not part of the text, as the ids that end an output.
             min_tokens: a stop string that is complete within so many tokens is text.
             prompt: what comes before; the end of it counts.
+            skip_special_tokens: whether special tokens are no text. Else their names are characters, as any.
+            include_stop: whether the stop string that ends the text is the end of it; of a special token in
+                one the name only if those are text.
         """
-        self._detokenizer = Detokenizer(tokenizer, hidden_ids, prompt)
+        vocabulary = tokenizer if skip_special_tokens else tokenizer.with_special
+        self._detokenizer = Detokenizer(vocabulary, hidden_ids, prompt)
         self._characters = self._detokenizer.push
-        self._stops = StopStrings(stop, tokenizer.special) if stop else None
+        special = tokenizer.special if skip_special_tokens else {}
+        self._stops = StopStrings(stop, special, include_stop) if stop else None
         self._min_tokens = min_tokens
         self._num_tokens = 0
         self._ended = False

@@ -16,11 +16,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tpworker.chat.continuing import Continuation
 from tpworker.chat.variables import check_variables
 from tpworker.errors import InvalidRequest, ModelError, RuntimeStopped, shown
 from tpworker.text.decoding import Decoding, no_text
 from tpworker.text.panics import panics_are
 from tpworker.text.token_bound import TokenBound
+from tpworker.text.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from tpworker.chat.renderer import TemplateRenderer
@@ -31,8 +33,8 @@ NO_TEMPLATE = (
 )
 
 
-class Tokenizer:
-    """A model's tokenizer and chat template, as transformers reads them.
+class Tokenizer(Vocabulary):
+    """A model's tokenizer and chat template, as transformers reads them; a vocabulary without special tokens.
 
     Every method may be called from several threads at once. `encode` releases the interpreter lock while
     it works.
@@ -46,17 +48,17 @@ class Tokenizer:
         self._fast = fast
         # The backend is called directly: transformers' wrapper sets truncation and padding on it with
         # every call, so that two threads would get in each other's way.
-        self._backend = fast.backend_tokenizer
-        self._backend.no_truncation()
-        self._backend.no_padding()
-        added = self._backend.get_added_tokens_decoder()
-        self._special_ids = frozenset(i for i, token in added.items() if token.special)
-        self.special = {added[i].content: i for i in self._special_ids}
+        backend = fast.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        added = backend.get_added_tokens_decoder()
+        special_ids = frozenset(i for i, token in added.items() if token.special)
+        decoding = Decoding(backend.decoder, _cleans_up(fast))
+        super().__init__(backend, decoding, special_ids)
+        self.with_special = Vocabulary(backend, decoding)
+        """The same, of which special tokens are part."""
+        self.special = {added[i].content: i for i in special_ids}
         """The ids of special tokens, by their names."""
-        self.decoding = Decoding(self._backend.decoder, _cleans_up(fast))
-        """How its decoder makes text of tokens."""
-        self.pieces: dict[int, str | bytes] = {}
-        """Those that were asked for; see `piece`."""
         self._bound = TokenBound(self._backend)
         self._renderer: TemplateRenderer | None = None
         self._renderer_lock = threading.Lock()
@@ -118,10 +120,10 @@ class Tokenizer:
         """A number of tokens that `encode` makes of a text at least; see `TokenBound.at_least`."""
         return self._bound.at_least(text, enough)
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of token ids, without special tokens."""
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of token ids, without special tokens unless they are asked for."""
         with panics_are(no_text):
-            text: str = self._backend.decode(list(token_ids), skip_special_tokens=True)
+            text: str = self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
         return self.decoding.clean_up(text)
 
     @property
@@ -129,6 +131,27 @@ class Tokenizer:
         """The token that ends a text, if the tokenizer names one."""
         eos_id: int | None = self._fast.eos_token_id
         return eos_id
+
+    def use_chat_template(self, template: str) -> None:
+        """Takes a template in place of the model's own, before any conversation.
+
+        Raises:
+            InvalidRequest: it is broken.
+        """
+        self._fast.chat_template = template
+        self._open_renderer().check()
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What clients may want to know of it, in tokenizer_config.json's words."""
+        names = ("bos_token", "eos_token", "pad_token", "unk_token")
+        special = self._fast.special_tokens_map
+        return {
+            "tokenizer_class": type(self._fast).__name__,
+            **{name: special.get(name) for name in names},
+            "vocab_size": self._backend.get_vocab_size(with_added_tokens=True),
+            "chat_template": self._template() if self.has_chat_template else None,
+        }
 
     @property
     def has_chat_template(self) -> bool:
@@ -141,6 +164,7 @@ class Tokenizer:
         /,
         *,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         **variables: Any,
     ) -> str:
         """The text of a conversation, special tokens included, up to where the assistant answers.
@@ -152,6 +176,7 @@ class Tokenizer:
             messages: each with a `role` and a `content`, which is a string or a list of parts as the OpenAI
                 API has them. A template that wants the other form gets that.
             add_generation_prompt: whether to end with what opens the assistant's turn.
+            continue_final_message: whether to end where the last message's text does; then nothing is opened.
             variables: handed to the template, e.g. `enable_thinking=False`.
 
         Raises:
@@ -165,7 +190,12 @@ class Tokenizer:
             what = f"a {wrong[0]} is no mapping with role and content" if wrong else "there is none"
             raise InvalidRequest(f"the chat template refuses these messages: {what}", "messages")
         context = {"tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
-        return self._open_renderer().render(messages, context, variables)
+        renderer = self._open_renderer()
+        if not continue_final_message:
+            return renderer.render(messages, context, variables)
+        continuation = Continuation()
+        context["add_generation_prompt"] = False
+        return continuation.cut(renderer.render(continuation.marked(messages), context, variables))
 
     def close(self) -> None:
         """Ends what renders chat templates, conversations that are being rendered too. No more come then."""
@@ -204,31 +234,6 @@ class Tokenizer:
                 "messages",
             )
         return template
-
-    def token(self, token_id: int) -> str | None:
-        """A token as its decoder gets it; None for what is no text: special tokens, and ids that the model
-        has but the tokenizer has not."""
-        token: str | None = self._backend.id_to_token(token_id)
-        return None if token_id in self._special_ids else token
-
-    def piece(self, token_id: int) -> str | bytes:
-        """What a token adds to a text that has begun: characters, or bytes that are not whole ones.
-
-        It is empty for special tokens, and for ids that the model has but the tokenizer has not.
-        """
-        piece = self.pieces.get(token_id)
-        if piece is None:
-            piece = self.pieces[token_id] = self._find_piece(token_id)
-        return piece
-
-    def special_name(self, token_id: int) -> str:
-        """How a token that is no text is written; empty if the tokenizer does not have it."""
-        name: str | None = self._backend.id_to_token(token_id)
-        return name or ""
-
-    def _find_piece(self, token_id: int) -> str | bytes:
-        token = self.token(token_id)
-        return "" if token is None else self.decoding.piece(token)
 
 
 def _no_tokens(what: str) -> InvalidRequest:

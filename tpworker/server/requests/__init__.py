@@ -6,6 +6,7 @@ that changes nothing. Some change nothing here and are accepted; what nobody kno
 
 from tpworker.server.requests.chat import ChatRequest
 from tpworker.server.requests.completions import CompletionRequest
+from tpworker.server.requests.conversation import Conversation
 from tpworker.server.requests.generation import GenerationRequest, Prompt
 
-__all__ = ["ChatRequest", "CompletionRequest", "GenerationRequest", "Prompt"]
+__all__ = ["ChatRequest", "CompletionRequest", "Conversation", "GenerationRequest", "Prompt"]

@@ -6,7 +6,6 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator
 
-from tpworker.config import SamplingParams
 from tpworker.server.requests.generation import GenerationRequest, Prompt
 from tpworker.server.requests.unsupported import COMPLETION
 
@@ -56,6 +55,14 @@ class CompletionRequest(GenerationRequest):
         prompts: list[Prompt] = self.prompt
         return prompts
 
-    def sampling(self, detokenize: bool = True) -> SamplingParams:
-        """Raises InvalidRequest for a value out of range. False: the model has no tokenizer."""
-        return self._sampling(self.max_tokens, detokenize)
+    @property
+    def num_chars(self) -> int:
+        """Of all texts together."""
+        return sum(len(prompt) for prompt in self.prompts if isinstance(prompt, str))
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether the prompts are tokenised, and cut, before they are given to the runtime."""
+        # Several: all of them before any is begun. One that is too long refuses the request with its status.
+        is_special = self.truncate_prompt_tokens is not None or self.add_special_tokens is False
+        return len(self.prompts) > 1 or is_special or bool(self.return_token_ids)

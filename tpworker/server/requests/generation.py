@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from tpworker.config import SamplingParams
 from tpworker.errors import InvalidRequest
+from tpworker.server.formats import Telling
 from tpworker.server.ignored import ignore
 from tpworker.server.requests.fields import Body, Integer
 
@@ -23,8 +24,16 @@ class StreamOptions(Body):
 
     include_usage: bool | None = None
     """Whether a last chunk without choices tells the token counts of the whole request."""
+    continuous_usage_stats: bool | None = None
+    """With include_usage: whether each chunk tells those that there are by then."""
     include_obfuscation: bool | None = None
     """Random padding against traffic analysis; none is sent, whatever is asked."""
+
+
+def _checked_length(length: int | None) -> int | None:
+    if length is not None and (length < -1 or not length):
+        raise ValueError("it should be a number of tokens from 1 on, or -1: as many as fit")
+    return length
 
 
 StopString = Annotated[str, Field(max_length=MAX_STOP_CHARS)]
@@ -40,6 +49,8 @@ def _as_list(stop: Any) -> Any:
 class GenerationRequest(Body):
     """What all requests to generate take."""
 
+    default_max_tokens: ClassVar[int | None] = None
+    """Where none are given; None: as many as fit."""
     accepted: ClassVar[frozenset[str]] = frozenset(
         [
             "user",
@@ -65,10 +76,22 @@ class GenerationRequest(Body):
     stop: Annotated[list[StopString] | None, BeforeValidator(_as_list)] = None
     stop_token_ids: list[Integer] | None = None
     ignore_eos: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    """Whether the text ends with the stop string that ended it."""
+    skip_special_tokens: bool | None = None
+    """False: special tokens are part of the text."""
+    add_special_tokens: bool | None = None
+    """Whether the tokenizer adds what the model expects around a text; null: as is usual here."""
+    truncate_prompt_tokens: Annotated[Integer | None, AfterValidator(_checked_length)] = None
+    """Of a longer prompt only so many tokens are used, its last; -1: as many as fit."""
+    return_token_ids: bool | None = None
+    """Whether the answer tells the token ids of prompt and output."""
 
-    @property
-    def include_usage(self) -> bool:
-        return self.stream_options is not None and bool(self.stream_options.include_usage)
+    def telling(self, force_usage: bool = False) -> Telling:
+        """What the answer tells; `force_usage`: the token counts even where nobody asks for them."""
+        options = self.stream_options or StreamOptions()
+        usage = force_usage or bool(options.include_usage)
+        return Telling(usage, usage and bool(options.continuous_usage_stats), bool(self.return_token_ids))
 
     @model_validator(mode="after")
     def _only_with_stream(self) -> GenerationRequest:
@@ -76,12 +99,28 @@ class GenerationRequest(Body):
             ignore("stream_options")
         return self
 
+    @property
+    def num_output_reserved(self) -> int:
+        """Tokens of the output that a prompt of any length must leave room for."""
+        asked = self.max_tokens or self.default_max_tokens or 1
+        return max(asked, self.min_tokens or 0)
+
+    def sampling(self, detokenize: bool) -> SamplingParams:
+        """Raises InvalidRequest for a value out of range. `detokenize` is false without a tokenizer."""
+        return self._sampling(self.max_tokens, detokenize)
+
     def _sampling(self, max_tokens: int | None, detokenize: bool) -> SamplingParams:
         if self.stop and not detokenize:
             raise InvalidRequest(
                 "stop strings are for text, and this model has no tokenizer: use stop_token_ids",
                 parameter="stop",
             )
+        is_text = {
+            "skip_special_tokens": self.skip_special_tokens is False,
+            "include_stop_str_in_output": bool(self.include_stop_str_in_output),
+        }
+        for name in (name for name, is_asked in is_text.items() if is_asked and not detokenize):
+            raise InvalidRequest(f"{name} is for text, and this model has no tokenizer: leave it out", name)
         return SamplingParams(
             max_tokens=max_tokens,
             temperature=self.temperature,
@@ -93,4 +132,6 @@ class GenerationRequest(Body):
             stop_token_ids=self.stop_token_ids or (),
             ignore_eos=bool(self.ignore_eos),
             detokenize=detokenize,
+            skip_special_tokens=self.skip_special_tokens is not False,
+            include_stop_str_in_output=bool(self.include_stop_str_in_output),
         )

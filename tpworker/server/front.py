@@ -1,0 +1,83 @@
+"""From a request's body to the streams that answer it: what all endpoints share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from tpworker.errors import InvalidRequest, RuntimeFailed, RuntimeStopped
+from tpworker.server.answer import Answer
+from tpworker.server.errors import ModelNotFound
+from tpworker.server.formats import Format
+from tpworker.server.metrics import Metrics, Timing
+from tpworker.server.requests import GenerationRequest, Prompt
+
+if TYPE_CHECKING:
+    from tpworker.runtime.runtime import Runtime
+
+
+class Front:
+    """Whether a request can be answered, and the answer.
+
+    Args:
+        runtime: may be starting still.
+        names: what clients may call the model, the first in answers; none: what the runtime calls it.
+        metrics: of the app.
+        force_usage: whether streams tell the token counts where nobody asks for them.
+    """
+
+    def __init__(self, runtime: Runtime, names: Sequence[str], metrics: Metrics, force_usage: bool) -> None:
+        self.runtime = runtime
+        self.force_usage = force_usage
+        self._names = tuple(names)
+        self._metrics = metrics
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """What clients may call the model. Raises RuntimeStopped while it is not known yet."""
+        return self._names or (self.runtime.served_name,)
+
+    def max_model_len(self) -> int:
+        """0 while it is not known yet: then nothing is generated."""
+        try:
+            return self.runtime.max_model_len
+        except RuntimeStopped:
+            return 0
+
+    def check_model(self, name: str | None) -> None:
+        """Raises ModelNotFound unless this is the model that is served, or none."""
+        if name is not None and name not in self.model_names:
+            served = ", ".join(map(repr, self.model_names))
+            verb = "is" if len(self.model_names) == 1 else "are"
+            raise ModelNotFound(f"the model {name!r} is not served here; {served} {verb}", "model")
+
+    def admit(self, model: str | None) -> Timing:
+        """Raises ModelNotFound, or RuntimeStopped or RuntimeFailed when nothing can be done."""
+        timing = Timing(self._metrics)
+        health = self.runtime.health()
+        if health.state == "failed":
+            raise RuntimeFailed(health.summary)
+        if health.state != "ready":
+            raise RuntimeStopped(f"the server is not ready, it is {health.state}: try again later")
+        self.check_model(model)
+        return timing
+
+    def check_text(self, remedy: str, parameter: str) -> None:
+        """Raises InvalidRequest if the model has no tokenizer: then there are token ids, and no text."""
+        if not self.runtime.has_tokenizer:
+            raise InvalidRequest(f"this model has no tokenizer: {remedy}", parameter)
+
+    def answer(
+        self, body: GenerationRequest, prompts: Sequence[Prompt], answer_format: Format, timing: Timing
+    ) -> Answer:
+        """The answer to prompts, one choice each."""
+        sampling = body.sampling(detokenize=self.runtime.has_tokenizer)
+        name = answer_format.request_id
+        ids = [name] if len(prompts) == 1 else [f"{name}-{index}" for index in range(len(prompts))]
+        streams = [
+            self.runtime.generate(
+                prompt, sampling, request_id=request_id, default_max_tokens=body.default_max_tokens
+            )
+            for prompt, request_id in zip(prompts, ids, strict=True)
+        ]
+        return Answer(streams, answer_format, timing, stream=bool(body.stream))

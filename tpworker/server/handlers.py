@@ -1,0 +1,53 @@
+"""Every exception that a route may raise, as the answer that says so."""
+
+from __future__ import annotations
+
+import sys
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from tpworker.errors import TpworkerError
+from tpworker.server.errors import ApiError, describe, internal_error
+from tpworker.server.leaving import ClientLeft
+from tpworker.server.refusals import describe_validation
+
+
+def add_handlers(app: FastAPI) -> None:
+    """Has the app answer them in the OpenAI API's form."""
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        return describe_validation(error.errors()).as_response()
+
+    @app.exception_handler(ClientLeft)
+    async def left(request: Request, error: ClientLeft) -> Response:
+        return Response(status_code=499)  # nobody reads it
+
+    @app.exception_handler(TpworkerError)
+    async def refused(request: Request, error: TpworkerError) -> Response:
+        described = describe(error)
+        if described is None:
+            raise error
+        return described.as_response()
+
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, error: HTTPException) -> Response:
+        if error.status_code == 404:
+            message = f"there is no {request.scope['path']} here: see /docs for what there is"
+        elif error.status_code == 405:
+            message = f"{request.method} is not for {request.scope['path']}: see /docs"
+        elif error.status_code == 400:
+            message = (
+                "the body is not valid JSON that can be read: not UTF-8, nested too deeply, or with a number "
+                f"of more than {sys.get_int_max_str_digits()} digits"
+            )
+        else:
+            message = str(error.detail)
+        return ApiError(error.status_code, message, headers=error.headers or {}).as_response()
+
+    @app.exception_handler(Exception)
+    async def bug(request: Request, error: Exception) -> Response:
+        return internal_error().as_response()  # starlette raises it again, so that it is logged

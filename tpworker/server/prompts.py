@@ -1,0 +1,55 @@
+"""From a body to prompts: rendered, tokenised, and cut. For threads, not for the event loop."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tpworker.errors import InvalidRequest
+from tpworker.server.requests import CompletionRequest, Conversation, GenerationRequest
+
+if TYPE_CHECKING:
+    from tpworker.runtime.runtime import Runtime
+
+
+def chat_prompt(runtime: Runtime, body: GenerationRequest, conversation: Conversation) -> list[int]:
+    """The token ids of a conversation.
+
+    Args:
+        body: says what else is to be done with the prompt.
+
+    Raises:
+        InvalidRequest: the template refuses it, or it is too long.
+    """
+    text = conversation.rendered(runtime.tokenizer)
+    try:
+        return _encoded(runtime, body, text, add_special_tokens=bool(body.add_special_tokens))
+    except InvalidRequest as error:
+        raise type(error)(str(error), "messages") from error
+
+
+def completion_prompts(runtime: Runtime, body: CompletionRequest) -> list[list[int]]:
+    """The token ids of all prompts. Raises InvalidRequest for one that is too long, or is no text."""
+    add_special_tokens = body.add_special_tokens is not False
+    return [
+        _encoded(runtime, body, prompt, add_special_tokens)
+        if isinstance(prompt, str)
+        else cut(runtime, body, prompt)
+        for prompt in body.prompts
+    ]
+
+
+def _encoded(runtime: Runtime, body: GenerationRequest, text: str, add_special_tokens: bool) -> list[int]:
+    if body.truncate_prompt_tokens is None:
+        return runtime.encode(text, add_special_tokens)
+    # Not `Runtime.encode`, which refuses what is too long before it is cut. The body bounds the text.
+    return cut(runtime, body, runtime.tokenizer.encode(text, add_special_tokens))
+
+
+def cut(runtime: Runtime, body: GenerationRequest, ids: list[int]) -> list[int]:
+    """The end of a prompt, as long as the body wants it."""
+    length = body.truncate_prompt_tokens
+    if length is None:
+        return ids
+    if length == -1:
+        length = max(1, runtime.max_request_len - body.num_output_reserved)
+    return ids[-length:]

@@ -1,0 +1,45 @@
+"""/v1/completions and /v1/chat/completions."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from fastapi import FastAPI, Request
+from starlette.responses import Response
+
+from tpworker.server.formats import ChatFormat, CompletionFormat
+from tpworker.server.front import Front
+from tpworker.server.leaving import unless_left
+from tpworker.server.prompts import chat_prompt, completion_prompts
+from tpworker.server.requests import ChatRequest, CompletionRequest, Prompt
+
+
+def add_generation(app: FastAPI, front: Front) -> None:
+    """Adds them."""
+    runtime = front.runtime
+
+    @app.post("/v1/completions")
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        """Continue one or several prompts."""
+        timing = front.admit(body.model)
+        prompts: list[Prompt] = body.prompts
+        if any(isinstance(prompt, str) for prompt in prompts):
+            front.check_text("give the prompt as a list of token ids", "prompt")
+        ids: list[list[int]] = []
+        if body.is_prepared:
+            work = partial(completion_prompts, runtime, body)
+            ids = await unless_left(request, runtime.prepare(work, len(prompts), body.num_chars))
+        telling = body.telling(front.force_usage)
+        answer_format = CompletionFormat(front.model_names[0], telling, ids)
+        return front.answer(body, ids or prompts, answer_format, timing)
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(body: ChatRequest, request: Request) -> Response:
+        """Answer a conversation, through the model's chat template."""
+        timing = front.admit(body.model)
+        front.check_text("use /v1/completions, with a list of token ids as the prompt", "messages")
+        # In a thread: a template is a program, and its text may be long.
+        work = partial(chat_prompt, runtime, body, body)
+        ids = await unless_left(request, runtime.prepare(work, num_chars=body.num_chars))
+        answer_format = ChatFormat(front.model_names[0], body.telling(front.force_usage), [ids])
+        return front.answer(body, [ids], answer_format, timing)

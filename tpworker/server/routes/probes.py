@@ -1,0 +1,37 @@
+"""What load balancers, Prometheus and operators ask."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.responses import JSONResponse, Response
+
+from tpworker.runtime.loading import in_daemon_thread
+from tpworker.server.front import Front
+from tpworker.server.metrics import Metrics
+
+
+def add_probes(app: FastAPI, front: Front, metrics: Metrics) -> None:
+    """Adds them."""
+    runtime = front.runtime
+
+    @app.get("/health")
+    async def health() -> Response:
+        """200 while the server lives, also while it loads or drains; 503 when it cannot recover."""
+        return probe({"starting", "ready", "draining"})
+
+    @app.get("/ready")
+    async def ready() -> Response:
+        """200 while requests are taken, else 503."""
+        return probe({"ready"})
+
+    @app.get("/metrics")
+    async def metrics_page() -> Response:
+        """For Prometheus."""
+        await in_daemon_thread(runtime.gpus)  # asking takes milliseconds, which no stream shall wait for
+        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    def probe(good: set[str]) -> Response:
+        health = runtime.health()
+        body = {"status": health.state} | ({"error": health.summary} if health.error else {})
+        return JSONResponse(body, 200 if health.state in good else 503)
