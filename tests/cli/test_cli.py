@@ -30,6 +30,7 @@ FLAGS = {
     "--ask",
     "--block-size",
     "--chat-template",
+    "--config",
     "--device",
     "--dtype",
     "--enable-force-include-usage",

@@ -17,14 +17,11 @@ pytestmark = pytest.mark.timeout(240)
 SERVE = """
     import tpworker.text.tokenizer
     from tpworker.__main__ import run
-    from tpworker.server import run_server
-
     def endless(self, *arguments, **options):
         print("tokenising")
         threading.Event().wait()
 
     tpworker.text.tokenizer.Tokenizer.encode = endless
-    run_server.__kwdefaults__["drain_timeout"] = float(sys.argv.pop())
     run()
 """
 
@@ -43,7 +40,7 @@ def test_prompts_that_are_being_tokenised_do_not_keep_it(model_folder: Path, at:
         url = f"http://127.0.0.1:{port}/v1/completions"
         answers.append(httpx.post(url, json={"prompt": "a long text", "max_tokens": 1}, timeout=200))
 
-    with Embedder(SERVE, *options.split(), str(model_folder), drain) as server:
+    with Embedder(SERVE, *options.split(), str(model_folder), "--shutdown-timeout", drain) as server:
         server.wait_for("tpworker is ready")
         client = threading.Thread(target=ask)
         client.start()

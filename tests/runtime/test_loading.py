@@ -23,7 +23,7 @@ from tests.server.fake_runtime import byte_tokenizer
 from tpworker import Runtime
 from tpworker.config import RuntimeConfig
 from tpworker.doctor.model_check import check_model
-from tpworker.errors import ModelError
+from tpworker.errors import ConfigError, ModelError
 from tpworker.runtime.loading import find_model, load_tokenizer
 
 END = 256  # of `byte_tokenizer`
@@ -195,3 +195,57 @@ def test_a_tokenizer_is_loaded_from_files_that_are_all_there(folder: Path) -> No
     tokenizer = load_tokenizer(folder)
     assert tokenizer is not None
     assert tokenizer.eos_id == END
+
+
+# ------------------------------------------------------------------------- the chat template
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_a_chat_template_of_ones_own(
+    folder: Path, fake_runtime: Callable[..., Runtime], tmp_path: Path
+) -> None:
+    (folder / "chat_template.jinja").write_text("the model's own")
+    template = tmp_path / "own.jinja"
+    template.write_text("\ufeff{{ messages[0].content }}!")
+
+    async def said() -> str:
+        async with fake_runtime(folder, chat_template=str(template)) as runtime:
+            return runtime.tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}])
+
+    assert asyncio.run(said()) == "Hi!"
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_a_broken_one_ends_the_start(
+    folder: Path, fake_runtime: Callable[..., Runtime], tmp_path: Path
+) -> None:
+    template = tmp_path / "own.jinja"
+    template.write_text("{% for m in messages %}")
+    with pytest.raises(ConfigError, match=r"--chat-template: .*broken: line 1: Unexpected end of template"):
+        asyncio.run(ends(fake_runtime(folder, chat_template=str(template))))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "there is no such file"),
+        (b"\xff", "cannot be read: 'utf-8' codec"),
+        (b" \n", "must have some text"),
+    ],
+)
+def test_files_that_are_no_templates(folder: Path, tmp_path: Path, content: bytes | None, words: str) -> None:
+    template = tmp_path / "own.jinja"
+    if content is not None:
+        template.write_bytes(content)
+    for name, said in ((str(template), words), (str(tmp_path), "is a folder"), ("a\0b", "cannot be read")):
+        with pytest.raises(ConfigError, match=said):
+            find_model(RuntimeConfig(model=str(folder), chat_template=name), lambda text, part: None)
+
+
+def test_a_template_has_no_effect_without_a_tokenizer(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "own.jinja").write_text("x")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    config = RuntimeConfig(model=str(folder), chat_template=str(tmp_path / "own.jinja"))
+    with pytest.raises(ConfigError, match="has no effect: there is no tokenizer"):
+        find_model(config, lambda text, part: None)

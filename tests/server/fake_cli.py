@@ -47,7 +47,7 @@ class TalkingRuntime(FakeRuntime):
 
     async def drain(self, timeout: float | None = None) -> None:
         # For ever, so that a test that should not wait for it cannot pass.
-        await super().drain(0.5 if self.config.model == "hasty" else None)
+        await super().drain(timeout if self.config.model == "hasty" else None)
 
     async def _before(self, position: int) -> None:
         if position == 3:

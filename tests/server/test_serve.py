@@ -361,7 +361,7 @@ def test_the_second_signal_ends_them_at_once(run: Run) -> None:
 
 
 def test_what_is_cut_at_the_deadline_is_told_to_clients_and_in_the_log(run: Run) -> None:
-    process = run("--port", "0", "--model", "hasty")
+    process = run("--port", "0", "--model", "hasty", "--shutdown-timeout", "0.5")
     url = process.url()
     with stream_of(url) as first, stream_of(url) as second:
         texts = [response.iter_text() for response in (first, second)]
@@ -371,8 +371,8 @@ def test_what_is_cut_at_the_deadline_is_told_to_clients_and_in_the_log(run: Run)
             last = (start + "".join(text)).split("\n\n")[-2]
             assert json.loads(last.removeprefix("data: "))["error"]["code"] == "unavailable"
     assert process.end()[0] == 0
-    assert "2 requests are open, which may take 20 s more" in process.errors
-    assert "2 requests are cut at the deadline, 20 s after SIGTERM" in process.errors
+    assert "2 requests are open, which may take 0.5 s more" in process.errors
+    assert "2 requests are cut at the deadline, 0.5 s after SIGTERM" in process.errors
 
 
 def test_a_terminal_that_is_closed_lets_open_requests_end(run: Run) -> None:

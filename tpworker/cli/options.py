@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tpworker.cli.habits import explain
+from tpworker.cli.config_file import words_of
+from tpworker.cli.habits import Flags, explain
 from tpworker.cli.parser import DEFAULT_HOST, DEFAULT_PORT, flag_of, make_parser
 from tpworker.cli.server_options import (
     checked_names,
@@ -79,8 +80,18 @@ def parse(arguments: Sequence[str] | None = None) -> Options | DoctorOptions:
         raise ConfigError(explain(unknown, words, flags))
     given = vars(known)
     command = given.pop("command")
+    if (file := given.pop("config", None)) is not None:
+        given = _options_in(file, flags) | given
     given.setdefault("tensor_parallel_size", _default_tensor_parallel_size(given.get("device", "auto")))
     return _doctor_options(given) if command == "doctor" else _serve_options(given)
+
+
+def _options_in(file: str, flags: Mapping[str, Flags]) -> dict[str, Any]:
+    """What --config adds: options of `serve` that count where the command line says nothing else."""
+    parser, _ = make_parser(source=f"{file}: ")
+    options = vars(parser.parse_args(["serve", *words_of(file, flags)]))
+    del options["command"]
+    return options
 
 
 def _with_model_named(words: list[str], commands: Collection[str]) -> list[str]:

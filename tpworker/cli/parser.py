@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from typing import Any
+from typing import Any, NoReturn
 
 from tpworker.cli.server_options import API_KEY_VARIABLE
 from tpworker.config import RuntimeConfig
@@ -23,12 +23,24 @@ class _Version(argparse.Action):
         parser.exit()
 
 
-def make_parser() -> tuple[argparse.ArgumentParser, dict[str, dict[str, bool]]]:
+class _Parser(argparse.ArgumentParser):
+    """Says where what it finds wrong comes from, if that is not the command line."""
+
+    source = ""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(f"{self.source}{message}")
+
+
+def make_parser(source: str = "") -> tuple[argparse.ArgumentParser, dict[str, dict[str, bool]]]:
     """The parser of `tpworker`, and of each command the options, and whether they take a value.
 
     Options that are not given are missing in what the parser returns.
+
+    Args:
+        source: stands before what is said to be wrong.
     """
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="tpworker", description="A tensor-parallel runtime for LLM serving.", allow_abbrev=False
     )
     parser.add_argument(
@@ -48,6 +60,12 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, dict[str, bool]]]:
         "MODEL, which comes first, is the same as --model MODEL.",
         argument_default=argparse.SUPPRESS,  # so that what was given can be told from what was not
         allow_abbrev=False,
+    )
+    serve.source = source
+    serve.add_argument(
+        "--config",
+        metavar="FILE",
+        help="a YAML file with options by their names, as `port: 8000`; what is given here counts more",
     )
     _add_model_options(serve.add_argument_group("model"))
     _add_schedule_options(serve.add_argument_group("schedule and memory"))

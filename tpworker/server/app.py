@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
@@ -18,6 +18,7 @@ from tpworker.server.request_ids import RequestIds
 from tpworker.server.routes.generation import add_generation
 from tpworker.server.routes.models import add_models
 from tpworker.server.routes.probes import add_probes
+from tpworker.server.routes.text import add_text
 from tpworker.version import version
 
 if TYPE_CHECKING:
@@ -28,7 +29,17 @@ class _App(FastAPI):
     """An app that knows each request by an id, its failures included, which starlette answers outside of all
     other middleware."""
 
+    def __init__(self, *, under: str, **options: Any) -> None:
+        """
+        Args:
+            under: the path under which clients see it, if that is none that a server above it tells.
+        """
+        super().__init__(**options)
+        self._under = under
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._under:
+            scope["root_path"] = self._under
         await RequestIds(super().__call__)(scope, receive, send)
 
 
@@ -50,7 +61,7 @@ def create_app(runtime: Runtime, options: FrontOptions | None = None) -> FastAPI
         version=version(),
         description="OpenAI-compatible API of a tensor-parallel runtime.",
         redirect_slashes=False,  # to where the Host header says: anywhere
-        root_path=options.root_path,
+        under=options.root_path,
     )
     app.add_middleware(
         Gate,
@@ -69,5 +80,6 @@ def create_app(runtime: Runtime, options: FrontOptions | None = None) -> FastAPI
     add_handlers(app)
     add_generation(app, front)
     add_models(app, front)
+    add_text(app, front)
     add_probes(app, front, metrics)
     return app

@@ -41,7 +41,7 @@ bytes unread is reset, and the answer is lost."""
 _LOOK_S = 0.25  # how often such a connection is looked at
 NUM_SURPLUS = 64
 """Connections beyond the most that there may be: they get probes answered, and everything else refused."""
-PROBES = frozenset(["/health", "/ready", "/metrics"])
+PROBES = frozenset(["/health", "/ready", "/ping", "/metrics"])
 
 _TCP_CLOSE = 7  # the state of a socket whose peer has reset it: the first byte of Linux' tcp_info
 

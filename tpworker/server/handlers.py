@@ -10,6 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from tpworker.errors import TpworkerError
+from tpworker.server.absent import why_absent
 from tpworker.server.errors import ApiError, describe, internal_error
 from tpworker.server.leaving import ClientLeft
 from tpworker.server.refusals import describe_validation
@@ -35,10 +36,14 @@ def add_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
+        path, code = request.scope["path"], None
         if error.status_code == 404:
-            message = f"there is no {request.scope['path']} here: see /docs for what there is"
+            message, code = f"there is no {path} here", "not_found"
+            if why := why_absent(path.removeprefix(request.scope.get("root_path", ""))):
+                message, code = f"{message}: {why}", "unsupported_endpoint"
+            message += "; /docs shows what there is"
         elif error.status_code == 405:
-            message = f"{request.method} is not for {request.scope['path']}: see /docs"
+            message, code = f"{request.method} is not for {path}: see /docs", "method_not_allowed"
         elif error.status_code == 400:
             message = (
                 "the body is not valid JSON that can be read: not UTF-8, nested too deeply, or with a number "
@@ -46,7 +51,7 @@ def add_handlers(app: FastAPI) -> None:
             )
         else:
             message = str(error.detail)
-        return ApiError(error.status_code, message, headers=error.headers or {}).as_response()
+        return ApiError(error.status_code, message, code=code, headers=error.headers or {}).as_response()
 
     @app.exception_handler(Exception)
     async def bug(request: Request, error: Exception) -> Response:

@@ -82,6 +82,12 @@ CHAT: Neutral = {
     "documents": (),
     "mm_processor_kwargs": (),
 }
+TOKENIZE: Neutral = {
+    "tools": ([],),
+    "chat_template": (),
+    "documents": (),
+    "mm_processor_kwargs": (),
+}
 MESSAGE: Neutral = {
     "tool_calls": ([],),
     "tool_call_id": (),

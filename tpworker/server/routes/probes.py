@@ -9,6 +9,7 @@ from starlette.responses import JSONResponse, Response
 from tpworker.runtime.loading import in_daemon_thread
 from tpworker.server.front import Front
 from tpworker.server.metrics import Metrics
+from tpworker.version import version
 
 
 def add_probes(app: FastAPI, front: Front, metrics: Metrics) -> None:
@@ -24,6 +25,22 @@ def add_probes(app: FastAPI, front: Front, metrics: Metrics) -> None:
     async def ready() -> Response:
         """200 while requests are taken, else 503."""
         return probe({"ready"})
+
+    @app.get("/ping")
+    @app.post("/ping")
+    async def ping() -> Response:
+        """As /health, under the name that SageMaker asks for."""
+        return await health()
+
+    @app.get("/version")
+    async def version_page() -> dict[str, str]:
+        """Of tpworker."""
+        return {"version": version()}
+
+    @app.get("/load")
+    async def load() -> dict[str, int]:
+        """How many requests are open."""
+        return {"server_load": runtime.stats().open}
 
     @app.get("/metrics")
     async def metrics_page() -> Response:

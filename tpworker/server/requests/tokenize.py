@@ -1,0 +1,45 @@
+"""The bodies of /tokenize and /detokenize."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from tpworker.errors import InvalidRequest
+from tpworker.server.requests.conversation import Conversation, Message
+from tpworker.server.requests.fields import Body, Integer
+from tpworker.server.requests.unsupported import TOKENIZE
+
+
+class TokenizeRequest(Conversation):
+    """A text, or a conversation."""
+
+    unsupported = TOKENIZE
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[Message] | None, Field(min_length=1)] = None  # type: ignore[assignment]
+    """Instead of a prompt."""
+    add_special_tokens: bool | None = None
+    """Whether the tokenizer adds what the model expects around a text; null: to a prompt, not to messages."""
+    return_token_strs: bool | None = None
+    """Whether the answer has the tokens as strings, too."""
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> TokenizeRequest:
+        if (self.prompt is None) == (self.messages is None):
+            both = "are both given" if self.messages else "are both missing"
+            raise InvalidRequest(f"prompt and messages {both}: give one", "prompt")
+        return self
+
+    @property
+    def num_chars(self) -> int:
+        return super().num_chars if self.prompt is None else len(self.prompt)
+
+
+class DetokenizeRequest(Body):
+    """Token ids."""
+
+    model: str | None = None
+    tokens: list[Annotated[Integer, Field(ge=0, lt=2**31)]]
