@@ -59,6 +59,7 @@ class FakeRuntime:
     abort_at: int | None = None
     max_model_len: int = 512
     max_request_len: int = 512
+    vocab_size: int = 257
     max_queue: int = 1000
     state: RuntimeState = "ready"
     error: str | None = None

@@ -31,6 +31,7 @@ def part(**more: object) -> dict[str, object]:
         (COMPLETIONS, {"prompt": "a", "stream_options": {"include_usage": True}}, "stream_options"),
         (COMPLETIONS, {"prompt": "a", "bad name,\r\nX: 1": 1}, "bad%20name%2C%0D%0AX%3A%201"),
         (COMPLETIONS, {"prompt": "a", "x" * 5000: 1}, "x" * 64),
+        (COMPLETIONS, {"prompt": "a", "": 1}, '""'),
         (
             CHAT,
             {

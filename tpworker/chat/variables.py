@@ -21,6 +21,12 @@ _OPTIONS = frozenset([
 ])  # fmt: skip
 _CONSTANTS = frozenset(["true", "false", "none"])
 
+NAMES = {
+    "pattern": r"^[^\W\d]\w*$",
+    "not": {"enum": sorted({*_TAKEN, *_OPTIONS, *_CONSTANTS, *keyword.kwlist})},
+}
+"""The names that `check_variables` takes, as a JSON schema."""
+
 
 def check_variables(names: Iterable[str]) -> None:
     """Whether a template can be given variables of these names.

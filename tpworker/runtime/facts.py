@@ -81,6 +81,11 @@ class Facts:
         return self._ready.limits.shortest
 
     @property
+    def vocab_size(self) -> int:
+        """Token ids are below it."""
+        return self.spec.vocab_size
+
+    @property
     def max_num_seqs(self) -> int:
         """Most requests that run at once."""
         return self._known.group.rank.max_num_seqs

@@ -9,6 +9,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Receive, Scope, Send
 
 from tpworker.server import ignored, request_ids
+from tpworker.server.document import complete
 from tpworker.server.front import Front
 from tpworker.server.gate import Gate
 from tpworker.server.handlers import add_handlers
@@ -82,4 +83,5 @@ def create_app(runtime: Runtime, options: FrontOptions | None = None) -> FastAPI
     add_models(app, front)
     add_text(app, front)
     add_probes(app, front, metrics)
+    complete(app, runtime, has_key=options.api_key is not None)
     return app

@@ -51,7 +51,7 @@ class Gate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             scope = _plain(scope)
-        if not (scope["type"] == "http" and _is_guarded(scope)):
+        if not (scope["type"] == "http" and is_guarded(_route_path(scope))):
             await self._app(scope, receive, send)
             return
         status = 0
@@ -133,12 +133,16 @@ class Gate:
         return scheme.lower() == b"bearer" and any(is_right)
 
 
-def _is_guarded(scope: Scope) -> bool:
-    """Whether the routes see a path that is: without what is before them, as starlette takes it off."""
-    path, root = scope["path"], scope.get("root_path", "")
-    if root and path.startswith(f"{root}/"):
-        path = path.removeprefix(root)
+def is_guarded(path: str) -> bool:
+    """Whether what is at a path needs the key."""
     return path.startswith("/v1/") or path in GUARDED
+
+
+def _route_path(scope: Scope) -> str:
+    """The path as the routes see it: without what is before them, as starlette takes it off."""
+    path: str = scope["path"]
+    root: str = scope.get("root_path", "")
+    return path.removeprefix(root) if root and path.startswith(f"{root}/") else path
 
 
 def _header(scope: Scope, name: bytes) -> bytes | None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.routing import BaseRoute, Match
 
 from tpworker.errors import TpworkerError
 from tpworker.server.absent import why_absent
@@ -51,8 +53,19 @@ def add_handlers(app: FastAPI) -> None:
             )
         else:
             message = str(error.detail)
-        return ApiError(error.status_code, message, code=code, headers=error.headers or {}).as_response()
+        headers = dict(error.headers or {})
+        if error.status_code == 405:
+            headers["Allow"] = ", ".join(_allowed(request))  # starlette tells those of one route only
+        return ApiError(error.status_code, message, code=code, headers=headers).as_response()
 
     @app.exception_handler(Exception)
     async def bug(request: Request, error: Exception) -> Response:
         return internal_error().as_response()  # starlette raises it again, so that it is logged
+
+
+def _allowed(request: Request) -> list[str]:
+    """The methods that its path is for."""
+    routes: Sequence[BaseRoute] = request.app.routes
+    here = [route for route in routes if route.matches(request.scope)[0] is not Match.NONE]
+    methods = {method for route in here for method in getattr(route, "methods", None) or ()}
+    return sorted(methods | ({"HEAD"} if "GET" in methods else set()))

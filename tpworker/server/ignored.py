@@ -30,7 +30,7 @@ class Ignored:
     def add(self, name: str) -> None:
         """A parameter that is ignored; within others it is written as `stream_options.name`."""
         name = quote(name[:MAX_NAME_CHARS], safe="", encoding="ascii", errors="backslashreplace")
-        name = name[:MAX_NAME_CHARS]
+        name = name[:MAX_NAME_CHARS] or '""'  # no header may end with nothing
         if name in self._names:
             return
         if len(self._names) == MAX_NAMES:

@@ -9,7 +9,7 @@ from pydantic import model_validator
 from tpworker.config import SamplingParams
 from tpworker.errors import InvalidRequest
 from tpworker.server.requests.conversation import Conversation
-from tpworker.server.requests.fields import Integer
+from tpworker.server.requests.fields import Integer, bounds
 from tpworker.server.requests.generation import GenerationRequest
 from tpworker.server.requests.unsupported import CHAT
 
@@ -20,7 +20,7 @@ class ChatRequest(Conversation, GenerationRequest):
     unsupported = CHAT
     default_max_tokens: ClassVar[int | None] = None  # as many as fit
 
-    max_completion_tokens: Integer | None = None
+    max_completion_tokens: Integer | None = bounds(minimum=1, maximum=2**31 - 1)
     """The newer name of max_tokens."""
 
     @model_validator(mode="after")

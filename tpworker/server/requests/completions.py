@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, WithJsonSchema
 
+from tpworker.server.requests.fields import TOKEN_ID
 from tpworker.server.requests.generation import GenerationRequest, Prompt
 from tpworker.server.requests.unsupported import COMPLETION
 
@@ -41,13 +42,26 @@ def _as_ids(values: list[Any]) -> list[int] | None:
     return None
 
 
+_TEXT = {"type": "string", "minLength": 1}
+_IDS = {"type": "array", "minItems": 1, "items": TOKEN_ID}
+_PROMPT = {
+    "title": "Prompt",
+    "anyOf": [
+        _TEXT,
+        _IDS,
+        {"type": "array", "minItems": 1, "maxItems": MAX_PROMPTS, "items": _TEXT},
+        {"type": "array", "minItems": 1, "maxItems": MAX_PROMPTS, "items": _IDS},
+    ],
+}
+
+
 class CompletionRequest(GenerationRequest):
     """The body of /v1/completions."""
 
     unsupported = COMPLETION
     default_max_tokens: ClassVar[int | None] = 16  # the OpenAI API's own
 
-    prompt: Annotated[Any, BeforeValidator(_as_prompts)]
+    prompt: Annotated[Any, BeforeValidator(_as_prompts), WithJsonSchema(_PROMPT)]
     """Text or token ids; a list of either gives one choice each."""
 
     @property

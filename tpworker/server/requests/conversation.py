@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, WrapValidator, model_validator
+from pydantic import ConfigDict, Field, WrapValidator, model_validator
+from pydantic.config import JsonDict
 
-from tpworker.chat.variables import check_variables
+from tpworker.chat.variables import NAMES, check_variables
 from tpworker.errors import InvalidRequest
-from tpworker.server.requests.fields import Body
+from tpworker.server.requests.fields import Body, bounds
 from tpworker.server.requests.unsupported import MESSAGE
 
 if TYPE_CHECKING:
@@ -24,16 +25,29 @@ class TextPart(Body):
     text: str
 
 
+def _or_string(schema: dict[str, Any]) -> None:
+    schema["anyOf"].append({"type": "string"})
+
+
+_SAYS_SOMETHING: JsonDict = {
+    "anyOf": [
+        {"properties": {"role": {"const": "assistant"}}},
+        {"required": ["content"], "properties": {"content": {"type": ["string", "array"]}}},
+    ]
+}
+
+
 class Message(Body):
     """A turn of a conversation."""
 
+    model_config = ConfigDict(json_schema_extra=_SAYS_SOMETHING)
     unsupported = MESSAGE
     place = "messages."
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[
         list[TextPart] | None, WrapValidator(lambda c, check: c if type(c) is str else check(c))
-    ] = None
+    ] = Field(None, json_schema_extra=_or_string)
     """Or a string, which stays one. The assistant's alone may be missing, as where it called a tool."""
     name: str | None = None
     reasoning_content: str | None = None
@@ -65,7 +79,7 @@ class Conversation(Body):
     """What a chat template is given."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
-    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template_kwargs: dict[str, Any] | None = bounds(propertyNames=NAMES)
     """Variables for the model's chat template, e.g. {"enable_thinking": false}."""
     add_generation_prompt: bool | None = None
     """False: the prompt does not end with what opens the assistant's turn."""

@@ -15,11 +15,15 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
     ModelWrapValidatorHandler,
     ValidationError,
+    WithJsonSchema,
     model_validator,
 )
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError
 
 from tpworker.server.ignored import ignore
 from tpworker.server.requests.unsupported import Neutral, is_neutral
@@ -36,6 +40,20 @@ class Body(BaseModel):
     accepted: ClassVar[frozenset[str]] = frozenset()
     place: ClassVar[str] = ""
     """What stands before the names of fields where they are told of, as `messages.`."""
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        """What of the document FastAPI cannot know: parameters that are not supported, and harmless ones."""
+        schema = handler.resolve_ref_schema(handler(core_schema))
+        properties = schema["properties"]
+        for name, neutral in cls.unsupported.items():
+            if name not in cls.model_fields:
+                properties[name] = {"enum": [*neutral, None], "description": "Not supported."}
+        for name in sorted(cls.accepted):
+            properties[name] = {"description": "Accepted; it changes nothing here."}
+        return schema
 
     @model_validator(mode="wrap")
     @classmethod
@@ -76,4 +94,14 @@ def _integral(value: Any) -> Any:
     return int(value) if type(value) is float and value.is_integer() else value
 
 
+def bounds(**said: object) -> Any:
+    """Of an optional field: what the document says of its values. They are checked where they are used."""
+    return Field(default=None, json_schema_extra=said)  # type: ignore[arg-type]
+
+
 Integer = Annotated[int, BeforeValidator(_integral)]
+
+TOKEN_ID: dict[str, Any] = {"title": "Token id", "type": "integer", "minimum": 0, "maximum": 2**31 - 1}
+"""Of a token id the JSON schema; document.py puts the model's own maximum in."""
+TokenId = Annotated[Integer, WithJsonSchema(TOKEN_ID)]
+"""Whether the model has it, is seen where it is used."""

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema, model_validator
 
-from tpworker.config import SamplingParams
+from tpworker.config import MAX_SEED, MAX_STOP_IDS, MAX_STOP_STRINGS, SamplingParams
 from tpworker.errors import InvalidRequest
 from tpworker.server.formats import Telling
 from tpworker.server.ignored import ignore
-from tpworker.server.requests.fields import Body, Integer
+from tpworker.server.requests.fields import Body, Integer, TokenId, bounds
 
 Prompt = str | list[int]
 
 MAX_STOP_CHARS = 1024
+_INT_MAX = 2**31 - 1
 
 
 class StreamOptions(Body):
@@ -31,12 +32,24 @@ class StreamOptions(Body):
 
 
 def _checked_length(length: int | None) -> int | None:
-    if length is not None and (length < -1 or not length):
-        raise ValueError("it should be a number of tokens from 1 on, or -1: as many as fit")
+    if length is not None and (length < -1 or not length or length > _INT_MAX):
+        raise ValueError("it should be a number of tokens from 1 to 2**31 - 1, or -1: as many as fit")
     return length
 
 
 StopString = Annotated[str, Field(max_length=MAX_STOP_CHARS)]
+_STOP = {
+    "title": "Stop",
+    "anyOf": [
+        {"type": "string", "maxLength": MAX_STOP_CHARS},
+        {
+            "type": "array",
+            "maxItems": MAX_STOP_STRINGS,
+            "items": {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARS},
+        },
+        {"type": "null"},
+    ],
+}
 
 
 def _as_list(stop: Any) -> Any:
@@ -67,14 +80,14 @@ class GenerationRequest(Body):
     """The served model's name; may be left out."""
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    max_tokens: Integer | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: Integer | None = None
-    min_tokens: Integer | None = None
-    seed: Integer | None = None
-    stop: Annotated[list[StopString] | None, BeforeValidator(_as_list)] = None
-    stop_token_ids: list[Integer] | None = None
+    max_tokens: Integer | None = bounds(minimum=1, maximum=_INT_MAX)
+    temperature: float | None = bounds(minimum=0, maximum=100)
+    top_p: float | None = bounds(exclusiveMinimum=0, maximum=1)
+    top_k: Integer | None = bounds(minimum=-1, maximum=_INT_MAX)
+    min_tokens: Integer | None = bounds(minimum=0, maximum=_INT_MAX)
+    seed: Integer | None = bounds(minimum=-(2**63), maximum=MAX_SEED)
+    stop: Annotated[list[StopString] | None, BeforeValidator(_as_list), WithJsonSchema(_STOP)] = None
+    stop_token_ids: list[TokenId] | None = bounds(maxItems=MAX_STOP_IDS)
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
     """Whether the text ends with the stop string that ended it."""
@@ -82,7 +95,9 @@ class GenerationRequest(Body):
     """False: special tokens are part of the text."""
     add_special_tokens: bool | None = None
     """Whether the tokenizer adds what the model expects around a text; null: as is usual here."""
-    truncate_prompt_tokens: Annotated[Integer | None, AfterValidator(_checked_length)] = None
+    truncate_prompt_tokens: Annotated[Integer | None, AfterValidator(_checked_length)] = bounds(
+        minimum=-1, maximum=_INT_MAX, **{"not": {"const": 0}}
+    )
     """Of a longer prompt only so many tokens are used, its last; -1: as many as fit."""
     return_token_ids: bool | None = None
     """Whether the answer tells the token ids of prompt and output."""

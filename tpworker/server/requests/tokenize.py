@@ -4,17 +4,26 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic.config import JsonDict
 
 from tpworker.errors import InvalidRequest
 from tpworker.server.requests.conversation import Conversation, Message
 from tpworker.server.requests.fields import Body, Integer
 from tpworker.server.requests.unsupported import TOKENIZE
 
+_ONE_OF_BOTH: JsonDict = {
+    "oneOf": [
+        {"required": ["prompt"], "properties": {"prompt": {"type": "string"}}},
+        {"required": ["messages"], "properties": {"messages": {"type": "array"}}},
+    ]
+}
+
 
 class TokenizeRequest(Conversation):
     """A text, or a conversation."""
 
+    model_config = ConfigDict(json_schema_extra=_ONE_OF_BOTH)
     unsupported = TOKENIZE
 
     model: str | None = None
@@ -38,8 +47,20 @@ class TokenizeRequest(Conversation):
         return super().num_chars if self.prompt is None else len(self.prompt)
 
 
+_ANY_ID = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}  # also such as the model has not
+
+
 class DetokenizeRequest(Body):
     """Token ids."""
 
     model: str | None = None
-    tokens: list[Annotated[Integer, Field(ge=0, lt=2**31)]]
+    tokens: list[Annotated[Integer, WithJsonSchema(_ANY_ID)]]
+
+    @model_validator(mode="after")
+    def _can_be_ids(self) -> DetokenizeRequest:
+        for place, token_id in enumerate(self.tokens):
+            if not 0 <= token_id < 2**31:
+                raise InvalidRequest(
+                    f"{token_id} is no token id: these are from 0 to 2**31 - 1", f"tokens[{place}]"
+                )
+        return self

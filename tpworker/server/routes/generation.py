@@ -12,13 +12,14 @@ from tpworker.server.front import Front
 from tpworker.server.leaving import unless_left
 from tpworker.server.prompts import chat_prompt, completion_prompts
 from tpworker.server.requests import ChatRequest, CompletionRequest, Prompt
+from tpworker.server.shapes import GENERATES, ChatCompletion, Completion, documented
 
 
 def add_generation(app: FastAPI, front: Front) -> None:
     """Adds them."""
     runtime = front.runtime
 
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", responses=documented(*GENERATES, ok=Completion, streams=True))
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue one or several prompts."""
         timing = front.admit(body.model)
@@ -33,7 +34,7 @@ def add_generation(app: FastAPI, front: Front) -> None:
         answer_format = CompletionFormat(front.model_names[0], telling, ids)
         return front.answer(body, ids or prompts, answer_format, timing)
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", responses=documented(*GENERATES, ok=ChatCompletion, streams=True))
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation, through the model's chat template."""
         timing = front.admit(body.model)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from fastapi import FastAPI
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from tpworker.runtime.loading import in_daemon_thread
 from tpworker.server.front import Front
 from tpworker.server.metrics import Metrics
+from tpworker.server.shapes import Documented, Load, Probe, Version, documented
 from tpworker.version import version
 
 
@@ -16,33 +17,36 @@ def add_probes(app: FastAPI, front: Front, metrics: Metrics) -> None:
     """Adds them."""
     runtime = front.runtime
 
-    @app.get("/health")
+    probes: Documented = documented(500, ok=Probe)
+    probes[503] = {"model": Probe, "description": "No."}
+
+    @app.get("/health", responses=probes)
     async def health() -> Response:
         """200 while the server lives, also while it loads or drains; 503 when it cannot recover."""
         return probe({"starting", "ready", "draining"})
 
-    @app.get("/ready")
+    @app.get("/ready", responses=probes)
     async def ready() -> Response:
         """200 while requests are taken, else 503."""
         return probe({"ready"})
 
-    @app.get("/ping")
-    @app.post("/ping")
+    @app.get("/ping", responses=probes)
+    @app.post("/ping", responses=probes)
     async def ping() -> Response:
         """As /health, under the name that SageMaker asks for."""
         return await health()
 
-    @app.get("/version")
+    @app.get("/version", responses=documented(500, ok=Version))
     async def version_page() -> dict[str, str]:
         """Of tpworker."""
         return {"version": version()}
 
-    @app.get("/load")
+    @app.get("/load", responses=documented(500, ok=Load))
     async def load() -> dict[str, int]:
         """How many requests are open."""
         return {"server_load": runtime.stats().open}
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse, responses=documented(500))
     async def metrics_page() -> Response:
         """For Prometheus."""
         await in_daemon_thread(runtime.gpus)  # asking takes milliseconds, which no stream shall wait for

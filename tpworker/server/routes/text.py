@@ -10,6 +10,7 @@ from fastapi import FastAPI, Request
 from tpworker.server.front import Front
 from tpworker.server.leaving import unless_left
 from tpworker.server.requests.tokenize import DetokenizeRequest, TokenizeRequest
+from tpworker.server.shapes import GENERATES, TELLS, Text, TokenizerInfo, Tokens, documented
 from tpworker.text.tokenizer import Tokenizer
 
 
@@ -17,7 +18,7 @@ def add_text(app: FastAPI, front: Front) -> None:
     """Adds the routes."""
     runtime = front.runtime
 
-    @app.post("/tokenize")
+    @app.post("/tokenize", responses=documented(*GENERATES, ok=Tokens))
     async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
         """The token ids of a text, or of a conversation."""
         front.admit(body.model)
@@ -32,7 +33,7 @@ def add_text(app: FastAPI, front: Front) -> None:
             "token_strs": strings,
         }
 
-    @app.post("/detokenize")
+    @app.post("/detokenize", responses=documented(*GENERATES, ok=Text))
     async def detokenize(body: DetokenizeRequest, request: Request) -> dict[str, str]:
         """The text of token ids, special tokens included. Ids that the tokenizer has not are no text."""
         front.admit(body.model)
@@ -41,7 +42,7 @@ def add_text(app: FastAPI, front: Front) -> None:
         text = await unless_left(request, runtime.prepare(work, num_requests=0, num_chars=len(body.tokens)))
         return {"prompt": text}
 
-    @app.get("/tokenizer_info")
+    @app.get("/tokenizer_info", responses=documented(*TELLS, ok=TokenizerInfo))
     async def tokenizer_info() -> dict[str, Any]:
         """The tokenizer's class, special tokens and chat template, in the words of tokenizer_config.json."""
         front.admit(None)

@@ -1,0 +1,167 @@
+"""The shapes of answers, for the OpenAPI document. What is sent is written in formats.py; tests compare."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+
+class _Shape(BaseModel):
+    """All of the fields, and no other ones."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class ErrorDetail(_Shape):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class Error(_Shape):
+    """Of whatever is refused, or fails."""
+
+    error: ErrorDetail
+
+
+class PromptTokensDetails(_Shape):
+    cached_tokens: int
+
+
+class Usage(_Shape):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class _Choice(_Shape):
+    index: int
+    logprobs: None
+    finish_reason: Literal["stop", "length"]
+    stop_reason: int | str | None
+
+
+class CompletionChoice(_Choice):
+    text: str
+    prompt_token_ids: list[int] = []
+    """With return_token_ids."""
+    token_ids: list[int] = []
+    """With return_token_ids."""
+
+
+class Completion(_Shape):
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage
+
+
+class ChatMessage(_Shape):
+    role: Literal["assistant"]
+    content: str
+    refusal: None
+
+
+class ChatChoice(_Choice):
+    message: ChatMessage
+    token_ids: list[int] = []
+    """With return_token_ids."""
+
+
+class ChatCompletion(_Shape):
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    prompt_token_ids: list[int] = []
+    """With return_token_ids."""
+
+
+class Model(_Shape):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    root: str
+    parent: None
+    max_model_len: int
+
+
+class Models(_Shape):
+    object: Literal["list"]
+    data: list[Model]
+
+
+class Tokens(_Shape):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str | None] | None
+
+
+class Text(_Shape):
+    prompt: str
+
+
+class TokenizerInfo(_Shape):
+    tokenizer_class: str
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+    unk_token: str | None
+    vocab_size: int
+    chat_template: str | None
+    model_max_length: int
+
+
+class Probe(_Shape):
+    status: Literal["stopped", "starting", "ready", "draining", "failed"]
+    error: str = ""
+    """With "failed": what happened, on one line."""
+
+
+class Version(_Shape):
+    version: str
+
+
+class Load(_Shape):
+    server_load: int
+
+
+Documented = dict[int | str, dict[str, Any]]
+"""What FastAPI takes as `responses`."""
+
+_WHY = {
+    400: "The request is refused, or is no JSON.",
+    401: "The key is missing, or wrong.",
+    404: "There is no such model here.",
+    408: "The body did not come in time.",
+    413: "The body is too long.",
+    415: "The body is compressed.",
+    429: "As many requests wait as may: try again later.",
+    500: "A bug: the log says more.",
+    503: "Not ready, or failed, or full: try again later.",
+}
+_GUARDED = (400, 401, 408, 413, 415, 500, 503)
+GENERATES = (*_GUARDED, 404, 429)
+"""The errors of what runs a model, or its tokenizer."""
+TELLS = (*_GUARDED, 404)
+"""Of what tells of the model."""
+
+
+def documented(*statuses: int, ok: type[BaseModel] | None = None, streams: bool = False) -> Documented:
+    """The answers of a route: errors of these statuses, and `ok` with status 200, or events if it streams."""
+    described: Documented = {
+        status: {"model": Error, "description": _WHY[status]} for status in sorted(statuses)
+    }
+    if ok is not None:
+        events = {"text/event-stream": {"schema": {"type": "string"}}} if streams else {}
+        described[200] = {"model": ok, "description": "The answer.", "content": events}
+    return described
