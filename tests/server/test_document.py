@@ -57,6 +57,9 @@ SENT: list[tuple[str, str, int, dict[str, Any]]] = [
     ("post", CHAT, 200, {"json": {"messages": [USER]}}),
     ("post", CHAT, 400, {"json": {"messages": []}}),
     ("post", CHAT, 404, {"json": {"messages": [USER], "model": "other"}}),
+    ("post", "/v1/responses", 200, {"json": {"input": "a"}}),
+    ("post", "/v1/responses", 200, {"json": {"input": "a", "stream": True}}),
+    ("post", "/v1/responses", 400, {"json": {}}),
     ("post", "/tokenize", 200, {"json": {"prompt": "a"}}),
     ("post", "/tokenize", 400, {"json": {}}),
     ("post", "/detokenize", 200, {"json": {"tokens": [1]}}),
@@ -157,10 +160,17 @@ def properties_of(document: Document, path: str) -> dict[str, Any]:
     return dict(document["components"]["schemas"][name]["properties"])
 
 
-@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+BASES: dict[str, dict[str, Any]] = {
+    COMPLETIONS: {"prompt": "a"},
+    CHAT: {"messages": [USER]},
+    "/v1/responses": {"input": "a"},
+}
+
+
+@pytest.mark.parametrize("path", BASES)
 def test_the_bounds_that_are_told_are_those_that_hold(start: Start, document: Document, path: str) -> None:
     server = start(FakeRuntime(max_model_len=2**31 + 100, max_request_len=2**31 + 100))
-    base: dict[str, Any] = {"prompt": "a"} if path == COMPLETIONS else {"messages": [USER]}
+    base = BASES[path]
     num_bounds = 0
     for name, schema in properties_of(document, path).items():
         for bound, beyond in (("minimum", -1), ("maximum", 1)):
@@ -178,15 +188,15 @@ def test_the_bounds_that_are_told_are_those_that_hold(start: Start, document: Do
     assert all(server.post(path, json=base | {name: value}).status_code == 400 for name, value in excluded)
 
 
-@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+@pytest.mark.parametrize("path", BASES)
 def test_what_is_not_supported_is_told_with_what_asks_for_nothing(
     server: LiveServer, document: Document, path: str
 ) -> None:
-    base: dict[str, Any] = {"prompt": "a"} if path == COMPLETIONS else {"messages": [USER]}
+    base = BASES[path]
     told = {
         name: schema["enum"] for name, schema in properties_of(document, path).items() if "enum" in schema
     }
-    assert {"n", "logit_bias", "response_format"} <= told.keys()
+    assert {"n", "logit_bias", "min_p"} <= told.keys()
     for choice in range(max(map(len, told.values()))):
         neutral = {name: values[min(choice, len(values) - 1)] for name, values in told.items()}
         response = server.post(path, json=base | neutral)

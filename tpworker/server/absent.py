@@ -20,6 +20,7 @@ _ABSENT = {
     "/v1/images": f"{_TEXT} images",
     "/v1/videos": f"{_TEXT} videos",
     "/v1/realtime": f"{_TEXT} realtime sessions",
+    "/v1/responses": f"{_STATELESS} stored responses",
     "/v1/files": f"{_STATELESS} files",
     "/v1/uploads": f"{_STATELESS} files",
     "/v1/batches": f"{_STATELESS} batches",

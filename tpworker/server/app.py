@@ -19,6 +19,7 @@ from tpworker.server.request_ids import RequestIds
 from tpworker.server.routes.generation import add_generation
 from tpworker.server.routes.models import add_models
 from tpworker.server.routes.probes import add_probes
+from tpworker.server.routes.responses import add_responses
 from tpworker.server.routes.text import add_text
 from tpworker.version import version
 
@@ -80,6 +81,7 @@ def create_app(runtime: Runtime, options: FrontOptions | None = None) -> FastAPI
         )
     add_handlers(app)
     add_generation(app, front)
+    add_responses(app, front)
     add_models(app, front)
     add_text(app, front)
     add_probes(app, front, metrics)

@@ -20,9 +20,9 @@ DONE = "data: [DONE]\n\n"
 _encode = json.JSONEncoder(ensure_ascii=False).encode
 
 
-def quote(text: str) -> str:
-    """The text as JSON. Escapes also what clients that read line by line may take for the end of one."""
-    quoted = _encode(text)
+def quote(value: object) -> str:
+    """As JSON. Escapes also what clients that read line by line may take for the end of one."""
+    quoted = _encode(value)
     if quoted.isascii():
         return quoted
     return quoted.replace("\x85", "\\u0085").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")

@@ -11,20 +11,25 @@ if TYPE_CHECKING:
     from tpworker.runtime.runtime import Runtime
 
 
-def chat_prompt(runtime: Runtime, body: GenerationRequest, conversation: Conversation) -> list[int]:
+def chat_prompt(
+    runtime: Runtime, body: GenerationRequest, conversation: Conversation, name: str = "messages"
+) -> list[int]:
     """The token ids of a conversation.
 
     Args:
         body: says what else is to be done with the prompt.
+        name: of the parameter that the conversation is.
 
     Raises:
         InvalidRequest: the template refuses it, or it is too long.
     """
-    text = conversation.rendered(runtime.tokenizer)
     try:
+        text = conversation.rendered(runtime.tokenizer)
         return _encoded(runtime, body, text, add_special_tokens=bool(body.add_special_tokens))
     except InvalidRequest as error:
-        raise type(error)(str(error), "messages") from error
+        raise type(error)(
+            str(error), name if error.parameter in ("messages", "prompt") else error.parameter
+        ) from error
 
 
 def completion_prompts(runtime: Runtime, body: CompletionRequest) -> list[list[int]]:

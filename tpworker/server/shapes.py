@@ -84,6 +84,68 @@ class ChatCompletion(_Shape):
     """With return_token_ids."""
 
 
+class OutputText(_Shape):
+    type: Literal["output_text"]
+    text: str
+    annotations: list[None]
+    logprobs: list[None]
+
+
+class OutputMessage(_Shape):
+    id: str
+    type: Literal["message"]
+    status: Literal["completed", "incomplete"]
+    role: Literal["assistant"]
+    content: list[OutputText]
+
+
+class InputTokensDetails(_Shape):
+    cached_tokens: int
+    cache_write_tokens: int
+
+
+class OutputTokensDetails(_Shape):
+    reasoning_tokens: int
+
+
+class ResponseUsage(_Shape):
+    input_tokens: int
+    input_tokens_details: InputTokensDetails
+    output_tokens: int
+    output_tokens_details: OutputTokensDetails
+    total_tokens: int
+
+
+class IncompleteDetails(_Shape):
+    reason: Literal["max_output_tokens"]
+
+
+class ResponseShape(_Shape):
+    id: str
+    object: Literal["response"]
+    created_at: int
+    completed_at: int | None
+    status: Literal["completed", "incomplete"]
+    background: Literal[False]
+    error: None
+    incomplete_details: IncompleteDetails | None
+    instructions: str | None
+    max_output_tokens: int | None
+    model: str
+    output: list[OutputMessage]
+    parallel_tool_calls: bool
+    previous_response_id: None
+    reasoning: None
+    store: Literal[False]
+    temperature: float | None
+    text: dict[Literal["format"], dict[Literal["type"], Literal["text"]]]
+    tool_choice: Literal["none"]
+    tools: list[None]
+    top_p: float | None
+    truncation: Literal["disabled"]
+    usage: ResponseUsage
+
+
 class Model(_Shape):
     id: str
     object: Literal["model"]
@@ -162,6 +224,6 @@ def documented(*statuses: int, ok: type[BaseModel] | None = None, streams: bool 
         status: {"model": Error, "description": _WHY[status]} for status in sorted(statuses)
     }
     if ok is not None:
-        events = {"text/event-stream": {"schema": {"type": "string"}}} if streams else {}
+        events: dict[str, Any] = {"text/event-stream": {}} if streams else {}
         described[200] = {"model": ok, "description": "The answer.", "content": events}
     return described

@@ -8,5 +8,13 @@ from tpworker.server.requests.chat import ChatRequest
 from tpworker.server.requests.completions import CompletionRequest
 from tpworker.server.requests.conversation import Conversation
 from tpworker.server.requests.generation import GenerationRequest, Prompt
+from tpworker.server.requests.responses import ResponsesRequest
 
-__all__ = ["ChatRequest", "CompletionRequest", "Conversation", "GenerationRequest", "Prompt"]
+__all__ = [
+    "ChatRequest",
+    "CompletionRequest",
+    "Conversation",
+    "GenerationRequest",
+    "Prompt",
+    "ResponsesRequest",
+]

@@ -64,6 +64,8 @@ class GenerationRequest(Body):
 
     default_max_tokens: ClassVar[int | None] = None
     """Where none are given; None: as many as fit."""
+    limit_name: ClassVar[str] = "max_tokens"
+    """What the endpoint calls max_tokens, which it takes too."""
     accepted: ClassVar[frozenset[str]] = frozenset(
         [
             "user",
@@ -117,14 +119,34 @@ class GenerationRequest(Body):
     @property
     def num_output_reserved(self) -> int:
         """Tokens of the output that a prompt of any length must leave room for."""
-        asked = self.max_tokens or self.default_max_tokens or 1
+        asked = self._limit or self.default_max_tokens or 1
         return max(asked, self.min_tokens or 0)
+
+    @property
+    def _limit(self) -> int | None:
+        limit: int | None = getattr(self, self.limit_name)
+        return self.max_tokens if limit is None else limit
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> GenerationRequest:
+        name, limit = self.limit_name, getattr(self, self.limit_name)
+        if self.max_tokens is not None and limit not in (None, self.max_tokens):
+            raise InvalidRequest(
+                f"max_tokens={self.max_tokens} and {name}={limit} mean the same: give one", parameter=name
+            )
+        return self
 
     def sampling(self, detokenize: bool) -> SamplingParams:
         """Raises InvalidRequest for a value out of range. `detokenize` is false without a tokenizer."""
-        return self._sampling(self.max_tokens, detokenize)
+        name = "max_tokens" if getattr(self, self.limit_name) is None else self.limit_name
+        try:
+            return self._sampling(detokenize)
+        except InvalidRequest as error:
+            if error.parameter != "max_tokens":
+                raise
+            raise InvalidRequest(str(error).replace("max_tokens", name), name) from error
 
-    def _sampling(self, max_tokens: int | None, detokenize: bool) -> SamplingParams:
+    def _sampling(self, detokenize: bool) -> SamplingParams:
         if self.stop and not detokenize:
             raise InvalidRequest(
                 "stop strings are for text, and this model has no tokenizer: use stop_token_ids",
@@ -137,7 +159,7 @@ class GenerationRequest(Body):
         for name in (name for name, is_asked in is_text.items() if is_asked and not detokenize):
             raise InvalidRequest(f"{name} is for text, and this model has no tokenizer: leave it out", name)
         return SamplingParams(
-            max_tokens=max_tokens,
+            max_tokens=self._limit,
             temperature=self.temperature,
             top_p=self.top_p,
             top_k=self.top_k,

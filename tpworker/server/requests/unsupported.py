@@ -82,6 +82,25 @@ CHAT: Neutral = {
     "documents": (),
     "mm_processor_kwargs": (),
 }
+RESPONSES: Neutral = {
+    **_GENERATION,
+    "background": (False,),
+    "context_management": ([],),
+    "conversation": (),
+    "image": (),
+    "include": ([],),
+    "logprobs": (False,),
+    "max_tool_calls": (),
+    "moderation": (),
+    "previous_response_id": (),
+    "prompt": (),
+    "reasoning": ({},),
+    "text": ({}, {"format": {"type": "text"}}),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "top_logprobs": (0,),
+    "truncation": ("disabled",),
+}
 TOKENIZE: Neutral = {
     "tools": ([],),
     "chat_template": (),
@@ -99,6 +118,8 @@ MESSAGE: Neutral = {
 
 REMEDIES: Mapping[str, str] = {
     "chat_template": "the server's own is used (--chat-template)",
+    "previous_response_id": "nothing is kept here, give the whole conversation as input",
+    "conversation": "nothing is kept here, give the whole conversation as input",
     "enable_thinking": "give it in chat_template_kwargs",
     "thinking": "give it in chat_template_kwargs",
 }
