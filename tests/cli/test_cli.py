@@ -132,7 +132,8 @@ def test_every_option_gets_to_its_place() -> None:
         --model m -tp 4 --device cpu --dtype bfloat16 --max-model-len 99 --load-format dummy --seed 5
         --max-num-seqs 8 --max-num-batched-tokens 80 --lookahead 3 --block-size 32
         --gpu-memory-utilization 0.5 --no-prefix-caching --max-queue 7 --step-timeout 1.5 --start-timeout 90
-        --scheduling-policy priority --host 0.0.0.0 --port 81 --served-model-name name other name --api-key key
+        --scheduling-policy priority --host 0.0.0.0 --port 81 --served-model-name name other name
+        --api-key key
         --root-path /llm/ --shutdown-timeout 2.5 --enable-force-include-usage --chat-template t.jinja
     """
     options = parse(*arguments.split())

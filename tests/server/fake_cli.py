@@ -27,12 +27,14 @@ class TalkingRuntime(FakeRuntime):
     """Reports progress, and behaves as its model's name says."""
 
     def __init__(self, *, config: RuntimeConfig, progress: Any, needs_tokenizer: bool = False) -> None:
-        super().__init__(state="stopped", start_error=START_ERRORS.get(config.model), before=self._before)
-        self.config = config
-        self.served_name = config.model or "default-model"
+        super().__init__(
+            state="stopped",
+            start_error=START_ERRORS.get(config.model),
+            before=self._before,
+            the_tokenizer=byte_tokenizer(None) if config.model == "plain" else byte_tokenizer(),
+            configured=config,
+        )
         self._progress = progress
-        if config.model == "plain":
-            self.the_tokenizer = byte_tokenizer(chat_template=None)
         if config.model == "slow-start":
             self.start_gate = asyncio.Event()
 

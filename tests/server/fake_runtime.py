@@ -6,15 +6,23 @@ import asyncio
 import threading
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from tpworker.config import RuntimeConfig, SamplingParams
-from tpworker.errors import InvalidRequest, PromptTooLong, QueueFull, RuntimeFailed, RuntimeStopped
+from tpworker.errors import QueueFull, RuntimeFailed, RuntimeStopped
+from tpworker.model.families.spec import ModelSpec, RopeSpec
 from tpworker.observe.watch import GpuState
-from tpworker.outputs import Health, RequestOutput, RuntimeState, Stats, StepRecord
+from tpworker.outputs import Health, RequestOutput, RuntimeState, Stats, StepRecord, TokenLogprobs
+from tpworker.runtime.admission import Limits, check_priority, fit, pack_prompt, resolve_sampling
+from tpworker.runtime.facts import Facts
+from tpworker.runtime.loading import FoundModel
+from tpworker.runtime.settings import rank_settings, scheduler_settings
+from tpworker.runtime.start import Served, Setup
+from tpworker.runtime.supervisor import Group
 from tpworker.text.stream import TextStream
 from tpworker.text.tokenizer import Tokenizer
 
@@ -46,29 +54,59 @@ def byte_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> Tokenizer:
     return Tokenizer(_Fast(backend, chat_template))
 
 
-@dataclass
-class FakeRuntime:
-    """The public interface of `tpworker.Runtime`, as far as the server uses it.
+def fake_spec(max_model_len: int) -> ModelSpec:
+    """A model whose vocabulary is that of `byte_tokenizer`."""
+    return ModelSpec(
+        family="llama",
+        architecture="LlamaForCausalLM",
+        vocab_size=257,
+        hidden_size=8,
+        intermediate_size=8,
+        num_layers=1,
+        num_heads=1,
+        num_kv_heads=1,
+        head_dim=8,
+        max_model_len=max_model_len,
+        rms_norm_eps=1e-5,
+        rope=RopeSpec(theta=10000.0),
+        dtype="float32",
+        eos_ids=(256,),
+    )
 
-    `reply` maps a prompt's text to the text that is generated, a token (a byte) at a time. Before token
-    `i` of any request `before(i)` is awaited: the place for delays, faults and gates.
+
+def fake_logprob(token_id: int) -> float:
+    """Of every place alike."""
+    return -(token_id + 1) / 64
+
+
+def fake_logprobs(token_id: int, num_top: int) -> TokenLogprobs:
+    return TokenLogprobs(
+        token_id, fake_logprob(token_id), tuple((i, fake_logprob(i)) for i in range(num_top))
+    )
+
+
+@dataclass(eq=False)
+class FakeRuntime(Facts):
+    """The public interface of `tpworker.Runtime`, as far as the server uses it. What it tells of a model, and
+    what it checks of a request, is the real one's.
+
+    `reply` maps a prompt's text to the text that is generated, a token (a byte) at a time; choice 1 adds "+1"
+    to it, and so on. Before token `i` of any choice `before(i)` is awaited: the place for delays, faults and
+    gates. The lower its id, the likelier is a token, wherever it stands: see `fake_logprob`.
     """
 
     reply: Callable[[str], str] = lambda prompt: f"You said {prompt!r}."
     before: Callable[[int], Any] | None = None
     abort_at: int | None = None
-    max_model_len: int = 512
-    max_request_len: int = 512
-    vocab_size: int = 257
+    longest: int = 512
     max_queue: int = 1000
     state: RuntimeState = "ready"
     error: str | None = None
     start_error: Exception | None = None
     start_gate: asyncio.Event | None = None
-    served_name: str = "fake-model"
-    device: str = "cpu"
-    dtype: str = "float32"
+    is_found: bool = True
     the_tokenizer: Tokenizer | None = field(default_factory=byte_tokenizer)
+    configured: RuntimeConfig = field(default_factory=RuntimeConfig)
     gpu_states: tuple[GpuState, ...] = ()
     requests: list[tuple[str, SamplingParams, str | None]] = field(default_factory=list)
     aborted: list[str | None] = field(default_factory=list)
@@ -76,15 +114,35 @@ class FakeRuntime:
     drained: float | None = None
     tokenising_threads: set[str] = field(default_factory=set)
     prepared_chars: list[int] = field(default_factory=list)
+    prepared_counts: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.config = RuntimeConfig()
+        Facts.__init__(self, self.configured)
         self._bytes = self.the_tokenizer or byte_tokenizer()
         self.start_times = None
         self.output_tokens = self.prompt_tokens = 0
         self._fault = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
+        if self.is_found:
+            self._find()
+        if self.state == "ready":
+            self.become_ready()
+
+    def _find(self) -> None:
+        spec = fake_spec(self.longest)
+        folder = Path("/fake-model" if self.config.model is None else "/somewhere")
+        model = FoundModel(folder, spec, self.config.model or folder.name)
+        scheduler = scheduler_settings(self.config, "cpu", self.longest)
+        rank = rank_settings(self.config, spec, "cpu", self.longest)
+        group = Group(generation=0, num_ranks=2, model=str(folder), scheduler=scheduler, rank=rank)
+        self._setup = Setup(model, group)
+
+    def become_ready(self) -> None:
+        """Requests are taken from now on."""
+        self.state = "ready"
+        limits = Limits(self.longest, self.longest, self.longest)
+        self._served = Served(self._known.model, self.the_tokenizer, limits, self.max_num_seqs, 100)
 
     async def start(self) -> None:
         self.state = "starting"
@@ -93,7 +151,7 @@ class FakeRuntime:
         if self.start_error is not None:
             self.state = "failed"
             raise self.start_error
-        self.state = "ready"
+        self.become_ready()
 
     async def stop(self) -> None:
         if self.state != "failed":
@@ -116,16 +174,6 @@ class FakeRuntime:
         self.state = "failed"
         self.error = f"{process} was killed by SIGKILL\nTraceback: secret details"
         self._fault.set()
-
-    @property
-    def has_tokenizer(self) -> bool:
-        return self.the_tokenizer is not None
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        if self.the_tokenizer is None:
-            raise InvalidRequest("there is no tokenizer", "prompt")
-        return self.the_tokenizer
 
     def gpus(self) -> tuple[GpuState, ...]:
         return self.gpu_states
@@ -173,26 +221,24 @@ class FakeRuntime:
         text = self._bytes.decode(ids)
         self.requests.append((text, sampling, request_id))
         self.prompt_tokens += len(ids)
-        self.num_open += 1
+        self.num_open += sampling.n
         self._idle.clear()
         try:
-            async for output in self._outputs(request_id or "anonymous", text, len(ids), sampling):
+            async for output in self._choices(request_id or "anonymous", text, ids, sampling):
                 yield output
         except (GeneratorExit, asyncio.CancelledError):
             self.aborted.append(request_id)
             raise
         finally:
-            self.num_open -= 1
+            self.num_open -= sampling.n
             if not self.num_open:
                 self._idle.set()
 
     async def prepare(self, work: Callable[[], T], num_requests: int = 1, num_chars: int = 0) -> T:
         self._check_room(num_requests)
+        self.prepared_counts.append(num_requests)
         self.prepared_chars.append(num_chars)
         return await asyncio.to_thread(work)
-
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens)
 
     def _check_room(self, num_requests: int) -> None:
         if self.num_open + num_requests > self.max_queue:
@@ -203,26 +249,47 @@ class FakeRuntime:
             ids = await asyncio.to_thread(self._encode, prompt)
         else:
             ids = list(prompt)
-        if not ids:
-            raise InvalidRequest("the prompt is empty", "prompt")
-        if not all(0 <= i <= 256 for i in ids):
-            raise InvalidRequest("the prompt holds what is no token id", "prompt")
-        if len(ids) + (sampling.max_tokens or 1) > self.max_model_len:
-            raise PromptTooLong(
-                f"{len(ids)} tokens and max_tokens={sampling.max_tokens} do not fit into {self.max_model_len}"
-            )
-        self._check_room(1)
+        tokens = pack_prompt(ids, self.spec)
+        max_tokens = fit(sampling, len(tokens) // 4, self._ready.limits)
+        resolve_sampling(sampling, self.spec, max_tokens, seed=0, encode=self._bytes.encode)
+        check_priority(sampling, self.config.scheduling_policy)
+        self._check_room(sampling.n)
         return ids
 
     def _encode(self, prompt: str) -> list[int]:
         self.tokenising_threads.add(threading.current_thread().name)
-        return self.tokenizer.encode(prompt)
+        return self.encode(prompt)
+
+    async def _choices(
+        self, request_id: str, prompt: str, ids: Sequence[int], sampling: SamplingParams
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """A token of each in turn; the first output tells of the prompt."""
+        told = None
+        if sampling.prompt_logprobs is not None:
+            told = (None, *(fake_logprobs(token, sampling.prompt_logprobs) for token in ids[1:]))
+        choices = [
+            self._outputs(request_id, index, prompt, len(ids), sampling) for index in range(sampling.n)
+        ]
+        while choices:
+            for choice in tuple(choices):
+                output = await anext(choice, None)
+                if output is None:
+                    choices.remove(choice)
+                    continue
+                if sampling.logprobs is not None:
+                    logprobs = tuple(fake_logprobs(token, sampling.logprobs) for token in output.token_ids)
+                    output = output._replace(logprobs=logprobs)
+                yield output._replace(prompt_logprobs=told)
+                told = None
 
     async def _outputs(
-        self, request_id: str, prompt: str, num_prompt: int, sampling: SamplingParams
+        self, request_id: str, index: int, prompt: str, num_prompt: int, sampling: SamplingParams
     ) -> AsyncGenerator[RequestOutput, None]:
-        script = self._bytes.encode(self.reply(prompt), add_special_tokens=False)
-        limit = sampling.max_tokens or self.max_model_len
+        reply = self.reply(prompt) + (f"+{index}" if index else "")
+        script = self._bytes.encode(reply, add_special_tokens=False)
+        limit = self.longest if sampling.max_tokens is None else sampling.max_tokens
+        if not limit:
+            yield RequestOutput(request_id, "", (), "length", None, num_prompt, num_prompt // 2, 0, index)
         stream = TextStream(
             self._bytes,
             sampling.stop,
@@ -234,7 +301,7 @@ class FakeRuntime:
             if self.before is not None:
                 await self._wait_or_fail(position)
             if position == self.abort_at:
-                yield RequestOutput(request_id, "", (), "abort", None, num_prompt, 0, position)
+                yield RequestOutput(request_id, "", (), "abort", None, num_prompt, 0, position, index)
                 return
             self.output_tokens += 1
             delta = stream.push([token_id])
@@ -253,6 +320,7 @@ class FakeRuntime:
                 num_prompt,
                 num_prompt // 2,
                 position + 1,
+                index,
             )
             if finish:
                 return

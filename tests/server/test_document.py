@@ -12,6 +12,7 @@ from tests.server.conftest import LiveServer
 from tests.server.fake_runtime import FakeRuntime
 from tests.server.test_generation import USER
 from tests.server.test_refusals import CHAT, COMPLETIONS
+from tpworker.config import RuntimeConfig
 from tpworker.server import shapes
 
 Start = Callable[..., LiveServer]
@@ -169,7 +170,7 @@ BASES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("path", BASES)
 def test_the_bounds_that_are_told_are_those_that_hold(start: Start, document: Document, path: str) -> None:
-    server = start(FakeRuntime(max_model_len=2**31 + 100, max_request_len=2**31 + 100))
+    server = start(FakeRuntime(longest=2**31 + 100, configured=RuntimeConfig(scheduling_policy="priority")))
     base = BASES[path]
     num_bounds = 0
     for name, schema in properties_of(document, path).items():
@@ -178,6 +179,8 @@ def test_the_bounds_that_are_told_are_those_that_hold(start: Start, document: Do
                 continue
             num_bounds += 1
             room = {"max_tokens": 2**31 - 1} if name == "min_tokens" else {}
+            if name == "top_logprobs":
+                room = {"logprobs": True}
             at, past = schema[bound], schema[bound] + beyond
             assert server.post(path, json=base | room | {name: at}).status_code == 200, (name, at)
             response = server.post(path, json=base | room | {name: past})
@@ -196,7 +199,7 @@ def test_what_is_not_supported_is_told_with_what_asks_for_nothing(
     told = {
         name: schema["enum"] for name, schema in properties_of(document, path).items() if "enum" in schema
     }
-    assert {"n", "logit_bias", "min_p"} <= told.keys()
+    assert {"length_penalty", "guided_json", "tools" if path != COMPLETIONS else "suffix"} <= told.keys()
     for choice in range(max(map(len, told.values()))):
         neutral = {name: values[min(choice, len(values) - 1)] for name, values in told.items()}
         response = server.post(path, json=base | neutral)
@@ -219,5 +222,5 @@ def test_a_prompt_has_a_type_and_token_ids_end_with_the_vocabulary(server: LiveS
     assert server.post(COMPLETIONS, json={"prompt": [257]}).status_code == 400
     later = start(FakeRuntime(state="starting"))
     assert prompt_of(later.get("/openapi.json").json())[1]["items"]["maximum"] == 2**31 - 1
-    later.runtime.state = "ready"
+    later.runtime.become_ready()
     assert prompt_of(later.get("/openapi.json").json())[1]["items"]["maximum"] == 256

@@ -94,8 +94,8 @@ def test_each_name_is_logged_once_and_not_without_end(
 @pytest.mark.parametrize(
     ("path", "body", "names"),
     [
-        (COMPLETIONS, {"prompt": "a", "n": 2, "logit_bias": {"1": 1}}, ["n", "logit_bias"]),
-        (COMPLETIONS, {"prompt": 5, "suffix": "x", "top_p": 9, "min_p": 0.5}, ["suffix", "min_p"]),
+        (COMPLETIONS, {"prompt": "a", "suffix": "b", "guided_json": {}}, ["suffix", "guided_json"]),
+        (COMPLETIONS, {"prompt": 5, "suffix": "x", "top_p": 9, "top_a": 0.5}, ["suffix", "top_a"]),
         (
             CHAT,
             {

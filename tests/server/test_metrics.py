@@ -61,7 +61,7 @@ def test_what_is_served_and_on_what(start: Start) -> None:
     told = f'device="cpu",model="fake-model",tensor_parallel_size="1",version="{tpworker.__version__}"'
     assert start().metric(f"tpworker_info{{{told}}}") == 1
     assert 'model="named"' in start(served_model_names=("named",)).get("/metrics").text
-    assert "tpworker_info{" not in start(FakeRuntime(device="")).get("/metrics").text
+    assert "tpworker_info{" not in start(FakeRuntime(state="starting", is_found=False)).get("/metrics").text
 
 
 def test_when_a_series_was_made_is_nobodys_business_but_other_registries(start: Start) -> None:

@@ -170,11 +170,12 @@ def test_a_failure_in_a_stream_is_an_event(start: Start) -> None:
         ({"input": "Hi", "reasoning": {"effort": "low"}}, "reasoning", "not supported"),
         ({"input": "Hi", "truncation": "auto"}, "truncation", "not supported"),
         ({"input": "Hi", "return_token_ids": True}, "return_token_ids", "not supported"),
-        ({"input": "Hi", "max_output_tokens": 0}, "max_output_tokens", "max_output_tokens=0"),
+        ({"input": "Hi", "max_output_tokens": -1}, "max_output_tokens", "max_output_tokens=-1"),
         ({"input": "Hi", "max_output_tokens": 5, "max_tokens": 4}, "max_output_tokens", "give one"),
         ({"input": "Hi", "chat_template_kwargs": {"messages": 1}}, "chat_template_kwargs", "'messages'"),
         ({"input": [{"role": "assistant", "content": "x"}]}, "input", "the first turn is the user's"),
-        ({"input": "x" * 600}, None, "do not fit"),
+        ({"input": "x" * 600}, "input", "the prompt has 617 tokens, but"),
+        ({"input": "x" * 400, "max_output_tokens": 200}, "max_output_tokens", "and max_output_tokens is 200"),
     ],
 )
 def test_what_is_refused(server: LiveServer, body: dict[str, Any], param: str | None, words: str) -> None:

@@ -122,7 +122,7 @@ def test_it_says_how_to_try_it_and_that_works(run: Run) -> None:
     process = run("--port", "0", "--api-key", "the key")
     process.wait_for("Ctrl-C")
     assert "tpworker: loading the fake" in process.errors
-    assert "tpworker is ready: default-model on 2 TP ranks" in process.errors
+    assert "tpworker is ready: fake-model on 2 TP ranks" in process.errors
     assert "the key" not in process.errors
     command = re.search(r"  (curl .*\\\n.*)\n", process.errors)
     assert command is not None

@@ -128,7 +128,7 @@ def test_they_need_the_key_and_their_bodies_are_bounded(start: Start) -> None:
 def test_they_wait_until_it_is_ready_and_are_tokenised_apart(start: Start) -> None:
     server = start(FakeRuntime(state="starting"))
     assert server.post("/tokenize", json={"prompt": "a"}).status_code == 503
-    server.runtime.state = "ready"
+    server.runtime.become_ready()
     server.post("/tokenize", json={"prompt": "abc"})
     server.post("/detokenize", json={"tokens": [1, 2]})
     assert server.runtime.prepared_chars == [3, 2]

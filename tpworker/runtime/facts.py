@@ -53,6 +53,16 @@ class Facts:
         """
         return self._ready.needed_tokenizer()
 
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """The token ids of a prompt, for `Runtime.prepare`: what is too long for certain is not tokenised.
+
+        Raises:
+            PromptTooLong: its characters alone prove that it does not fit.
+            InvalidRequest: as `Tokenizer.encode`.
+        """
+        self._ready.check_length(text)
+        return self.tokenizer.encode(text, add_special_tokens)
+
     @property
     def spec(self) -> ModelSpec:
         """What config.json says of the model."""

@@ -282,16 +282,6 @@ class Runtime(Facts):
             if self._state == "draining":  # they were taken before that
                 self._intake.promise(num_requests)
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """The token ids of a prompt, for `prepare`: what is too long for certain is not tokenised.
-
-        Raises:
-            PromptTooLong: its characters alone prove that it does not fit.
-            InvalidRequest: as `Tokenizer.encode`.
-        """
-        self._ready.check_length(text)
-        return self.tokenizer.encode(text, add_special_tokens)
-
     def abort(self, request_id: str) -> None:
         """Ends a request, whose last output, or that of each choice that had not ended, then has the finish
         reason 'abort'. Unknown ids are ignored.

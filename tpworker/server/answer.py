@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing, suppress
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from tpworker.errors import RuntimeStopped
+from tpworker.errors import InvalidRequest, RuntimeStopped
 from tpworker.outputs import RequestOutput
 from tpworker.server.errors import describe, internal_error
 from tpworker.server.formats import Choice, Format
@@ -29,17 +29,33 @@ _COMMENT = b":\n\n"  # in a stream of events: of no meaning
 
 
 class Answer(Response):
-    """Sends what some streams of outputs give, one choice each. A client that leaves ends them."""
+    """Sends what some streams of outputs give, one prompt each. A client that leaves ends them."""
 
     def __init__(
-        self, streams: Sequence[Outputs], answer_format: Format, timing: Timing, *, stream: bool
+        self,
+        streams: Sequence[Outputs],
+        answer_format: Format,
+        timing: Timing,
+        *,
+        stream: bool,
+        reword: Callable[[InvalidRequest], InvalidRequest] = lambda error: error,
     ) -> None:
+        """
+        Args:
+            streams: one a prompt, with all its choices.
+            answer_format: how they are written.
+            timing: is told when tokens come.
+            stream: whether as events.
+            reword: what a client is told of what the runtime refuses.
+        """
         super().__init__()
         self._streams = streams
         self._format = answer_format
         self._timing = timing
         self._stream = stream
-        self._choices = [Choice(keeps_ids=answer_format.telling.token_ids and not stream) for _ in streams]
+        self._reword = reword
+        count = len(streams) * answer_format.num_generated
+        self._choices = [Choice(keeps_tokens=not stream and answer_format.tells_tokens) for _ in range(count)]
         self._is_sent = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -54,6 +70,8 @@ class Answer(Response):
                 scope[OUTCOME] = "disconnected"
                 return
             await answering
+        except InvalidRequest as error:
+            raise self._reword(error) from error
         finally:
             answering.cancel()
             leaving.cancel()
@@ -69,7 +87,7 @@ class Answer(Response):
 
     async def _send_whole(self, send: Send) -> None:
         texts: list[list[str]] = [[] for _ in self._choices]
-        async with aclosing(merge(self._streams)) as batches:
+        async with aclosing(merge(self._streams, self._format.num_generated)) as batches:
             async for batch in batches:
                 for index, output in batch.items():
                     self._book(index, output)
@@ -111,7 +129,7 @@ class Answer(Response):
     async def _events(self) -> AsyncGenerator[str, None]:
         """The events of all choices; one string for what is there at once."""
         opened: set[int] = set()
-        async with aclosing(merge(self._streams)) as batches:
+        async with aclosing(merge(self._streams, self._format.num_generated)) as batches:
             async for batch in batches:
                 events = []
                 for index, output in batch.items():

@@ -14,6 +14,7 @@ from tpworker.server.requests import GenerationRequest, Prompt
 
 if TYPE_CHECKING:
     from tpworker.runtime.runtime import Runtime
+    from tpworker.text.tokenizer import Tokenizer
 
 
 class Front:
@@ -36,6 +37,11 @@ class Front:
     def model_names(self) -> tuple[str, ...]:
         """What clients may call the model. Raises RuntimeStopped while it is not known yet."""
         return self._names or (self.runtime.served_name,)
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The model's, if it has one."""
+        return self.runtime.tokenizer if self.runtime.has_tokenizer else None
 
     def max_model_len(self) -> int:
         """0 while it is not known yet: then nothing is generated."""
@@ -70,7 +76,7 @@ class Front:
     def answer(
         self, body: GenerationRequest, prompts: Sequence[Prompt], answer_format: Format, timing: Timing
     ) -> Answer:
-        """The answer to prompts, one choice each."""
+        """The answer to prompts."""
         sampling = body.sampling(detokenize=self.runtime.has_tokenizer)
         name = answer_format.request_id
         ids = [name] if len(prompts) == 1 else [f"{name}-{index}" for index in range(len(prompts))]
@@ -80,4 +86,4 @@ class Front:
             )
             for prompt, request_id in zip(prompts, ids, strict=True)
         ]
-        return Answer(streams, answer_format, timing, stream=bool(body.stream))
+        return Answer(streams, answer_format, timing, stream=bool(body.stream), reword=body.in_its_words)

@@ -51,6 +51,16 @@ class LogprobWriter:
         name, raw = self.token(token_id)
         return {"token": name, "logprob": written(logprob), "bytes": list(raw)}
 
+    def ranked(self, one: TokenLogprobs) -> dict[str, dict[str, Any]]:
+        """Of a prompt's token, as vLLM tells it: by id, the likeliest and the token itself. Its rank is null
+        where it is not one of the likeliest."""
+        told: dict[str, dict[str, Any]] = {}
+        places = [(rank, *entry) for rank, entry in enumerate(one.top, start=1)]
+        for rank, token_id, logprob in (*places, (None, one.token_id, one.logprob)):
+            entry = {"logprob": written(logprob), "rank": rank, "decoded_token": self.token(token_id)[0]}
+            told.setdefault(str(token_id), entry)
+        return told
+
     def completion(self, tokens: Sequence[Told], offsets: Offsets, has_top: bool) -> dict[str, Any]:
         """`logprobs` of a choice, or of a chunk, of /v1/completions.
 

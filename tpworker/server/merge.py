@@ -11,15 +11,21 @@ from tpworker.outputs import RequestOutput
 Outputs = AsyncGenerator[RequestOutput, None]
 
 
-async def merge(streams: Sequence[Outputs]) -> AsyncGenerator[dict[int, RequestOutput], None]:
-    """Yield what has come of all streams, by the index of the stream, as soon as something has.
+async def merge(
+    streams: Sequence[Outputs], num_choices: int = 1
+) -> AsyncGenerator[dict[int, RequestOutput], None]:
+    """Yield what has come of all streams, by the number of the choice, as soon as something has.
+
+    Args:
+        streams: of one prompt each.
+        num_choices: of each stream; those of the first come first.
 
     The first error of a stream is raised. All streams are closed at the end, and by closing this one.
     """
     if len(streams) == 1:  # the runtime itself joins what one slow consumer has not taken yet
         async with aclosing(streams[0]) as stream:
             async for output in stream:
-                yield {0: output}
+                yield {output.index: output}
         return
 
     ready: dict[int, RequestOutput] = {}
@@ -29,7 +35,8 @@ async def merge(streams: Sequence[Outputs]) -> AsyncGenerator[dict[int, RequestO
         try:
             async with aclosing(streams[index]) as stream:
                 async for output in stream:
-                    ready[index] = _joined(ready[index], output) if index in ready else output
+                    number = index * num_choices + output.index
+                    ready[number] = _joined(ready[number], output) if number in ready else output
                     news.set()
         finally:
             news.set()
@@ -54,4 +61,9 @@ async def merge(streams: Sequence[Outputs]) -> AsyncGenerator[dict[int, RequestO
 
 
 def _joined(first: RequestOutput, second: RequestOutput) -> RequestOutput:
-    return second._replace(text=first.text + second.text, token_ids=first.token_ids + second.token_ids)
+    return second._replace(
+        text=first.text + second.text,
+        token_ids=first.token_ids + second.token_ids,
+        logprobs=None if second.logprobs is None else (first.logprobs or ()) + second.logprobs,
+        prompt_logprobs=first.prompt_logprobs or second.prompt_logprobs,
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from tpworker.errors import InvalidRequest
@@ -11,14 +12,11 @@ if TYPE_CHECKING:
     from tpworker.runtime.runtime import Runtime
 
 
-def chat_prompt(
-    runtime: Runtime, body: GenerationRequest, conversation: Conversation, name: str = "messages"
-) -> list[int]:
+def chat_prompt(runtime: Runtime, body: GenerationRequest, conversation: Conversation) -> list[int]:
     """The token ids of a conversation.
 
     Args:
         body: says what else is to be done with the prompt.
-        name: of the parameter that the conversation is.
 
     Raises:
         InvalidRequest: the template refuses it, or it is too long.
@@ -27,9 +25,8 @@ def chat_prompt(
         text = conversation.rendered(runtime.tokenizer)
         return _encoded(runtime, body, text, add_special_tokens=bool(body.add_special_tokens))
     except InvalidRequest as error:
-        raise type(error)(
-            str(error), name if error.parameter in ("messages", "prompt") else error.parameter
-        ) from error
+        name = body.prompt_name if error.parameter in ("messages", "prompt") else error.parameter
+        raise type(error)(str(error), name) from error
 
 
 def completion_prompts(runtime: Runtime, body: CompletionRequest) -> list[list[int]]:
@@ -40,6 +37,18 @@ def completion_prompts(runtime: Runtime, body: CompletionRequest) -> list[list[i
         if isinstance(prompt, str)
         else cut(runtime, body, prompt)
         for prompt in body.prompts
+    ]
+
+
+def echoed(runtime: Runtime, body: CompletionRequest, prompts: Sequence[Sequence[int]]) -> list[str]:
+    """The prompts as text: as they were given, or what their token ids say."""
+    if not runtime.has_tokenizer:
+        raise InvalidRequest("echo is for text, and this model has no tokenizer: leave it out", "echo")
+    return [
+        given
+        if isinstance(given, str) and body.truncate_prompt_tokens is None
+        else runtime.tokenizer.decode(ids)
+        for given, ids in zip(body.prompts, prompts, strict=True)
     ]
 
 

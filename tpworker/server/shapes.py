@@ -37,15 +37,45 @@ class Usage(_Shape):
     prompt_tokens_details: PromptTokensDetails
 
 
+class TopLogprob(_Shape):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatTokenLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(_Shape):
+    content: list[ChatTokenLogprob]
+    refusal: None
+
+
+class CompletionLogprobs(_Shape):
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None] | None
+    text_offset: list[int]
+
+
+class PromptLogprob(_Shape):
+    logprob: float
+    rank: int | None
+    decoded_token: str
+
+
 class _Choice(_Shape):
     index: int
-    logprobs: None
     finish_reason: Literal["stop", "length"]
     stop_reason: int | str | None
 
 
 class CompletionChoice(_Choice):
     text: str
+    logprobs: CompletionLogprobs | None
+    prompt_logprobs: list[dict[str, PromptLogprob] | None] | None = None
+    """With prompt_logprobs: by token id."""
     prompt_token_ids: list[int] = []
     """With return_token_ids."""
     token_ids: list[int] = []
@@ -69,6 +99,7 @@ class ChatMessage(_Shape):
 
 class ChatChoice(_Choice):
     message: ChatMessage
+    logprobs: ChatLogprobs | None
     token_ids: list[int] = []
     """With return_token_ids."""
 
@@ -80,6 +111,8 @@ class ChatCompletion(_Shape):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    prompt_logprobs: list[dict[str, PromptLogprob] | None] | None = None
+    """With prompt_logprobs: by token id."""
     prompt_token_ids: list[int] = []
     """With return_token_ids."""
 

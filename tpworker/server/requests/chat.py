@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
+from pydantic import model_validator
+
+from tpworker.config import MAX_LOGPROBS
+from tpworker.errors import InvalidRequest
 from tpworker.server.requests.conversation import Conversation
 from tpworker.server.requests.fields import Integer, bounds
 from tpworker.server.requests.generation import GenerationRequest
@@ -14,7 +19,26 @@ class ChatRequest(Conversation, GenerationRequest):
     """The body of /v1/chat/completions."""
 
     unsupported = CHAT
+    prompt_name: ClassVar[str] = "messages"
     limit_name: ClassVar[str] = "max_completion_tokens"
 
-    max_completion_tokens: Integer | None = bounds(minimum=1, maximum=2**31 - 1)
+    max_completion_tokens: Integer | None = bounds(minimum=0, maximum=2**31 - 1)
     """The newer name of max_tokens."""
+    logprobs: bool | None = None
+    """Whether the answer tells the logprobs of its tokens."""
+    top_logprobs: Integer | None = bounds(minimum=0, maximum=MAX_LOGPROBS)
+    """With logprobs: of so many of the likeliest tokens in each one's place."""
+
+    @property
+    def _num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def _own_names(self) -> Mapping[str, str]:
+        return {"logprobs": "top_logprobs"}
+
+    @model_validator(mode="after")
+    def _only_with_logprobs(self) -> ChatRequest:
+        if self.top_logprobs and not self.logprobs:
+            raise InvalidRequest("top_logprobs are told with logprobs=true only: add it", "top_logprobs")
+        return self

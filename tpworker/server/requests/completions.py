@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BeforeValidator, WithJsonSchema
+from pydantic import BeforeValidator, WithJsonSchema, model_validator
 
-from tpworker.server.requests.fields import TOKEN_ID
+from tpworker.config import MAX_CHOICES, MAX_LOGPROBS, SamplingParams
+from tpworker.errors import InvalidRequest
+from tpworker.server.formats import Telling
+from tpworker.server.requests.fields import TOKEN_ID, Integer, bounds
 from tpworker.server.requests.generation import GenerationRequest, Prompt
 from tpworker.server.requests.unsupported import COMPLETION
 
@@ -62,7 +67,48 @@ class CompletionRequest(GenerationRequest):
     default_max_tokens: ClassVar[int | None] = 16  # the OpenAI API's own
 
     prompt: Annotated[Any, BeforeValidator(_as_prompts), WithJsonSchema(_PROMPT)]
-    """Text or token ids; a list of either gives one choice each."""
+    """Text or token ids; a list of either gives `n` choices for each."""
+    logprobs: Integer | None = bounds(minimum=0, maximum=MAX_LOGPROBS)
+    """The answer tells the logprobs of its tokens, and of so many of the likeliest in each one's place."""
+    echo: bool | None = None
+    """The prompt is part of the text, and of the logprobs."""
+    best_of: Integer | None = bounds(minimum=1, maximum=MAX_CHOICES)
+    """So many choices are generated, and the `n` likeliest of them told."""
+
+    @property
+    def _num_logprobs(self) -> int | None:
+        return self.logprobs
+
+    @property
+    def num_choices(self) -> int:
+        return super().num_choices if self.best_of is None else self.best_of
+
+    @property
+    def _own_names(self) -> Mapping[str, str]:
+        return {} if self.best_of is None else {"n": "best_of"}
+
+    @model_validator(mode="after")
+    def _best_of_fits(self) -> CompletionRequest:
+        told = super().num_choices
+        if self.num_choices < told:
+            raise InvalidRequest(f"best_of={self.best_of}: must be at least n ({told})", "best_of")
+        if self.num_choices > told and self.stream:
+            raise InvalidRequest(
+                "the best of several are known at their end: leave out stream, or best_of", "best_of"
+            )
+        return self
+
+    def telling(self, force_usage: bool = False) -> Telling:
+        told = super().telling(force_usage)
+        return replace(told, num_generated=self.num_choices if self.num_choices > told.num_choices else None)
+
+    def _sampling(self, detokenize: bool) -> SamplingParams:
+        sampling = super()._sampling(detokenize)
+        if self.num_choices > super().num_choices and sampling.logprobs is None:
+            sampling = replace(sampling, logprobs=0)  # to rank them
+        if self.echo and self.logprobs is not None and sampling.prompt_logprobs is None:
+            sampling = replace(sampling, prompt_logprobs=self.logprobs)
+        return sampling
 
     @property
     def prompts(self) -> list[Prompt]:
@@ -79,4 +125,4 @@ class CompletionRequest(GenerationRequest):
         """Whether the prompts are tokenised, and cut, before they are given to the runtime."""
         # Several: all of them before any is begun. One that is too long refuses the request with its status.
         is_special = self.truncate_prompt_tokens is not None or self.add_special_tokens is False
-        return len(self.prompts) > 1 or is_special or bool(self.return_token_ids)
+        return len(self.prompts) > 1 or is_special or bool(self.return_token_ids) or bool(self.echo)

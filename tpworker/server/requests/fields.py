@@ -49,8 +49,7 @@ class Body(BaseModel):
         schema = handler.resolve_ref_schema(handler(core_schema))
         properties = schema["properties"]
         for name, neutral in cls.unsupported.items():
-            if name not in cls.model_fields:
-                properties[name] = {"enum": [*neutral, None], "description": "Not supported."}
+            properties[name] = {"enum": [*neutral, None], "description": "Not supported."}
         for name in sorted(cls.accepted):
             properties[name] = {"description": "Accepted; it changes nothing here."}
         return schema

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema, model_validator
 
-from tpworker.config import MAX_SEED, MAX_STOP_IDS, MAX_STOP_STRINGS, SamplingParams
-from tpworker.errors import InvalidRequest
+from tpworker.config import (
+    MAX_BAD_WORDS,
+    MAX_BIAS,
+    MAX_CHOICES,
+    MAX_LOGPROBS,
+    MAX_PRIORITY,
+    MAX_SALT,
+    MAX_SEED,
+    MAX_STOP_IDS,
+    MAX_STOP_STRINGS,
+    SamplingParams,
+)
+from tpworker.errors import InvalidRequest, shown
 from tpworker.server.formats import Telling
 from tpworker.server.ignored import ignore
 from tpworker.server.requests.fields import Body, Integer, TokenId, bounds
@@ -52,6 +64,31 @@ _STOP = {
 }
 
 
+_BIAS = {
+    "title": "Logit bias",
+    "description": "By token id.",
+    "anyOf": [
+        {
+            "type": "object",
+            "propertyNames": {"pattern": "^[0-9]+$"},
+            "maxProperties": MAX_BIAS,
+            "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+        },
+        {"type": "null"},
+    ],
+}
+
+
+def _by_id(bias: Any) -> Any:
+    """JSON has no integers as names."""
+    if not isinstance(bias, dict):
+        return bias
+    wrong = next((name for name in bias if not (name.isascii() and name.isdecimal())), None)
+    if wrong is not None:
+        raise ValueError(f"{shown(wrong)} is no token id: its names should be integers from 0 on")
+    return {int(name): value for name, value in bias.items()}
+
+
 def _as_list(stop: Any) -> Any:
     """One string as a list of one. An empty one stops nothing."""
     if isinstance(stop, str):
@@ -64,6 +101,8 @@ class GenerationRequest(Body):
 
     default_max_tokens: ClassVar[int | None] = None
     """Where none are given; None: as many as fit."""
+    prompt_name: ClassVar[str] = "prompt"
+    """What the endpoint calls the prompt."""
     limit_name: ClassVar[str] = "max_tokens"
     """What the endpoint calls max_tokens, which it takes too."""
     accepted: ClassVar[frozenset[str]] = frozenset(
@@ -82,10 +121,26 @@ class GenerationRequest(Body):
     """The served model's name; may be left out."""
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    max_tokens: Integer | None = bounds(minimum=1, maximum=_INT_MAX)
+    max_tokens: Integer | None = bounds(minimum=0, maximum=_INT_MAX)
+    n: Integer | None = bounds(minimum=1, maximum=MAX_CHOICES)
+    """Choices of each prompt."""
     temperature: float | None = bounds(minimum=0, maximum=100)
     top_p: float | None = bounds(exclusiveMinimum=0, maximum=1)
     top_k: Integer | None = bounds(minimum=-1, maximum=_INT_MAX)
+    min_p: float | None = bounds(minimum=0, maximum=1)
+    repetition_penalty: float | None = bounds(minimum=0.01, maximum=100)
+    presence_penalty: float | None = bounds(minimum=-2, maximum=2)
+    frequency_penalty: float | None = bounds(minimum=-2, maximum=2)
+    logit_bias: Annotated[dict[TokenId, float] | None, BeforeValidator(_by_id), WithJsonSchema(_BIAS)] = None
+    allowed_token_ids: list[TokenId] | None = bounds(minItems=1)
+    bad_words: list[str] | None = bounds(maxItems=MAX_BAD_WORDS)
+    priority: Integer | None = bounds(minimum=-MAX_PRIORITY, maximum=MAX_PRIORITY)
+    """Lower is earlier; other than 0 only with --scheduling-policy priority."""
+    cache_salt: str | None = bounds(minLength=1, maxLength=MAX_SALT)
+    """KV blocks are shared only with requests of the same."""
+    prompt_logprobs: Integer | None = bounds(minimum=0, maximum=MAX_LOGPROBS)
+    return_tokens_as_token_ids: bool | None = None
+    """Logprobs name tokens by their ids."""
     min_tokens: Integer | None = bounds(minimum=0, maximum=_INT_MAX)
     seed: Integer | None = bounds(minimum=-(2**63), maximum=MAX_SEED)
     stop: Annotated[list[StopString] | None, BeforeValidator(_as_list), WithJsonSchema(_STOP)] = None
@@ -108,7 +163,33 @@ class GenerationRequest(Body):
         """What the answer tells; `force_usage`: the token counts even where nobody asks for them."""
         options = self.stream_options or StreamOptions()
         usage = force_usage or bool(options.include_usage)
-        return Telling(usage, usage and bool(options.continuous_usage_stats), bool(self.return_token_ids))
+        return Telling(
+            usage,
+            usage and bool(options.continuous_usage_stats),
+            bool(self.return_token_ids),
+            self._num_logprobs,
+            self.prompt_logprobs is not None,
+            bool(self.return_tokens_as_token_ids),
+            num_choices=1 if self.n is None else self.n,
+        )
+
+    @property
+    def num_choices(self) -> int:
+        """That are generated for each prompt."""
+        return 1 if self.n is None else self.n
+
+    @property
+    def _num_logprobs(self) -> int | None:
+        """Of the likeliest, for each token of the output; None: no logprobs."""
+        return None
+
+    @model_validator(mode="after")
+    def _not_streamed(self) -> GenerationRequest:
+        if self.stream and self.prompt_logprobs is not None:
+            raise InvalidRequest(
+                "prompt_logprobs are not streamed: leave out stream, or prompt_logprobs", "prompt_logprobs"
+            )
+        return self
 
     @model_validator(mode="after")
     def _only_with_stream(self) -> GenerationRequest:
@@ -119,8 +200,8 @@ class GenerationRequest(Body):
     @property
     def num_output_reserved(self) -> int:
         """Tokens of the output that a prompt of any length must leave room for."""
-        asked = self._limit or self.default_max_tokens or 1
-        return max(asked, self.min_tokens or 0)
+        asked = self.default_max_tokens if self._limit is None else self._limit
+        return max(1 if asked is None else asked, self.min_tokens or 0, 1)
 
     @property
     def _limit(self) -> int | None:
@@ -138,13 +219,25 @@ class GenerationRequest(Body):
 
     def sampling(self, detokenize: bool) -> SamplingParams:
         """Raises InvalidRequest for a value out of range. `detokenize` is false without a tokenizer."""
-        name = "max_tokens" if getattr(self, self.limit_name) is None else self.limit_name
         try:
             return self._sampling(detokenize)
         except InvalidRequest as error:
-            if error.parameter != "max_tokens":
-                raise
-            raise InvalidRequest(str(error).replace("max_tokens", name), name) from error
+            raise self.in_its_words(error) from error
+
+    def in_its_words(self, error: InvalidRequest) -> InvalidRequest:
+        """An error of the runtime, about what the endpoint may call by another name."""
+        limit = "max_tokens" if getattr(self, self.limit_name) is None else self.limit_name
+        message = str(error).replace("max_tokens", limit)
+        names = {"prompt": self.prompt_name, "max_tokens": limit, **self._own_names}
+        name = names.get(error.parameter or "", error.parameter)
+        if message.startswith(given := f"{error.parameter}="):
+            message = f"{name}={message.removeprefix(given)}"
+        return type(error)(message, name)
+
+    @property
+    def _own_names(self) -> Mapping[str, str]:
+        """By which parameter of the endpoint's those of `SamplingParams` were given, where names differ."""
+        return {}
 
     def _sampling(self, detokenize: bool) -> SamplingParams:
         if self.stop and not detokenize:
@@ -163,6 +256,18 @@ class GenerationRequest(Body):
             temperature=self.temperature,
             top_p=self.top_p,
             top_k=self.top_k,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            logit_bias=self.logit_bias or {},
+            allowed_token_ids=self.allowed_token_ids,
+            bad_words=self.bad_words or (),
+            logprobs=self._num_logprobs,
+            prompt_logprobs=self.prompt_logprobs,
+            n=self.num_choices,
+            priority=self.priority or 0,
+            cache_salt=self.cache_salt,
             min_tokens=self.min_tokens or 0,
             seed=self.seed,
             stop=self.stop or (),

@@ -8,7 +8,6 @@ from pydantic import Field, WrapValidator, model_validator
 from pydantic.config import JsonDict
 
 from tpworker.chat.variables import NAMES, check_variables
-from tpworker.errors import InvalidRequest
 from tpworker.server.requests.conversation import Conversation
 from tpworker.server.requests.fields import Body, Integer, bounds
 from tpworker.server.requests.generation import GenerationRequest
@@ -57,6 +56,7 @@ class ResponsesRequest(GenerationRequest):
     """The body of /v1/responses."""
 
     unsupported = RESPONSES
+    prompt_name: ClassVar[str] = "input"
     limit_name: ClassVar[str] = "max_output_tokens"
 
     input: Annotated[list[InputMessage], Field(min_length=1), WrapValidator(_string_stays)] = Field(
@@ -65,15 +65,9 @@ class ResponsesRequest(GenerationRequest):
     """The conversation, or a string: the user's one message."""
     instructions: str | None = None
     """What comes before it, as a message of the system."""
-    max_output_tokens: Integer | None = bounds(minimum=1, maximum=2**31 - 1)
+    max_output_tokens: Integer | None = bounds(minimum=0, maximum=2**31 - 1)
     chat_template_kwargs: dict[str, Any] | None = bounds(propertyNames=NAMES)
     """Variables for the model's chat template."""
-
-    @model_validator(mode="after")
-    def _without_token_ids(self) -> ResponsesRequest:
-        if self.return_token_ids:
-            raise InvalidRequest("return_token_ids is not supported: leave it out", "return_token_ids")
-        return self
 
     @model_validator(mode="after")
     def _variables_can_be_given(self) -> ResponsesRequest:

@@ -10,20 +10,9 @@ from collections.abc import Mapping
 Neutral = Mapping[str, tuple[object, ...]]
 
 _GENERATION: Neutral = {
-    "n": (1,),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
     "length_penalty": (1,),
-    "logit_bias": ({},),
-    "min_p": (0,),
-    "best_of": (1,),
     "use_beam_search": (False,),
-    "prompt_logprobs": (),
     "spaces_between_special_tokens": (True,),
-    "bad_words": ([],),
-    "allowed_token_ids": (),
-    "priority": (0,),
     "response_format": ({"type": "text"},),
     "structured_outputs": (),
     "guided_json": (),
@@ -31,7 +20,6 @@ _GENERATION: Neutral = {
     "guided_choice": (),
     "guided_grammar": (),
     # Of vLLM, SGLang, FastDeploy and llama.cpp, whose clients expect them to do something.
-    "cache_salt": (),
     "ebnf": (),
     "grammar": (),
     "json_schema": (),
@@ -44,7 +32,6 @@ _GENERATION: Neutral = {
     "prompt_embeds": (),
     "regex": (),
     "return_hidden_states": (False,),
-    "return_tokens_as_token_ids": (False,),
     "stop_regex": ([],),
     "structural_tag": (),
     "top_a": (0,),
@@ -53,14 +40,11 @@ _GENERATION: Neutral = {
 }
 COMPLETION: Neutral = {
     **_GENERATION,
-    "logprobs": (),  # 0 asks for the chosen token's
-    "echo": (False,),
     "suffix": ("",),
 }
 CHAT: Neutral = {
     **_GENERATION,
-    "logprobs": (False,),
-    "top_logprobs": (0,),
+    "best_of": (1,),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
@@ -85,6 +69,7 @@ CHAT: Neutral = {
 RESPONSES: Neutral = {
     **_GENERATION,
     "background": (False,),
+    "best_of": (1,),
     "context_management": ([],),
     "conversation": (),
     "image": (),
@@ -92,9 +77,13 @@ RESPONSES: Neutral = {
     "logprobs": (False,),
     "max_tool_calls": (),
     "moderation": (),
+    "n": (1,),
     "previous_response_id": (),
     "prompt": (),
+    "prompt_logprobs": (),
     "reasoning": ({},),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
     "text": ({}, {"format": {"type": "text"}}),
     "tool_choice": ("none", "auto"),
     "tools": ([],),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 from fastapi import FastAPI, Request
@@ -10,7 +11,7 @@ from starlette.responses import Response
 from tpworker.server.formats import ChatFormat, CompletionFormat
 from tpworker.server.front import Front
 from tpworker.server.leaving import unless_left
-from tpworker.server.prompts import chat_prompt, completion_prompts
+from tpworker.server.prompts import chat_prompt, completion_prompts, echoed
 from tpworker.server.requests import ChatRequest, CompletionRequest, Prompt
 from tpworker.server.shapes import GENERATES, ChatCompletion, Completion, documented
 
@@ -29,9 +30,12 @@ def add_generation(app: FastAPI, front: Front) -> None:
         ids: list[list[int]] = []
         if body.is_prepared:
             work = partial(completion_prompts, runtime, body)
-            ids = await unless_left(request, runtime.prepare(work, len(prompts), body.num_chars))
+            count = len(prompts) * body.num_choices
+            ids = await unless_left(request, runtime.prepare(work, count, body.num_chars))
         telling = body.telling(front.force_usage)
-        answer_format = CompletionFormat(front.model_names[0], telling, ids)
+        if body.echo:
+            telling = replace(telling, echo=echoed(runtime, body, ids))
+        answer_format = CompletionFormat(front.model_names[0], telling, ids, front.tokenizer)
         return front.answer(body, ids or prompts, answer_format, timing)
 
     @app.post("/v1/chat/completions", responses=documented(*GENERATES, ok=ChatCompletion, streams=True))
@@ -41,6 +45,7 @@ def add_generation(app: FastAPI, front: Front) -> None:
         front.check_text("use /v1/completions, with a list of token ids as the prompt", "messages")
         # In a thread: a template is a program, and its text may be long.
         work = partial(chat_prompt, runtime, body, body)
-        ids = await unless_left(request, runtime.prepare(work, num_chars=body.num_chars))
-        answer_format = ChatFormat(front.model_names[0], body.telling(front.force_usage), [ids])
+        ids = await unless_left(request, runtime.prepare(work, body.num_choices, body.num_chars))
+        telling = body.telling(front.force_usage)
+        answer_format = ChatFormat(front.model_names[0], telling, [ids], front.tokenizer)
         return front.answer(body, [ids], answer_format, timing)
