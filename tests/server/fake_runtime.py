@@ -251,7 +251,8 @@ class FakeRuntime(Facts):
             ids = list(prompt)
         tokens = pack_prompt(ids, self.spec)
         max_tokens = fit(sampling, len(tokens) // 4, self._ready.limits)
-        resolve_sampling(sampling, self.spec, max_tokens, seed=0, encode=self._bytes.encode)
+        encode = None if self.the_tokenizer is None else self.the_tokenizer.encode
+        resolve_sampling(sampling, self.spec, max_tokens, seed=0, encode=encode)
         check_priority(sampling, self.config.scheduling_policy)
         self._check_room(sampling.n)
         return ids

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
@@ -64,13 +65,14 @@ _STOP = {
 }
 
 
+_TOKEN_ID = re.compile("[0-9]{1,10}")
 _BIAS = {
     "title": "Logit bias",
     "description": "By token id.",
     "anyOf": [
         {
             "type": "object",
-            "propertyNames": {"pattern": "^[0-9]+$"},
+            "propertyNames": {"pattern": f"^{_TOKEN_ID.pattern}$"},
             "maxProperties": MAX_BIAS,
             "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
         },
@@ -83,9 +85,9 @@ def _by_id(bias: Any) -> Any:
     """JSON has no integers as names."""
     if not isinstance(bias, dict):
         return bias
-    wrong = next((name for name in bias if not (name.isascii() and name.isdecimal())), None)
+    wrong = next((name for name in bias if not _TOKEN_ID.fullmatch(name)), None)
     if wrong is not None:
-        raise ValueError(f"{shown(wrong)} is no token id: its names should be integers from 0 on")
+        raise ValueError(f"{shown(wrong)} is no token id: names should be integers from 0 on")
     return {int(name): value for name, value in bias.items()}
 
 
