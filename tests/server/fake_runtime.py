@@ -234,7 +234,9 @@ class FakeRuntime(Facts):
             if not self.num_open:
                 self._idle.set()
 
-    async def prepare(self, work: Callable[[], T], num_requests: int = 1, num_chars: int = 0) -> T:
+    async def prepare(
+        self, work: Callable[[], T], num_requests: int = 1, num_chars: int = 0, blame: str = "prompt"
+    ) -> T:
         self._check_room(num_requests)
         self.prepared_counts.append(num_requests)
         self.prepared_chars.append(num_chars)

@@ -85,7 +85,7 @@ class Intake:
 
         Args:
             num_requests: how many.
-            parameter: to blame for them if they are too many: 'prompt', or 'n'.
+            parameter: to blame for them if they are too many: 'prompt', or what says how many choices.
 
         Raises:
             InvalidRequest: so many can never be open at once.
@@ -94,7 +94,7 @@ class Intake:
         slots, places = self._serving()[0].max_num_seqs, self._max_queue
         if num_requests > slots + places:
             raise InvalidRequest(
-                f"{num_requests} {'choices' if parameter == 'n' else 'prompts'} are more than the "
+                f"{num_requests} {'prompts' if parameter == 'prompt' else 'choices'} are more than the "
                 f"{slots + places} that can be open at once (max_num_seqs={slots} and max_queue={places}): "
                 "ask for fewer at a time, or raise --max-queue",
                 parameter,

@@ -260,7 +260,9 @@ class Runtime(Facts):
             self._home.call(partial(self._intake.close, choices))
         yield output
 
-    async def prepare(self, work: Callable[[], T], num_requests: int = 1, num_chars: int = 0) -> T:
+    async def prepare(
+        self, work: Callable[[], T], num_requests: int = 1, num_chars: int = 0, blame: str = "prompt"
+    ) -> T:
         """Runs what makes the prompts of requests to come, in a thread. Meanwhile they count as waiting.
 
         For what must be done before `generate`, such as a chat template: without room nothing is done.
@@ -269,13 +271,14 @@ class Runtime(Facts):
             work: called in one of the threads that tokenise; its result is returned.
             num_requests: how many requests that will be, each choice of each prompt counted.
             num_chars: of the texts that this is about: long ones must not have short ones wait.
+            blame: the parameter that makes them so many.
 
         Raises:
             InvalidRequest: so many can never be open at once.
             QueueFull, RuntimeStopped, RuntimeFailed: as `generate` does.
         """
         self._check_taking()
-        self._intake.check_room(num_requests)
+        self._intake.check_room(num_requests, blame)
         try:
             return await self._intake.prepare(work, num_requests, num_chars)
         finally:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from tpworker.errors import InvalidRequest
@@ -40,11 +39,18 @@ def completion_prompts(runtime: Runtime, body: CompletionRequest) -> list[list[i
     ]
 
 
-def echoed(runtime: Runtime, body: CompletionRequest, prompts: Sequence[Sequence[int]]) -> list[str]:
-    """The prompts as text: as they were given, or what their token ids say."""
+def echoed_prompts(runtime: Runtime, body: CompletionRequest) -> tuple[list[list[int]], list[str] | None]:
+    """As `completion_prompts`, and with `echo` their texts: as they were given, or what their ids say.
+
+    Raises:
+        InvalidRequest: see there; or there is no tokenizer to make text of them.
+    """
+    prompts = completion_prompts(runtime, body)
+    if not body.echo:
+        return prompts, None
     if not runtime.has_tokenizer:
         raise InvalidRequest("echo is for text, and this model has no tokenizer: leave it out", "echo")
-    return [
+    return prompts, [
         given
         if isinstance(given, str) and body.truncate_prompt_tokens is None
         else runtime.tokenizer.decode(ids)

@@ -181,6 +181,11 @@ class GenerationRequest(Body):
         return 1 if self.n is None else self.n
 
     @property
+    def blamed_for_many(self) -> str:
+        """The parameter that is at fault if these are more requests than can ever be open."""
+        return self._own_names.get("n", "n") if self.num_choices > 1 else "prompt"
+
+    @property
     def _num_logprobs(self) -> int | None:
         """Of the likeliest, for each token of the output; None: no logprobs."""
         return None

@@ -11,7 +11,7 @@ from starlette.responses import Response
 from tpworker.server.formats import ChatFormat, CompletionFormat
 from tpworker.server.front import Front
 from tpworker.server.leaving import unless_left
-from tpworker.server.prompts import chat_prompt, completion_prompts, echoed
+from tpworker.server.prompts import chat_prompt, echoed_prompts
 from tpworker.server.requests import ChatRequest, CompletionRequest, Prompt
 from tpworker.server.shapes import GENERATES, ChatCompletion, Completion, documented
 
@@ -28,13 +28,13 @@ def add_generation(app: FastAPI, front: Front) -> None:
         if any(isinstance(prompt, str) for prompt in prompts):
             front.check_text("give the prompt as a list of token ids", "prompt")
         ids: list[list[int]] = []
+        echo: list[str] | None = None
         if body.is_prepared:
-            work = partial(completion_prompts, runtime, body)
+            work = partial(echoed_prompts, runtime, body)
             count = len(prompts) * body.num_choices
-            ids = await unless_left(request, runtime.prepare(work, count, body.num_chars))
-        telling = body.telling(front.force_usage)
-        if body.echo:
-            telling = replace(telling, echo=echoed(runtime, body, ids))
+            preparing = runtime.prepare(work, count, body.num_chars, body.blamed_for_many)
+            ids, echo = await unless_left(request, preparing)
+        telling = replace(body.telling(front.force_usage), echo=echo)
         answer_format = CompletionFormat(front.model_names[0], telling, ids, front.tokenizer)
         return front.answer(body, ids or prompts, answer_format, timing)
 
@@ -45,7 +45,8 @@ def add_generation(app: FastAPI, front: Front) -> None:
         front.check_text("use /v1/completions, with a list of token ids as the prompt", "messages")
         # In a thread: a template is a program, and its text may be long.
         work = partial(chat_prompt, runtime, body, body)
-        ids = await unless_left(request, runtime.prepare(work, body.num_choices, body.num_chars))
+        preparing = runtime.prepare(work, body.num_choices, body.num_chars, body.blamed_for_many)
+        ids = await unless_left(request, preparing)
         telling = body.telling(front.force_usage)
         answer_format = ChatFormat(front.model_names[0], telling, [ids], front.tokenizer)
         return front.answer(body, [ids], answer_format, timing)
