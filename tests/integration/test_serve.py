@@ -75,6 +75,48 @@ def test_a_day_in_the_life(start_server: Start, real_model: Path) -> None:
     assert server.stop() == 0, server.stderr
 
 
+def test_what_else_can_be_asked_for(start_server: Start, real_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "serve.yaml").write_text(
+        "served-model-name: [small, SmolLM2]\nmax-num-seqs: 4\ndevice: cpu\n"
+    )
+    (tmp_path / "own.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    server = start_server(
+        "--config", str(tmp_path / "serve.yaml"), "-tp", "2", "--chat-template", str(tmp_path / "own.jinja")
+    )
+    api = client(server)
+    assert [model.id for model in api.models.list()] == ["small", "SmolLM2"]
+
+    text = "The alphabet: A, B, C, D,"
+    ids = httpx.post(f"{server.url}/tokenize", json={"prompt": text}).json()["tokens"]
+    assert httpx.post(f"{server.url}/detokenize", json={"tokens": ids}).json() == {"prompt": text}
+    asked = {"prompt": text, "temperature": 0, "max_tokens": 40, "stop": " H", "return_token_ids": True}
+    response = httpx.post(
+        f"{server.url}/v1/completions",
+        json=asked | {"include_stop_str_in_output": True, "new": 1},
+        headers={"X-Request-Id": "mine"},
+        timeout=60,
+    )
+    (choice,) = response.json()["choices"]
+    assert choice["text"].endswith("G, H")
+    assert choice["prompt_token_ids"] == ids
+    assert httpx.post(f"{server.url}/detokenize", json={"tokens": choice["token_ids"]}).json() == {
+        "prompt": choice["text"]
+    }
+    assert (response.headers["X-Request-Id"], response.headers["X-Ignored-Parameters"]) == ("mine", "new")
+
+    done = api.responses.create(model="SmolLM2", input=text, temperature=0, max_output_tokens=8)
+    assert (done.status, done.output_text) == ("incomplete", " E, F, G, H,")
+    events = list(
+        api.responses.create(model="small", input=text, temperature=0, max_output_tokens=8, stream=True)
+    )
+    assert (
+        "".join(event.delta for event in events if event.type == "response.output_text.delta")
+        == " E, F, G, H,"
+    )
+    assert "requests have the parameter new" in server.stderr
+    assert server.stop() == 0, server.stderr
+
+
 def test_many_at_once_and_some_leave(start_server: Start, real_model: Path) -> None:
     """More requests than slots; what each gets does not depend on the others; who leaves is aborted."""
     server = start_server(

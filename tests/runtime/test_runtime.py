@@ -153,6 +153,9 @@ def test_text_goes_in_and_comes_out(fake_runtime: MakeRuntime, model_folder: Pat
             outputs = await collect(runtime, "grüße! ", SamplingParams(max_tokens=100, stop=["e! gr"]))
             assert "".join(output.text for output in outputs) == "grüß"
             assert (outputs[-1].finish_reason, outputs[-1].stop_reason) == ("stop", "e! gr")
+            params = SamplingParams(max_tokens=100, stop=["e! gr"], include_stop_str_in_output=True)
+            outputs = await collect(runtime, "grüße! ", params)
+            assert "".join(output.text for output in outputs) == "grüße! gr"
             eventually(lambda: runtime.stats().running == 0)
 
     run(main)
@@ -180,6 +183,40 @@ def test_stop_strings_name_special_tokens_and_wait_for_min_tokens(
             assert ("".join(output.text for output in outputs), outputs[-1].num_output_tokens) == ("abca", 6)
 
     run(main)
+
+
+@pytest.mark.parametrize(
+    ("skip_special_tokens", "include_stop", "text"),
+    [(True, False, "ab"), (False, False, "<end>ab"), (True, True, "abc"), (False, True, "<end>abc")],
+)
+def test_special_tokens_and_the_token_that_ends_it_may_be_text(
+    fake_runtime: MakeRuntime, model_folder: Path, skip_special_tokens: bool, include_stop: bool, text: str
+) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer._backend.save(str(model_folder / "tokenizer.json"))
+    prompt = [tokenizer.special["<end>"], *tokenizer.encode("abc")]  # and so its echo
+    params = SamplingParams(
+        max_tokens=20,
+        ignore_eos=True,
+        stop_token_ids=tokenizer.encode("c"),
+        skip_special_tokens=skip_special_tokens,
+        include_stop_str_in_output=include_stop,
+    )
+
+    async def main() -> None:
+        async with fake_runtime() as runtime:
+            outputs = await collect(runtime, prompt, params)
+            assert "".join(output.text for output in outputs) == text
+
+    run(main)
+
+
+@pytest.mark.parametrize("name", ["skip_special_tokens", "include_stop_str_in_output"])
+def test_what_is_about_text_needs_text(name: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"{name}=.*: must be left out when detokenize is false"):
+        ids_only(**{name: name != "skip_special_tokens"})
+    with pytest.raises(InvalidRequest, match=f"{name}='yes': must be true or false"):
+        SamplingParams(**{name: "yes"})  # type: ignore[arg-type]
 
 
 def test_stopping_ends_a_chat_template_that_does_not(

@@ -150,7 +150,7 @@ def test_requests_one_behind_the_other(server: LiveServer) -> None:
         (JSON, b'{"prompt": "a", "\\ud800": {"\\udfff": 1}, "max_tokens": 2}', 200, "Yo"),
         (JSON, b'{"prompt": "a", "stop": "\\ud800", "max_tokens": 2}', 400, "stop[0]"),
         (JSON, b'{"prompt": "a", "stream_options": {"\\ud800": 1}, "stream": true}', 200, "[DONE]"),
-        (JSON, b'{"prompt": "a", "%s": 1}' % (b"x" * 500_000), 200, "You said"),
+        (JSON, b'{"prompt": "a", "max_tokens": 2, "%s": 1}' % (b"x" * 500_000), 200, "Yo"),
         (JSON, b'{"prompt": "a", "model": "%s"}' % (b"x" * 500_000), 404, "the model"),
         (JSON, b"\xef\xbb\xbf" + BODY, 200, "Yo"),
         (JSON, b"\x00" * 1000, 400, "JSON"),
