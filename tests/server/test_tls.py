@@ -51,11 +51,12 @@ def test_a_client_that_leaves_ends_its_request(start: Start, caplog: pytest.LogC
         head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
         client.sendall(head.encode() + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
         server.wait_until(lambda: server.runtime.num_open == 1)
-    server.wait_until(lambda: len(server.runtime.aborted) == 1)
+        client.unwrap().close()
+        server.wait_until(lambda: len(server.runtime.aborted) == 1)
     assert "no effect when using ssl" not in caplog.text
 
 
-def test_what_is_no_http_is_refused_there_too(start: Start) -> None:
+def test_what_is_no_http_is_refused_there_too(start: Start, caplog: pytest.LogCaptureFixture) -> None:
     server = start(tls=TLS)
     plain = socket.create_connection(server.address)
     with trusting().wrap_socket(plain, server_hostname="127.0.0.1") as client:
@@ -70,3 +71,4 @@ def test_what_is_no_http_is_refused_there_too(start: Start) -> None:
         assert b"200" not in client.recv(1000)
     with httpx.Client(verify=trusting()) as good:
         assert good.get(f"{server.url}/health").status_code == 200
+    assert "Fatal error" not in caplog.text
