@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+import socket
 from collections.abc import Callable
 
 import httpx
@@ -93,6 +95,15 @@ def test_each_answer_has_an_id_failures_and_refusals_included(start: Start) -> N
     ]
     assert [answer.status_code for answer in answers] == [500, 401, 413, 405]
     assert len({answer.headers[ID] for answer in answers}) == 4
+
+
+def test_what_is_no_request_has_one_too(server: LiveServer) -> None:
+    with socket.create_connection(server.address) as client:
+        client.settimeout(10)
+        client.sendall(b"NONSENSE\r\n\r\n")
+        head = client.recv(1000)
+    assert head.startswith(b"HTTP/1.1 400 ")
+    assert re.search(rb"(?i)\r\nx-request-id: [0-9a-f]{32}\r\n", head)
 
 
 def test_the_log_says_which_request_it_is_about(start: Start, caplog: pytest.LogCaptureFixture) -> None:

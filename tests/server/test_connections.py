@@ -100,6 +100,9 @@ def test_when_none_is_idle_probes_are_answered_and_the_rest_refused(start: Start
         assert (health.status_code, health.headers["connection"]) == (200, "close")
         refused = server.post(COMPLETIONS, json={"prompt": "a"})
         assert (refused.status_code, error_of(refused)["code"]) == (503, "too_many_connections")
+        assert (
+            len(refused.headers.get_list("X-Request-Id")) == len(health.headers.get_list("X-Request-Id")) == 1
+        )
         assert (refused.headers["retry-after"], refused.headers["connection"]) == ("1", "close")
     server.call(server.runtime.fail)
     server.wait_until(lambda: server.runtime.num_open == 0)

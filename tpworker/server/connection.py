@@ -22,6 +22,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from tpworker.server.errors import ApiError
 from tpworker.server.gate import HALF_CLOSED
+from tpworker.server.request_ids import RequestIds, own_header
 
 HEADERS_S = 20.0
 """From a connection's begin, or from a request's first byte, to the end of its headers: one segment, which a
@@ -200,6 +201,7 @@ class Connection(H11Protocol):
                 (b"content-type", b"application/json"),
                 (b"content-length", str(len(body)).encode()),
                 (b"connection", b"close"),
+                own_header(),
             ]
             reason = HTTPStatus(error.status).phrase
             for event in (
@@ -292,6 +294,6 @@ def _only_probes(app: Callable[..., Any]) -> ASGIApp:
             code="too_many_connections",
             headers={"Retry-After": "1"},
         )
-        await error.as_response()(scope, receive, send_last)
+        await RequestIds(error.as_response())(scope, receive, send_last)
 
     return refusing

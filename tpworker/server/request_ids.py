@@ -18,6 +18,11 @@ current: ContextVar[str] = ContextVar("tpworker_request_id", default="")
 """That of the request that this task answers."""
 
 
+def own_header() -> tuple[bytes, bytes]:
+    """The header with an id of ours, for what is answered before there is an app."""
+    return _NAME, uuid.uuid4().hex.encode()
+
+
 class RequestIds:
     """ASGI middleware around everything else: each answer has the id of its request."""
 
