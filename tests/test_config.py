@@ -15,9 +15,10 @@ import pytest
 import torch
 
 from tpworker import ConfigError, InvalidRequest, RuntimeConfig, SamplingParams
-from tpworker.config import MAX_BIAS, MAX_CHOICES, MAX_SEED, FrozenDict, choice_seed
 from tpworker.ipc.child import pack_boot
 from tpworker.runtime.settings import scheduler_settings
+from tpworker.sampling_params import MAX_BIAS, MAX_CHOICES, choice_seed
+from tpworker.values import MAX_SEED, FrozenDict
 
 
 class Size(IntEnum):

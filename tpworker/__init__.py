@@ -24,7 +24,7 @@ if sys.version_info < (3, 11):  # noqa: UP036  # whoever has an older one shall 
     )
 
 if TYPE_CHECKING:
-    from tpworker.config import RuntimeConfig, SamplingParams
+    from tpworker.config import RuntimeConfig
     from tpworker.errors import (
         ConfigError,
         InvalidRequest,
@@ -36,9 +36,10 @@ if TYPE_CHECKING:
         RuntimeStopped,
         TpworkerError,
     )
-    from tpworker.outputs import Completion, Health, RequestOutput, Stats, StepRecord
+    from tpworker.outputs import Completion, Health, RequestOutput, Stats, StepRecord, TokenLogprobs
     from tpworker.runtime.runtime import Runtime
     from tpworker.runtime.sync import SyncRuntime
+    from tpworker.sampling_params import SamplingParams
 
 __all__ = [
     "Completion",
@@ -58,12 +59,14 @@ __all__ = [
     "Stats",
     "StepRecord",
     "SyncRuntime",
+    "TokenLogprobs",
     "TpworkerError",
 ]
 
 _MODULES = {
-    "tpworker.config": ["RuntimeConfig", "SamplingParams"],
-    "tpworker.outputs": ["Completion", "Health", "RequestOutput", "Stats", "StepRecord"],
+    "tpworker.config": ["RuntimeConfig"],
+    "tpworker.sampling_params": ["SamplingParams"],
+    "tpworker.outputs": ["Completion", "Health", "RequestOutput", "Stats", "StepRecord", "TokenLogprobs"],
     "tpworker.runtime.runtime": ["Runtime"],
     "tpworker.runtime.sync": ["SyncRuntime"],
 }

@@ -16,9 +16,10 @@ import pytest
 
 import tpworker.observe.gpus
 from tpworker import cli
-from tpworker.config import RuntimeConfig, SamplingParams
+from tpworker.config import RuntimeConfig
 from tpworker.errors import ConfigError, InvalidRequest
 from tpworker.runtime.settings import StepSizes
+from tpworker.sampling_params import SamplingParams
 
 ROOT = Path(__file__).parents[2]
 

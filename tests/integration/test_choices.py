@@ -17,9 +17,9 @@ from transformers import LlamaConfig
 
 from tests.model.helpers import tiny_model
 from tpworker import Runtime, SamplingParams, SyncRuntime
-from tpworker.config import choice_seed
 from tpworker.ipc.arrays import pack_int32
 from tpworker.ipc.messages import Abort, Sampling, Submit
+from tpworker.sampling_params import choice_seed
 from tpworker.testing.in_process import InProcessGroup
 
 VOCAB = 97

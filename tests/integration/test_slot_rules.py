@@ -15,9 +15,9 @@ import pytest
 
 from tests.integration.test_features import PLAIN
 from tests.integration.test_oracle import VOCAB, folder  # noqa: F401  # a fixture
-from tpworker.config import choice_seed
 from tpworker.ipc.arrays import pack_float32, pack_int32
 from tpworker.ipc.messages import MAX_BARRED, NO_LOGPROBS, Abort, LogitRules, Sampling, Submit
+from tpworker.sampling_params import choice_seed
 from tpworker.testing.in_process import InProcessGroup, Output
 
 PROMPT = [random.Random(4).randrange(VOCAB) for _ in range(23)]

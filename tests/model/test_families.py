@@ -14,12 +14,12 @@ import transformers
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from tests.model.helpers import edit_config, tiny_model
-from tpworker.config import MAX_STOP_IDS
 from tpworker.errors import ModelError
 from tpworker.model.families import FAMILIES, Llama3Scaling, MoeSpec, RopeSpec, read_spec
 from tpworker.model.families.generation import LEAST_TOP_P
 from tpworker.model.families.spec import MAX_EOS_IDS, MAX_VOCAB_SIZE
 from tpworker.model.sampling import _keep
+from tpworker.sampling_params import MAX_STOP_IDS
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

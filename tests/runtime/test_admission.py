@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from tests.conftest import VOCAB_SIZE
-from tpworker.config import SamplingParams
 from tpworker.errors import InvalidRequest, PromptTooLong
 from tpworker.ipc.arrays import unpack_int32
 from tpworker.ipc.messages import NO_LOGPROBS
 from tpworker.runtime.admission import Limits, fit, pack_prompt, resolve_sampling
+from tpworker.sampling_params import SamplingParams
 
 
 class Spec:

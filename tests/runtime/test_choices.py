@@ -24,11 +24,11 @@ from tpworker import (
     RuntimeStopped,
     SamplingParams,
 )
-from tpworker.config import choice_seed
 from tpworker.ipc.arrays import unpack_int32
 from tpworker.ipc.messages import Abort, Submit
 from tpworker.runtime.choices import Choices
 from tpworker.runtime.requests import Bell, Requests
+from tpworker.sampling_params import choice_seed
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 

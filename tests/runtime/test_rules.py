@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from tests.conftest import VOCAB_SIZE
-from tpworker.config import MAX_BAD_WORDS, SamplingParams
 from tpworker.errors import InvalidRequest
 from tpworker.ipc.arrays import pack_float32, pack_int32, unpack_int32
 from tpworker.ipc.messages import MAX_BARRED, MAX_BARRED_LENGTH, LogitRules, Sampling, Submit, decode, encode
 from tpworker.runtime.admission import resolve_sampling
 from tpworker.runtime.rules import Encode, resolve_rules
+from tpworker.sampling_params import MAX_BAD_WORDS, SamplingParams
 from tpworker.text.tokenizer import Tokenizer
 
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from tpworker.config import RuntimeConfig, SamplingParams
+from tpworker.config import RuntimeConfig
 from tpworker.errors import QueueFull, RuntimeFailed, RuntimeStopped
 from tpworker.model.families.spec import ModelSpec, RopeSpec
 from tpworker.observe.watch import GpuState
@@ -23,6 +23,7 @@ from tpworker.runtime.loading import FoundModel
 from tpworker.runtime.settings import rank_settings, scheduler_settings
 from tpworker.runtime.start import Served, Setup
 from tpworker.runtime.supervisor import Group
+from tpworker.sampling_params import SamplingParams
 from tpworker.text.stream import TextStream
 from tpworker.text.tokenizer import Tokenizer
 

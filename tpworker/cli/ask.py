@@ -7,8 +7,9 @@ from contextlib import aclosing
 from functools import partial
 from typing import TYPE_CHECKING
 
-from tpworker.config import RuntimeConfig, SamplingParams
+from tpworker.config import RuntimeConfig
 from tpworker.runtime.runtime import Runtime
+from tpworker.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from tpworker.cli.terminal import StartProgress

@@ -18,8 +18,9 @@ from tpworker.cli.server_options import (
     parse_origins,
     tls_files,
 )
-from tpworker.config import RuntimeConfig, is_utf8
+from tpworker.config import RuntimeConfig
 from tpworker.errors import ConfigError, shown
+from tpworker.values import is_utf8
 
 _SERVER_OPTIONS = (
     "host",

@@ -9,11 +9,12 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tpworker.config import MAX_STOP_IDS, SamplingParams, SchedulingPolicy
+from tpworker.config import SchedulingPolicy
 from tpworker.errors import InvalidRequest, PromptTooLong
 from tpworker.ipc.arrays import pack_int32, unpack_int32
 from tpworker.ipc.messages import NO_LOGPROBS, Sampling
 from tpworker.runtime.rules import Encode, resolve_rules
+from tpworker.sampling_params import MAX_STOP_IDS, SamplingParams
 
 if TYPE_CHECKING:
     from tpworker.model.families import ModelSpec

@@ -18,7 +18,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
-from tpworker.config import SamplingParams, SchedulingPolicy, choice_seed
+from tpworker.config import SchedulingPolicy
 from tpworker.errors import InvalidRequest, QueueFull
 from tpworker.ipc.arrays import unpack_int32
 from tpworker.ipc.messages import NO_LOGPROBS, Abort, Sampling, Submit
@@ -30,6 +30,7 @@ from tpworker.runtime.logprobs import LogprobRecord
 from tpworker.runtime.requests import Bell, Request, Requests
 from tpworker.runtime.start import Served
 from tpworker.runtime.tokenisers import SHORT_CHARS, Tokenisers
+from tpworker.sampling_params import SamplingParams, choice_seed
 
 T = TypeVar("T")
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from tpworker.config import SamplingParams
 from tpworker.errors import InvalidRequest, shown
 from tpworker.ipc.arrays import pack_float32, pack_int32
 from tpworker.ipc.messages import MAX_BARRED, MAX_BARRED_LENGTH, LogitRules
+from tpworker.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from tpworker.model.families import ModelSpec

@@ -18,7 +18,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
-from tpworker.config import RuntimeConfig, SamplingParams
+from tpworker.config import RuntimeConfig
 from tpworker.errors import RuntimeStopped
 from tpworker.ipc.messages import SchedulerLoad, StepOutput
 from tpworker.observe.gpus import resolve_gpus
@@ -33,6 +33,7 @@ from tpworker.runtime.intake import Intake
 from tpworker.runtime.loading import Progress
 from tpworker.runtime.start import RANK_MODULE, SCHEDULER_MODULE, find, set_up, start_error, until_ready
 from tpworker.runtime.steps import Steps
+from tpworker.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
 

@@ -16,11 +16,12 @@ from collections.abc import Coroutine, Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from tpworker.config import RuntimeConfig, SamplingParams
+from tpworker.config import RuntimeConfig
 from tpworker.errors import RuntimeStopped
 from tpworker.outputs import Completion, Health, RequestOutput, Stats
 from tpworker.runtime.loading import Progress
 from tpworker.runtime.runtime import STARTS_ONCE, Runtime
+from tpworker.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from tpworker.model.families import ModelSpec

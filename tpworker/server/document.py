@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 
-from tpworker.config import MAX_SEED
 from tpworker.server.gate import is_guarded
 from tpworker.server.ignored import HEADER as IGNORED
 from tpworker.server.request_ids import HEADER as REQUEST_ID
 from tpworker.server.requests.fields import TOKEN_ID
+from tpworker.values import MAX_SEED
 
 if TYPE_CHECKING:
     from tpworker.runtime.runtime import Runtime

@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from pydantic import model_validator
 
-from tpworker.config import MAX_LOGPROBS
 from tpworker.errors import InvalidRequest
+from tpworker.sampling_params import MAX_LOGPROBS
 from tpworker.server.requests.conversation import Conversation
 from tpworker.server.requests.fields import Integer, bounds
 from tpworker.server.requests.generation import GenerationRequest

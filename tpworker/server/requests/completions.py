@@ -8,8 +8,8 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, WithJsonSchema, model_validator
 
-from tpworker.config import MAX_CHOICES, MAX_LOGPROBS, SamplingParams
 from tpworker.errors import InvalidRequest
+from tpworker.sampling_params import MAX_CHOICES, MAX_LOGPROBS, SamplingParams
 from tpworker.server.formats import Telling
 from tpworker.server.requests.fields import TOKEN_ID, Integer, bounds
 from tpworker.server.requests.generation import GenerationRequest, Prompt

@@ -8,22 +8,22 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema, model_validator
 
-from tpworker.config import (
+from tpworker.errors import InvalidRequest, shown
+from tpworker.sampling_params import (
     MAX_BAD_WORDS,
     MAX_BIAS,
     MAX_CHOICES,
     MAX_LOGPROBS,
     MAX_PRIORITY,
     MAX_SALT,
-    MAX_SEED,
     MAX_STOP_IDS,
     MAX_STOP_STRINGS,
     SamplingParams,
 )
-from tpworker.errors import InvalidRequest, shown
 from tpworker.server.formats import Telling
 from tpworker.server.ignored import ignore
 from tpworker.server.requests.fields import Body, Integer, TokenId, bounds
+from tpworker.values import MAX_SEED
 
 Prompt = str | list[int]
 

@@ -1,0 +1,69 @@
+"""What users give as values, in whatever type: as Python's own."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
+
+MAX_SEED = 2**63 - 1
+
+
+def is_utf8(text: str) -> bool:
+    """Whether it can be written: bytes of a command line that are no UTF-8 come as lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def plain(value: Any) -> Any:
+    """What a scalar of an array library holds (numpy, torch; also an array of no dimensions), as Python's own
+    type; anything else as it is."""
+    is_scalar = getattr(value, "ndim", None) == 0 and hasattr(value, "item")
+    return value.item() if is_scalar else value
+
+
+def number(value: Any, kind: type[int] | type[float]) -> Any:
+    """A number of whatever type as an int, or, for `float`, as an int or a float; anything else, a bool above
+    all, as it is."""
+    value = plain(value)
+    if isinstance(value, (bool, str)) or getattr(value, "ndim", None):  # no array is a number
+        return value
+    try:
+        if hasattr(value, "__index__"):
+            return operator.index(value)
+        if kind is float and hasattr(value, "__float__"):
+            return float(value)
+    except (TypeError, ValueError, OverflowError):
+        pass
+    return value
+
+
+_K = TypeVar("_K")
+_V = TypeVar("_V")
+
+
+class FrozenDict(Mapping[_K, _V]):
+    """A mapping that stays as it is and has a hash. Unlike `MappingProxyType` it can be copied."""
+
+    __slots__ = ("_items",)
+
+    def __init__(self, items: Mapping[_K, _V]) -> None:
+        self._items = dict(items)
+
+    def __getitem__(self, key: _K) -> _V:
+        return self._items[key]
+
+    def __iter__(self) -> Iterator[_K]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self._items.items()))
+
+    def __repr__(self) -> str:
+        return repr(self._items)
