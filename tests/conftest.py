@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.tls import write_tls_files
 from tpworker import Runtime
 from tpworker.checkpoint.default_model import ensure_default_model
 from tpworker.errors import ModelError
@@ -49,6 +50,14 @@ def real_model() -> Path:
         if os.environ.get("CI"):
             raise
         pytest.skip(f"no default model: {error}")
+
+
+@pytest.fixture(scope="session")
+def tls_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """See `write_tls_files`."""
+    folder = tmp_path_factory.mktemp("tls")
+    write_tls_files(folder)
+    return folder
 
 
 @pytest.fixture

@@ -9,14 +9,12 @@ import pytest
 from tests.cli.test_cli import parse
 from tpworker import ConfigError
 
-TLS = Path(__file__).parents[1] / "server" / "tls"
 
-
-def test_files_of_tls_that_fit(tmp_path: Path) -> None:
-    cert, key = str(TLS / "one.crt"), str(TLS / "one.key")
+def test_files_of_tls_that_fit(tmp_path: Path, tls_folder: Path) -> None:
+    cert, key = str(tls_folder / "one.crt"), str(tls_folder / "one.key")
     assert parse("--ssl-certfile", cert, "--ssl-keyfile", key).tls_files == (cert, key)
     both = tmp_path / "both.pem"
-    both.write_text((TLS / "one.key").read_text() + (TLS / "one.crt").read_text())
+    both.write_text((tls_folder / "one.key").read_text() + (tls_folder / "one.crt").read_text())
     assert parse("--ssl-certfile", str(both)).tls_files == (str(both), None)
 
 
@@ -34,17 +32,19 @@ def test_files_of_tls_that_fit(tmp_path: Path) -> None:
         (None, "one.key", "--ssl-keyfile has no effect without --ssl-certfile"),
     ],
 )
-def test_files_of_tls_that_do_not_fit(cert: str | None, key: str | None, words: str) -> None:
-    arguments = [] if cert is None else ["--ssl-certfile", str(TLS / cert)]
-    arguments += [] if key is None else ["--ssl-keyfile", str(TLS / key)]
+def test_files_of_tls_that_do_not_fit(
+    tls_folder: Path, cert: str | None, key: str | None, words: str
+) -> None:
+    arguments = [] if cert is None else ["--ssl-certfile", str(tls_folder / cert)]
+    arguments += [] if key is None else ["--ssl-keyfile", str(tls_folder / key)]
     with pytest.raises(ConfigError, match=words):
         parse(*arguments)
 
 
-def test_a_key_that_nobody_may_read(tmp_path: Path) -> None:
+def test_a_key_that_nobody_may_read(tmp_path: Path, tls_folder: Path) -> None:
     key = tmp_path / "nul\0key"
     with pytest.raises(ConfigError, match="--ssl-keyfile"):
-        parse("--ssl-certfile", str(TLS / "one.crt"), f"--ssl-keyfile={key}")
+        parse("--ssl-certfile", str(tls_folder / "one.crt"), f"--ssl-keyfile={key}")
 
 
 @pytest.mark.parametrize(("path", "root"), [("/llm", "/llm"), ("/a/b-c_1/", "/a/b-c_1"), ("/", ""), ("", "")])
@@ -76,12 +76,13 @@ def test_a_name_is_taken_once() -> None:
     "arguments",
     [
         "--root-path /a",
-        f"--ssl-certfile {TLS / 'one.crt'}",
+        "--ssl-certfile {folder}/one.crt",
         "--shutdown-timeout 3",
         "--enable-force-include-usage",
     ],
 )
-def test_options_of_the_server_have_no_effect_with_ask(arguments: str) -> None:
+def test_options_of_the_server_have_no_effect_with_ask(tls_folder: Path, arguments: str) -> None:
+    arguments = arguments.format(folder=tls_folder)
     flag = arguments.split()[0]
     with pytest.raises(ConfigError, match=f"{flag} has no effect with --ask"):
         parse("--ask", "Hi", *arguments.split())
