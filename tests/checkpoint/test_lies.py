@@ -31,6 +31,13 @@ from tpworker.runtime.settings import rank_settings, resolve_max_model_len
 
 T = TypeVar("T")
 
+WINDOWED = LLAMA | {
+    "architectures": ["Qwen2ForCausalLM"],
+    "use_sliding_window": True,
+    "sliding_window": 64,
+    "max_window_layers": 12,
+}
+
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
@@ -112,7 +119,11 @@ def digits(count: int) -> int:
             QWEN | {"num_hidden_layers": 1024, "num_experts": 4096},
             "have 4194304 experts, shared ones included",
         ),
-        (MIXTRAL | {"sliding_window": {"a": "\n"}}, "sliding-window attention is not supported"),
+        (MIXTRAL | {"sliding_window": {"a": "\n"}}, "must be an integer of at least 1"),
+        (MIXTRAL | {"sliding_window": 10**12}, "must be at most 2147483647"),
+        (WINDOWED | {"max_window_layers": 10**9}, "max_window_layers=1000000000: must be at most 1024"),
+        (WINDOWED | {"layer_types": ["sliding_attention"] * 10**5}, "must be a list of 30 times"),
+        (WINDOWED | {"layer_types": [["\n"] * 10**4] * 30}, "must be a list of 30 times"),
     ],
 )
 def test_a_config_that_lies(folder: Path, change: dict[str, Any], words: str) -> None:
@@ -228,7 +239,7 @@ JSON = st.recursive(
 )
 NUMBERS = st.sampled_from([0, 1, -1, 2, 3, 8, 1.0, 0.5, 1e30, 1e-30, 1e308, 2**31, 2**63, 10**40, True])
 VALUES = NUMBERS | JSON | st.lists(NUMBERS, max_size=20)
-BASES = (LLAMA, LLAMA | {"rope_scaling": LLAMA3}, GLM, ERNIE, ERNIE_DENSE, QWEN, MIXTRAL)
+BASES = (LLAMA, LLAMA | {"rope_scaling": LLAMA3}, WINDOWED, GLM, ERNIE, ERNIE_DENSE, QWEN, MIXTRAL)
 KEYS = sorted(
     {key for base in BASES for key in base}
     | {

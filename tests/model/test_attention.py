@@ -12,12 +12,13 @@ from torch import Tensor
 
 from tests.model.helpers import Work, make_batch, shuffled_tables
 from tpworker.kernels.operands import Cut
-from tpworker.model.attention import paged
+from tpworker.model.attention import Scores, paged
 from tpworker.model.attention.paged import PagedAttention
 from tpworker.model.attention.split import SplitAttention
 from tpworker.model.batch import Batch
 
 HEAD_DIM = 8
+PLAIN = Scores.plain(HEAD_DIM)
 
 
 @pytest.mark.parametrize(
@@ -39,20 +40,24 @@ def test_how_decode_attention_is_cut(num_heads: int, num_kv_heads: int, count: i
     assert SplitAttention(num_heads, num_kv_heads, 128, others, 132).choose_cut(count, 2304) == cut
 
 
-def naive(queries: Tensor, keys: Tensor, values: Tensor, batch: Batch, block_size: int) -> Tensor:
+def naive(
+    queries: Tensor, keys: Tensor, values: Tensor, batch: Batch, block_size: int, scores: Scores
+) -> Tensor:
     """Token by token, head by head, in float64: [T, H * head_dim]."""
     num_heads, num_kv_heads = queries.shape[1], keys.shape[2]
     out = torch.empty(queries.shape, dtype=torch.float64)
     for token, head in itertools.product(range(len(queries)), range(num_heads)):
         table = batch.block_tables[batch.sequence_of[token]]
         position = torch.arange(int(batch.positions[token]) + 1)
+        if scores.window is not None:
+            position = position[-scores.window :]
         place = (
             table[position // block_size].long(),
             position % block_size,
             head * num_kv_heads // num_heads,
         )
-        scores = keys[place].double() @ queries[token, head].double() * HEAD_DIM**-0.5
-        out[token, head] = scores.softmax(0) @ values[place].double()
+        products = keys[place].double() @ queries[token, head].double() * scores.scale
+        out[token, head] = products.softmax(0) @ values[place].double()
     return out.flatten(1)
 
 
@@ -63,6 +68,7 @@ def run(
     num_heads: int = 6,
     num_kv_heads: int = 3,
     dtype: torch.dtype = torch.float32,
+    scores: Scores = PLAIN,
 ) -> tuple[Tensor, Tensor]:
     """(result, reference) of decoding sequences of these lengths and chunks (start, length)."""
     spans = [(length - 1, 1) for length in decodes] + chunks
@@ -76,10 +82,10 @@ def run(
     keys, values = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
     num_tokens = len(batch.token_ids)
     queries = (3 * torch.randn(num_tokens, num_heads, HEAD_DIM, generator=generator)).to(dtype)
-    attention = PagedAttention(num_heads, num_kv_heads, HEAD_DIM, dtype)
+    attention = PagedAttention(num_heads, num_kv_heads, HEAD_DIM, dtype, scores)
     result = attention(queries, keys, values, attention.prepare(batch, block_size))
     assert result.dtype == dtype
-    return result, naive(queries, keys, values, batch, block_size)
+    return result, naive(queries, keys, values, batch, block_size, scores)
 
 
 def check(result: Tensor, reference: Tensor) -> None:
@@ -92,12 +98,33 @@ def check(result: Tensor, reference: Tensor) -> None:
     chunks=st.lists(st.tuples(st.integers(0, 40), st.integers(1, 20)), max_size=2),
     block_size=st.sampled_from([1, 2, 4, 16, 64]),
     heads=st.sampled_from([(4, 4), (6, 3), (6, 2), (5, 1)]),
+    scores=st.builds(
+        Scores,
+        scale=st.sampled_from([HEAD_DIM**-0.5, 0.2]),
+        window=st.none() | st.sampled_from([1, 2, 4, 5, 16, 17, 33]),
+    ),
 )
 def test_any_batch(
-    decodes: list[int], chunks: list[tuple[int, int]], block_size: int, heads: tuple[int, int]
+    decodes: list[int],
+    chunks: list[tuple[int, int]],
+    block_size: int,
+    heads: tuple[int, int],
+    scores: Scores,
 ) -> None:
     if decodes or chunks:
-        check(*run(decodes, chunks, block_size, *heads))
+        check(*run(decodes, chunks, block_size, *heads, scores=scores))
+
+
+def test_what_is_outside_the_window_is_not_read() -> None:
+    """Its blocks may hold anything: not even what is finite is asked of them."""
+    attention = PagedAttention(2, 1, HEAD_DIM, torch.float32, Scores(1.0, window=5))
+    tables = [[1, 2, 3, 4], [5, 6, 7, 8]]
+    batch = make_batch([Work(0, 12, [0], decode=True), Work(1, 11, [0] * 3)], tables, 4)
+    keys, values = torch.randn(2, 9, 4, 1, HEAD_DIM).unbind()
+    for cache in (keys, values):
+        cache[[0, 1, 2, 5]] = torch.nan  # tokens up to the seventh, and the third
+    attended = attention(torch.randn(4, 2, HEAD_DIM), keys, values, attention.prepare(batch, 4))
+    assert attended.isfinite().all()
 
 
 @pytest.mark.parametrize("group_bytes", [1, 4000, 10**9])

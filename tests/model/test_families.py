@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from tests.model.helpers import edit_config, tiny_model
 from tpworker.errors import ModelError
-from tpworker.model.families import FAMILIES, Llama3Scaling, MoeSpec, RopeSpec, read_spec
+from tpworker.model.families import FAMILIES, Llama3Scaling, MoeSpec, RopeSpec, WindowSpec, read_spec
 from tpworker.model.families.generation import LEAST_TOP_P
 from tpworker.model.families.spec import MAX_EOS_IDS, MAX_VOCAB_SIZE
 from tpworker.model.sampling import _keep
@@ -249,6 +249,49 @@ def test_which_layers_are_mixtures(tmp_path: Path, config: dict[str, Any], layer
     assert spec.moe.layers == layers
 
 
+ALL = tuple(range(30))
+SLIDING = {"sliding_window": 512, "use_sliding_window": True}
+
+
+@pytest.mark.parametrize(
+    ("config", "window"),
+    [
+        (LLAMA, None),
+        (LLAMA | {"architectures": ["MistralForCausalLM"]}, WindowSpec(size=4096, layers=ALL)),
+        (
+            LLAMA | SLIDING | {"architectures": ["MistralForCausalLM"], "use_sliding_window": False},
+            WindowSpec(size=512, layers=ALL),
+        ),
+        (LLAMA | {"architectures": ["MistralForCausalLM"], "sliding_window": None}, None),
+        (LLAMA | {"architectures": ["Qwen2ForCausalLM"], "sliding_window": 512}, None),
+        (LLAMA | SLIDING | {"architectures": ["Qwen2ForCausalLM"]}, WindowSpec(size=512, layers=(28, 29))),
+        (
+            LLAMA
+            | {"architectures": ["Qwen3ForCausalLM"], "use_sliding_window": True, "max_window_layers": 29},
+            WindowSpec(size=4096, layers=(29,)),
+        ),
+        (LLAMA | SLIDING | {"architectures": ["Qwen3ForCausalLM"], "max_window_layers": 30}, None),
+        (
+            LLAMA
+            | SLIDING
+            | {
+                "architectures": ["Qwen3ForCausalLM"],
+                "layer_types": ["sliding_attention", "full_attention"] * 15,
+            },
+            WindowSpec(size=512, layers=tuple(range(0, 30, 2))),
+        ),
+        (QWEN | {"sliding_window": 64}, None),
+        (QWEN | SLIDING | {"max_window_layers": 2}, WindowSpec(size=512, layers=(0, 1, 2, 3))),
+        (MIXTRAL, None),
+        (MIXTRAL | {"sliding_window": 64}, WindowSpec(size=64, layers=(0, 1, 2, 3))),
+    ],
+)
+def test_which_layers_have_a_window(
+    tmp_path: Path, config: dict[str, Any], window: WindowSpec | None
+) -> None:
+    assert read_spec(folder(tmp_path, config)).window == window
+
+
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*/config.json")), ids=lambda path: path.parent.name)
 def test_configs_of_benchmarks_are_supported(path: Path) -> None:
     spec = read_spec(path.parent)
@@ -439,15 +482,50 @@ def test_a_top_p_of_0_keeps_the_most_probable_token_alone() -> None:
         ({"rope_scaling": LLAMA3 | {"factor": None}}, "factor=None: is required"),
         ({"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}}, "high_freq_factor=1.0: must be above"),
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "only full_attention"),
-        ({"layer_types": 5}, "layer_types=5: must be a list"),
-        ({"quantization_config": {}, "compression_config": {"quant_method": "x"}}, "quantised .*'x'"),
-        ({"sliding_window": 4096}, "sliding_window=4096: sliding-window attention is not supported"),
-        ({"architectures": ["MistralForCausalLM"]}, "sliding-window attention is not supported"),
         (
-            {"architectures": ["Qwen3ForCausalLM"], "sliding_window": 4096, "use_sliding_window": True},
-            "sliding-window attention is not supported",
+            {"layer_types": ["full_attention", "sliding_attention"]},
+            "must be absent or a list of full_attention",
         ),
+        ({"layer_types": 5}, "layer_types=5: must be absent or a list"),
+        *(
+            (
+                {"architectures": [f"{name}ForCausalLM"], "layer_types": types},
+                "layer_types=.*: must be a list of 30",
+            )
+            for name in ("Qwen2", "Qwen3")
+            for types in (
+                5,
+                ["full_attention"] * 29,
+                ["full_attention"] * 29 + ["chunked_attention"],
+                [[]] * 30,
+            )
+        ),
+        (
+            {"architectures": ["Qwen2ForCausalLM"], "layer_types": ["sliding_attention"] * 30},
+            "sliding_window=None: is required with use_sliding_window: 30 layers are",
+        ),
+        (
+            {
+                "architectures": ["Qwen3ForCausalLM"],
+                "layer_types": ["sliding_attention"] * 30,
+                "sliding_window": None,
+                "use_sliding_window": True,
+            },
+            "sliding_window=None: is required: 30 layers are",
+        ),
+        (
+            {"architectures": ["MistralForCausalLM"], "layer_types": ["full_attention"] * 30},
+            "layer_types=.* a list of sliding_attention, which is what all 30 layers have",
+        ),
+        *(
+            (
+                {"architectures": ["MistralForCausalLM"], "sliding_window": size},
+                f"sliding_window={size}: must be",
+            )
+            for size in (0, -1, 2.5, True, 2**31)
+        ),
+        ({"quantization_config": {}, "compression_config": {"quant_method": "x"}}, "quantised .*'x'"),
+        ({"sliding_window": 4096}, "sliding_window=4096: is not supported in a LlamaForCausalLM; a copy"),
         ({"architectures": ["Qwen2ForCausalLM"], "num_key_value_heads": None}, "num_key_value_heads"),
         ({"eos_token_id": ["</s>"]}, "eos_token_id=.*: must be a token id or a list"),
         ({"bos_token_id": 1.5}, "bos_token_id=1.5: must be a token id or a list"),
@@ -524,8 +602,13 @@ def test_what_cannot_be_served_is_refused_by_name(
         (QWEN, {"num_experts_per_tok": None}, "num_experts_per_tok=None: is required"),
         (QWEN, {"mlp_only_layers": 3}, "mlp_only_layers=3: must be a list"),
         (QWEN, {"shared_expert_intermediate_size": 8}, "shared_expert_intermediate_size=8: is not supported"),
-        (QWEN, {"sliding_window": 64, "use_sliding_window": True}, "sliding-window attention"),
-        (MIXTRAL, {"sliding_window": 64}, "sliding_window=64: sliding-window attention"),
+        (QWEN, {"layer_types": ["sliding_attention"] * 4}, "layer_types=.* a list of full_attention"),
+        (GLM, {"sliding_window": 64}, "sliding_window=64: is not supported in a Glm4MoeForCausalLM"),
+        (
+            ERNIE_DENSE,
+            {"sliding_window": 64},
+            "sliding_window=64: is not supported in an Ernie4_5ForCausalLM",
+        ),
         (MIXTRAL, {"num_local_experts": None}, "num_local_experts=None: is required"),
     ],
 )

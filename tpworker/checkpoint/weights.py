@@ -256,6 +256,7 @@ class _Builder:
             output=self.row_linear(names.output, queries, spec.output_bias),
             mlp_norm=self.vector(f"{names.mlp_norm}.weight", spec.hidden_size),
             mlp=self.moe(names) if is_mixture else self.mlp(names),
+            is_local=spec.window is not None and number in spec.window.layers,
         )
 
     def qkv(self, names: WeightNames, queries: Split, keys: Split) -> Matrix:

@@ -7,14 +7,15 @@ this rank's query and key-value heads. What is split over ranks, and how: `tpwor
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
-from tpworker.kernels.operands import Product
+from tpworker.kernels.operands import Places, Product
 from tpworker.model import composed_ops
-from tpworker.model.attention import Attention
+from tpworker.model.attention import Attention, Scores
 from tpworker.model.attention import choose as choose_attention
 from tpworker.model.batch import Batch
 from tpworker.model.families import ModelSpec
@@ -25,6 +26,15 @@ from tpworker.model.tp import Collectives, Shard, embed
 from tpworker.model.weights import DecoderWeights, LayerWeights
 
 __all__ = ["Batch", "Decoder", "KVCache"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """How layers of one kind attend: those with a sliding window, or those without."""
+
+    attention: Attention
+    cos: Tensor  # float32 [max_model_len, rotary_dim], see `rope_tables`
+    sin: Tensor
 
 
 class Decoder:
@@ -39,7 +49,10 @@ class Decoder:
         shard: what this rank holds.
         collectives: the rank's group, of `shard.size` ranks.
         max_model_len: positions are below it; may exceed the model's own.
-        attention: the backend; None: the best that there is for the device.
+        attention: the backend of layers without a window; None: the best that there is for the device.
+
+    Attributes:
+        attention: the backend of all layers; of two, the one for windows, which can do the least.
     """
 
     def __init__(
@@ -59,10 +72,24 @@ class Decoder:
         self.vocab_start = shard.vocab_start
         table = weights.embed
         self.operations = operations_of(table.device)
-        self.attention: Attention = attention or choose_attention(
-            shard.num_heads, shard.num_kv_heads, spec.head_dim, table.dtype, table.device
-        )
-        self._cos, self._sin = rope_tables(spec.rope, spec.head_dim, max_model_len, table.device)
+        local = sorted({layer.is_local for layer in weights.layers})
+        self._kinds = {is_local: self._kind(is_local, max_model_len, attention) for is_local in local}
+        self.attention = self._kinds[local[-1]].attention
+
+    def _kind(self, is_local: bool, max_model_len: int, attention: Attention | None) -> _Kind:
+        """Of the layers with a window (`is_local`), or of the others."""
+        spec, shard, table = self.spec, self.shard, self.weights.embed
+        scores = Scores.plain(spec.head_dim)
+        if is_local:
+            assert spec.window is not None
+            # One that all tokens are within is none, and any kernel takes it.
+            if spec.window.size < max_model_len:
+                scores = replace(scores, window=spec.window.size)
+        if attention is None or scores.window is not None:
+            attention = choose_attention(
+                shard.num_heads, shard.num_kv_heads, spec.head_dim, table.dtype, table.device, scores
+            )
+        return _Kind(attention, *rope_tables(spec.rope, spec.head_dim, max_model_len, table.device))
 
     def forward(self, batch: Batch, cache: KVCache) -> Tensor:
         """Compute one step; its keys and values are in the cache afterwards.
@@ -72,20 +99,25 @@ class Decoder:
         """
         operations, weights, eps = self.operations, self.weights, self.spec.rms_norm_eps
         add_up = partial(composed_ops.reduce_add_norm, operations, eps=eps, collectives=self.collectives)
-        attend = partial(composed_ops.store_and_attend, operations, self.attention)
         x = embed(batch.token_ids, weights.embed, self.shard, self.collectives)  # [T, D]
         part: Tensor | Product | None = (
             None  # a rank's summand of x, still to be added up: the next norm does that
         )
-        places = operations.places(
-            batch.positions, batch.sequence_of, batch.block_tables, self._cos, self._sin, cache.block_size
-        )
-        plan = self.attention.prepare(batch, cache.block_size)
+        prepared = {is_local: self._prepare(kind, batch, cache) for is_local, kind in self._kinds.items()}
         for number, layer in enumerate(weights.layers):
+            attention, plan, places = prepared[layer.is_local]
             normed = add_up(x, part, layer.attention_norm)
             heads = layer.qkv(normed).view(len(x), -1, self.spec.head_dim)  # [T, H + 2 K, head_dim]
-            attended = attend(
-                plan, heads, _norms(layer), eps, places, cache.keys[number], cache.values[number]
+            attended = composed_ops.store_and_attend(
+                operations,
+                attention,
+                plan,
+                heads,
+                _norms(layer),
+                eps,
+                places,
+                cache.keys[number],
+                cache.values[number],
             )
             part = Product(layer.output, attended)
             normed = add_up(x, part, layer.mlp_norm)
@@ -97,15 +129,22 @@ class Decoder:
         normed = add_up(x, last, weights.final_norm)
         return composed_ops.tensor_of(operations, normed)
 
+    def _prepare(self, kind: _Kind, batch: Batch, cache: KVCache) -> tuple[Attention, Any, Places]:
+        """What the layers of a kind share in a step."""
+        places = self.operations.places(
+            batch.positions, batch.sequence_of, batch.block_tables, kind.cos, kind.sin, cache.block_size
+        )
+        return kind.attention, kind.attention.prepare(batch, cache.block_size), places
+
     def excerpt(self) -> Decoder:
         """A decoder of few layers that runs every kernel which this one does.
 
         It has the first layer of each kind behind each kind, since a layer also depends on the one before it.
         """
         layers, excerpt = self.weights.layers, copy.copy(self)
-        firsts: dict[tuple[type, type], LayerWeights] = {}
+        firsts: dict[tuple[type, type, bool], LayerWeights] = {}
         for before, layer in zip((None, *layers), layers, strict=False):
-            firsts.setdefault((type(before and before.mlp), type(layer.mlp)), layer)
+            firsts.setdefault((type(before and before.mlp), type(layer.mlp), layer.is_local), layer)
         excerpt.weights = replace(self.weights, layers=tuple(firsts.values()))
         return excerpt
 

@@ -22,6 +22,7 @@ class LayerWeights:
     output: Matrix  # [hidden, H head_dim]
     mlp_norm: Tensor  # [hidden]
     mlp: Mlp | Moe
+    is_local: bool = False  # a token sees those of a sliding window, see `WindowSpec`
 
 
 @dataclass(frozen=True, slots=True)

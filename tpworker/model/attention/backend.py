@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from tpworker.model.batch import Batch
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What becomes of the products of queries and keys before the softmax."""
+
+    scale: float
+    """They are multiplied by it."""
+    window: int | None = None
+    """So many tokens are seen, a token itself and those before it; None: all of them."""
+
+    @classmethod
+    def plain(cls, head_dim: int) -> Scores:
+        """As most models have it, and as all kernels take it."""
+        return cls(head_dim**-0.5)
 
 
 class Attention(Protocol):

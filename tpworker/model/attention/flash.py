@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tpworker.model.attention.backend import Scores
 from tpworker.model.batch import Batch
 
 _ops: Any = torch.ops
@@ -63,8 +64,9 @@ class FlashAttention:
 
     Args:
         num_heads, num_kv_heads: query heads and key-value heads of this rank.
-        head_dim: size of a head; scores are scaled by its square root.
+        head_dim: size of a head.
         dtype: of queries, keys and values.
+        scores: None: plain ones.
         share_schedule: False: let every layer prepare for itself.
     """
 
@@ -76,6 +78,7 @@ class FlashAttention:
         num_kv_heads: int,
         head_dim: int,
         dtype: torch.dtype,
+        scores: Scores | None = None,
         *,
         share_schedule: bool = True,
     ) -> None:
@@ -83,6 +86,9 @@ class FlashAttention:
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
         self.dtype = dtype
+        self.scores = scores or Scores.plain(head_dim)
+        # To the left of a token, itself not counted; -1: all. As the library has it.
+        self._left = -1 if self.scores.window is None else self.scores.window - 1
         self._share_schedule = share_schedule
         self._library: Any = importlib.import_module(MODULE)
 
@@ -113,6 +119,7 @@ class FlashAttention:
                 cu_seqlens_q=query_starts,
                 page_size=block_size,
                 causal=True,
+                window_size=(self._left, -1),
                 num_splits=num_splits,
             )
         return _Plan(batch.block_tables, batch.lengths, query_starts, batch.max_query, num_splits, schedule)
@@ -130,8 +137,9 @@ class FlashAttention:
             page_table=plan.block_tables,
             cu_seqlens_q=plan.query_starts,
             max_seqlen_q=None if is_decode else plan.max_query,
-            softmax_scale=self.head_dim**-0.5,
+            softmax_scale=self.scores.scale,
             is_causal=True,
+            window_size_left=self._left,
             scheduler_metadata=plan.schedule,
             num_splits=plan.num_splits,
         )[0]

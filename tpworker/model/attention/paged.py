@@ -5,7 +5,7 @@ It reads lengths on the host, so it cannot be captured in a CUDA graph.
 Decoding sequences are taken in groups of similar length, so that little is padded and a group's gathered
 keys stay in a core's cache. Per group and layer: gather the keys, scores, softmax, and the weighted sum of
 values as an `embedding_bag`, which reads the values where they are. A prompt's chunk goes through torch's
-fused attention, one sequence at a time.
+fused attention, one sequence at a time. With a window, what no token of the step sees is not gathered.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tpworker.model.attention.backend import Scores
 from tpworker.model.batch import Batch
 
 _GROUP_BYTES = 1024 * 1024  # of a group's gathered keys: about what a core's second-level cache holds
@@ -24,7 +25,7 @@ _ALIGNMENT = 16  # gathered lengths are multiples of it: no odd tail for vector 
 
 @dataclass(frozen=True, slots=True)
 class _DecodeGroup:
-    """Decoding sequences s of similar length, with L gathered positions each."""
+    """Decoding sequences s that see about as many positions, with L gathered ones each."""
 
     rows: slice  # of the ordered queries
     keys: Tensor  # int64 [s * K * L], rows of the cache seen as [blocks * block_size * K, head_dim]
@@ -34,7 +35,7 @@ class _DecodeGroup:
 
 @dataclass(frozen=True, slots=True)
 class _Chunk:
-    """Consecutive tokens q of one sequence of length L."""
+    """Consecutive tokens q of one sequence, of which they see the last L positions."""
 
     rows: slice  # of the queries
     slots: Tensor  # int64 [L], rows of the cache seen as [blocks * block_size, K, head_dim]
@@ -44,7 +45,7 @@ class _Chunk:
 @dataclass(frozen=True, slots=True)
 class _Plan:
     num_decodes: int
-    order: Tensor | None  # int64 [num_decodes], decoding sequences by length; None: as they are
+    order: Tensor | None  # int64 [num_decodes], decoding sequences by what they see; None: as they are
     groups: list[_DecodeGroup]
     chunks: list[_Chunk]
 
@@ -54,18 +55,26 @@ class PagedAttention:
 
     Args:
         num_heads, num_kv_heads: query heads H and key-value heads K of this rank; H is a multiple of K.
-        head_dim: size of a head; scores are scaled by its square root.
+        head_dim: size of a head.
         dtype: of queries, keys and values.
+        scores: None: plain ones.
     """
 
     reads_lengths = True
 
-    def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        scores: Scores | None = None,
+    ) -> None:
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
         self.dtype = dtype
-        self.scale = head_dim**-0.5
+        self.scores = scores or Scores.plain(head_dim)
 
     def prepare(self, batch: Batch, block_size: int) -> _Plan:
         """Group the decoding sequences and find where everything lies. Reads lengths on the host."""
@@ -75,15 +84,22 @@ class PagedAttention:
         lengths = [max(1, length) for length in real_lengths]
         starts: list[int] = batch.query_starts.tolist()
         num_decodes = batch.num_decodes
-        order = sorted(range(num_decodes), key=lambda sequence: lengths[sequence])
+        seen = [self._seen(length, 1) for length in lengths]
+        order = sorted(range(num_decodes), key=lambda sequence: seen[sequence])
         in_order = order == list(range(num_decodes))
         order_tensor = None if in_order else torch.tensor(order, device=batch.lengths.device)
         tables = batch.block_tables[:num_decodes].to(torch.int64)
         if order_tensor is not None:
             tables = tables.index_select(0, order_tensor)
         groups = [
-            self._decode_group(rows, tables[rows], [lengths[s] for s in order[rows]], block_size)
-            for rows in self._partition([lengths[sequence] for sequence in order])
+            self._decode_group(
+                rows,
+                tables[rows],
+                [lengths[s] for s in order[rows]],
+                [seen[s] for s in order[rows]],
+                block_size,
+            )
+            for rows in self._partition([seen[sequence] for sequence in order])
         ]
         chunks = [
             self._chunk(batch.block_tables[s], slice(starts[s], starts[s + 1]), lengths[s], block_size)
@@ -91,6 +107,11 @@ class PagedAttention:
             if real_lengths[s] and starts[s + 1] > starts[s]
         ]
         return _Plan(num_decodes, order_tensor, groups, chunks)
+
+    def _seen(self, length: int, num_queries: int) -> int:
+        """So many of the last positions the last `num_queries` tokens of a sequence see."""
+        window = self.scores.window
+        return length if window is None else min(length, window + num_queries - 1)
 
     def _partition(self, lengths: list[int]) -> list[slice]:
         """Cut ascending lengths into runs that pad to at most twice their length and fit in the cache."""
@@ -106,14 +127,18 @@ class PagedAttention:
                 start = end
         return runs
 
-    def _decode_group(self, rows: slice, tables: Tensor, lengths: list[int], block_size: int) -> _DecodeGroup:
+    def _decode_group(
+        self, rows: slice, tables: Tensor, lengths: list[int], seen: list[int], block_size: int
+    ) -> _DecodeGroup:
         device = tables.device
-        longest = -(-max(lengths) // _ALIGNMENT) * _ALIGNMENT
-        position = torch.arange(longest, device=device)
+        longest = -(-max(seen) // _ALIGNMENT) * _ALIGNMENT
+        number = torch.arange(longest, device=device)
+        starts = [length - count for length, count in zip(lengths, seen, strict=True)]
+        position = torch.tensor(starts, device=device)[:, None] + number  # [s, L]
         columns = (position // block_size).clamp_(max=tables.shape[1] - 1)
-        slots = tables[:, columns] * block_size + position % block_size  # [s, L]
-        is_padding = position >= torch.tensor(lengths, device=device)[:, None]
-        # Padding reads the sequence's own first token: another's value could be NaN, and 0 * NaN is NaN.
+        slots = tables.gather(1, columns) * block_size + position % block_size
+        is_padding = number >= torch.tensor(seen, device=device)[:, None]
+        # Padding reads a token that the sequence sees: another's value could be NaN, and 0 * NaN is NaN.
         slots = torch.where(is_padding, slots[:, :1], slots)
         heads = torch.arange(self.num_kv_heads, device=device)[None, :, None]
         keys = slots[:, None, :] * self.num_kv_heads + heads  # [s, K, L]
@@ -127,13 +152,18 @@ class PagedAttention:
         )
 
     def _chunk(self, table: Tensor, rows: slice, length: int, block_size: int) -> _Chunk:
-        position = torch.arange(length, device=table.device)
-        slots = table.to(torch.int64)[position // block_size] * block_size + position % block_size
         num_queries = rows.stop - rows.start
-        if num_queries == length:
+        seen, window = self._seen(length, num_queries), self.scores.window
+        position = torch.arange(length - seen, length, device=table.device)
+        slots = table.to(torch.int64)[position // block_size] * block_size + position % block_size
+        if num_queries == length and (window is None or length <= window):
             return _Chunk(rows, slots, None)
-        mask = torch.full((num_queries, length), float("-inf"), dtype=self.dtype, device=table.device)
-        return _Chunk(rows, slots, mask.triu_(diagonal=length - num_queries + 1))
+        mask = torch.full((num_queries, seen), float("-inf"), dtype=self.dtype, device=table.device)
+        mask.triu_(diagonal=seen - num_queries + 1)
+        if window is not None:
+            hidden = torch.ones_like(mask, dtype=torch.bool).tril_(diagonal=seen - num_queries - window)
+            mask.masked_fill_(hidden, float("-inf"))
+        return _Chunk(rows, slots, mask)
 
     def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, plan: _Plan) -> Tensor:
         """See `Attention`."""
@@ -161,7 +191,7 @@ class PagedAttention:
             batch, _, length = group.mask.shape  # s * K, 1, L
             q = queries[group.rows].reshape(batch, group_size, self.head_dim)
             k = key_rows.index_select(0, group.keys).view(batch, length, self.head_dim).float()
-            scores = torch.baddbmm(group.mask, q, k.transpose(1, 2), alpha=self.scale)
+            scores = torch.baddbmm(group.mask, q, k.transpose(1, 2), alpha=self.scores.scale)
             weights = torch.softmax(scores, dim=-1).to(value_rows.dtype).view(-1, length)
             sums = F.embedding_bag(group.values, value_rows, per_sample_weights=weights, mode="sum")
             out[group.rows] = sums.view(-1, self.num_heads, self.head_dim)
@@ -175,7 +205,7 @@ class PagedAttention:
             v,
             attn_mask=chunk.mask,
             is_causal=chunk.mask is None,
-            scale=self.scale,
+            scale=self.scores.scale,
             enable_gqa=self.num_heads != self.num_kv_heads,
         )
         return attended[0].transpose(0, 1)

@@ -29,6 +29,7 @@ from tpworker.model.families.spec import (
     MoeSpec,
     RopeSpec,
     WeightNames,
+    WindowSpec,
     YarnScaling,
 )
 
@@ -44,6 +45,7 @@ __all__ = [
     "MoeSpec",
     "RopeSpec",
     "WeightNames",
+    "WindowSpec",
     "YarnScaling",
     "read_spec",
 ]

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from tpworker.errors import shown
 from tpworker.model.families.spec import (
     MAX_HEAD_DIM,
     MAX_HEADS,
@@ -155,27 +154,6 @@ def read_decoder(
         "rope": rope,
         "tie_embeddings": config.boolean("tie_word_embeddings", default=tie_embeddings),
     }
-
-
-def refuse_sliding_window(config: Config, *, absent: int | None = None, used: bool = True) -> None:
-    """Raise ModelError if some layer would not see every earlier token.
-
-    Args:
-        absent: what an absent sliding_window means.
-        used: whether the window is used where use_sliding_window is absent.
-    """
-    layer_types = config.get("layer_types") or []
-    if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
-        config.fail("layer_types", "must be a list, and only full_attention is supported")
-    window = config.values.get("sliding_window", absent)
-    if window is None or not config.boolean("use_sliding_window", default=used):
-        return
-    if not isinstance(window, int) or window < config.integer("max_position_embeddings", maximum=MAX_LENGTH):
-        config.fail(
-            "sliding_window",
-            f"sliding-window attention is not supported; a copy of the folder with sliding_window=null and "
-            f"max_position_embeddings={shown(window)} gives the same output within the window",
-        )
 
 
 def _read_rope(config: Config, theta: float, partial: float | None, head_dim: int) -> RopeSpec:

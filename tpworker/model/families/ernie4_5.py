@@ -13,10 +13,10 @@ from tpworker.model.families.common import (
     EXPERTS_AND_SHARED,
     NAMES,
     read_decoder,
-    refuse_sliding_window,
     refuse_unknown,
 )
 from tpworker.model.families.spec import MAX_EXPERTS, Config, Family, MoeSpec
+from tpworker.model.families.windows import refuse_sliding_window
 
 _THETA = 500000.0
 
@@ -51,10 +51,10 @@ def _read_mixture(config: Config) -> dict[str, Any]:
 
 def _read_decoder(config: Config, head_dim: int | None) -> dict[str, Any]:
     """What both have in common."""
-    refuse_sliding_window(config)
     fields = read_decoder(
         config, rms_norm_eps=1e-5, rope_theta=_THETA, tie_embeddings=True, head_dim=head_dim
     )
+    refuse_sliding_window(config, config.values["architectures"][0], fields["num_layers"])
     use_bias = config.boolean("use_bias", default=False)
     return fields | {
         "rope": replace(fields["rope"], interleaved=True),

@@ -14,10 +14,10 @@ from tpworker.model.families.common import (
     EXPERTS_AND_SHARED,
     NAMES,
     read_decoder,
-    refuse_sliding_window,
     refuse_unknown,
 )
 from tpworker.model.families.spec import MAX_EXPERTS, MAX_LAYERS, Config, Family, MoeSpec
+from tpworker.model.families.windows import refuse_sliding_window
 
 _KNOWN: dict[str, tuple[Any, ...] | None] = {
     "partial_rotary_factor": None,
@@ -34,8 +34,8 @@ _KNOWN: dict[str, tuple[Any, ...] | None] = {
 def _read(config: Config) -> dict[str, Any]:
     """The fields of `ModelSpec` that a config of this family determines. Raises ModelError."""
     refuse_unknown(config, "Glm4MoeForCausalLM", _KNOWN)
-    refuse_sliding_window(config)
     fields = read_decoder(config, rms_norm_eps=1e-5, partial_rotary=0.5)
+    refuse_sliding_window(config, "Glm4MoeForCausalLM", fields["num_layers"])
     return fields | {
         "qkv_bias": config.boolean("attention_bias", default=False),
         "qk_norm": config.boolean("use_qk_norm", default=False),

@@ -1,12 +1,13 @@
-"""Mixtral (MixtralForCausalLM; arXiv 2401.04088), without a sliding window: every layer is a mixture."""
+"""Mixtral (MixtralForCausalLM; arXiv 2401.04088): every layer is a mixture, and may have a sliding window."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
 
-from tpworker.model.families.common import NAMES, read_decoder, refuse_sliding_window, refuse_unknown
+from tpworker.model.families.common import NAMES, read_decoder, refuse_unknown
 from tpworker.model.families.spec import MAX_EXPERTS, Config, Family, MoeNames, MoeSpec
+from tpworker.model.families.windows import read_window
 
 _KNOWN: dict[str, tuple[Any, ...] | None] = {"num_local_experts": None, "norm_topk_prob": (True,)}
 
@@ -14,7 +15,6 @@ _KNOWN: dict[str, tuple[Any, ...] | None] = {"num_local_experts": None, "norm_to
 def _read(config: Config) -> dict[str, Any]:
     """The fields of `ModelSpec` that a config of this family determines. Raises ModelError."""
     refuse_unknown(config, "MixtralForCausalLM", _KNOWN)
-    refuse_sliding_window(config)
     fields = read_decoder(config, rms_norm_eps=1e-5, rope_theta=1e6)
     num_experts = config.integer("num_local_experts", maximum=MAX_EXPERTS)
     moe = MoeSpec(
@@ -25,7 +25,7 @@ def _read(config: Config) -> dict[str, Any]:
         ),
         intermediate_size=fields["intermediate_size"],
     )
-    return fields | {"moe": moe}
+    return fields | {"moe": moe, "window": read_window(config, fields["num_layers"])}
 
 
 MIXTRAL = Family(

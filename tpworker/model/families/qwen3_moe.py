@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from tpworker.model.families.common import EXPERTS, NAMES, read_decoder, refuse_sliding_window, refuse_unknown
+from tpworker.model.families.common import EXPERTS, NAMES, read_decoder, refuse_unknown
 from tpworker.model.families.spec import MAX_EXPERTS, Config, Family, MoeSpec
+from tpworker.model.families.windows import read_window
 
 _KNOWN: dict[str, tuple[Any, ...] | None] = {"num_experts": None, "num_local_experts": None}
 
@@ -14,14 +15,16 @@ _KNOWN: dict[str, tuple[Any, ...] | None] = {"num_experts": None, "num_local_exp
 def _read(config: Config) -> dict[str, Any]:
     """The fields of `ModelSpec` that a config of this family determines. Raises ModelError."""
     refuse_unknown(config, "Qwen3MoeForCausalLM", _KNOWN)
-    refuse_sliding_window(config, used=False)
     fields = read_decoder(config, rms_norm_eps=1e-6)
+    is_windowed = config.boolean("use_sliding_window", default=False)
     attention_bias = config.boolean("attention_bias", default=False)
     return fields | {
         "qkv_bias": attention_bias,
         "output_bias": attention_bias,
         "qk_norm": True,
         "moe": _read_moe(config, fields["num_layers"]),
+        # Of all layers, whatever max_window_layers says.
+        "window": read_window(config, fields["num_layers"], absent=4096, used=is_windowed),
     }
 
 

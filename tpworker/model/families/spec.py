@@ -75,6 +75,16 @@ class RopeSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WindowSpec:
+    """Sliding windows: in some layers a token does not see every token before it."""
+
+    size: int
+    """Tokens that one sees: itself and the size - 1 before it."""
+    layers: tuple[int, ...]
+    """Numbers of these layers, ascending, one at least; in the others all is seen."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MoeSpec:
     """Mixture of experts: some layers' MLP is k of E small MLPs, chosen token by token, and S shared ones.
 
@@ -139,6 +149,7 @@ class ModelSpec:
     mlp_bias: bool = False
     qk_norm: bool = False
     """RMSNorm over each query and key head, before the rotation."""
+    window: WindowSpec | None = None
     moe: MoeSpec | None = None
     num_mtp_layers: int = 0
     """Layers for multi-token prediction (MTP) that the checkpoint holds behind the model's own: not read."""
