@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from tests.checkpoint.refusals import NO_FILES, refused
 from tests.model.helpers import CPU
-from tests.model.test_families import ERNIE, ERNIE_DENSE, GLM, LLAMA, LLAMA3, MIXTRAL, QWEN
+from tests.model.test_families import ERNIE, ERNIE_DENSE, GLM, LLAMA, LLAMA3, LONGROPE, MIXTRAL, QWEN
 from tpworker.checkpoint.resolve import resolve_model
 from tpworker.checkpoint.weight_files import WeightFiles
 from tpworker.checkpoint.weights import shard_bytes
@@ -121,6 +121,9 @@ def digits(count: int) -> int:
         ),
         (MIXTRAL | {"sliding_window": {"a": "\n"}}, "must be an integer of at least 1"),
         (MIXTRAL | {"sliding_window": 10**12}, "must be at most 2147483647"),
+        ({"rope_scaling": LONGROPE | {"long_factor": [1.0] * 10**5}}, "must be a list of 32 finite numbers"),
+        ({"rope_scaling": LONGROPE | {"short_factor": [float("nan")] * 32}}, "must be a list of 32"),
+        ({"rope_scaling": LONGROPE | {"short_factor": [digits(4000)] * 32}}, "must be a list of 32"),
         (WINDOWED | {"max_window_layers": 10**9}, "max_window_layers=1000000000: must be at most 1024"),
         (WINDOWED | {"layer_types": ["sliding_attention"] * 10**5}, "must be a list of 30 times"),
         (WINDOWED | {"layer_types": [["\n"] * 10**4] * 30}, "must be a list of 30 times"),
@@ -239,7 +242,17 @@ JSON = st.recursive(
 )
 NUMBERS = st.sampled_from([0, 1, -1, 2, 3, 8, 1.0, 0.5, 1e30, 1e-30, 1e308, 2**31, 2**63, 10**40, True])
 VALUES = NUMBERS | JSON | st.lists(NUMBERS, max_size=20)
-BASES = (LLAMA, LLAMA | {"rope_scaling": LLAMA3}, WINDOWED, GLM, ERNIE, ERNIE_DENSE, QWEN, MIXTRAL)
+BASES = (
+    LLAMA,
+    LLAMA | {"rope_scaling": LLAMA3},
+    LLAMA | {"rope_scaling": LONGROPE},
+    WINDOWED,
+    GLM,
+    ERNIE,
+    ERNIE_DENSE,
+    QWEN,
+    MIXTRAL,
+)
 KEYS = sorted(
     {key for base in BASES for key in base}
     | {
@@ -258,10 +271,19 @@ KEYS = sorted(
     | {"quantization_config", "original_max_position_embeddings"}
 )
 ROPE_KEYS = ["factor", "rope_theta", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale"]
-ROPE_KEYS += ["mscale_all_dim", "attention_factor", "truncate", "low_freq_factor", "high_freq_factor", "type"]
+ROPE_KEYS += [
+    "short_factor",
+    "long_factor",
+    "mscale_all_dim",
+    "attention_factor",
+    "truncate",
+    "low_freq_factor",
+    "high_freq_factor",
+    "type",
+]
 ROPES = st.builds(
     lambda kind, values: {"rope_type": kind} | values,
-    st.sampled_from(["linear", "yarn", "llama3", "default", "dynamic"]),
+    st.sampled_from(["linear", "yarn", "llama3", "default", "dynamic", "longrope"]),
     st.dictionaries(st.sampled_from(ROPE_KEYS), VALUES, max_size=4),
 )
 GENERATION_KEYS = ["temperature", "top_p", "top_k", "do_sample", "eos_token_id", "bos_token_id", "min_p"]

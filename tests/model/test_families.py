@@ -45,7 +45,12 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-
+LONGROPE = {
+    "rope_type": "longrope",
+    "original_max_position_embeddings": 4096,
+    "short_factor": [1.0] * 32,
+    "long_factor": [2.0] * 32,
+}
 
 DECODER: dict[str, Any] = {
     "vocab_size": 1000,
@@ -464,11 +469,24 @@ def test_a_top_p_of_0_keeps_the_most_probable_token_alone() -> None:
         *(
             (
                 {key: {kind_key: kind, "factor": 4.0}},
-                f"{kind_key}='{kind}': is not supported; .* linear, llama3",
+                f"{kind_key}='{kind}': is not supported; .* linear, dynamic, yarn, longrope, llama3",
             )
             for key in ("rope_scaling", "rope_parameters")
-            for kind_key, kind in (("type", "dynamic"), ("rope_type", "longrope"), ("type", "su"))
+            for kind_key, kind in (("type", "su"), ("rope_type", "proportional"))
         ),
+        *(
+            ({"rope_scaling": LONGROPE | {key: value}}, f"{key}=.*: must be {words}")
+            for key, value, words in (
+                ("short_factor", None, "a list of 32 finite numbers above 0"),
+                ("short_factor", [1.0] * 31, "a list of 32"),
+                ("short_factor", [1.0] * 31 + [0], "a list of 32"),
+                ("long_factor", [1.0] * 31 + ["1"], "a list of 32"),
+                ("long_factor", 2.0, "a list of 32"),
+                ("original_max_position_embeddings", 1, "at least 2"),
+                ("attention_factor", -1.0, "a finite number above 0"),
+            )
+        ),
+        ({"rope_scaling": {"type": "dynamic"}}, "factor=None: is required"),
         ({"rope_scaling": {"type": "linear"}}, "factor=None: is required"),
         (
             {"rope_scaling": {"type": "yarn", "factor": 4.0, "rope_theta": 1.0}},
@@ -582,8 +600,8 @@ def test_what_cannot_be_served_is_refused_by_name(
         (GLM, {"norm_topk_prob": 1}, "norm_topk_prob=1: must be true or false"),
         (
             GLM,
-            {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}},
-            "rope_type='dynamic': .* linear, llama3",
+            {"rope_scaling": {"rope_type": "su", "factor": 4.0}},
+            "rope_type='su': .* linear, dynamic",
         ),
         (ERNIE, {"use_bias": True}, "use_bias=True: biases are not supported"),
         (ERNIE, {"moe_k": 9}, r"moe_k=9: must be at most 8 \(moe_num_experts\)"),

@@ -11,7 +11,7 @@ from tpworker.ipc.codec import pack_dataclass, unpack_dataclass
 from tpworker.ipc.messages import MAX_SEQUENCE
 from tpworker.runtime import settings
 
-SPEC: Any = SimpleNamespace(max_model_len=2048, dtype="bfloat16")
+SPEC: Any = SimpleNamespace(max_model_len=2048, dtype="bfloat16", rope=SimpleNamespace(max_positions=None))
 
 
 def test_max_model_len_is_the_models_unless_less_is_asked_for() -> None:

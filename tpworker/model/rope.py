@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from tpworker.model.families import LinearScaling, Llama3Scaling, RopeSpec, YarnScaling
+from tpworker.model.families import LinearScaling, Llama3Scaling, LongRopeScaling, RopeSpec, YarnScaling
 
 
 def rope_tables(
@@ -16,7 +16,8 @@ def rope_tables(
     """Cosine and sine of every position's angles: float32 [num_positions, rotary_dim] each.
 
     Both halves hold the same angles; the first half of the sines is negated, so that x * cos + swapped * sin
-    is the rotation. YaRN's tables are longer or shorter than 1 by its attention factor, as in transformers.
+    is the rotation. Tables of YaRN and LongRoPE are longer or shorter than 1 by their attention factor, as in
+    transformers.
     """
     rotary_dim = rope.rotary_dim or head_dim
     exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float32) / rotary_dim
@@ -30,6 +31,8 @@ def rope_tables(
         case YarnScaling():
             frequencies = _yarn(frequencies, rope.theta, rope.scaling)
             length = rope.scaling.attention_factor
+        case LongRopeScaling(factors=factors, attention_factor=length):
+            frequencies = 1.0 / (torch.tensor(factors) * rope.theta**exponents)
     angles = torch.outer(torch.arange(num_positions, dtype=torch.float32), frequencies)
     cos, sin = angles.cos() * length, angles.sin() * length
     return torch.cat((cos, cos), dim=-1).to(device), torch.cat((-sin, sin), dim=-1).to(device)

@@ -45,9 +45,15 @@ def resolve_max_model_len(config: RuntimeConfig, spec: ModelSpec) -> int:
     if config.max_model_len is None:
         return min(spec.max_model_len, MAX_SEQUENCE)
     if config.max_model_len > spec.max_model_len:
+        why = f"the model was made for at most {spec.max_model_len} tokens"
+        if spec.max_model_len == spec.rope.max_positions:
+            why = (
+                f"in a sequence of more than {spec.max_model_len} tokens, the rotary positions of this model "
+                "are all others, those of keys in the cache too"
+            )
         raise ConfigError(
-            f"max_model_len={config.max_model_len}: the model was made for at most {spec.max_model_len} "
-            "tokens; use that or less, or leave --max-model-len out"
+            f"max_model_len={config.max_model_len}: {why}; use {spec.max_model_len} or less, or leave "
+            "--max-model-len out"
         )
     return config.max_model_len
 

@@ -24,6 +24,7 @@ from tpworker.model.families.spec import (
     Family,
     LinearScaling,
     Llama3Scaling,
+    LongRopeScaling,
     ModelSpec,
     MoeNames,
     MoeSpec,
@@ -40,6 +41,7 @@ __all__ = [
     "Family",
     "LinearScaling",
     "Llama3Scaling",
+    "LongRopeScaling",
     "ModelSpec",
     "MoeNames",
     "MoeSpec",
@@ -88,6 +90,12 @@ def read_spec(folder: Path) -> ModelSpec:
         )
     generation = Config(folder / "generation_config.json", optional=True)
     ends, notes = read_ends(config, generation, fields["vocab_size"])
+    length, promised = fields["max_model_len"], config.values["max_position_embeddings"]
+    if length < promised:
+        notes.append(
+            f"{config.path}: of max_position_embeddings={promised} the first {length} are served: the rotary "
+            "positions of a longer sequence would all be others, those of its keys in the cache too"
+        )
     return ModelSpec(
         family=family.name,
         architecture=config.values["architectures"][0],

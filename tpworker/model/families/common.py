@@ -5,11 +5,11 @@ Defaults for absent keys are those of transformers' configuration classes.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from tpworker.model.families.rope import longest, read_rope
 from tpworker.model.families.spec import (
     MAX_HEAD_DIM,
     MAX_HEADS,
@@ -17,12 +17,8 @@ from tpworker.model.families.spec import (
     MAX_LENGTH,
     MAX_VOCAB_SIZE,
     Config,
-    LinearScaling,
-    Llama3Scaling,
     MoeNames,
-    RopeSpec,
     WeightNames,
-    YarnScaling,
     with_article,
 )
 
@@ -137,10 +133,7 @@ def read_decoder(
         config.fail("max_position_embeddings", "must be at least 2: a prompt's token and one of the answer")
     if head_dim % 2:
         config.fail("head_dim", f"rotary positions need an even size of a head, not {head_dim}")
-    rope = _read_rope(config, rope_theta, partial_rotary, head_dim)
-    if isinstance(rope.scaling, YarnScaling):  # some configs leave the length as it was before
-        length = rope.scaling.original_max_position_embeddings * rope.scaling.factor
-        max_length = max(max_length, int(min(length, MAX_LENGTH)))
+    rope = read_rope(config, rope_theta, partial_rotary, head_dim)
     return {
         "vocab_size": config.integer("vocab_size", maximum=MAX_VOCAB_SIZE),
         "hidden_size": hidden_size,
@@ -149,102 +142,8 @@ def read_decoder(
         "num_heads": num_heads,
         "num_kv_heads": num_kv_heads,
         "head_dim": head_dim,
-        "max_model_len": max_length,
+        "max_model_len": longest(rope, max_length),
         "rms_norm_eps": config.number("rms_norm_eps", default=rms_norm_eps),
         "rope": rope,
         "tie_embeddings": config.boolean("tie_word_embeddings", default=tie_embeddings),
     }
-
-
-def _read_rope(config: Config, theta: float, partial: float | None, head_dim: int) -> RopeSpec:
-    """Rotary positions, from the keys of transformers 4 (rope_theta, rope_scaling) or 5 (rope_parameters).
-
-    As there, rope_scaling hides rope_parameters, its theta too, unless it is empty.
-    """
-    key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
-    section = config.section(key)
-    theta = config.number("rope_theta", default=theta)
-    rotary_dim = _read_rotary_dim(config, section, partial, head_dim)
-    if section is None:
-        return RopeSpec(theta=theta, rotary_dim=rotary_dim)
-    if any(isinstance(value, dict) for value in section.values.values()):
-        config.fail(key, "other rotary positions for each type of layer are not supported")
-    theta = section.number("rope_theta", default=theta)
-    kind = section.get("rope_type") or section.get("type") or "default"
-    scaling: LinearScaling | Llama3Scaling | YarnScaling | None = None
-    if kind == "linear":
-        scaling = LinearScaling(factor=section.number("factor"))
-    elif kind == "llama3":
-        scaling = _read_llama3(config, section)
-    elif kind == "yarn":
-        scaling = _read_yarn(config, section)
-        if theta <= 1:
-            source = section if "rope_theta" in section.values else config
-            source.fail("rope_theta", "must be above 1 with yarn")
-    elif kind != "default":
-        key = "rope_type" if section.get("rope_type") else "type"
-        section.fail(key, "is not supported; of the scaled rotary positions linear, llama3 and yarn are")
-    return RopeSpec(theta=theta, scaling=scaling, rotary_dim=rotary_dim)
-
-
-def _read_llama3(config: Config, section: Config) -> Llama3Scaling:
-    scaling = Llama3Scaling(
-        factor=section.number("factor"),
-        low_freq_factor=section.number("low_freq_factor"),
-        high_freq_factor=section.number("high_freq_factor"),
-        original_max_position_embeddings=_original_length(config, section),
-    )
-    if scaling.high_freq_factor <= scaling.low_freq_factor:
-        section.fail("high_freq_factor", f"must be above low_freq_factor ({scaling.low_freq_factor:g})")
-    return scaling
-
-
-def _read_yarn(config: Config, section: Config) -> YarnScaling:
-    original = _original_length(config, section)
-    # DeepSeek's configs leave the factor to the two lengths.
-    length = config.integer("max_position_embeddings", maximum=MAX_LENGTH)
-    factor = section.number("factor", default=length / original)
-
-    def sharpness(weight: float) -> float:
-        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
-
-    def optional(key: str) -> float | None:
-        """None if it is absent, or 0, which comes to the same."""
-        return section.number(key) if section.get(key) else None
-
-    weight, weight_of_all = optional("mscale"), optional("mscale_all_dim")
-    inferred = sharpness(1.0)
-    if weight and weight_of_all:
-        inferred = sharpness(weight) / sharpness(weight_of_all)
-    return YarnScaling(
-        factor=factor,
-        original_max_position_embeddings=original,
-        attention_factor=section.number("attention_factor", default=inferred),
-        beta_fast=optional("beta_fast") or 32.0,
-        beta_slow=optional("beta_slow") or 1.0,
-        truncate=section.boolean("truncate", default=True),
-    )
-
-
-def _original_length(config: Config, section: Config) -> int:
-    """Positions before the scaling: what stands beside the section counts more than what stands in it."""
-    key = "original_max_position_embeddings"
-    place = config if config.get(key) is not None else section
-    length = config.integer("max_position_embeddings", maximum=MAX_LENGTH)
-    return place.integer(key, default=length, maximum=MAX_LENGTH)
-
-
-def _read_rotary_dim(
-    config: Config, section: Config | None, partial: float | None, head_dim: int
-) -> int | None:
-    """How much of a head is rotated; None: all of it."""
-    place = section if section is not None and section.get("partial_rotary_factor") is not None else config
-    if partial is None:
-        if place.get("partial_rotary_factor") not in (None, 1, 1.0):
-            place.fail("partial_rotary_factor", "partial rotary positions are not supported")
-        return None
-    factor = place.number("partial_rotary_factor", default=partial)
-    rotary_dim = int(head_dim * factor)
-    if factor > 1 or rotary_dim < 2 or rotary_dim % 2:
-        place.fail("partial_rotary_factor", f"must leave an even part of a head of {head_dim}")
-    return rotary_dim if rotary_dim < head_dim else None

@@ -62,16 +62,28 @@ class YarnScaling:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LongRopeScaling:
+    """LongRoPE (arXiv 2402.13753), of sequences within the original context."""
+
+    factors: tuple[float, ...]
+    """Of each pair: its wavelength is so many times as long."""
+    attention_factor: float
+    """Of cosine and sine alike."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RopeSpec:
     """Rotary position embedding, halves rotated against each other (GPT-NeoX style)."""
 
     theta: float
-    scaling: LinearScaling | Llama3Scaling | YarnScaling | None = None
+    scaling: LinearScaling | Llama3Scaling | YarnScaling | LongRopeScaling | None = None
     rotary_dim: int | None = None
     """The first so many entries of a head are rotated, the others are passed on. None: the whole head."""
     interleaved: bool = False
     """The checkpoint rotates neighbours (2 i, 2 i + 1) against each other. Loading reorders the rows of query
     and key heads so that they become halves: scores do not change when both are permuted alike."""
+    max_positions: int | None = None
+    """In a sequence of more positions all of them would have other angles; None: they never change."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -318,6 +330,17 @@ class Config:
             limit = "above 0" if minimum is None else f"of at least {minimum:g}"
             self.fail(key, f"must be a finite number {limit}")
         return float(value)
+
+    def numbers(self, key: str, count: int) -> tuple[float, ...]:
+        """A list of so many finite numbers above 0. Raises ModelError."""
+        values = self.get(key)
+        if (
+            not isinstance(values, list)
+            or len(values) != count
+            or not all(type(v) in (int, float) and 0 < v <= sys.float_info.max for v in values)
+        ):
+            self.fail(key, f"must be a list of {count} finite numbers above 0")
+        return tuple(map(float, values))
 
     def boolean(self, key: str, default: bool) -> bool:
         """True or false. Raises ModelError."""
