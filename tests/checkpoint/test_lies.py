@@ -268,7 +268,8 @@ KEYS = sorted(
     | {"n_group", "topk_group", "n_shared_experts", "first_k_dense_replace", "num_nextn_predict_layers"}
     | {"routed_scaling_factor", "moe_num_shared_experts", "moe_layer_interval", "moe_layer_start_index"}
     | {"moe_layer_end_index", "moe_use_aux_free", "moe_norm_min", "decoder_sparse_step", "mlp_only_layers"}
-    | {"quantization_config", "original_max_position_embeddings"}
+    | {"quantization_config", "original_max_position_embeddings", "query_pre_attn_scalar"}
+    | {"attn_logit_softcapping", "final_logit_softcapping", "sliding_window_pattern", "rope_local_base_freq"}
 )
 ROPE_KEYS = ["factor", "rope_theta", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale"]
 ROPE_KEYS += [
@@ -286,6 +287,7 @@ ROPES = st.builds(
     st.sampled_from(["linear", "yarn", "llama3", "default", "dynamic", "longrope"]),
     st.dictionaries(st.sampled_from(ROPE_KEYS), VALUES, max_size=4),
 )
+NESTED = st.dictionaries(st.sampled_from(["full_attention", "sliding_attention"]), ROPES | VALUES, max_size=2)
 GENERATION_KEYS = ["temperature", "top_p", "top_k", "do_sample", "eos_token_id", "bos_token_id", "min_p"]
 MANY = settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -309,7 +311,9 @@ def is_served(spec: ModelSpec) -> None:
     shard = Shard.of(spec, 0, 2)
     if (0 if spec.moe is None else len(spec.moe.layers) * spec.moe.num_experts) + spec.num_layers < 200:
         assert shard_bytes(spec, shard, torch.float32, torch.device("meta")) > 0
-    rope_tables(spec.rope, spec.head_dim, 2, CPU)
+    for rope in (spec.rope, spec.window and spec.window.rope):
+        if rope is not None:
+            rope_tables(rope, spec.head_dim, 2, CPU)
     assert all(0 <= eos_id < spec.vocab_size for eos_id in spec.eos_ids)
 
 
@@ -317,7 +321,7 @@ def is_served(spec: ModelSpec) -> None:
 @given(
     base=st.sampled_from(BASES),
     change=st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=3),
-    ropes=st.dictionaries(st.sampled_from(["rope_scaling", "rope_parameters"]), ROPES, max_size=2),
+    ropes=st.dictionaries(st.sampled_from(["rope_scaling", "rope_parameters"]), ROPES | NESTED, max_size=2),
     generation=st.dictionaries(st.sampled_from(GENERATION_KEYS), VALUES, max_size=3),
 )
 def test_whatever_config_comes_is_served_or_refused_in_a_line(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import MistralConfig, Qwen3Config
+from transformers import Gemma2Config, Gemma3TextConfig, MistralConfig, Qwen3Config
 
 from tests.gpu.runners import TINY
 from tests.gpu.test_cuda_ranks import assert_greedy, run
@@ -26,11 +26,13 @@ from tests.gpu.test_kernels import (
 )
 from tests.model.helpers import tiny_model
 from tpworker.checkpoint.weights import load_weights
+from tpworker.model import layer_ops
 from tpworker.model.attention import PagedAttention, Scores, choose, flash
 from tpworker.model.attention.split import SplitAttention
 from tpworker.model.batch import Batch
 from tpworker.model.decoder import Decoder
 from tpworker.model.families import read_spec
+from tpworker.model.operations import operations_of
 from tpworker.model.tp import Shard
 from tpworker.rank.collectives import SoleRank
 
@@ -40,14 +42,32 @@ SCORES = {
     "window": Scores(128**-0.5, window=70),
     "window-of-one": Scores(128**-0.5, window=1),
     "window-of-a-tile": Scores(128**-0.5, window=128),
-    "scale": Scores(168**-0.5, window=512),
+    "scale": Scores(168**-0.5),
+    "softcap": Scores(128**-0.5, softcap=5.0),
+    "all": Scores(168**-0.5, window=70, softcap=5.0),
 }
+GEMMA = Shape(2304, 8, 4, 256, 9216, 256000)
 SIZES = {"vocab_size": 1031, "hidden_size": 256, "intermediate_size": 520, "num_hidden_layers": 3}
 HEADS = {"head_dim": 128, "num_attention_heads": 8, "num_key_value_heads": 2, "max_position_embeddings": 256}
 MODELS: dict[str, Callable[[], Any]] = {
     "mistral": lambda: MistralConfig(**SIZES, **HEADS, sliding_window=17),
     "qwen3": lambda: Qwen3Config(
         **SIZES, **HEADS, use_sliding_window=True, sliding_window=9, max_window_layers=1
+    ),
+    "gemma2": lambda: Gemma2Config(
+        **SIZES,
+        **(HEADS | {"head_dim": 256}),
+        sliding_window=9,
+        attn_logit_softcapping=4.0,
+        query_pre_attn_scalar=144,
+        tie_word_embeddings=False,
+    ),
+    "gemma3": lambda: Gemma3TextConfig(
+        **SIZES,
+        **(HEADS | {"head_dim": 256}),
+        sliding_window=9,
+        sliding_window_pattern=3,
+        tie_word_embeddings=False,
     ),
 }
 
@@ -66,7 +86,7 @@ def expected_of(shape: Shape, scores: Scores, batch: Batch, *tensors: Tensor) ->
 
 @pytest.mark.parametrize("block_size", [16, 64])
 @pytest.mark.parametrize("scores", SCORES.values(), ids=SCORES.keys())
-@pytest.mark.parametrize("name", ["qwen3-8b", "qwen3-8b-tp4"])
+@pytest.mark.parametrize("name", ["qwen3-8b", "qwen3-8b-tp4", "gemma"])
 @pytest.mark.parametrize(
     ("decodes", "chunks"),
     [
@@ -80,7 +100,7 @@ def expected_of(shape: Shape, scores: Scores, batch: Batch, *tensors: Tensor) ->
 def test_scores_of_every_kind(
     name: str, scores: Scores, block_size: int, decodes: list[int], chunks: list[tuple[int, int]]
 ) -> None:
-    shape = SHAPES[name]
+    shape = GEMMA if name == "gemma" else SHAPES[name]
     batch, *tensors = attention_case(shape, block_size, decodes, chunks)
     expected = expected_of(shape, scores, batch, *tensors)
     queries, keys, values = (x.to(DEVICE) for x in tensors)
@@ -125,6 +145,12 @@ def test_which_kernels_serve(caplog: pytest.LogCaptureFixture) -> None:
     caplog.clear()
     assert isinstance(choose(16, 8, 128, torch.float32, DEVICE, window), PagedAttention)
     assert "no step is captured" in caplog.text
+
+
+@pytest.mark.parametrize("count", [1, 64])
+def test_gelu_mul(count: int) -> None:
+    gate_up = torch.randn(count, 2 * 1000, dtype=torch.bfloat16)
+    near(operations_of(DEVICE).gelu_mul(gate_up.to(DEVICE)), layer_ops.gelu_mul(gate_up))
 
 
 @pytest.mark.parametrize("block_size", [16, 64])

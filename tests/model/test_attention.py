@@ -57,6 +57,8 @@ def naive(
             head * num_kv_heads // num_heads,
         )
         products = keys[place].double() @ queries[token, head].double() * scores.scale
+        if scores.softcap is not None:
+            products = (products / scores.softcap).tanh() * scores.softcap
         out[token, head] = products.softmax(0) @ values[place].double()
     return out.flatten(1)
 
@@ -102,6 +104,7 @@ def check(result: Tensor, reference: Tensor) -> None:
         Scores,
         scale=st.sampled_from([HEAD_DIM**-0.5, 0.2]),
         window=st.none() | st.sampled_from([1, 2, 4, 5, 16, 17, 33]),
+        softcap=st.none() | st.sampled_from([0.5, 3.0]),
     ),
 )
 def test_any_batch(
@@ -133,10 +136,17 @@ def test_groups_of_any_size(group_bytes: int, monkeypatch: pytest.MonkeyPatch) -
     check(*run([70, 3, 90, 1, 33, 34, 35, 64], [(5, 7)]))
 
 
+@pytest.mark.parametrize("scores", [PLAIN, Scores(0.4, window=6, softcap=2.0)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(dtype: torch.dtype) -> None:
-    result, reference = run([70, 3, 90, 17], [(5, 7), (0, 9)], dtype=dtype)
+def test_half_precision(dtype: torch.dtype, scores: Scores) -> None:
+    result, reference = run([70, 3, 90, 17], [(5, 7), (0, 9)], dtype=dtype, scores=scores)
     assert (result - reference).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("count", [1, 300, 10**9])
+def test_capped_chunks_in_any_number_of_pieces(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paged, "_SCORES", count)
+    check(*run([], [(5, 17), (0, 9), (40, 1)], scores=Scores(0.4, softcap=2.0)))
 
 
 def test_groups_hold_similar_lengths_within_the_cache() -> None:

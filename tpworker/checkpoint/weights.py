@@ -141,7 +141,7 @@ def dummy_weights(
         if name.endswith("bias"):
             out.zero_()
         elif out.dim() == 1:
-            out.fill_(1)
+            out.fill_(1 - spec.norm_offset)
         else:  # copies run at the speed of memory, random numbers do not
             flat = out.view(-1)
             start = 0
@@ -222,7 +222,7 @@ def _assemble(
     build = _Builder(spec, shard, dtype, device, sized_for or device, fill, operations)
     embed = build.rows([(f"{names.embed}.weight", shard.vocab)])
     built = tuple(layers(build.layer, range(spec.num_layers)))
-    final_norm = build.vector(f"{names.final_norm}.weight", spec.hidden_size)
+    final_norm = build.norm(names.final_norm, spec.hidden_size)
     head = embed if spec.tie_embeddings else build.rows([(f"{names.lm_head}.weight", shard.vocab)])
     return DecoderWeights(embed, built, final_norm, operations.linear(head))
 
@@ -249,13 +249,15 @@ class _Builder:
         keys = heads.keys.scaled(spec.head_dim)
         is_mixture = spec.moe is not None and number in spec.moe.layers
         return LayerWeights(
-            attention_norm=self.vector(f"{names.attention_norm}.weight", spec.hidden_size),
+            attention_norm=self.norm(names.attention_norm, spec.hidden_size),
             qkv=self.qkv(names, queries, keys),
-            query_norm=self.vector(f"{names.query_norm}.weight", spec.head_dim) if spec.qk_norm else None,
-            key_norm=self.vector(f"{names.key_norm}.weight", spec.head_dim) if spec.qk_norm else None,
+            query_norm=self.norm(names.query_norm, spec.head_dim) if spec.qk_norm else None,
+            key_norm=self.norm(names.key_norm, spec.head_dim) if spec.qk_norm else None,
             output=self.row_linear(names.output, queries, spec.output_bias),
-            mlp_norm=self.vector(f"{names.mlp_norm}.weight", spec.hidden_size),
+            mlp_norm=self.norm(names.mlp_norm, spec.hidden_size),
             mlp=self.moe(names) if is_mixture else self.mlp(names),
+            attention_post_norm=self.post_norm(names.attention_post_norm),
+            mlp_post_norm=self.post_norm(names.mlp_post_norm),
             is_local=spec.window is not None and number in spec.window.layers,
         )
 
@@ -276,6 +278,7 @@ class _Builder:
         return Mlp(
             gate_up=self.operations.linear(*self.columns([(names.gate, split), (names.up, split)], has_bias)),
             down=self.row_linear(names.down, split, has_bias),
+            gating=self.operations.gelu_mul if self.spec.activation == "gelu_tanh" else None,
         )
 
     def moe(self, names: WeightNames) -> Moe:
@@ -331,6 +334,14 @@ class _Builder:
     def vector(self, name: str, size: int) -> Tensor:
         """[size], the same on all ranks."""
         return self._stacked([(name, Split.whole(size))], ())
+
+    def norm(self, name: str, size: int) -> Tensor:
+        """[size], the weight of a norm."""
+        return self.vector(f"{name}.weight", size).add_(self.spec.norm_offset)
+
+    def post_norm(self, name: str) -> Tensor | None:
+        """The weight of a norm of what a layer adds to the residual stream, where the model has them."""
+        return self.norm(name, self.spec.hidden_size) if self.spec.post_norms else None
 
     def columns(self, parts: list[tuple[str, Split]], has_bias: bool) -> tuple[Tensor, Tensor | None]:
         """Weights split by output rows, fused into one matrix, and their biases."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from tpworker.kernels import moe_kernels, moe_routing
@@ -24,6 +25,7 @@ __all__ = [
     "count_tokens",
     "experts",
     "finish_step",
+    "gelu_mul",
     "linear",
     "logprob_parts",
     "norm_rotate_store",
@@ -33,6 +35,12 @@ __all__ = [
     "sample_truncated",
     "silu_mul",
 ]
+
+
+def gelu_mul(gate_up: Tensor) -> Tensor:
+    """See `Operations.gelu_mul`: two kernels of torch."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.gelu(gate, approximate="tanh").mul_(up)
 
 
 def route(x: Tensor, gate: Matrix, bias: Tensor | None, spec: Routing) -> tuple[Tensor, Tensor]:

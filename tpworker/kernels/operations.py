@@ -83,6 +83,10 @@ class Operations(Protocol):
         """[T, 2 F], gate then up, to silu(gate) * up [T, F]."""
         ...
 
+    def gelu_mul(self, gate_up: Tensor) -> Tensor:
+        """[T, 2 F], gate then up, to gelu(gate) * up [T, F], with the GELU that is written with tanh."""
+        ...
+
     # ------------------------------------------------------------------------ mixtures of experts
 
     def route(self, x: Tensor, gate: Matrix, bias: Tensor | None, spec: Routing) -> tuple[Tensor, Tensor]:

@@ -27,6 +27,7 @@ def reduce_add_norm(
     weight: Tensor,
     eps: float,
     collectives: Collectives,
+    post_norm: Tensor | None = None,
 ) -> Tensor | Normed:
     """Add up what the ranks have of a sum, add it to x in place, and norm the result.
 
@@ -34,12 +35,16 @@ def reduce_add_norm(
         x: [T, D], the residual stream, the same on all ranks.
         part: [T, D], this rank's summand; it may be overwritten. None: nothing is added.
         weight: [D], of the RMSNorm.
+        post_norm: [D], of the RMSNorm of what is added; None: it is added as it is.
 
     Returns:
         [T, D], the same on all ranks; a `Normed` only for a `Product`.
     """
     if part is None:
         return operations.add_norm(x, None, weight, eps)
+    if post_norm is not None:
+        whole = collectives.all_reduce(tensor_of(operations, part))
+        return operations.add_norm(x, operations.add_norm(whole, None, post_norm, eps), weight, eps)
     if isinstance(part, Product):
         if collectives.size == 1 and (normed := part.add_to(x, weight, eps)) is not None:
             return normed

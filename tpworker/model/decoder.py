@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tpworker.kernels.operands import Places, Product
@@ -49,7 +50,7 @@ class Decoder:
         shard: what this rank holds.
         collectives: the rank's group, of `shard.size` ranks.
         max_model_len: positions are below it; may exceed the model's own.
-        attention: the backend of layers without a window; None: the best that there is for the device.
+        attention: the backend of layers with plain scores; None: the best that there is for the device.
 
     Attributes:
         attention: the backend of all layers; of two, the one for windows, which can do the least.
@@ -72,6 +73,8 @@ class Decoder:
         self.vocab_start = shard.vocab_start
         table = weights.embed
         self.operations = operations_of(table.device)
+        # Rounded as transformers rounds it.
+        self._embed_scale = float(torch.tensor(spec.embed_scale, dtype=table.dtype))
         local = sorted({layer.is_local for layer in weights.layers})
         self._kinds = {is_local: self._kind(is_local, max_model_len, attention) for is_local in local}
         self.attention = self._kinds[local[-1]].attention
@@ -79,17 +82,19 @@ class Decoder:
     def _kind(self, is_local: bool, max_model_len: int, attention: Attention | None) -> _Kind:
         """Of the layers with a window (`is_local`), or of the others."""
         spec, shard, table = self.spec, self.shard, self.weights.embed
-        scores = Scores.plain(spec.head_dim)
+        scale, rope = spec.attention_scale or spec.head_dim**-0.5, spec.rope
+        scores = Scores(scale, softcap=spec.attention_softcap)
         if is_local:
             assert spec.window is not None
+            rope = spec.window.rope or rope
             # One that all tokens are within is none, and any kernel takes it.
             if spec.window.size < max_model_len:
                 scores = replace(scores, window=spec.window.size)
-        if attention is None or scores.window is not None:
+        if attention is None or scores != Scores.plain(spec.head_dim):
             attention = choose_attention(
                 shard.num_heads, shard.num_kv_heads, spec.head_dim, table.dtype, table.device, scores
             )
-        return _Kind(attention, *rope_tables(spec.rope, spec.head_dim, max_model_len, table.device))
+        return _Kind(attention, *rope_tables(rope, spec.head_dim, max_model_len, table.device))
 
     def forward(self, batch: Batch, cache: KVCache) -> Tensor:
         """Compute one step; its keys and values are in the cache afterwards.
@@ -100,13 +105,15 @@ class Decoder:
         operations, weights, eps = self.operations, self.weights, self.spec.rms_norm_eps
         add_up = partial(composed_ops.reduce_add_norm, operations, eps=eps, collectives=self.collectives)
         x = embed(batch.token_ids, weights.embed, self.shard, self.collectives)  # [T, D]
-        part: Tensor | Product | None = (
-            None  # a rank's summand of x, still to be added up: the next norm does that
-        )
+        if self._embed_scale != 1:
+            x *= self._embed_scale
+        # A rank's summand of x, still to be added up: the next norm does that.
+        part: Tensor | Product | None = None
+        post_norm: Tensor | None = None  # of the sum, before it is added to x
         prepared = {is_local: self._prepare(kind, batch, cache) for is_local, kind in self._kinds.items()}
         for number, layer in enumerate(weights.layers):
             attention, plan, places = prepared[layer.is_local]
-            normed = add_up(x, part, layer.attention_norm)
+            normed = add_up(x, part, layer.attention_norm, post_norm=post_norm)
             heads = layer.qkv(normed).view(len(x), -1, self.spec.head_dim)  # [T, H + 2 K, head_dim]
             attended = composed_ops.store_and_attend(
                 operations,
@@ -120,13 +127,13 @@ class Decoder:
                 cache.values[number],
             )
             part = Product(layer.output, attended)
-            normed = add_up(x, part, layer.mlp_norm)
-            part = layer.mlp(normed)
+            normed = add_up(x, part, layer.mlp_norm, post_norm=layer.attention_post_norm)
+            part, post_norm = layer.mlp(normed), layer.mlp_post_norm
         last = None if part is None else composed_ops.tensor_of(operations, part)
         if batch.sample_rows is not None:
             x = x.index_select(0, batch.sample_rows)
             last = last if last is None else last.index_select(0, batch.sample_rows)
-        normed = add_up(x, last, weights.final_norm)
+        normed = add_up(x, last, weights.final_norm, post_norm=post_norm)
         return composed_ops.tensor_of(operations, normed)
 
     def _prepare(self, kind: _Kind, batch: Batch, cache: KVCache) -> tuple[Attention, Any, Places]:
@@ -154,6 +161,8 @@ class Decoder:
         Of the dtype that `Operations.ready_logits` makes of the weights'.
         """
         logits = self.operations.ready_logits(self.weights.lm_head(hidden))
+        if (cap := self.spec.logit_softcap) is not None:
+            logits = logits.div_(cap).tanh_().mul_(cap)
         if self.shard.vocab.num_real < self.shard.vocab.local:
             logits[:, self.shard.vocab.num_real :].fill_(float("-inf"))  # an assignment waits, on CUDA
         return logits

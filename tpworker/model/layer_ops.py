@@ -6,10 +6,13 @@ each of these functions is one kernel there:
     add_norm            x += delta; RMSNorm(x)                           twice a layer
     norm_rotate_store   norm of query and key heads, rotation, KV write  once a layer
     silu_mul            silu(gate) * up                                  once a layer
+    gelu_mul            gelu(gate) * up, in models that have it so       once a layer
     places              rotary angles and cache rows of the tokens       once a step
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -89,6 +92,14 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     if gate.dtype != torch.float32:
         return F.silu(gate).mul_(up)
     return sigmoid(gate).mul_(gate).mul_(up)
+
+
+def gelu_mul(gate_up: Tensor) -> Tensor:
+    """See `Operations.gelu_mul`. Not torch's own gelu, of which the same is true as of its sigmoid."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    x = gate.float()
+    inner = x.pow(3).mul_(0.044715).add_(x).mul_(math.sqrt(2 / math.pi))
+    return inner.tanh_().add_(1).mul_(x).mul_(0.5).to(gate.dtype).mul_(up)
 
 
 def sigmoid(x: Tensor) -> Tensor:

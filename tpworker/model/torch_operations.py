@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from tpworker.kernels.operands import Matrix, Routing
-from tpworker.model.layer_ops import add_norm, norm_rotate_store, places, silu_mul
+from tpworker.model.layer_ops import add_norm, gelu_mul, norm_rotate_store, places, silu_mul
 from tpworker.model.linear import Linear as linear
 from tpworker.model.logit_rules import adjust, count_tokens
 from tpworker.model.logprobs import logprob_parts
@@ -22,6 +22,7 @@ __all__ = [
     "count_tokens",
     "experts",
     "finish_step",
+    "gelu_mul",
     "linear",
     "logprob_parts",
     "norm_rotate_store",

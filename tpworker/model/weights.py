@@ -22,6 +22,8 @@ class LayerWeights:
     output: Matrix  # [hidden, H head_dim]
     mlp_norm: Tensor  # [hidden]
     mlp: Mlp | Moe
+    attention_post_norm: Tensor | None = None  # [hidden], of what attention returns
+    mlp_post_norm: Tensor | None = None  # [hidden], of what the MLP returns
     is_local: bool = False  # a token sees those of a sliding window, see `WindowSpec`
 
 

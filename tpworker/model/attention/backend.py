@@ -18,6 +18,8 @@ class Scores:
     """They are multiplied by it."""
     window: int | None = None
     """So many tokens are seen, a token itself and those before it; None: all of them."""
+    softcap: float | None = None
+    """Scaled scores s become c tanh(s / c); None: they stay as they are."""
 
     @classmethod
     def plain(cls, head_dim: int) -> Scores:

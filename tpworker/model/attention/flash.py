@@ -120,6 +120,7 @@ class FlashAttention:
                 page_size=block_size,
                 causal=True,
                 window_size=(self._left, -1),
+                has_softcap=self.scores.softcap is not None,
                 num_splits=num_splits,
             )
         return _Plan(batch.block_tables, batch.lengths, query_starts, batch.max_query, num_splits, schedule)
@@ -140,6 +141,7 @@ class FlashAttention:
             softmax_scale=self.scores.scale,
             is_causal=True,
             window_size_left=self._left,
+            softcap=self.scores.softcap or 0.0,
             scheduler_metadata=plan.schedule,
             num_splits=plan.num_splits,
         )[0]

@@ -5,7 +5,8 @@ It reads lengths on the host, so it cannot be captured in a CUDA graph.
 Decoding sequences are taken in groups of similar length, so that little is padded and a group's gathered
 keys stay in a core's cache. Per group and layer: gather the keys, scores, softmax, and the weighted sum of
 values as an `embedding_bag`, which reads the values where they are. A prompt's chunk goes through torch's
-fused attention, one sequence at a time. With a window, what no token of the step sees is not gathered.
+fused attention, one sequence at a time, but where scores are capped. With a window, what no token of the step
+sees is not gathered.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from tpworker.model.attention.backend import Scores
 from tpworker.model.batch import Batch
 
 _GROUP_BYTES = 1024 * 1024  # of a group's gathered keys: about what a core's second-level cache holds
+_SCORES = 1 << 21  # of capped chunks, so many at a time
 _ALIGNMENT = 16  # gathered lengths are multiples of it: no odd tail for vector units
 
 
@@ -156,7 +158,8 @@ class PagedAttention:
         seen, window = self._seen(length, num_queries), self.scores.window
         position = torch.arange(length - seen, length, device=table.device)
         slots = table.to(torch.int64)[position // block_size] * block_size + position % block_size
-        if num_queries == length and (window is None or length <= window):
+        is_plain = self.scores.softcap is None and (window is None or length <= window)
+        if num_queries == length and is_plain:
             return _Chunk(rows, slots, None)
         mask = torch.full((num_queries, seen), float("-inf"), dtype=self.dtype, device=table.device)
         mask.triu_(diagonal=seen - num_queries + 1)
@@ -191,14 +194,40 @@ class PagedAttention:
             batch, _, length = group.mask.shape  # s * K, 1, L
             q = queries[group.rows].reshape(batch, group_size, self.head_dim)
             k = key_rows.index_select(0, group.keys).view(batch, length, self.head_dim).float()
-            scores = torch.baddbmm(group.mask, q, k.transpose(1, 2), alpha=self.scores.scale)
+            scores = self._score(q, k, group.mask)
             weights = torch.softmax(scores, dim=-1).to(value_rows.dtype).view(-1, length)
             sums = F.embedding_bag(group.values, value_rows, per_sample_weights=weights, mode="sum")
             out[group.rows] = sums.view(-1, self.num_heads, self.head_dim)
 
+    def _score(self, queries: Tensor, keys: Tensor, mask: Tensor) -> Tensor:
+        """Masked scores [n, q, L], float32, of queries [n, q, head_dim] and keys [n, L, head_dim]."""
+        scale, softcap = self.scores.scale, self.scores.softcap
+        if softcap is None:
+            return torch.baddbmm(mask, queries, keys.transpose(1, 2), alpha=scale)
+        scores = torch.bmm(queries, keys.transpose(1, 2))
+        return scores.mul_(scale / softcap).tanh_().mul_(softcap).add_(mask)
+
+    def _attend_capped(self, queries: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        """A chunk without fused attention: queries [q, H, head_dim], k, v [K, L, head_dim], mask [q, L]."""
+        length, group_size = k.shape[1], self.num_heads // self.num_kv_heads
+        step = max(1, _SCORES // (self.num_heads * length))
+        keys, out = k.float(), torch.empty_like(queries)
+        for start in range(0, len(queries), step):
+            part = queries[start : start + step]
+            q = part.view(len(part), self.num_kv_heads, group_size, self.head_dim).permute(1, 2, 0, 3)
+            q = q.reshape(self.num_kv_heads, -1, self.head_dim).float()  # [K, H / K * q, head_dim]
+            rows = mask[start : start + step].float().repeat(group_size, 1)
+            weights = torch.softmax(self._score(q, keys, rows), dim=-1).to(v.dtype)
+            sums = torch.bmm(weights, v).view(self.num_kv_heads, group_size, len(part), self.head_dim)
+            out[start : start + step] = sums.permute(2, 0, 1, 3).flatten(1, 2)
+        return out
+
     def _attend_chunk(self, queries: Tensor, keys: Tensor, values: Tensor, chunk: _Chunk) -> Tensor:
         k = keys.flatten(0, 1).index_select(0, chunk.slots).transpose(0, 1)[None]  # [1, K, L, head_dim]
         v = values.flatten(0, 1).index_select(0, chunk.slots).transpose(0, 1)[None]
+        if self.scores.softcap is not None:
+            assert chunk.mask is not None
+            return self._attend_capped(queries, k[0], v[0], chunk.mask)
         attended = F.scaled_dot_product_attention(
             queries.transpose(0, 1)[None],
             k,

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from tpworker.errors import ModelError, shown
+from tpworker.model.families.config import Config
 from tpworker.model.families.ernie4_5 import ERNIE4_5, ERNIE4_5_MOE
+from tpworker.model.families.gemma import GEMMA
 from tpworker.model.families.generation import (
     MAX_TEMPERATURE,
     MAX_TOP_K,
@@ -20,7 +22,6 @@ from tpworker.model.families.mixtral import MIXTRAL
 from tpworker.model.families.qwen3_moe import QWEN3_MOE
 from tpworker.model.families.spec import (
     MAX_ALL_EXPERTS,
-    Config,
     Family,
     LinearScaling,
     Llama3Scaling,
@@ -53,7 +54,7 @@ __all__ = [
 ]
 
 FAMILIES: dict[str, Family] = {
-    family.name: family for family in (LLAMA, GLM4_MOE, ERNIE4_5, ERNIE4_5_MOE, QWEN3_MOE, MIXTRAL)
+    family.name: family for family in (LLAMA, GEMMA, GLM4_MOE, ERNIE4_5, ERNIE4_5_MOE, QWEN3_MOE, MIXTRAL)
 }
 
 _DTYPES = ("float32", "bfloat16", "float16")

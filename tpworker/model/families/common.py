@@ -5,10 +5,11 @@ Defaults for absent keys are those of transformers' configuration classes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from tpworker.model.families.config import Config
 from tpworker.model.families.rope import longest, read_rope
 from tpworker.model.families.spec import (
     MAX_HEAD_DIM,
@@ -16,8 +17,8 @@ from tpworker.model.families.spec import (
     MAX_LAYERS,
     MAX_LENGTH,
     MAX_VOCAB_SIZE,
-    Config,
     MoeNames,
+    RopeSpec,
     WeightNames,
     with_article,
 )
@@ -102,8 +103,7 @@ def read_decoder(
     config: Config,
     *,
     rms_norm_eps: float,
-    rope_theta: float = 10000.0,
-    partial_rotary: float | None = None,
+    rope: Callable[[Config, int], RopeSpec] = read_rope,
     tie_embeddings: bool = False,
     head_dim: int | None = None,
     kv_heads_required: bool = True,
@@ -111,9 +111,9 @@ def read_decoder(
     """The fields of `ModelSpec` that every config determines alike. Raises ModelError.
 
     Args:
-        rms_norm_eps, rope_theta, tie_embeddings, head_dim: what an absent key means; a head_dim of None:
+        rms_norm_eps, tie_embeddings, head_dim: what an absent key means; a head_dim of None:
             hidden_size / num_attention_heads.
-        partial_rotary: what an absent partial_rotary_factor means; None: the family rotates whole heads.
+        rope: reads the rotary positions of heads of this size.
         kv_heads_required: num_key_value_heads must be there; else an absent one means as many as heads.
     """
     num_heads = config.integer("num_attention_heads", maximum=MAX_HEADS)
@@ -133,7 +133,7 @@ def read_decoder(
         config.fail("max_position_embeddings", "must be at least 2: a prompt's token and one of the answer")
     if head_dim % 2:
         config.fail("head_dim", f"rotary positions need an even size of a head, not {head_dim}")
-    rope = read_rope(config, rope_theta, partial_rotary, head_dim)
+    positions = rope(config, head_dim)
     return {
         "vocab_size": config.integer("vocab_size", maximum=MAX_VOCAB_SIZE),
         "hidden_size": hidden_size,
@@ -142,8 +142,8 @@ def read_decoder(
         "num_heads": num_heads,
         "num_kv_heads": num_kv_heads,
         "head_dim": head_dim,
-        "max_model_len": longest(rope, max_length),
+        "max_model_len": longest(positions, max_length),
         "rms_norm_eps": config.number("rms_norm_eps", default=rms_norm_eps),
-        "rope": rope,
+        "rope": positions,
         "tie_embeddings": config.boolean("tie_word_embeddings", default=tie_embeddings),
     }

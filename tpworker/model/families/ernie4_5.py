@@ -7,6 +7,7 @@ correction bias; its weight is published in float32.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from tpworker.model.families.common import (
@@ -15,7 +16,9 @@ from tpworker.model.families.common import (
     read_decoder,
     refuse_unknown,
 )
-from tpworker.model.families.spec import MAX_EXPERTS, Config, Family, MoeSpec
+from tpworker.model.families.config import Config
+from tpworker.model.families.rope import read_rope
+from tpworker.model.families.spec import MAX_EXPERTS, Family, MoeSpec
 from tpworker.model.families.windows import refuse_sliding_window
 
 _THETA = 500000.0
@@ -52,7 +55,11 @@ def _read_mixture(config: Config) -> dict[str, Any]:
 def _read_decoder(config: Config, head_dim: int | None) -> dict[str, Any]:
     """What both have in common."""
     fields = read_decoder(
-        config, rms_norm_eps=1e-5, rope_theta=_THETA, tie_embeddings=True, head_dim=head_dim
+        config,
+        rms_norm_eps=1e-5,
+        rope=partial(read_rope, theta=_THETA),
+        tie_embeddings=True,
+        head_dim=head_dim,
     )
     refuse_sliding_window(config, config.values["architectures"][0], fields["num_layers"])
     use_bias = config.boolean("use_bias", default=False)

@@ -19,7 +19,8 @@ from __future__ import annotations
 from typing import Any
 
 from tpworker.errors import shown
-from tpworker.model.families.spec import MAX_EOS_IDS, Config
+from tpworker.model.families.config import Config
+from tpworker.model.families.spec import MAX_EOS_IDS
 
 MAX_TEMPERATURE = 100
 MAX_TOP_K = 2**31 - 1
@@ -30,6 +31,8 @@ LEAST_TOP_P = 1e-12
 _DEFAULT_EOS = {
     "Ernie4_5ForCausalLM": 2,
     "Ernie4_5_MoeForCausalLM": 2,
+    "Gemma2ForCausalLM": 1,
+    "Gemma3ForCausalLM": 1,
     "LlamaForCausalLM": 2,
     "MistralForCausalLM": 2,
     "MixtralForCausalLM": 2,

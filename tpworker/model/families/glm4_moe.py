@@ -8,6 +8,7 @@ the layers for multi-token prediction behind the last of the model's own.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from tpworker.model.families.common import (
@@ -16,7 +17,9 @@ from tpworker.model.families.common import (
     read_decoder,
     refuse_unknown,
 )
-from tpworker.model.families.spec import MAX_EXPERTS, MAX_LAYERS, Config, Family, MoeSpec
+from tpworker.model.families.config import Config
+from tpworker.model.families.rope import read_rope
+from tpworker.model.families.spec import MAX_EXPERTS, MAX_LAYERS, Family, MoeSpec
 from tpworker.model.families.windows import refuse_sliding_window
 
 _KNOWN: dict[str, tuple[Any, ...] | None] = {
@@ -34,7 +37,7 @@ _KNOWN: dict[str, tuple[Any, ...] | None] = {
 def _read(config: Config) -> dict[str, Any]:
     """The fields of `ModelSpec` that a config of this family determines. Raises ModelError."""
     refuse_unknown(config, "Glm4MoeForCausalLM", _KNOWN)
-    fields = read_decoder(config, rms_norm_eps=1e-5, partial_rotary=0.5)
+    fields = read_decoder(config, rms_norm_eps=1e-5, rope=partial(read_rope, partial_rotary=0.5))
     refuse_sliding_window(config, "Glm4MoeForCausalLM", fields["num_layers"])
     return fields | {
         "qkv_bias": config.boolean("attention_bias", default=False),

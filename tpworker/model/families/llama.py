@@ -10,7 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 from tpworker.model.families.common import NAMES, read_decoder, refuse_unknown
-from tpworker.model.families.spec import MAX_LAYERS, Config, Family, WindowSpec
+from tpworker.model.families.config import Config
+from tpworker.model.families.spec import MAX_LAYERS, Family, WindowSpec
 from tpworker.model.families.windows import (
     read_window,
     read_window_of_some,

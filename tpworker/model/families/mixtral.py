@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from tpworker.model.families.common import NAMES, read_decoder, refuse_unknown
-from tpworker.model.families.spec import MAX_EXPERTS, Config, Family, MoeNames, MoeSpec
+from tpworker.model.families.config import Config
+from tpworker.model.families.rope import read_rope
+from tpworker.model.families.spec import MAX_EXPERTS, Family, MoeNames, MoeSpec
 from tpworker.model.families.windows import read_window
 
 _KNOWN: dict[str, tuple[Any, ...] | None] = {"num_local_experts": None, "norm_topk_prob": (True,)}
@@ -15,7 +18,7 @@ _KNOWN: dict[str, tuple[Any, ...] | None] = {"num_local_experts": None, "norm_to
 def _read(config: Config) -> dict[str, Any]:
     """The fields of `ModelSpec` that a config of this family determines. Raises ModelError."""
     refuse_unknown(config, "MixtralForCausalLM", _KNOWN)
-    fields = read_decoder(config, rms_norm_eps=1e-5, rope_theta=1e6)
+    fields = read_decoder(config, rms_norm_eps=1e-5, rope=partial(read_rope, theta=1e6))
     num_experts = config.integer("num_local_experts", maximum=MAX_EXPERTS)
     moe = MoeSpec(
         layers=tuple(range(fields["num_layers"])),

@@ -6,7 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 from tpworker.model.families.common import EXPERTS, NAMES, read_decoder, refuse_unknown
-from tpworker.model.families.spec import MAX_EXPERTS, Config, Family, MoeSpec
+from tpworker.model.families.config import Config
+from tpworker.model.families.spec import MAX_EXPERTS, Family, MoeSpec
 from tpworker.model.families.windows import read_window
 
 _KNOWN: dict[str, tuple[Any, ...] | None] = {"num_experts": None, "num_local_experts": None}

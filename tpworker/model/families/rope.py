@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 
+from tpworker.model.families.config import Config
 from tpworker.model.families.spec import (
     MAX_LENGTH,
-    Config,
     LinearScaling,
     Llama3Scaling,
     LongRopeScaling,
@@ -23,14 +23,16 @@ _SCALED = ("linear", "dynamic", "yarn", "longrope", "llama3")
 _ORIGINAL = "original_max_position_embeddings"
 
 
-def read_rope(config: Config, theta: float, partial: float | None, head_dim: int) -> RopeSpec:
+def read_rope(
+    config: Config, head_dim: int, *, theta: float = 10000.0, partial_rotary: float | None = None
+) -> RopeSpec:
     """Rotary positions, from the keys of transformers 4 (rope_theta, rope_scaling) or 5 (rope_parameters).
 
     As there, rope_scaling hides rope_parameters, its theta too, unless it is empty.
 
     Args:
         theta: what an absent rope_theta means.
-        partial: what an absent partial_rotary_factor means; None: whole heads are rotated.
+        partial_rotary: what an absent partial_rotary_factor means; None: whole heads are rotated.
 
     Raises:
         ModelError: a value is wrong, or means positions that are not known of.
@@ -38,11 +40,25 @@ def read_rope(config: Config, theta: float, partial: float | None, head_dim: int
     key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
     section = config.section(key)
     theta = config.number("rope_theta", default=theta)
-    rotary_dim = _read_rotary_dim(config, section, partial, head_dim)
+    rotary_dim = _read_rotary_dim(config, section, partial_rotary, head_dim)
     if section is None:
         return RopeSpec(theta=theta, rotary_dim=rotary_dim)
     if any(isinstance(value, dict) for value in section.values.values()):
         config.fail(key, "other rotary positions for each type of layer are not supported")
+    return read_section(config, section, head_dim, theta=theta, rotary_dim=rotary_dim)
+
+
+def read_section(
+    config: Config, section: Config, head_dim: int, *, theta: float, rotary_dim: int | None = None
+) -> RopeSpec:
+    """Rotary positions as one section of `config` says them.
+
+    Args:
+        theta: what an absent rope_theta means.
+
+    Raises:
+        ModelError: a value is wrong, or means positions that are not known of.
+    """
     theta = section.number("rope_theta", default=theta)
     kind = section.get("rope_type") or section.get("type") or "default"
     scaling: LinearScaling | Llama3Scaling | YarnScaling | LongRopeScaling | None = None

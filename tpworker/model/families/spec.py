@@ -6,18 +6,15 @@ refused in an instant.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
-from tpworker.errors import ModelError, shown
-from tpworker.json_file import read_object
+from tpworker.errors import ModelError
+from tpworker.model.families.config import Config
 
 # What a dimension may be: far above any published model's, and so little that no product overflows, and that
 # what is done once for each layer, head or expert takes no time to speak of.
-MAX_SIZE = 1 << 20
 MAX_VOCAB_SIZE = 1 << 24  # the ranks exchange token ids as float32, which is exact below
 MAX_LENGTH = 2**31 - 1
 MAX_LAYERS = 1024
@@ -94,6 +91,8 @@ class WindowSpec:
     """Tokens that one sees: itself and the size - 1 before it."""
     layers: tuple[int, ...]
     """Numbers of these layers, ascending, one at least; in the others all is seen."""
+    rope: RopeSpec | None = None
+    """Their rotary positions; None: the model's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,6 +161,20 @@ class ModelSpec:
     qk_norm: bool = False
     """RMSNorm over each query and key head, before the rotation."""
     window: WindowSpec | None = None
+    attention_scale: float | None = None
+    """Products of queries and keys are multiplied by it; None: by head_dim ** -0.5."""
+    attention_softcap: float | None = None
+    """Scores s become c tanh(s / c), which is never beyond c; None: they stay as they are."""
+    logit_softcap: float | None = None
+    """The same of the logits."""
+    embed_scale: float = 1.0
+    """Embeddings of tokens are multiplied by it, rounded to the weights' dtype; the output head is not."""
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    """Of the gate of dense MLPs."""
+    norm_offset: float = 0.0
+    """Added to the published weights of all norms."""
+    post_norms: bool = False
+    """What attention and MLP return is normed, too, before it is added to the residual stream."""
     moe: MoeSpec | None = None
     num_mtp_layers: int = 0
     """Layers for multi-token prediction (MTP) that the checkpoint holds behind the model's own: not read."""
@@ -226,6 +239,8 @@ class WeightNames:
     up: str
     down: str
     moe: MoeNames | None = None
+    attention_post_norm: str = ""
+    mlp_post_norm: str = ""
 
     def of_layer(self, layer: int) -> WeightNames:
         """The names of one layer's tensors; `{expert}` stays."""
@@ -268,114 +283,3 @@ class Family:
 def with_article(architecture: str) -> str:
     """E.g. 'a LlamaForCausalLM', 'an Ernie4_5ForCausalLM'."""
     return f"{'an' if architecture[0] in 'AEIOU' else 'a'} {architecture}"
-
-
-class Config:
-    """A JSON file of a model folder; every getter checks the type and names file and key when it is wrong."""
-
-    def __init__(self, path: Path, *, optional: bool = False) -> None:
-        """Read `path`; a missing file is empty if `optional`, else a ModelError."""
-        self.path = path
-        self.values: dict[str, Any] = {}
-        try:
-            self.values = read_object(path)
-        except FileNotFoundError:
-            if not optional:
-                raise ModelError(f"{path} is missing: a model folder needs it") from None
-
-    def get(self, key: str) -> Any:
-        """The value, None if it is absent or null."""
-        return self.values.get(key)
-
-    def fail(self, key: str, problem: str) -> NoReturn:
-        """Raise a ModelError that names file, key and value."""
-        raise ModelError(f"{self.path}: {key}={shown(self.values.get(key))}: {problem}")
-
-    def integer(
-        self,
-        key: str,
-        default: int | None = None,
-        minimum: int = 1,
-        maximum: int = MAX_SIZE,
-        reason: str = "",
-        whole_floats: bool = False,
-    ) -> int:
-        """An integer in these bounds. Raises ModelError, also if it is absent without a default.
-
-        Args:
-            reason: what the maximum comes from.
-            whole_floats: 50.0 will do for 50.
-        """
-        value = self.get(key)
-        if value is None:
-            if default is None:
-                self.fail(key, "is required")
-            return default
-        if not _is_whole(value, whole_floats) or value < minimum:
-            self.fail(key, f"must be an integer of at least {minimum} and at most {maximum}")
-        if value > maximum:
-            self.fail(key, f"must be at most {maximum}" + (f" ({reason})" if reason else ""))
-        return int(value)
-
-    def number(self, key: str, default: float | None = None, minimum: float | None = None) -> float:
-        """A finite number above 0, or from `minimum` on; `default` if it is absent. Raises ModelError."""
-        value = self.get(key)
-        if value is None:
-            if default is None:
-                self.fail(key, "is required")
-            return default
-        if not isinstance(value, (int, float)) or isinstance(value, bool):
-            self.fail(key, "must be a number")
-        if not (value > 0 if minimum is None else value >= minimum) or value > sys.float_info.max:
-            limit = "above 0" if minimum is None else f"of at least {minimum:g}"
-            self.fail(key, f"must be a finite number {limit}")
-        return float(value)
-
-    def numbers(self, key: str, count: int) -> tuple[float, ...]:
-        """A list of so many finite numbers above 0. Raises ModelError."""
-        values = self.get(key)
-        if (
-            not isinstance(values, list)
-            or len(values) != count
-            or not all(type(v) in (int, float) and 0 < v <= sys.float_info.max for v in values)
-        ):
-            self.fail(key, f"must be a list of {count} finite numbers above 0")
-        return tuple(map(float, values))
-
-    def boolean(self, key: str, default: bool) -> bool:
-        """True or false. Raises ModelError."""
-        value = self.get(key)
-        if value is None:
-            return default
-        if not isinstance(value, bool):
-            self.fail(key, "must be true or false")
-        return value
-
-    def section(self, key: str) -> Config | None:
-        """The object at `key` as a Config of its own, None if it is absent or null. Raises ModelError."""
-        value = self.get(key)
-        if value is None:
-            return None
-        if not isinstance(value, dict):
-            self.fail(key, "must be an object")
-        section = object.__new__(Config)
-        section.path = self.path
-        section.values = value
-        return section
-
-    def ids(self, key: str) -> tuple[int, ...]:
-        """One token id or a list of them, of any vocabulary; none if it is absent. Raises ModelError."""
-        value = self.get(key)
-        if value is None:
-            return ()
-        ids = value if isinstance(value, list) else [value]
-        if not all(_is_whole(id_, floats=True) for id_ in ids):
-            self.fail(key, "must be a token id or a list of them")
-        return tuple(map(int, ids))
-
-
-def _is_whole(value: object, floats: bool) -> bool:
-    """Whether it is an integer, or with `floats` a float without a fraction; true and false are neither."""
-    if isinstance(value, float):
-        return floats and value.is_integer()
-    return isinstance(value, int) and not isinstance(value, bool)

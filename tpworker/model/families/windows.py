@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from tpworker.errors import shown
-from tpworker.model.families.spec import MAX_LENGTH, Config, WindowSpec, with_article
+from tpworker.model.families.config import Config
+from tpworker.model.families.spec import MAX_LENGTH, WindowSpec, with_article
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
