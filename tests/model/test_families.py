@@ -71,6 +71,11 @@ GLM = DECODER | {
 ERNIE = DECODER | {"architectures": ["Ernie4_5_MoeForCausalLM"], "moe_num_experts": 8, "moe_k": 2}
 ERNIE_DENSE = DECODER | {"architectures": ["Ernie4_5ForCausalLM"]}
 QWEN = DECODER | {"architectures": ["Qwen3MoeForCausalLM"], "num_experts": 8, "num_experts_per_tok": 2}
+PHI_LONGROPE = {
+    "original_max_position_embeddings": 77,
+    "short_factor": [1.0] * 4,
+    "long_factor": [2.0] * 4,
+}
 MIXTRAL = DECODER | {
     "architectures": ["MixtralForCausalLM"],
     "num_local_experts": 8,
@@ -78,6 +83,7 @@ MIXTRAL = DECODER | {
 }
 
 FAMILY_CONFIGS = {config["architectures"][0]: config for config in (GLM, ERNIE, ERNIE_DENSE, QWEN, MIXTRAL)}
+PHI3 = DECODER | {"architectures": ["Phi3ForCausalLM"], "max_position_embeddings": 8192}
 ARCHITECTURES = [name for family in FAMILIES.values() for name in family.architectures]
 SMALL = {key: DECODER[key] for key in DECODER if key != "moe_intermediate_size"}
 
@@ -196,6 +202,16 @@ def test_variants(tmp_path: Path, change: dict[str, Any], expected: dict[str, An
                     float32_gate=True,
                 ),
             },
+        ),
+        (PHI3, {"rope": RopeSpec(theta=1e4), "max_model_len": 8192, "window": None, "rms_norm_eps": 1e-5}),
+        (PHI3 | {"num_key_value_heads": None}, {"num_kv_heads": 8}),
+        (PHI3 | {"sliding_window": 99}, {"window": WindowSpec(size=99, layers=(0, 1, 2, 3))}),
+        (PHI3 | {"partial_rotary_factor": 0.75}, {"rope": RopeSpec(theta=1e4, rotary_dim=6)}),
+        *(
+            (PHI3 | length | {"rope_scaling": PHI_LONGROPE | {"type": kind}}, {"max_model_len": expected})
+            for kind in ("longrope", "su", "yarn")
+            # The class's own length hides the section's, 77.
+            for length, expected in (({}, 4096), ({"original_max_position_embeddings": 512}, 512))
         ),
         (ERNIE | {"moe_layer_start_index": 4}, {"moe": None}),
         (ERNIE | {"tie_word_embeddings": False}, {"tie_embeddings": False}),
@@ -615,6 +631,17 @@ def test_what_cannot_be_served_is_refused_by_name(
             "moe_num_experts=8: is not supported in an Ernie4_5For",
         ),
         (QWEN, {"num_experts_per_tok": None}, "num_experts_per_tok=None: is required"),
+        (
+            PHI3,
+            {"rope_scaling": {"type": "linear", "factor": 2.0}},
+            "type='linear': is not supported in a Phi3",
+        ),
+        (
+            PHI3,
+            {"rope_scaling": PHI_LONGROPE | {"type": "su", "long_factor": [1.0]}},
+            "be a list of 4 finite",
+        ),
+        (PHI3, {"attention_bias": True}, "attention_bias=True: is not supported in a Phi3"),
         (QWEN, {"mlp_only_layers": 3}, "mlp_only_layers=3: must be a list"),
         (QWEN, {"shared_expert_intermediate_size": 8}, "shared_expert_intermediate_size=8: is not supported"),
         (QWEN, {"layer_types": ["sliding_attention"] * 4}, "layer_types=.* a list of full_attention"),

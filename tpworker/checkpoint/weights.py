@@ -5,24 +5,19 @@ from __future__ import annotations
 import logging
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from tpworker.checkpoint.assembly import assemble
 from tpworker.checkpoint.checkpoint import Checkpoint
 from tpworker.checkpoint.weight_files import WeightFiles, output_head
-from tpworker.kernels.operands import Matrix
-from tpworker.kernels.operations import Operations
-from tpworker.model.families import FAMILIES, ModelSpec, MoeNames, MoeSpec, WeightNames
+from tpworker.model.families import FAMILIES, ModelSpec
 from tpworker.model.linear import can_pack
-from tpworker.model.mlp import Mlp
-from tpworker.model.moe import Moe
-from tpworker.model.operations import operations_of
 from tpworker.model.tp import Shard, Split
 from tpworker.model.weights import DecoderWeights, LayerWeights
 
@@ -77,7 +72,7 @@ def load_weights(
 
     num_readers = MAX_READERS if device.type == "cuda" else min(MAX_READERS, torch.get_num_threads())
     with torch.no_grad(), ThreadPoolExecutor(num_readers, "weights", _use, (device,)) as pool:
-        weights = _assemble(spec, shard, dtype, device, fill, layers=pool.map)
+        weights = assemble(spec, shard, dtype, device, fill, layers=pool.map)
     progress(total, total)
     return weights
 
@@ -154,7 +149,7 @@ def dummy_weights(
         progress(min(done, total), total)
 
     with torch.no_grad():
-        weights = _assemble(spec, shard, dtype, device, fill)
+        weights = assemble(spec, shard, dtype, device, fill)
     progress(total, total)
     return weights
 
@@ -177,7 +172,7 @@ def shard_bytes(
     def fill(out: Tensor, name: str, dim: int, split: Split) -> None:
         look_up(out, name, dim, split)
 
-    weights = _assemble(spec, shard, dtype, meta, fill, sized_for=device)
+    weights = assemble(spec, shard, dtype, meta, fill, sized_for=device)
     total = sum(tensor.nbytes for tensor in _tensors(weights))
     if spec.tie_embeddings and not can_pack(device, dtype):
         total -= weights.embed.nbytes  # one tensor for both; packed, the output head is a copy
@@ -193,205 +188,3 @@ def _tensors(weights: DecoderWeights) -> Iterator[Tensor]:
                 yield item
             elif hasattr(item, "tensors"):  # a matrix, an MLP, a mixture
                 yield from item.tensors()
-
-
-Fill = Callable[[Tensor, str, int, Split], None]
-"""fill(out, name, dim, split): write this rank's part of a published tensor into `out`, which holds zeros."""
-
-EachLayer = Callable[[Callable[[int], LayerWeights], Iterable[int]], Iterable[LayerWeights]]
-
-
-def _assemble(
-    spec: ModelSpec,
-    shard: Shard,
-    dtype: torch.dtype,
-    device: torch.device,
-    fill: Fill,
-    *,
-    layers: EachLayer = map,
-    sized_for: torch.device | None = None,
-) -> DecoderWeights:
-    """Build every tensor of a rank; `fill` is called for each published tensor that it is made of.
-
-    Args:
-        layers: as `map`, and may run several at once.
-        sized_for: where the weights would be, if `device` is the meta device.
-    """
-    names = FAMILIES[spec.family].names
-    operations = operations_of(device)
-    build = _Builder(spec, shard, dtype, device, sized_for or device, fill, operations)
-    embed = build.rows([(f"{names.embed}.weight", shard.vocab)])
-    built = tuple(layers(build.layer, range(spec.num_layers)))
-    final_norm = build.norm(names.final_norm, spec.hidden_size)
-    head = embed if spec.tie_embeddings else build.rows([(f"{names.lm_head}.weight", shard.vocab)])
-    return DecoderWeights(embed, built, final_norm, operations.linear(head))
-
-
-@dataclass(frozen=True, slots=True)
-class _Builder:
-    """Allocates zeros and has them filled. Plain weights are dropped as soon as they are packed."""
-
-    spec: ModelSpec
-    shard: Shard
-    dtype: torch.dtype
-    device: torch.device
-    sized_for: torch.device
-    fill: Fill
-    operations: Operations
-
-    # ------------------------------------------------------------------------------ parts of a layer
-
-    def layer(self, number: int) -> LayerWeights:
-        """One layer."""
-        spec, heads = self.spec, self.shard.heads
-        names = FAMILIES[spec.family].names.of_layer(number)
-        queries = heads.queries.scaled(spec.head_dim)
-        keys = heads.keys.scaled(spec.head_dim)
-        is_mixture = spec.moe is not None and number in spec.moe.layers
-        return LayerWeights(
-            attention_norm=self.norm(names.attention_norm, spec.hidden_size),
-            qkv=self.qkv(names, queries, keys),
-            query_norm=self.norm(names.query_norm, spec.head_dim) if spec.qk_norm else None,
-            key_norm=self.norm(names.key_norm, spec.head_dim) if spec.qk_norm else None,
-            output=self.row_linear(names.output, queries, spec.output_bias),
-            mlp_norm=self.norm(names.mlp_norm, spec.hidden_size),
-            mlp=self.moe(names) if is_mixture else self.mlp(names),
-            attention_post_norm=self.post_norm(names.attention_post_norm),
-            mlp_post_norm=self.post_norm(names.mlp_post_norm),
-            is_local=spec.window is not None and number in spec.window.layers,
-        )
-
-    def qkv(self, names: WeightNames, queries: Split, keys: Split) -> Matrix:
-        """All query heads, then keys, then values."""
-        parts = [(names.query, queries), (names.key, keys), (names.value, keys)]
-        weight, bias = self.columns(parts, self.spec.qkv_bias)
-        if self.spec.rope.interleaved:
-            rotated = queries.local + keys.local
-            _to_halves(weight[:rotated], self.spec.head_dim)
-            if bias is not None:
-                _to_halves(bias[:rotated], self.spec.head_dim)
-        return self.operations.linear(weight, bias)
-
-    def mlp(self, names: WeightNames) -> Mlp:
-        """A dense MLP."""
-        split, has_bias = self.shard.mlp, self.spec.mlp_bias
-        return Mlp(
-            gate_up=self.operations.linear(*self.columns([(names.gate, split), (names.up, split)], has_bias)),
-            down=self.row_linear(names.down, split, has_bias),
-            gating=self.operations.gelu_mul if self.spec.activation == "gelu_tanh" else None,
-        )
-
-    def moe(self, names: WeightNames) -> Moe:
-        """A mixture: one tensor for all experts, but where weights are packed a product for each."""
-        operations, spec = self.operations, self.spec.moe
-        published, width = names.moe, self.shard.expert
-        assert spec is not None
-        assert published is not None
-        assert width is not None
-        gate = torch.zeros(spec.num_experts, self.spec.hidden_size, dtype=self.gate_dtype, device=self.device)
-        self.fill(gate, f"{published.router}.weight", 0, Split.whole(spec.num_experts))
-        bias = self.router_bias(spec, published) if spec.has_bias else None
-        experts = list(_experts(spec, published, width))
-        if can_pack(self.device, self.dtype):
-            gate_ups = [
-                operations.linear(*self.columns([(e.gate, e.split), (e.up, e.split)], False)) for e in experts
-            ]
-            downs = [self.row_linear(e.down, e.split, False) for e in experts]
-            return Moe(spec, operations.linear(gate), bias, gate_ups, downs, operations)
-        gate_up = self.zeros(len(experts), 2 * width.local, self.spec.hidden_size)
-        down = self.zeros(len(experts), self.spec.hidden_size, width.local)
-        for number, e in enumerate(experts):
-            self.fill(gate_up[number, : width.local], f"{e.gate}.weight", 0, e.split)
-            self.fill(gate_up[number, width.local :], f"{e.up}.weight", 0, e.split)
-            self.fill(down[number], f"{e.down}.weight", 1, e.split)
-        return Moe(spec, operations.linear(gate), bias, gate_up, down, operations)
-
-    @property
-    def gate_dtype(self) -> torch.dtype:
-        """Of a router's weight: on the CPU float32, in which it is multiplied."""
-        is_wide = self.sized_for.type == "cpu" or (self.spec.moe is not None and self.spec.moe.float32_gate)
-        return torch.float32 if is_wide else self.dtype
-
-    def router_bias(self, spec: MoeSpec, names: MoeNames) -> Tensor:
-        """float32 [E]."""
-        bias = torch.zeros(1, spec.num_experts, dtype=torch.float32, device=self.device)
-        if names.bias_is_row:
-            self.fill(bias, names.bias, 1, Split.whole(spec.num_experts))
-        else:
-            self.fill(bias[0], names.bias, 0, Split.whole(spec.num_experts))
-        return bias[0]
-
-    # -------------------------------------------------------------------------------------- tensors
-
-    def zeros(self, *shape: int) -> Tensor:
-        """What is to be filled; padding stays zero."""
-        return torch.zeros(shape, dtype=self.dtype, device=self.device)
-
-    def rows(self, parts: list[tuple[str, Split]]) -> Tensor:
-        """[sum of the parts' local rows, hidden]: weights split by output rows, one below the other."""
-        return self._stacked(parts, (self.spec.hidden_size,))
-
-    def vector(self, name: str, size: int) -> Tensor:
-        """[size], the same on all ranks."""
-        return self._stacked([(name, Split.whole(size))], ())
-
-    def norm(self, name: str, size: int) -> Tensor:
-        """[size], the weight of a norm."""
-        return self.vector(f"{name}.weight", size).add_(self.spec.norm_offset)
-
-    def post_norm(self, name: str) -> Tensor | None:
-        """The weight of a norm of what a layer adds to the residual stream, where the model has them."""
-        return self.norm(name, self.spec.hidden_size) if self.spec.post_norms else None
-
-    def columns(self, parts: list[tuple[str, Split]], has_bias: bool) -> tuple[Tensor, Tensor | None]:
-        """Weights split by output rows, fused into one matrix, and their biases."""
-        weight = self.rows([(f"{name}.weight", split) for name, split in parts])
-        bias = self._stacked([(f"{name}.bias", split) for name, split in parts], ()) if has_bias else None
-        return weight, bias
-
-    def row_linear(self, name: str, split: Split, has_bias: bool) -> Matrix:
-        """[hidden, split.local]: a weight split by input columns; its bias on rank 0 alone."""
-        weight = self.zeros(self.spec.hidden_size, split.local)
-        self.fill(weight, f"{name}.weight", 1, split)
-        bias = None
-        if has_bias:
-            bias = self.vector(f"{name}.bias", self.spec.hidden_size)
-            if self.shard.rank > 0:
-                bias.zero_()
-        return self.operations.linear(weight, bias)
-
-    def _stacked(self, parts: list[tuple[str, Split]], inner: tuple[int, ...]) -> Tensor:
-        out = self.zeros(sum(split.local for _, split in parts), *inner)
-        start = 0
-        for name, split in parts:
-            self.fill(out.narrow(0, start, split.local), name, 0, split)
-            start += split.local
-        return out
-
-
-class _Expert(NamedTuple):
-    """Names of one expert's tensors, and this rank's part of their width."""
-
-    gate: str
-    up: str
-    down: str
-    split: Split
-
-
-def _experts(spec: MoeSpec, names: MoeNames, width: Split) -> Iterator[_Expert]:
-    """All routed experts, then the shared ones: equal parts of the width of one published MLP."""
-    for number in range(spec.num_experts):
-        gate, up, down = (
-            name.replace("{expert}", str(number)) for name in (names.gate, names.up, names.down)
-        )
-        yield _Expert(gate, up, down, width)
-    shared_width = spec.num_shared * spec.intermediate_size
-    for number in range(spec.num_shared):
-        split = width.at(number * spec.intermediate_size, shared_width)
-        yield _Expert(names.shared_gate, names.shared_up, names.shared_down, split)
-
-
-def _to_halves(rows: Tensor, head_dim: int) -> None:
-    """Reorder the rows of each head from (0, 1, 2, 3, …) to (0, 2, …, 1, 3, …), in place."""
-    pairs = rows.view(-1, head_dim // 2, 2, *rows.shape[1:])
-    rows.copy_(pairs.transpose(1, 2).reshape(rows.shape))

@@ -19,6 +19,7 @@ from tpworker.model.families.generation import (
 from tpworker.model.families.glm4_moe import GLM4_MOE
 from tpworker.model.families.llama import LLAMA
 from tpworker.model.families.mixtral import MIXTRAL
+from tpworker.model.families.phi3 import PHI3
 from tpworker.model.families.qwen3_moe import QWEN3_MOE
 from tpworker.model.families.spec import (
     MAX_ALL_EXPERTS,
@@ -54,7 +55,8 @@ __all__ = [
 ]
 
 FAMILIES: dict[str, Family] = {
-    family.name: family for family in (LLAMA, GEMMA, GLM4_MOE, ERNIE4_5, ERNIE4_5_MOE, QWEN3_MOE, MIXTRAL)
+    family.name: family
+    for family in (LLAMA, GEMMA, PHI3, GLM4_MOE, ERNIE4_5, ERNIE4_5_MOE, QWEN3_MOE, MIXTRAL)
 }
 
 _DTYPES = ("float32", "bfloat16", "float16")

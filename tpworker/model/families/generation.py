@@ -36,6 +36,7 @@ _DEFAULT_EOS = {
     "LlamaForCausalLM": 2,
     "MistralForCausalLM": 2,
     "MixtralForCausalLM": 2,
+    "Phi3ForCausalLM": 32000,
 }
 """Of the config classes of transformers; the others have none."""
 

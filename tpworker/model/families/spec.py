@@ -222,7 +222,10 @@ class MoeNames:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightNames:
-    """Published names of a family's tensors, without `.weight` and `.bias`; `{layer}`: the layer's number."""
+    """Published names of a family's tensors, without `.weight` and `.bias`; `{layer}`: the layer's number.
+
+    Query, key and value, or gate and up, that share a name are one tensor, one below the other.
+    """
 
     embed: str
     final_norm: str
