@@ -35,7 +35,7 @@ def choose(
     if device.type == "cpu":
         return reference
     processors = torch.cuda.get_device_properties(device).multi_processor_count
-    reason = flash.why_not(head_dim, dtype, device)
+    reason = flash.why_not(head_dim, dtype, device, scores)
     if reference.scores != Scores.plain(head_dim):
         if reason is None:
             logger.info("attention: FlashAttention 3, for %s", reference.scores)

@@ -29,8 +29,12 @@ MAX_BLOCK_SIZE = 64
 """Blocks of 128 tokens ended in an illegal memory access (tokenspeed-fa3 3.0.0.post20260810, H200)."""
 
 
-def why_not(head_dim: int, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why FlashAttention 3 cannot serve here; None: it can."""
+def why_not(
+    head_dim: int, dtype: torch.dtype, device: torch.device, scores: Scores | None = None
+) -> str | None:
+    """Why FlashAttention 3 cannot serve here; None: it can. scores: None: plain ones."""
+    if scores is not None and scores.softcap is not None:
+        return "its build, tokenspeed-fa3, has no softcap"
     if device.type != "cuda":
         return f"the device is {device.type}"
     if torch.cuda.get_device_capability(device) != (9, 0):
@@ -120,7 +124,6 @@ class FlashAttention:
                 page_size=block_size,
                 causal=True,
                 window_size=(self._left, -1),
-                has_softcap=self.scores.softcap is not None,
                 num_splits=num_splits,
             )
         return _Plan(batch.block_tables, batch.lengths, query_starts, batch.max_query, num_splits, schedule)
@@ -141,7 +144,6 @@ class FlashAttention:
             softmax_scale=self.scores.scale,
             is_causal=True,
             window_size_left=self._left,
-            softcap=self.scores.softcap or 0.0,
             scheduler_metadata=plan.schedule,
             num_splits=plan.num_splits,
         )[0]
