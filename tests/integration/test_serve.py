@@ -57,7 +57,8 @@ def test_a_day_in_the_life(start_server: Start, real_model: Path) -> None:
         ({"prompt": "x", "max_tokens": 10**6}, 400, "max_tokens"),
         ({"prompt": "x", "temperature": -1}, 400, "temperature"),
         ({"prompt": "word " * 9000}, 400, "8192"),
-        ({"prompt": "x", "logit_bias": {"5": 1}}, 400, "logit_bias"),
+        ({"prompt": "x", "logit_bias": {"five": 1}}, 400, "logit_bias"),
+        ({"prompt": "x", "suffix": "y"}, 400, "suffix"),
         ({"prompt": "x", "model": "gpt-4"}, 404, "gpt-4"),
     ]
     for body, status, names in refusals:
