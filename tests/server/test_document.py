@@ -117,6 +117,11 @@ def test_too_many_requests_and_bugs_are_told(start: Start, document: Document) -
     [
         (COMPLETIONS, {"prompt": ["a", "b"], "max_tokens": 1}, shapes.Completion),
         (COMPLETIONS, {"prompt": "a", "return_token_ids": True, "stop": "s"}, shapes.Completion),
+        (COMPLETIONS, {"prompt": "a", "logprobs": 0, "n": 2, "max_tokens": 0}, shapes.Completion),
+        (COMPLETIONS, {"prompt": "ab", "logprobs": 2, "echo": True, "best_of": 2}, shapes.Completion),
+        (COMPLETIONS, {"prompt": "ab", "prompt_logprobs": 1, "return_token_ids": True}, shapes.Completion),
+        (CHAT, {"messages": [USER], "logprobs": True, "top_logprobs": 2, "n": 2}, shapes.ChatCompletion),
+        (CHAT, {"messages": [USER], "prompt_logprobs": 0}, shapes.ChatCompletion),
         (CHAT, {"messages": [USER]}, shapes.ChatCompletion),
         (CHAT, {"messages": [USER], "return_token_ids": True}, shapes.ChatCompletion),
         ("/tokenize", {"prompt": "a"}, shapes.Tokens),

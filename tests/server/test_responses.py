@@ -149,6 +149,13 @@ def test_a_failure_in_a_stream_is_an_event(start: Start) -> None:
     assert data["sequence_number"] == 6
 
 
+def test_no_tokens_at_all(server: LiveServer) -> None:
+    done = server.openai.responses.create(model=MODEL, input="Hi", max_output_tokens=0)
+    assert (done.output_text, done.status) == ("", "incomplete")
+    assert done.usage is not None
+    assert done.usage.output_tokens == 0
+
+
 @pytest.mark.parametrize(
     ("body", "param", "words"),
     [
@@ -171,6 +178,12 @@ def test_a_failure_in_a_stream_is_an_event(start: Start) -> None:
         ({"input": "Hi", "truncation": "auto"}, "truncation", "not supported"),
         ({"input": "Hi", "return_token_ids": True}, "return_token_ids", "not supported"),
         ({"input": "Hi", "max_output_tokens": -1}, "max_output_tokens", "max_output_tokens=-1"),
+        ({"input": "Hi", "n": 2}, "n", "n is not supported"),
+        ({"input": "Hi", "top_logprobs": 3}, "top_logprobs", "top_logprobs is not supported"),
+        ({"input": "Hi", "prompt_logprobs": 0}, "prompt_logprobs", "prompt_logprobs is not supported"),
+        ({"input": "Hi", "return_tokens_as_token_ids": True}, "return_tokens_as_token_ids", "not supported"),
+        ({"input": "Hi", "return_token_ids": True}, "return_token_ids", "not supported"),
+        ({"input": "Hi", "logit_bias": {"a": 1}}, "logit_bias", "'a' is no token id"),
         ({"input": "Hi", "max_output_tokens": 5, "max_tokens": 4}, "max_output_tokens", "give one"),
         ({"input": "Hi", "chat_template_kwargs": {"messages": 1}}, "chat_template_kwargs", "'messages'"),
         ({"input": [{"role": "assistant", "content": "x"}]}, "input", "the first turn is the user's"),

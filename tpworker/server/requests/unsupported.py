@@ -72,6 +72,7 @@ RESPONSES: Neutral = {
     "best_of": (1,),
     "context_management": ([],),
     "conversation": (),
+    "echo": (False,),
     "image": (),
     "include": ([],),
     "logprobs": (False,),
