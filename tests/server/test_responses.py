@@ -176,7 +176,6 @@ def test_no_tokens_at_all(server: LiveServer) -> None:
         ({"input": "Hi", "text": {"format": {"type": "json_object"}}}, "text", "not supported"),
         ({"input": "Hi", "reasoning": {"effort": "low"}}, "reasoning", "not supported"),
         ({"input": "Hi", "truncation": "auto"}, "truncation", "not supported"),
-        ({"input": "Hi", "return_token_ids": True}, "return_token_ids", "not supported"),
         ({"input": "Hi", "max_output_tokens": -1}, "max_output_tokens", "max_output_tokens=-1"),
         ({"input": "Hi", "n": 2}, "n", "n is not supported"),
         ({"input": "Hi", "top_logprobs": 3}, "top_logprobs", "top_logprobs is not supported"),
