@@ -11,6 +11,8 @@ For which tokenizers that holds, and what is done with the others, at a bounded 
 
 from __future__ import annotations
 
+import os
+import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from tpworker.chat.continuing import Continuation
 from tpworker.chat.variables import check_variables
 from tpworker.errors import InvalidRequest, ModelError, RuntimeStopped, shown
+from tpworker.text import sentencepiece_model
 from tpworker.text.decoding import Decoding, no_text
 from tpworker.text.panics import panics_are
 from tpworker.text.token_bound import TokenBound
@@ -26,6 +29,15 @@ from tpworker.text.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from tpworker.chat.renderer import TemplateRenderer
+
+_BESIDE = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""Files that are read beside a tokenizer.json."""
 
 NO_TEMPLATE = (
     "the model has no chat template (chat_template in tokenizer_config.json, or chat_template.jinja), so it "
@@ -76,7 +88,10 @@ class Tokenizer(Vocabulary):
         # The plain class takes tokenizer.json as it stands, and does not import torch. AutoTokenizer does,
         # and picks a class that may rebuild it from its own notion of that model's tokenizer.
         tokenizer_class = PreTrainedTokenizerFast
+        model = folder / sentencepiece_model.NAME
         if not (folder / "tokenizer.json").is_file():
+            if model.is_file() and sentencepiece_model.is_sentencepiece(model):
+                return cls(_from_sentencepiece(folder))
             from transformers import AutoTokenizer
 
             tokenizer_class = AutoTokenizer
@@ -234,6 +249,34 @@ class Tokenizer(Vocabulary):
                 "messages",
             )
         return template
+
+
+def _from_sentencepiece(folder: Path) -> Any:
+    """A folder's tokenizer.model and the files beside it, read as if they stood beside a tokenizer.json.
+
+    Raises:
+        ModelError: see `read_model` and `around_text`.
+    """
+    from tokenizers import processors
+    from transformers import PreTrainedTokenizerFast
+
+    model = sentencepiece_model.read_model(folder / sentencepiece_model.NAME)
+    before, behind = sentencepiece_model.around_text(folder, model)
+    with tempfile.TemporaryDirectory(prefix="tpworker-") as converted:
+        sentencepiece_model.build(model).save(f"{converted}/tokenizer.json")
+        for name in _BESIDE:
+            if (folder / name).exists():
+                os.symlink((folder / name).absolute(), f"{converted}/{name}")
+        fast = PreTrainedTokenizerFast.from_pretrained(converted, local_files_only=True)
+    fast.bos_token = fast.bos_token or model.token(model.bos_id)
+    fast.eos_token = fast.eos_token or model.token(model.eos_id)
+    added = [token for token in (before, behind) if token is not None]
+    if added:
+        fast.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=" ".join([*([before] if before else []), "$A", *([behind] if behind else [])]),
+            special_tokens=[(token, fast.convert_tokens_to_ids(token)) for token in dict.fromkeys(added)],
+        )
+    return fast
 
 
 def _no_tokens(what: str) -> InvalidRequest:
