@@ -127,7 +127,7 @@ ROPE_MODELS: dict[str, Callable[[], Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.parametrize(
     ("model", "rope"),
     [("llama", rope) for rope in ROPES] + [(m, r) for m in ("ernie4_5", "glm") for r in ("yarn", "linear-5")],

@@ -108,7 +108,7 @@ OLD_ROPES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.parametrize("name", OLD_ROPES)
 def test_rotary_positions_of_both_kinds_of_layers(tmp_path: Path, name: str, size: int) -> None:
     config = Gemma3TextConfig(**LAYERS, **heads(4, 2), **WINDOW, **types("sfs"))
