@@ -48,7 +48,7 @@ class RequestOutput(NamedTuple):
     """Of `token_ids`, one each; None: not asked for."""
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
     """Of the prompt's tokens, one each, None for the first, before which nothing stands. With the first
-    output of choice 0; None: not asked for, or told already."""
+    output of choice 0, which comes before any other's; None: not asked for, or told already."""
 
 
 @dataclass(frozen=True, slots=True)

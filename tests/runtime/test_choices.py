@@ -27,6 +27,7 @@ from tpworker import (
 from tpworker.ipc.arrays import unpack_int32
 from tpworker.ipc.messages import Abort, Submit
 from tpworker.runtime.choices import Choices
+from tpworker.runtime.logprobs import LogprobRecord
 from tpworker.runtime.requests import Bell, Requests
 from tpworker.sampling_params import choice_seed
 
@@ -126,6 +127,23 @@ def test_nobody_waits_for_another_and_what_comes_late_comes_together() -> None:
         ]  # fmt: skip
         assert {output.num_cached_tokens for _, output in taken} == {16}, "the first one's is everybody's"
         assert choices.unended == []
+
+    asyncio.run(main())
+
+
+def test_what_tells_of_the_prompt_comes_first() -> None:
+    async def main() -> None:
+        requests = Requests()
+        choices = open_choices(requests, count=2)
+        first, second = choices.requests
+        first.logprobs = LogprobRecord(None, 0, [7])  # one token: nothing stands before it
+        requests.deliver(step((second, 0, 20), started=[(second, 0)]))
+        taking = asyncio.create_task(choices.take())
+        await asyncio.sleep(0)
+        assert not taking.done()
+        requests.deliver(step((first, 0, 10), started=[(first, 0)]))
+        taken = [await taking, await choices.take()]
+        assert [(output.index, output.prompt_logprobs) for _, output in taken] == [(0, (None,)), (1, None)]
 
     asyncio.run(main())
 

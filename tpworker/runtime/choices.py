@@ -38,7 +38,7 @@ class Choices:
             Exception: what `Request.fail` was told, once all that had arrived is taken.
         """
         while not self._round:
-            for request in self.unended:
+            for request in self._next():
                 if request.has_arrived():
                     self._round.append(request)
             if not self._round:
@@ -49,6 +49,12 @@ class Choices:
         if output.finish_reason is not None:
             self.unended.remove(request)
         return request, output
+
+    def _next(self) -> list[Request]:
+        """Whose output may come next: of all; but the first one's comes first if it tells of the prompt."""
+        first = self.requests[0]
+        tells = first.logprobs is not None and not first.logprobs.is_prompt_told
+        return [first] if tells and first in self.unended else self.unended
 
     def _check(self) -> None:
         """Raises why no more will come, if that is known."""

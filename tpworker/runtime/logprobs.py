@@ -25,7 +25,8 @@ class LogprobRecord:
         self._prompt = tuple(prompt)
         self._arrived: list[TokenLogprobs] = []
         self._of_prompt: list[TokenLogprobs | None] = [None]
-        self._is_prompt_told = num_prompt_top is None
+        self.is_prompt_told = num_prompt_top is None
+        """Whether there is nothing more to tell of the prompt."""
 
     def append(self, token: int, row: LogprobRow) -> None:
         """Of the next token."""
@@ -45,8 +46,8 @@ class LogprobRecord:
         """Of the tokens that have arrived, of which `count` are delivered; and once those of the prompt."""
         arrived, self._arrived = self._arrived, []
         told = None
-        if not self._is_prompt_told and len(self._of_prompt) == len(self._prompt):
-            self._is_prompt_told, told = True, tuple(self._of_prompt)
+        if not self.is_prompt_told and len(self._of_prompt) == len(self._prompt):
+            self.is_prompt_told, told = True, tuple(self._of_prompt)
         return None if self._num_top is None else tuple(arrived[:count]), told
 
 
