@@ -63,6 +63,7 @@ def unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep weights as they were read, so that they can be compared."""
     monkeypatch.setattr("tpworker.model.linear.can_pack", lambda device, dtype: False)
     monkeypatch.setattr("tpworker.checkpoint.weights.can_pack", lambda device, dtype: False)
+    monkeypatch.setattr("tpworker.checkpoint.assembly.can_pack", lambda device, dtype: False)
 
 
 def load(folder: Path, rank: int = 0, size: int = 1, dtype: torch.dtype = torch.float32) -> DecoderWeights:
@@ -132,6 +133,7 @@ def test_a_rank_reads_its_slices_and_no_more(
     tiny_model(folder, config)
     if not packs:
         monkeypatch.setattr("tpworker.checkpoint.weights.can_pack", lambda device, dtype: False)
+        monkeypatch.setattr("tpworker.checkpoint.assembly.can_pack", lambda device, dtype: False)
     real = checkpoint.safe_open
     counts: list[Counter[str]] = []
     for rank in range(size):

@@ -90,6 +90,7 @@ def unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stacked weights, as on CUDA."""
     monkeypatch.setattr("tpworker.model.linear.can_pack", lambda device, dtype: False)
     monkeypatch.setattr("tpworker.checkpoint.weights.can_pack", lambda device, dtype: False)
+    monkeypatch.setattr("tpworker.checkpoint.assembly.can_pack", lambda device, dtype: False)
 
 
 # ----------------------------------------------------------------------------- against transformers
