@@ -16,7 +16,19 @@ from hypothesis import strategies as st
 
 from tests.checkpoint.refusals import NO_FILES, refused
 from tests.model.helpers import CPU
-from tests.model.test_families import ERNIE, ERNIE_DENSE, GLM, LLAMA, LLAMA3, LONGROPE, MIXTRAL, QWEN
+from tests.model.test_families import (
+    ERNIE,
+    ERNIE_DENSE,
+    GLM,
+    LLAMA,
+    LLAMA3,
+    LONGROPE,
+    MIXTRAL,
+    PHI3,
+    PHI_LONGROPE,
+    QWEN,
+)
+from tests.model.test_gemma import GEMMA2, GEMMA3
 from tpworker.checkpoint.resolve import resolve_model
 from tpworker.checkpoint.weight_files import WeightFiles
 from tpworker.checkpoint.weights import shard_bytes
@@ -30,6 +42,11 @@ from tpworker.runtime.loading import FoundModel, find_model, load_tokenizer
 from tpworker.runtime.settings import rank_settings, resolve_max_model_len
 
 T = TypeVar("T")
+
+GEMMA3_WITH_VISION: dict[str, Any] = {
+    "architectures": ["Gemma3ForConditionalGeneration"],
+    "text_config": {key: value for key, value in GEMMA3.items() if key != "architectures"},
+}
 
 WINDOWED = LLAMA | {
     "architectures": ["Qwen2ForCausalLM"],
@@ -247,6 +264,11 @@ BASES = (
     LLAMA | {"rope_scaling": LLAMA3},
     LLAMA | {"rope_scaling": LONGROPE},
     WINDOWED,
+    GEMMA2,
+    GEMMA3,
+    GEMMA3_WITH_VISION,
+    PHI3,
+    PHI3 | {"rope_scaling": PHI_LONGROPE | {"type": "su"}},
     GLM,
     ERNIE,
     ERNIE_DENSE,
@@ -268,7 +290,7 @@ KEYS = sorted(
     | {"n_group", "topk_group", "n_shared_experts", "first_k_dense_replace", "num_nextn_predict_layers"}
     | {"routed_scaling_factor", "moe_num_shared_experts", "moe_layer_interval", "moe_layer_start_index"}
     | {"moe_layer_end_index", "moe_use_aux_free", "moe_norm_min", "decoder_sparse_step", "mlp_only_layers"}
-    | {"quantization_config", "original_max_position_embeddings", "query_pre_attn_scalar"}
+    | {"quantization_config", "original_max_position_embeddings", "query_pre_attn_scalar", "text_config"}
     | {"attn_logit_softcapping", "final_logit_softcapping", "sliding_window_pattern", "rope_local_base_freq"}
 )
 ROPE_KEYS = ["factor", "rope_theta", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale"]
@@ -323,11 +345,15 @@ def is_served(spec: ModelSpec) -> None:
     change=st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=3),
     ropes=st.dictionaries(st.sampled_from(["rope_scaling", "rope_parameters"]), ROPES | NESTED, max_size=2),
     generation=st.dictionaries(st.sampled_from(GENERATION_KEYS), VALUES, max_size=3),
+    is_outside=st.booleans(),
 )
 def test_whatever_config_comes_is_served_or_refused_in_a_line(
-    folder: Path, base: Any, change: Any, ropes: Any, generation: Any
+    folder: Path, base: Any, change: Any, ropes: Any, generation: Any, is_outside: bool
 ) -> None:
-    (folder / "config.json").write_text(json.dumps(base | change | ropes))
+    config = base | change | ropes
+    if "text_config" in base and not is_outside:
+        config = base | {"text_config": base["text_config"] | change | ropes}
+    (folder / "config.json").write_text(json.dumps(config))
     (folder / "generation_config.json").write_text(json.dumps(generation))
     found = read_or_refused(lambda: find(folder))
     if found is not None:

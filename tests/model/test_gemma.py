@@ -10,7 +10,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3TextConfig,
+)
 
 from tests.model.helpers import CPU, Models, Rank, Reference, edit_config, references, run_ranks, tiny_model
 from tests.model.test_decoder import BASE, heads
@@ -115,6 +121,64 @@ def test_rotary_positions_of_both_kinds_of_layers(tmp_path: Path, name: str, siz
     tiny_model(tmp_path, config)
     edit_config(tmp_path, {"rope_parameters": None} | OLD_ROPES[name])
     Reference.of_folder(tmp_path).check(size)
+
+
+VISION = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+
+
+@pytest.fixture(scope="module")
+def with_vision(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    """What is published with a vision tower, and logits of text."""
+    torch.manual_seed(0)
+    text = LAYERS | heads(4, 2) | WINDOW | {"sliding_window_pattern": 2}
+    places = {"image_token_index": 130, "boi_token_index": 128, "eoi_token_index": 129}
+    config = Gemma3Config(text_config=text, vision_config=VISION, mm_tokens_per_image=4, **places)
+    config._attn_implementation = "eager"
+    model = Gemma3ForConditionalGeneration(config).eval()
+    ids = torch.randint(0, 128, (3, 40))
+    with torch.inference_mode():
+        for parameter in model.model.language_model.parameters():
+            parameter.normal_(0, 0.6 / parameter.shape[-1] ** 0.5)
+        logits = model(ids).logits
+    folder = tmp_path_factory.mktemp("vision")
+    model.save_pretrained(folder)
+    return Reference(folder, ids, logits)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_text_of_a_model_with_a_vision_tower(with_vision: Reference, size: int) -> None:
+    with_vision.check(size)
+    (note,) = read_spec(with_vision.folder).notes
+    assert note.endswith("config.json: of this model, text alone is served; its vision tower is not read")
+
+
+def test_what_files_with_a_vision_tower_leave_out(tmp_path: Path) -> None:
+    """As those of 4B are."""
+    text = {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34, "sliding_window": 1024}
+    text |= {"rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "tie_word_embeddings": False}
+    config = {"architectures": ["Gemma3ForConditionalGeneration"], "text_config": text, "hidden_size": 3}
+    spec = read(
+        tmp_path, config | {"eos_token_id": [1, 106], "torch_dtype": "bfloat16", "vision_config": VISION}
+    )
+    theirs = Gemma3Config(text_config=dict(text)).text_config
+    assert (spec.num_layers, spec.hidden_size, spec.intermediate_size) == (34, 2560, 10240)
+    assert spec.num_heads == theirs.num_attention_heads
+    assert spec.num_kv_heads == theirs.num_key_value_heads
+    assert (spec.head_dim, spec.vocab_size) == (theirs.head_dim, theirs.vocab_size)
+    assert spec.max_model_len == theirs.max_position_embeddings
+    assert (spec.dtype, spec.eos_ids, spec.tie_embeddings) == ("bfloat16", (1, 106), True)
+    assert spec.rope == RopeSpec(theta=1e6, scaling=LinearScaling(factor=8.0))
+    assert spec.window is not None
+    assert spec.window.size == 1024
+    assert len(spec.window.layers) == 29
 
 
 GEMMA: dict[str, Any] = {

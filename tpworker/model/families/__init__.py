@@ -8,7 +8,7 @@ from typing import Any
 from tpworker.errors import ModelError, shown
 from tpworker.model.families.config import Config
 from tpworker.model.families.ernie4_5 import ERNIE4_5, ERNIE4_5_MOE
-from tpworker.model.families.gemma import GEMMA
+from tpworker.model.families.gemma import GEMMA, GEMMA3_WITH_VISION
 from tpworker.model.families.generation import (
     MAX_TEMPERATURE,
     MAX_TOP_K,
@@ -56,7 +56,17 @@ __all__ = [
 
 FAMILIES: dict[str, Family] = {
     family.name: family
-    for family in (LLAMA, GEMMA, PHI3, GLM4_MOE, ERNIE4_5, ERNIE4_5_MOE, QWEN3_MOE, MIXTRAL)
+    for family in (
+        LLAMA,
+        GEMMA,
+        GEMMA3_WITH_VISION,
+        PHI3,
+        GLM4_MOE,
+        ERNIE4_5,
+        ERNIE4_5_MOE,
+        QWEN3_MOE,
+        MIXTRAL,
+    )
 }
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -79,6 +89,7 @@ def read_spec(folder: Path) -> ModelSpec:
                 f"{config.path}: the checkpoint is quantised ({key}, method {method}), which is not "
                 "supported; use the model's float32, bfloat16 or float16 weights"
             )
+    config = family.unwrap(config)
     fields = family.read(config)
     dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
     if dtype not in _DTYPES:
@@ -93,6 +104,7 @@ def read_spec(folder: Path) -> ModelSpec:
         )
     generation = Config(folder / "generation_config.json", optional=True)
     ends, notes = read_ends(config, generation, fields["vocab_size"])
+    notes += fields.pop("notes", [])
     length, promised = fields["max_model_len"], config.values["max_position_embeddings"]
     if length < promised:
         notes.append(

@@ -3,19 +3,21 @@
 Norms before and after attention and MLP, weights of norms published less 1, embeddings multiplied by the root
 of their size, a gated GELU, and layers with a sliding window between those without. Gemma 2 caps scores and
 logits; Gemma 3 norms query and key heads, and rotates those of layers with a window otherwise.
+
+Most of Gemma 3 is published with a vision tower (Gemma3ForConditionalGeneration), which is not read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from typing import Any
 
 from tpworker.model.families.common import NAMES, read_decoder, refuse_unknown
 from tpworker.model.families.config import Config
 from tpworker.model.families.rope import read_rope, read_section
-from tpworker.model.families.spec import MAX_LAYERS, Family, RopeSpec
+from tpworker.model.families.spec import MAX_LAYERS, Family, RopeSpec, WeightNames
 from tpworker.model.families.windows import FULL, SLIDING, read_window_of_some
 
 _WINDOW = 4096  # what an absent sliding_window means
@@ -25,6 +27,14 @@ _KNOWN: dict[str, tuple[Any, ...] | None] = {
     "hidden_activation": ("gelu_pytorch_tanh",),
     "final_logit_softcapping": None,
     "use_bidirectional_attention": (False,),
+}
+
+# Of transformers' class, as files with a vision tower leave them out.
+_TEXT_DEFAULTS = {
+    "vocab_size": 262208,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 131072,
 }
 
 
@@ -46,8 +56,26 @@ def _read_2(config: Config) -> dict[str, Any]:
     }
 
 
+def _text_config(config: Config) -> Config:
+    """The text model's keys, over those beside them and what is absent in published files."""
+    text = config.section("text_config") or config.part({})
+    above = {
+        key: value for key, value in config.values.items() if key not in ("text_config", "vision_config")
+    }
+    ties = {"tie_word_embeddings": above.get("tie_word_embeddings", True)}
+    architectures = {"architectures": above["architectures"]}
+    return config.part(_TEXT_DEFAULTS | above | text.values | ties | architectures)
+
+
+def _read_text(config: Config) -> dict[str, Any]:
+    """Of a model with a vision tower."""
+    note = f"{config.path}: of this model, text alone is served; its vision tower is not read"
+    return _read_3(config) | {"notes": [note]}
+
+
 def _read_3(config: Config) -> dict[str, Any]:
-    refuse_unknown(config, "Gemma3ForCausalLM", _KNOWN | {"original_max_position_embeddings": ()})
+    architecture = config.values["architectures"][0]
+    refuse_unknown(config, architecture, _KNOWN | {"original_max_position_embeddings": ()})
     rope = partial(_read_rope, kind=FULL, theta_key="rope_theta", theta=1e6)
     local_rope = partial(_read_rope, kind=SLIDING, theta_key="rope_local_base_freq", theta=1e4)
     fields = _read_both(config, rope)
@@ -119,4 +147,21 @@ GEMMA = Family(
         mlp_norm="model.layers.{layer}.pre_feedforward_layernorm",
         mlp_post_norm="model.layers.{layer}.post_feedforward_layernorm",
     ),
+)
+
+
+def _below(prefix: str, names: WeightNames) -> WeightNames:
+    """The same names, behind a prefix."""
+    values = {field.name: getattr(names, field.name) for field in fields(names)}
+    return replace(names, **{key: prefix + name for key, name in values.items() if name})
+
+
+GEMMA3_WITH_VISION = replace(
+    GEMMA,
+    name="gemma3_with_vision",
+    architectures=("Gemma3ForConditionalGeneration",),
+    read=_read_text,
+    unwrap=_text_config,
+    names=_below("language_model.", GEMMA.names),
+    ignored_tensors=(*GEMMA.ignored_tensors, r"(?:vision_tower|multi_modal_projector)\..*"),
 )

@@ -33,6 +33,7 @@ _DEFAULT_EOS = {
     "Ernie4_5_MoeForCausalLM": 2,
     "Gemma2ForCausalLM": 1,
     "Gemma3ForCausalLM": 1,
+    "Gemma3ForConditionalGeneration": 1,
     "LlamaForCausalLM": 2,
     "MistralForCausalLM": 2,
     "MixtralForCausalLM": 2,

@@ -264,6 +264,8 @@ class Family:
     read: Callable[[Config], dict[str, Any]]
     """From config.json to the fields of `ModelSpec` that are the family's business. Raises ModelError."""
     names: WeightNames
+    unwrap: Callable[[Config], Config] = lambda config: config
+    """From config.json to what it says of the text model."""
     # Old exports carry buffers of the rotary positions, which are computed here.
     ignored_tensors: tuple[str, ...] = (r"(?:.+\.)?rotary_emb\.(?:inv_freq|cos_cached|sin_cached)",)
     """Regular expressions of published tensors that no computation needs."""
