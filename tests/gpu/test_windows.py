@@ -156,7 +156,7 @@ def test_gelu_mul(count: int) -> None:
 
 
 @pytest.mark.parametrize("block_size", [16, 64])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "gemma2"])  # it cannot be captured
 def test_a_decoder_on_cuda(name: str, block_size: int, tmp_path: Path) -> None:
     model = tiny_model(tmp_path, MODELS[name]())
     ids = torch.randint(0, 1031, (2, 60))
