@@ -56,6 +56,7 @@ class _Draft:
     admitted: list[Admission] = field(default_factory=list)
     grants: list[Grant] = field(default_factory=list)
     chunks: list[Chunk] = field(default_factory=list)
+    told: list[PromptPart] = field(default_factory=list)
 
 
 class Composer:
@@ -176,8 +177,11 @@ class Composer:
         if length == 0:
             return
         sample = request.computed + length == request.target
-        draft.chunks.append(Chunk(request.slot, request.computed, length, sample))
+        chunk = Chunk(request.slot, request.computed, length, sample)
+        draft.chunks.append(chunk)
         draft.prefilling.append(request)
+        if request.wants_prompt_logprobs:
+            draft.told.append(PromptPart(request, chunk.start + 1, *request.tell(chunk)))
         draft.budget -= length
         request.computed += length
         if sample:
@@ -203,14 +207,9 @@ class Composer:
         sampled = draft.decoding + [
             request for request, chunk in zip(draft.prefilling, draft.chunks, strict=True) if chunk.sample
         ]
-        told = [
-            PromptPart(request, chunk.start + 1, request.num_told(chunk))
-            for request, chunk in zip(draft.prefilling, draft.chunks, strict=True)
-            if request.wants_prompt_logprobs
-        ]
         prefill_tokens = sum(chunk.length for chunk in draft.chunks)
         wants_logprobs = self._num_asking > 0 and any(request.wants_logprobs for request in sampled)
-        return InFlight(step, sampled, wants_logprobs, told, prefill_tokens, len(draft.decoding))
+        return InFlight(step, sampled, wants_logprobs, draft.told, prefill_tokens, len(draft.decoding))
 
     # ----------------------------------------------------------------------- slots and blocks
 
@@ -252,10 +251,9 @@ class Composer:
         return True
 
     def _find_prefix(self, request: Request) -> tuple[list[int], Node]:
-        """Blocks of its tokens that are computed already. Who asks for a prompt's logprobs computes all."""
-        if request.wants_prompt_logprobs:
-            return [], request.root
-        return self.pool.match(request.tokens, request.root)
+        """Blocks of its tokens that are computed already; none behind prompt logprobs still to be told."""
+        tokens = request.tokens[: request.num_told + 1] if request.wants_prompt_logprobs else request.tokens
+        return self.pool.match(tokens, request.root)
 
     def _start(self, request: Request, num_cached: int) -> None:
         """Tells once that it has got a slot. The prompt of several choices counts once, with the first."""

@@ -26,6 +26,7 @@ class PromptPart:
     request: Request
     position: int  # of the first one
     count: int
+    num_known: int  # of these, the first ones, that were told before a preemption
 
 
 @dataclass(frozen=True, slots=True)

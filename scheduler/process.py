@@ -267,12 +267,13 @@ def logprobs(plan: InFlight, result: StepResult) -> tuple[bytes, bytes]:
 
 
 def prompt_logprobs(plan: InFlight, result: StepResult) -> tuple[PromptLogprobs, ...]:
-    """What a result tells of prompts, by request."""
+    """What a result tells of prompts, by request, each row once."""
     found, row = [], 0
     for part in plan.told:
-        if part.count and part.request.state is not State.FINISHED:
-            rows = logprob_row(result.prompt_logprobs, row, part.count)
-            found.append(PromptLogprobs(part.request.id, part.position, rows))
+        num_new = part.count - part.num_known
+        if num_new and part.request.state is not State.FINISHED:
+            rows = logprob_row(result.prompt_logprobs, row + part.num_known, num_new)
+            found.append(PromptLogprobs(part.request.id, part.position + part.num_known, rows))
         row += part.count
     return tuple(found)
 

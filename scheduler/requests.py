@@ -19,6 +19,7 @@ the step that it is fed to.
 from __future__ import annotations
 
 from array import array
+from dataclasses import replace
 from enum import Enum, auto
 
 from tpworker.ipc.arrays import unpack_int32
@@ -51,6 +52,7 @@ class Request:
         "max_length",
         "num_prompt",
         "num_registered",
+        "num_told",
         "root",
         "salt",
         "sampling",
@@ -73,6 +75,9 @@ class Request:
         self.tokens: array[int] = unpack_int32(submit.tokens)
         self.num_prompt = len(self.tokens) - submit.num_delivered
         self.sampling: Sampling = submit.sampling
+        """What it asks for; of its prompt's logprobs as long as plans have not told them all, see `tell`."""
+        self.num_told = 0
+        """Prompt tokens behind the first one whose logprobs the plans composed so far tell."""
         self.stop_ids = frozenset(unpack_int32(submit.sampling.stop_ids))
         self.max_length = min(self.num_prompt + submit.sampling.max_tokens, max_model_len)
         """Length, prompt and output, at which the request ends."""
@@ -103,12 +108,22 @@ class Request:
 
     @property
     def wants_prompt_logprobs(self) -> bool:
-        """Whether those of its prompt are."""
+        """Whether those of its prompt are, and have not all been told."""
         return self.sampling.num_prompt_logprobs != NO_LOGPROBS
 
-    def num_told(self, chunk: Chunk) -> int:
-        """Of how many prompt tokens' logprobs a chunk tells: of those behind one of its own."""
-        return max(0, min(chunk.start + chunk.length, self.num_prompt - 1) - chunk.start)
+    def tell(self, chunk: Chunk) -> tuple[int, int]:
+        """A plan tells the logprobs of the prompt tokens behind those of a chunk.
+
+        Returns:
+            Of how many tokens, and how many of these, the first ones, plans before it have told already.
+        """
+        last = self.num_prompt - 1
+        count = max(0, min(chunk.start + chunk.length, last) - chunk.start)
+        num_known = min(count, max(0, self.num_told - chunk.start))
+        self.num_told += count - num_known
+        if self.num_told == last:  # after a preemption nothing of it is to be computed for their sake
+            self.sampling = replace(self.sampling, num_prompt_logprobs=NO_LOGPROBS)
+        return count, num_known
 
     @property
     def num_output(self) -> int:

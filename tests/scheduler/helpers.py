@@ -111,6 +111,11 @@ class World:
         """Composes as far ahead as it may; the rank executes at once, its answers wait."""
         before = self.scheduler.next_step
         self.scheduler.compose_ahead()
+        self.execute()
+        return self.scheduler.next_step > before
+
+    def execute(self) -> None:
+        """The rank executes what has been streamed."""
         while self.plans.sent:
             plan = self.plans.sent.popleft()
             assert isinstance(plan, BatchPlan)
@@ -118,7 +123,6 @@ class World:
             self.answers.append(self.rank.execute(plan))
         assert len(self.answers) <= self.scheduler.settings.lookahead + 1
         self.scheduler.composer.check_integrity()
-        return self.scheduler.next_step > before
 
     def answer(self) -> bool:
         """Lets the scheduler see the oldest result. False: there is none."""
@@ -143,11 +147,9 @@ class World:
         for told in output.prompt_logprobs:
             assert told.request not in self.finished, "told of after the end"
             known = self.prompt_logprobs[told.request]
-            assert told.position <= len(known) + 1, "a gap"
-            repeated = len(known) + 1 - told.position
-            rows = rows_of(told.rows)
-            assert known[len(known) - repeated :][: len(rows)] == rows[:repeated], "what is repeated differs"
-            known += rows[repeated:]
+            assert told.rows, "nothing is told of"
+            assert told.position == len(known) + 1, "a row twice, or a gap"
+            known += rows_of(told.rows)
         for finish in output.finished:
             self.finished[requests[finish.index]] = finish.reason
         for started in output.started:

@@ -82,7 +82,7 @@ def test_the_first_choice_is_told_of_the_prompt_and_the_others_share_it() -> Non
 @pytest.mark.parametrize("lookahead", [0, 2])
 @pytest.mark.parametrize("after", range(1, 12))
 def test_a_request_that_is_preempted_begins_again_and_repeats_nothing(lookahead: int, after: int) -> None:
-    """In the middle of its prompt too, with results on their way; what comes twice is the same."""
+    """In the middle of its prompt too, with results on their way."""
     world = World(lookahead, max_num_batched_tokens=5)
     messages = [
         submit(1, PROMPT, num_prompt_logprobs=2, num_logprobs=1), submit(2, PROMPT[::-1]),
@@ -100,6 +100,42 @@ def test_a_request_that_is_preempted_begins_again_and_repeats_nothing(lookahead:
             composer.check_integrity()
     check(world, messages)
     world.run()
+
+
+@pytest.mark.parametrize("is_cached", [False, True])
+@pytest.mark.parametrize(
+    ("num_steps", "num_told", "num_found"),
+    [(1, 6, 4), (2, 12, 12), (4, 18, 16)],
+    ids=["in the middle of a block", "at the end of one", "all"],
+)
+def test_what_has_been_told_is_not_computed_again_where_the_cache_has_it(
+    num_steps: int, num_told: int, num_found: int, is_cached: bool
+) -> None:
+    """Nor is what comes behind it found there, though another request has computed all of it."""
+    world = World(3, max_num_batched_tokens=6, prefix_caching=is_cached)
+    other, asked = submit(1, PROMPT, max_tokens=1), submit(2, PROMPT, num_prompt_logprobs=2)
+    world.submit(other)
+    while 1 not in world.finished:
+        world.compose()
+        world.answer()
+    world.submit(asked)
+    composer = world.scheduler.composer
+    for _ in range(num_steps):
+        composed = composer.compose(0, world.scheduler.next_step)
+        assert composed is not None
+        world.scheduler.stream(*composed)
+        world.execute()
+    (request,) = composer.running
+    assert request.num_told == num_told
+    while world.answer():
+        pass
+    composer._preempt(request)
+    before = len(world.executed)
+    world.run()
+    check(world, [other, asked])
+    (admission,) = [a for plan in world.executed[before:] for a in plan.admitted]
+    assert admission.num_cached == (num_found if is_cached else 0)
+    assert (admission.sampling.num_prompt_logprobs == NO_LOGPROBS) == (num_told == len(PROMPT) - 1)
 
 
 def test_chunks_that_are_told_of_are_bounded_in_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
