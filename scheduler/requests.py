@@ -79,8 +79,10 @@ class Request:
         self.num_told = 0
         """Prompt tokens behind the first one whose logprobs the plans composed so far tell."""
         self.stop_ids = frozenset(unpack_int32(submit.sampling.stop_ids))
-        self.max_length = min(self.num_prompt + submit.sampling.max_tokens, max_model_len)
-        """Length, prompt and output, at which the request ends."""
+        max_length = min(self.num_prompt + submit.sampling.max_tokens, max_model_len)
+        self.max_length = max(max_length, self.num_prompt + 1)
+        """Length, prompt and output, at which the request ends. A step yields a token at least: a prompt of
+        max_model_len has one behind it, which no step is fed, and which needs no KV."""
         self.state = State.WAITING
         self.started = False
         """Whether it has ever had a slot."""

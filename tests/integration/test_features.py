@@ -57,6 +57,23 @@ def sampling(*names: str, seed: int) -> Sampling:
     return Sampling(seed=seed, max_tokens=LENGTH, **fields)
 
 
+@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("names", [(), ("prompt logprobs", "repetition", "logprobs")])
+def test_a_prompt_may_fill_a_slot(folder: Path, num_ranks: int, names: tuple[str, ...]) -> None:  # noqa: F811
+    """As one of max_tokens=0 does; in slots that others have before and after it."""
+    asked = replace(sampling(*names, seed=3), max_tokens=1)
+    prompts = [ids(9, 40) * 2, ids(10, 64), ids(11, 5)]
+    submits = [Submit(0, i, pack_int32(prompt[:64]), 0, asked) for i, prompt in enumerate(prompts)]
+    with InProcessGroup(folder, max_model_len=128) as roomy:
+        expected = dict(roomy.run(submits))
+    with InProcessGroup(folder, num_ranks, max_model_len=64) as tight:
+        found = tight.run(submits)
+        assert {i: output.tokens for i, output in found.items()} == {
+            i: output.tokens for i, output in expected.items()
+        }
+        assert len(found[0].prompt_logprobs) == (63 if names else 0)
+
+
 def requests() -> list[Submit]:
     """One a feature, one a pair of features, and plain ones between them."""
     draw = random.Random(9)

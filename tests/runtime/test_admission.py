@@ -90,11 +90,12 @@ def test_what_does_not_fit_is_refused_with_value_limit_and_remedy(
 
 
 def test_no_tokens_are_one_that_nobody_gets() -> None:
-    """A step yields a token at least, for which there must be room."""
-    assert fit(SamplingParams(max_tokens=0), 10, Limits(17, 99, 1000)) == 1
-    assert fit(SamplingParams(max_tokens=0), 16, Limits(17, 99, 1000)) == 1
-    with pytest.raises(PromptTooLong, match="17 tokens, but max_model_len is 17"):
-        fit(SamplingParams(max_tokens=0), 17, Limits(17, 99, 1000))
+    """A step yields a token at least, which needs no room."""
+    for limits in (Limits(17, 99, 1000), Limits(99, 99, 17)):
+        for num_prompt in (10, 16, 17):
+            assert fit(SamplingParams(max_tokens=0), num_prompt, limits) == 1
+    with pytest.raises(PromptTooLong, match="18 tokens, but max_model_len is 17: shorten the prompt, or"):
+        fit(SamplingParams(max_tokens=0), 18, Limits(17, 99, 1000))
 
 
 def test_min_tokens_must_fit_too() -> None:

@@ -17,7 +17,7 @@ from tests.runtime.test_requests import ids, step, with_text
 from tests.runtime.test_runtime import MakeRuntime, collect, ids_only, rest_of, run, tokens_of
 from tests.runtime.test_sync import sync_runtime
 from tests.server.fake_runtime import byte_tokenizer
-from tpworker import InvalidRequest, RequestOutput, SamplingParams
+from tpworker import InvalidRequest, PromptTooLong, RequestOutput, SamplingParams
 from tpworker.ipc.arrays import pack_int32, unpack_logprobs
 from tpworker.ipc.messages import NO_LOGPROBS, Abort, PromptLogprobs, StepOutput, Submit
 from tpworker.outputs import TokenLogprobs
@@ -231,6 +231,20 @@ def test_no_tokens_at_all(fake_runtime: MakeRuntime, n: int, options: dict[str, 
                 is_told = top is not None and output.index == 0
                 assert output.prompt_logprobs == (expected_of_prompt(PROMPT, top or 0) if is_told else None)
             assert (runtime.stats().open, runtime.stats().finished) == (0, n)
+
+    run(main)
+
+
+@pytest.mark.parametrize("options", [{"max_model_len": 48}, {"num_kv_blocks": 4, "block_size": 16}])
+def test_no_tokens_need_no_room(fake_runtime: MakeRuntime, options: dict[str, int]) -> None:
+    async def main() -> None:
+        async with fake_runtime(**options) as runtime:
+            (output,) = await collect(runtime, [5] * 48, ids_only(0, prompt_logprobs=1))
+            assert (output.num_prompt_tokens, output.finish_reason) == (48, "length")
+            assert output.prompt_logprobs == expected_of_prompt([5] * 48, 1)
+            for num_prompt, max_tokens in ((49, 0), (48, 1), (48, None)):
+                with pytest.raises(PromptTooLong, match="48"):
+                    await collect(runtime, [5] * num_prompt, ids_only(max_tokens))
 
     run(main)
 

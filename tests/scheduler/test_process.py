@@ -42,6 +42,18 @@ def test_a_request_alone(lookahead: int) -> None:
     assert len(world.executed) == 8
 
 
+@pytest.mark.parametrize("options", [{"max_model_len": 16}, {"num_blocks": 5}], ids=["length", "blocks"])
+@pytest.mark.parametrize("lookahead", [0, 2])
+def test_a_prompt_may_fill_the_limit_where_its_token_is_nobodys(
+    lookahead: int, options: dict[str, int]
+) -> None:
+    """What the runtime sends for max_tokens=0; the token needs no KV, and is fed to no step."""
+    prompt = list(range(16))
+    world = run_all([submit(i, prompt, max_tokens=1) for i in range(3)], lookahead=lookahead, **options)
+    assert world.finished == dict.fromkeys(range(3), "length")
+    assert not any(plan.decode for plan in world.executed)
+
+
 def test_plans_run_ahead_of_results() -> None:
     world = World(lookahead=2)
     world.submit(submit(1, PROMPT))

@@ -149,7 +149,11 @@ def test_the_end_of_a_long_prompt(start: Start, prompt: Any, length: int, seen: 
 def test_the_end_of_a_long_conversation(start: Start) -> None:
     server = start()
     messages = [{"role": "user", "content": "x" * 600}]
-    for length, limit, seen in ((11, None, "[assistant]"), (-1, 100, "x" * 401 + "[assistant]")):
+    for length, limit, seen in (
+        (11, None, "[assistant]"),
+        (-1, 100, "x" * 401 + "[assistant]"),
+        (-1, 0, "x" * 501 + "[assistant]"),
+    ):
         body = {"messages": messages, "truncate_prompt_tokens": length, "max_completion_tokens": limit}
         assert server.post(CHAT, json=body).status_code == 200
         assert server.runtime.requests[-1][0] == seen

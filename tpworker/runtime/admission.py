@@ -86,11 +86,11 @@ class Limits:
         Raises:
             PromptTooLong: that is too many already.
         """
-        if num_tokens >= self.shortest:
+        if num_tokens > self.shortest:
             what, remedy = self.explain()
             raise PromptTooLong(
-                f"the prompt has {num_chars} characters, which are {num_tokens} tokens at least, but {what}, "
-                f"and at least one must be left for the answer: shorten the prompt, or {remedy}",
+                f"the prompt has {num_chars} characters, which are {num_tokens} tokens at least, but {what}: "
+                f"shorten the prompt, or {remedy}",
                 "prompt",
             )
 
@@ -98,16 +98,19 @@ class Limits:
 def fit(params: SamplingParams, num_prompt: int, limits: Limits) -> int:
     """The request's max_tokens: what it asks for, or as many as fit behind its prompt.
 
+    A step yields a token at least, so of 0 it is 1: that one is nobody's, and needs no room.
+
     Raises:
         PromptTooLong: the prompt, or the prompt and max_tokens, do not fit.
         InvalidRequest: min_tokens do not fit.
     """
     limit = limits.shortest
     what, remedy = limits.explain()
-    if num_prompt >= limit:
+    least = 0 if params.max_tokens == 0 else 1
+    if num_prompt + least > limit:
+        for_answer = ", and at least one must be left for the answer" if least else ""
         raise PromptTooLong(
-            f"the prompt has {num_prompt} tokens, but {what}, and at least one must be left for the "
-            f"answer: shorten the prompt, or {remedy}",
+            f"the prompt has {num_prompt} tokens, but {what}{for_answer}: shorten the prompt, or {remedy}",
             "prompt",
         )
     if params.max_tokens is not None and num_prompt + params.max_tokens > limit:

@@ -39,7 +39,7 @@ def expected_output(
     """The output tokens of a request that runs alone, one step after the other."""
     tokens = list(prompt)
     stop_ids = set(unpack_int32(sampling.stop_ids))
-    while len(tokens) < min(len(prompt) + sampling.max_tokens, max_model_len):
+    while len(tokens) < max(len(prompt) + 1, min(len(prompt) + sampling.max_tokens, max_model_len)):
         token = next_token(tokens, sampling.seed, vocab_size)
         while token in stop_ids and len(tokens) < len(prompt) + sampling.min_tokens:
             token = (token + 1) % vocab_size

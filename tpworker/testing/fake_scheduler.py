@@ -100,7 +100,7 @@ class FakeScheduler:
                 case Submit():
                     prompt = unpack_int32(message.tokens).tolist()
                     room = self.boot.settings.max_model_len - len(prompt)
-                    limit = min(room, message.sampling.max_tokens)
+                    limit = max(1, min(room, message.sampling.max_tokens))
                     stop_ids = frozenset(unpack_int32(message.sampling.stop_ids))
                     self.waiting.append(Echo(message, prompt, stop_ids, limit))
                 case Abort():

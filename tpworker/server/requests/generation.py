@@ -208,7 +208,7 @@ class GenerationRequest(Body):
     def num_output_reserved(self) -> int:
         """Tokens of the output that a prompt of any length must leave room for."""
         asked = self.default_max_tokens if self._limit is None else self._limit
-        return max(1 if asked is None else asked, self.min_tokens or 0, 1)
+        return max(1 if asked is None else asked, self.min_tokens or 0)
 
     @property
     def _limit(self) -> int | None:
