@@ -42,7 +42,8 @@ class RuntimeConfig:
     """
 
     model: str | None = None
-    """A folder with config.json, safetensors and tokenizer.json, a hub name, or None: the default model."""
+    """A folder with config.json, safetensors and tokenizer.json or tokenizer.model, a hub name, or None: the
+    default model."""
     tensor_parallel_size: int = 1
     """Number of TP ranks: one process each, one GPU each on CUDA."""
     device: DeviceName = "auto"

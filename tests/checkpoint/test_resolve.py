@@ -42,6 +42,9 @@ def test_a_folder_without_a_config_is_refused_and_what_it_lacks_is_listed(tmp_pa
     with pytest.raises(ModelError, match=r": config\.json, tokenizer\.json missing") as refused:
         resolve_model(str(tmp_path), ignore)
     assert str(tmp_path) in str(refused.value)
+    (tmp_path / "tokenizer.model").touch()
+    with pytest.raises(ModelError, match=r": config\.json missing"):
+        resolve_model(str(tmp_path), ignore)
 
 
 def test_a_file_is_refused(tmp_path: Path) -> None:

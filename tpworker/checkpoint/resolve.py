@@ -96,6 +96,8 @@ def _checked(folder: Path) -> Path:
     except FileNotFoundError:
         pass
     wanted = ["config.json", "*.safetensors", "tokenizer.json"]
+    if any(folder.glob("tokenizer.model")):
+        wanted.remove("tokenizer.json")
     missing = [pattern for pattern in wanted if not any(folder.glob(pattern))]
     raise ModelError(
         f"{folder} is not a model folder: {', '.join(missing)} missing. "

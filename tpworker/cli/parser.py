@@ -123,8 +123,8 @@ def _add(group: _Group, flag: str, text: str, *aliases: str, **options: Any) -> 
 def _add_model_options(group: _Group) -> None:
     _add_model(
         group,
-        "a folder with config.json, *.safetensors and tokenizer.json, or a hub name (org/name); "
-        "default: SmolLM2-135M-Instruct",
+        "a folder with config.json, *.safetensors and tokenizer.json (or tokenizer.model), or a hub name "
+        "(org/name); default: SmolLM2-135M-Instruct",
     )
     _add_ranks(group)
     _add_dtype(group)

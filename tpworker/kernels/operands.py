@@ -116,9 +116,7 @@ class SamplingRows:
     position: Tensor  # int64 [R], of the token being sampled, in its sequence
     min_length: Tensor  # int64 [R], stop ids are suppressed while position < min_length
     stop_ids: Tensor  # int64 [R, K], -1: none
-    log_min_p: (
-        Tensor  # float32 [R], at most 0: less likely by more than that than the likeliest: out; -inf: none
-    )
+    log_min_p: Tensor  # float32 [R], at most 0; less likely than the likeliest by more: out; -inf: none
 
     def select(self, rows: Tensor) -> SamplingRows:
         """Some of the rows (int64 [n]), in that order; what is empty stays so."""
@@ -150,9 +148,7 @@ class LogitTables:
     vocab_start: int  # token id of the first column of `counts`, and of bit 0 of `allowed`
     uses: Tensor  # int32 [N], bits: see PENALISED
     penalties: Tensor  # float32 [N, 3]: repetition (above 0; 1: none), presence, frequency (0: none)
-    counts: (
-        Tensor  # int32 [N, V]: how often each token is in the output, IN_PROMPT added if it is in the prompt
-    )
+    counts: Tensor  # int32 [N, V]: how often a token is in the output, and IN_PROMPT if it is in the prompt
     allowed: Tensor  # int32 [N, ceil(V / 32)]: bit i % 32 of word i // 32, whether column i may be chosen
     bias_ids: Tensor  # int32 [N, B], all different; -1: none
     bias: Tensor  # float32 [N, B]

@@ -172,7 +172,7 @@ class Operations(Protocol):
         ...
 
     def sample_truncated(self, logits: Tensor, rows: SamplingRows, tokens: Tensor) -> None:
-        """Replace, in place, the tokens of rows that have top-k or top-p.
+        """Replace, in place, the tokens of rows that have min-p, top-k or top-p.
 
         Args:
             logits: [R, V], of the whole vocabulary; -inf where it is padding.

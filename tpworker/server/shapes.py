@@ -1,4 +1,4 @@
-"""The shapes of answers, for the OpenAPI document. What is sent is written in formats.py; tests compare."""
+"""The shapes of answers, for the OpenAPI document. formats.py and responses.py write what is sent; tests compare."""
 
 from __future__ import annotations
 

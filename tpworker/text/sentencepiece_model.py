@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 NAME = "tokenizer.model"
 MAX_BYTES = 64 << 20
 MAX_PIECES = 1 << 20
-MAX_PIECE = 256  # bytes; those of published models have up to 93
+MAX_PIECE = 256  # characters; those of published models have up to 93 bytes
 
 _REMEDY = "fetch the model's tokenizer.json, or save one from transformers"
 _SPACE = "▁"

@@ -184,7 +184,7 @@ class ModelSpec:
     eos_is_default: bool = False
     """No file names any: they are transformers' config class's, and count unless the tokenizer has one."""
     generation_defaults: Mapping[str, float] = field(default_factory=dict)
-    """temperature, top_p and top_k, as far as generation_config.json sets them."""
+    """Those of temperature, top_p, top_k, min_p and repetition_penalty that generation_config.json sets."""
     generation_ignored: Mapping[str, object] = field(default_factory=dict)
     """Defaults of generation_config.json that would change the output and cannot be had: to be warned of."""
     notes: tuple[str, ...] = ()
