@@ -1,4 +1,4 @@
-"""The shapes of answers, for the OpenAPI document. formats.py and responses.py write what is sent; tests compare."""
+"""The shapes of answers, for the OpenAPI document. Tests compare them with what is sent."""
 
 from __future__ import annotations
 
