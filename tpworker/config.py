@@ -91,56 +91,69 @@ class RuntimeConfig:
     """Debug mode: compare, at every step, what all ranks must compute alike, bit by bit."""
 
     def __post_init__(self) -> None:
-        def check(ok: bool, name: str, limit: str) -> None:
-            if not ok:
-                raise ConfigError(f"{name}={shown(getattr(self, name))}: must be {limit}")
+        self._settle_types()
+        self._check_model()
+        self._check_schedule()
 
+    def _check(self, ok: bool, name: str, limit: str) -> None:
+        if not ok:
+            raise ConfigError(f"{name}={shown(getattr(self, name))}: must be {limit}")
+
+    def _settle_types(self) -> None:
+        """First: numbers of any library become Python's own, and the others find what they can compare."""
         for option in fields(self):
             given, kinds = getattr(self, option.name), _KINDS[str(option.type)]
             kind = next((kind for kind in (float, int) if kind in kinds), None)
             value = plain(given) if kind is None else number(given, kind)
             object.__setattr__(self, option.name, value)
             names = [k.__name__ for k in kinds if k is not type(None)] + ["None"] * (type(None) in kinds)
-            check(type(value) in kinds, option.name, " or ".join(names))
-        check(
+            self._check(type(value) in kinds, option.name, " or ".join(names))
+
+    def _check_model(self) -> None:
+        """What is served, and on what."""
+        self._check(
             self.model != "" and is_utf8(self.model or ""),
             "model",
             "a folder or a name on the hub, in UTF-8; leave it out for the default model",
         )
-        check(
+        self._check(
             self.chat_template != "" and is_utf8(self.chat_template or ""),
             "chat_template",
             "a file, named in UTF-8; leave it out for the model's own",
         )
-        check(1 <= self.tensor_parallel_size <= 64, "tensor_parallel_size", "from 1 to 64")
-        check(self.device in ("auto", "cpu", "cuda"), "device", "auto, cpu or cuda")
-        check(self.dtype in ("auto", "float32", "bfloat16", "float16"), "dtype",
-              "auto, float32, bfloat16 or float16")  # fmt: skip
-        check(
+        self._check(1 <= self.tensor_parallel_size <= 64, "tensor_parallel_size", "from 1 to 64")
+        self._check(self.device in ("auto", "cpu", "cuda"), "device", "auto, cpu or cuda")
+        dtypes = "auto", "float32", "bfloat16", "float16"
+        self._check(self.dtype in dtypes, "dtype", "auto, float32, bfloat16 or float16")
+        self._check(
             self.max_model_len is None or 2 <= self.max_model_len < 2**31,
             "max_model_len",
             "from 2 to 2**31 - 1",
         )
+        self._check(self.load_format in ("auto", "dummy"), "load_format", "auto or dummy")
+        self._check(0 <= self.seed <= MAX_SEED, "seed", "from 0 to 2**63 - 1")
+
+    def _check_schedule(self) -> None:
+        """How requests are put together, and how long may be waited for it."""
         slots, tokens = self.max_num_seqs, self.max_num_batched_tokens
-        check(slots is None or 1 <= slots <= MAX_NUM_SEQS, "max_num_seqs", f"from 1 to {MAX_NUM_SEQS}")
-        check(tokens is None or 1 <= tokens <= 2**20, "max_num_batched_tokens", f"from 1 to {2**20}")
+        self._check(slots is None or 1 <= slots <= MAX_NUM_SEQS, "max_num_seqs", f"from 1 to {MAX_NUM_SEQS}")
+        self._check(tokens is None or 1 <= tokens <= 2**20, "max_num_batched_tokens", f"from 1 to {2**20}")
         if slots is not None and tokens is not None and slots > tokens:
             raise ConfigError(
                 f"max_num_seqs={slots} is more than max_num_batched_tokens={tokens}, and each request that "
                 f"decodes takes one token of a step: raise max_num_batched_tokens to {slots} or more, or "
                 f"lower max_num_seqs to {tokens} or less"
             )
-        check(0 <= self.lookahead <= MAX_LOOKAHEAD, "lookahead", f"from 0 to {MAX_LOOKAHEAD}")
-        check(
+        self._check(0 <= self.lookahead <= MAX_LOOKAHEAD, "lookahead", f"from 0 to {MAX_LOOKAHEAD}")
+        self._check(
             1 <= self.block_size <= 256 and self.block_size & (self.block_size - 1) == 0,
             "block_size",
             "a power of two from 1 to 256",
         )
-        check(self.num_kv_blocks is None or 2 <= self.num_kv_blocks <= 2**30, "num_kv_blocks", "at least 2")
-        check(0.05 <= self.gpu_memory_utilization <= 1.0, "gpu_memory_utilization", "from 0.05 to 1")
-        check(self.scheduling_policy in ("fcfs", "priority"), "scheduling_policy", "fcfs or priority")
-        check(1 <= self.max_queue <= 2**20, "max_queue", f"from 1 to {2**20}")
-        check(0 < self.step_timeout <= 86400, "step_timeout", "above 0 and at most 86400 seconds")
-        check(0 < self.start_timeout <= 86400, "start_timeout", "above 0 and at most 86400 seconds")
-        check(self.load_format in ("auto", "dummy"), "load_format", "auto or dummy")
-        check(0 <= self.seed <= MAX_SEED, "seed", "from 0 to 2**63 - 1")
+        blocks = self.num_kv_blocks
+        self._check(blocks is None or 2 <= blocks <= 2**30, "num_kv_blocks", "at least 2")
+        self._check(0.05 <= self.gpu_memory_utilization <= 1.0, "gpu_memory_utilization", "from 0.05 to 1")
+        self._check(self.scheduling_policy in ("fcfs", "priority"), "scheduling_policy", "fcfs or priority")
+        self._check(1 <= self.max_queue <= 2**20, "max_queue", f"from 1 to {2**20}")
+        self._check(0 < self.step_timeout <= 86400, "step_timeout", "above 0 and at most 86400 seconds")
+        self._check(0 < self.start_timeout <= 86400, "start_timeout", "above 0 and at most 86400 seconds")

@@ -297,6 +297,26 @@ def _add_server_options(group: _Group) -> None:
         f"everyone here: better --api-key-file, or the environment variable {API_KEY_VARIABLE}",
     )
     group.add_argument("--api-key-file", metavar="FILE", help="a file with that key, and nothing else")
+    _add_web_options(group)
+    group.add_argument(
+        "--shutdown-timeout",
+        type=_number,
+        metavar="SECONDS",
+        help="how long open requests may take after the first signal to end (default: 20)",
+    )
+    group.add_argument(
+        "--enable-force-include-usage",
+        dest="force_include_usage",
+        action="store_true",
+        help="streams end with the token counts, also where stream_options does not ask for them",
+    )
+    group.add_argument(
+        "--ask", metavar="TEXT", help="answer this one question, greedily, on stdout, and exit: no server"
+    )
+
+
+def _add_web_options(group: _Group) -> None:
+    """Of what stands between the server and its clients: browsers, a proxy, TLS."""
     group.add_argument(
         "--allowed-origins",
         nargs="+",
@@ -319,19 +339,4 @@ def _add_server_options(group: _Group) -> None:
         "--ssl-keyfile",
         metavar="FILE",
         help="the certificate's key (PEM; default: in the certificate's file)",
-    )
-    group.add_argument(
-        "--shutdown-timeout",
-        type=_number,
-        metavar="SECONDS",
-        help="how long open requests may take after the first signal to end (default: 20)",
-    )
-    group.add_argument(
-        "--enable-force-include-usage",
-        dest="force_include_usage",
-        action="store_true",
-        help="streams end with the token counts, also where stream_options does not ask for them",
-    )
-    group.add_argument(
-        "--ask", metavar="TEXT", help="answer this one question, greedily, on stdout, and exit: no server"
     )

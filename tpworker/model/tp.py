@@ -233,19 +233,6 @@ def gather_vocab(x: Tensor, collectives: Collectives) -> Tensor:
     return collectives.all_gather(x).transpose(0, 1).reshape(x.shape[0], -1)
 
 
-def argmax_vocab(scores: Tensor, vocab_start: int, collectives: Collectives) -> Tensor:
-    """The token with the highest score over all ranks; of equal ones the lowest id.
-
-    Args:
-        scores: float32 [R, vocab_local], without NaN.
-
-    Returns:
-        int64 [R], the same on all ranks.
-    """
-    best, index = scores.max(dim=-1)  # the first of equal ones
-    return argmax_ranks(best, index + vocab_start, collectives)
-
-
 def argmax_ranks(best: Tensor, token: Tensor, collectives: Collectives) -> Tensor:
     """Of every rank's best tokens the best; of equal ones the lowest id.
 
