@@ -21,8 +21,9 @@ from collections.abc import Sequence
 import zmq
 
 from tpworker.ipc.codec import MessageError
-from tpworker.ipc.messages import MAX_MESSAGE_BYTES, PROTOCOL_VERSION, Hello, Message, decode, encode
+from tpworker.ipc.messages import PROTOCOL_VERSION, Hello, Message
 from tpworker.ipc.patience import Patience
+from tpworker.ipc.wire import MAX_MESSAGE_BYTES, decode, encode
 
 _contexts: dict[int, zmq.Context[zmq.Socket[bytes]]] = {}  # by process id
 

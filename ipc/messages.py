@@ -1,9 +1,8 @@
-"""Every message that crosses a process boundary: one frozen dataclass each, as msgpack.
+"""Every message that crosses a process boundary: one frozen dataclass each. As bytes: wire.py.
 
-On the wire a message is an array: its tag, then its fields in order. A part of another message (an
-`Admission` in a `BatchPlan`) is the array of its fields. What comes in is checked, types and bounds,
-before anybody sees it; nothing is ever unpickled. Arrays of token ids, slots and blocks travel as bytes
-of little-endian integers (arrays.py), so that a long prompt costs one copy and not one object a token.
+The annotation of a field is what is checked when it comes in (codec.py): its type, and its bounds. Arrays of
+token ids, slots and blocks travel as bytes of little-endian integers (arrays.py), so that a long prompt costs
+one copy and not one object a token.
 
 Every message after the handshake bears the generation of the process group that sent it: a new group
 (after a fault) has a higher one, and what an old one still sends is recognised and dropped.
@@ -21,15 +20,12 @@ Every message after the handshake bears the generation of the process group that
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, TypeVar
+from typing import Annotated
 
-import msgpack
-
-from tpworker.ipc.codec import MessageError, Within, codec_of
+from tpworker.ipc.codec import Within
 
 PROTOCOL_VERSION = 2
 
-MAX_MESSAGE_BYTES = 1 << 26
 MAX_RANKS = 64
 MAX_SLOTS = 4096
 MAX_BLOCKS = 1 << 30
@@ -340,61 +336,3 @@ Message = (
     | StepResult
     | StepOutput
 )
-
-_BY_TAG: dict[int, type[Any]] = {
-    1: Hello,
-    2: RankLoaded,
-    3: Allocate,
-    4: RankReady,
-    5: SchedulerReady,
-    6: Stop,
-    10: Submit,
-    11: Abort,
-    20: BatchPlan,
-    30: StepResult,
-    31: StepOutput,
-}
-_TAG_OF = {cls: tag for tag, cls in _BY_TAG.items()}
-
-
-# ---------------------------------------------------------------------------------- on the wire
-
-_T = TypeVar("_T")
-
-for _cls in _BY_TAG.values():
-    codec_of(_cls)  # a field that cannot be checked is found on import
-
-
-def encode(message: Message) -> bytes:
-    """A message as bytes. Numbers are not checked here but where they come in."""
-    cls = type(message)
-    data: bytes = msgpack.packb([_TAG_OF[cls], *codec_of(cls).pack(message)])
-    return data
-
-
-def decode(data: bytes) -> Message:
-    """Bytes as a message.
-
-    Raises:
-        MessageError: not msgpack, an unknown tag, a wrong number of fields, a wrong type, out of bounds.
-    """
-    if len(data) > MAX_MESSAGE_BYTES:
-        raise MessageError(f"a message of {len(data)} bytes; the limit is {MAX_MESSAGE_BYTES}")
-    try:
-        values = msgpack.unpackb(data, strict_map_key=True)
-    except Exception as error:  # msgpack raises half a dozen kinds, ValueError and its own among them
-        raise MessageError(f"not msgpack: {error}") from None
-    if type(values) is not list or not values or type(values[0]) is not int:
-        raise MessageError("expected an array that begins with a tag")
-    cls = _BY_TAG.get(values[0])
-    if cls is None:
-        raise MessageError(f"unknown tag {values[0]}")
-    message: Message = codec_of(cls).unpack(values[1:])
-    return message
-
-
-def expect(message: Message, cls: type[_T]) -> _T:
-    """The message, if it is of the class that the protocol calls for at this point."""
-    if not isinstance(message, cls):
-        raise MessageError(f"expected {cls.__name__}, got {type(message).__name__}")
-    return message

@@ -34,10 +34,9 @@ from tpworker.ipc.messages import (
     StepResult,
     Stop,
     Submit,
-    encode,
-    expect,
 )
 from tpworker.ipc.patience import Patience
+from tpworker.ipc.wire import encode, expect
 from tpworker.scheduler.composer import Composer
 from tpworker.scheduler.inflight import InFlight, InFlightPlans
 from tpworker.scheduler.kv_blocks import BlockPool

@@ -17,7 +17,8 @@ from tpworker.ipc.barrier import Barrier, BarrierTimeout
 from tpworker.ipc.board import Board, Field, Phase
 from tpworker.ipc.channels import Channel
 from tpworker.ipc.child import RankBoot, board_names, run_child
-from tpworker.ipc.messages import Allocate, RankLoaded, RankReady, Stop, expect
+from tpworker.ipc.messages import Allocate, RankLoaded, RankReady, Stop
+from tpworker.ipc.wire import expect
 
 NUM_BLOCKS = 129
 

@@ -8,7 +8,8 @@ import pytest
 import zmq
 
 from tpworker.ipc.channels import Channel, ChannelError, Poller, accept_all, new_address
-from tpworker.ipc.messages import PROTOCOL_VERSION, Hello, Stop, encode
+from tpworker.ipc.messages import PROTOCOL_VERSION, Hello, Stop
+from tpworker.ipc.wire import encode
 
 
 def pair(name: str = "test") -> tuple[Channel, Channel]:

@@ -13,20 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tpworker.ipc import messages
+from tpworker.ipc import messages, wire
 from tpworker.ipc.arrays import pack_int32, pack_int64, unpack_int32, unpack_int64
 from tpworker.ipc.codec import MessageError, Within
-from tpworker.ipc.messages import (
-    BatchPlan,
-    Hello,
-    Message,
-    StepResult,
-    StepTiming,
-    Stop,
-    decode,
-    encode,
-    expect,
-)
+from tpworker.ipc.messages import BatchPlan, Hello, Message, StepResult, StepTiming, Stop
+from tpworker.ipc.wire import decode, encode, expect
 
 CLASSES: list[Any] = list(get_args(Message))
 
@@ -98,7 +89,7 @@ json_like = st.recursive(
 )
 
 
-@given(st.sampled_from([*messages._BY_TAG, 0, 99]), st.lists(json_like, max_size=12))
+@given(st.sampled_from([*wire._BY_TAG, 0, 99]), st.lists(json_like, max_size=12))
 def test_wrong_fields_are_refused_before_anybody_sees_them(tag: int, fields: list[Any]) -> None:
     try:
         message = decode(msgpack.packb([tag, *fields]))
@@ -155,7 +146,7 @@ def test_a_part_that_need_not_be_there_is_checked_where_it_is() -> None:
 
 def test_too_large() -> None:
     with pytest.raises(MessageError, match="the limit is"):
-        decode(bytes(messages.MAX_MESSAGE_BYTES + 1))
+        decode(bytes(wire.MAX_MESSAGE_BYTES + 1))
 
 
 def test_an_unchanged_plan_is_a_few_bytes() -> None:

@@ -11,7 +11,8 @@ import pytest
 from tests.conftest import VOCAB_SIZE
 from tpworker.errors import InvalidRequest
 from tpworker.ipc.arrays import pack_float32, pack_int32, unpack_int32
-from tpworker.ipc.messages import MAX_BARRED, MAX_BARRED_LENGTH, LogitRules, Sampling, Submit, decode, encode
+from tpworker.ipc.messages import MAX_BARRED, MAX_BARRED_LENGTH, LogitRules, Sampling, Submit
+from tpworker.ipc.wire import decode, encode
 from tpworker.runtime.admission import resolve_sampling
 from tpworker.runtime.rules import Encode, resolve_rules
 from tpworker.sampling_params import MAX_BAD_WORDS, SamplingParams

@@ -17,8 +17,8 @@ from tpworker.ipc.messages import (
     StepOutput,
     StepResult,
     Submit,
-    decode,
 )
+from tpworker.ipc.wire import decode
 from tpworker.scheduler.process import Scheduler
 from tpworker.testing.fake_rank import FakeRank
 

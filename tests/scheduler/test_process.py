@@ -63,7 +63,7 @@ def test_plans_run_ahead_of_results() -> None:
 
 
 def test_an_unchanged_decode_batch_is_a_few_bytes() -> None:
-    from tpworker.ipc.messages import encode
+    from tpworker.ipc.wire import encode
 
     world = run_all([submit(1, PROMPT, max_tokens=40)], lookahead=2)
     steady = [plan for plan in world.executed[2:] if not plan.grants]

@@ -13,7 +13,8 @@ from typing import Protocol
 from tpworker.ipc.barrier import Barrier
 from tpworker.ipc.board import Field, Row
 from tpworker.ipc.channels import Channel
-from tpworker.ipc.messages import BatchPlan, Stop, decode, expect
+from tpworker.ipc.messages import BatchPlan, Stop
+from tpworker.ipc.wire import decode, expect
 from tpworker.rank.publisher import Publisher
 from tpworker.rank.runner import Launched
 

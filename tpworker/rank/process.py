@@ -27,7 +27,8 @@ from tpworker.ipc.board import Board, Field, Phase, Row
 from tpworker.ipc.channels import Channel, ChannelError, close_all
 from tpworker.ipc.child import RankBoot, RankSettings, Report, board_names, write_report
 from tpworker.ipc.limits import available_bytes, usable_cores
-from tpworker.ipc.messages import Allocate, RankLoaded, RankReady, expect
+from tpworker.ipc.messages import Allocate, RankLoaded, RankReady
+from tpworker.ipc.wire import expect
 from tpworker.model.decoder import Decoder
 from tpworker.model.families import ModelSpec, read_spec
 from tpworker.model.kv_cache import KVCache
