@@ -96,6 +96,15 @@ def fused() -> Any:
     return triton_kernels
 
 
+@pytest.fixture
+def sampling() -> Any:
+    """The module of those that choose tokens."""
+    pytest.importorskip("triton")
+    from tpworker.kernels import sampling_kernel
+
+    return sampling_kernel
+
+
 @pytest.fixture(autouse=True)
 def _inference() -> Any:
     with torch.inference_mode():
@@ -338,13 +347,13 @@ def on_device(rows: SamplingRows) -> SamplingRows:
 @every_shape
 @every_count
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_greedy_tokens(fused: Any, shape: Shape, count: int, dtype: torch.dtype) -> None:
+def test_greedy_tokens(sampling: Any, shape: Shape, count: int, dtype: torch.dtype) -> None:
     """In bfloat16 many logits are equal: the first must win. Some rows are -inf as a whole."""
     logits = logits_of(count, shape.vocab).to(dtype)
     logits[:, -3:] = -torch.inf
     if count > 1:
         logits[1] = -torch.inf
-    best, token = fused.best_tokens(logits.to(DEVICE), rows_of(count), False, 1000)
+    best, token = sampling.best_tokens(logits.to(DEVICE), rows_of(count), False, 1000)
     values, index = logits.float().max(dim=-1)
     assert torch.equal(best.cpu(), values)
     assert torch.equal(token.cpu(), index + 1000)
@@ -352,17 +361,17 @@ def test_greedy_tokens(fused: Any, shape: Shape, count: int, dtype: torch.dtype)
 
 @pytest.mark.parametrize("vocab", [131, 151936])
 @pytest.mark.parametrize("random", [False] if IS_INTERPRETED else [False, True])
-def test_tokens_by_logits_that_are_nan(fused: Any, vocab: int, random: bool) -> None:
+def test_tokens_by_logits_that_are_nan(sampling: Any, vocab: int, random: bool) -> None:
     """One in a row, of either sign, in any block, or nothing else: the first is taken, and marked."""
     logits = logits_of(8, vocab)
     there = on_device(rows_of(8, 1.0 if random else 0.0))
-    _, plain = fused.best_tokens(logits.to(DEVICE), there, random, 1000)
+    _, plain = sampling.best_tokens(logits.to(DEVICE), there, random, 1000)
     logits[1, vocab - 1] = torch.nan
     logits[2, [3, vocab // 2]] = -torch.nan
     logits[4] = -torch.inf
     logits[4, vocab - 2] = torch.nan
     logits[5] = torch.nan
-    best, token = fused.best_tokens(logits.to(DEVICE), there, random, 1000)
+    best, token = sampling.best_tokens(logits.to(DEVICE), there, random, 1000)
     is_nan = logits.isnan().any(dim=1)
     assert torch.equal(best.isnan().cpu(), is_nan)
     assert token[is_nan].tolist() == [~(1000 + column) for column in (vocab - 1, 3, vocab - 2, 0)]
@@ -371,13 +380,13 @@ def test_tokens_by_logits_that_are_nan(fused: Any, vocab: int, random: bool) -> 
 
 @every_shape
 @every_count
-def test_random_tokens(fused: Any, shape: Shape, count: int) -> None:
+def test_random_tokens(sampling: Any, shape: Shape, count: int) -> None:
     """The reference's noise: a token may differ only where two scores are equal but for rounding."""
     logits = logits_of(count, shape.vocab).bfloat16()
     temperature = [(0.0, 0.7, 1.0, 3.0)[row % 4] for row in range(count)]
     seed = torch.randint(-(2**63), 2**63 - 1, (count,))
     rows = rows_of(count, temperature, seed=seed, position=torch.randint(0, 40000, (count,)).tolist())
-    best, token = fused.best_tokens(logits.to(DEVICE), on_device(rows), True, 777)
+    best, token = sampling.best_tokens(logits.to(DEVICE), on_device(rows), True, 777)
     there = on_device(rows)
     scores = logits.float().to(DEVICE) / torch.where(there.temperature == 0, 1.0, there.temperature)[:, None]
     noise = gumbel_noise(there.seed, there.position, torch.arange(777, 777 + shape.vocab, device=DEVICE))

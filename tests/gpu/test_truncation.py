@@ -44,7 +44,7 @@ def _logarithms(monkeypatch: pytest.MonkeyPatch) -> None:
     if not IS_INTERPRETED:
         return
     tl = pytest.importorskip("triton.language")
-    from tpworker.kernels import triton_kernels
+    from tpworker.kernels import sampling_kernel
 
     def by(function: Any) -> Any:
         def apply(x: Any) -> Any:
@@ -54,7 +54,7 @@ def _logarithms(monkeypatch: pytest.MonkeyPatch) -> None:
         return apply
 
     library = SimpleNamespace(log=by(np.log), log1p=by(np.log1p))
-    monkeypatch.setattr(triton_kernels, "libdevice", library)
+    monkeypatch.setattr(sampling_kernel, "libdevice", library)
 
 
 def logits_like(kind: str, vocab_size: int, dtype: torch.dtype) -> Tensor:

@@ -12,8 +12,9 @@ from tpworker.kernels.cuda_linear import CudaLinear as linear
 from tpworker.kernels.logit_kernels import adjust, count_tokens
 from tpworker.kernels.logprob_kernel import logprob_parts
 from tpworker.kernels.operands import Matrix, Routing
+from tpworker.kernels.sampling_kernel import best_tokens
 from tpworker.kernels.slot_kernels import begin_decode, begin_mixed, finish_step
-from tpworker.kernels.triton_kernels import add_norm, best_tokens, norm_rotate_store, places, silu_mul
+from tpworker.kernels.triton_kernels import add_norm, norm_rotate_store, places, silu_mul
 from tpworker.kernels.truncation_kernel import sample_truncated
 
 __all__ = [

@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tpworker.kernels.operands import GREEDY_BELOW, SamplingRows
-from tpworker.kernels.triton_kernels import _gumbel
+from tpworker.kernels.sampling_kernel import _gumbel
 
 _GROUP = 64
 _MAX_GROUPS = 4096  # a program holds the greatest values of all groups; a larger vocabulary has larger groups
