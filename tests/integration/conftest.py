@@ -1,4 +1,4 @@
-"""A real server, as a process of its own."""
+"""A real server, as a process of its own; and a tiny model for all who compare with an oracle."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ import psutil
 import pytest
 
 from tests.conftest import eventually
+
+VOCAB = 97
 
 
 class Server:
@@ -94,3 +96,26 @@ def _sockets_of(pid: int) -> list[str]:
     """The abstract sockets that the runtime in process `pid` has had made."""
     lines = Path("/proc/net/unix").read_text().splitlines()
     return [line for line in lines if f"@tpworker-{pid}-" in line]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six query and three key-value heads, and a vocabulary that no TP size divides."""
+    from transformers import LlamaConfig
+
+    from tests.model.helpers import tiny_model
+
+    folder = tmp_path_factory.mktemp("model")
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=48,
+        intermediate_size=72,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        head_dim=8,
+        max_position_embeddings=128,
+        initializer_range=0.3,
+    )
+    tiny_model(folder, config)
+    return folder

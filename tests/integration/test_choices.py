@@ -13,40 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig
 
-from tests.model.helpers import tiny_model
+from tests.integration.conftest import VOCAB
 from tpworker import Runtime, SamplingParams, SyncRuntime
 from tpworker.ipc.arrays import pack_int32
 from tpworker.ipc.messages import Abort, Sampling, Submit
 from tpworker.sampling_params import choice_seed
 from tpworker.testing.in_process import InProcessGroup
 
-VOCAB = 97
 COUNT = 3
 BLOCK = 8
 LENGTHS = [5, 16, 29, 61]
 """Of the prompts: shorter than a block; whole blocks; more than one; and more than a step's budget."""
 
 Outputs = dict[int, tuple[list[int], str | None]]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=48,
-        intermediate_size=72,
-        num_hidden_layers=2,
-        num_attention_heads=6,
-        num_key_value_heads=3,
-        head_dim=8,
-        max_position_embeddings=128,
-        initializer_range=0.3,
-    )
-    tiny_model(folder, config)
-    return folder
 
 
 def requests() -> list[list[Submit]]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.integration.test_oracle import VOCAB, folder  # noqa: F401  # a fixture
+from tests.integration.conftest import VOCAB
 from tpworker.ipc.arrays import pack_float32, pack_int32, unpack_int32
 from tpworker.ipc.messages import LogitRules, Sampling, Submit
 from tpworker.testing.in_process import InProcessGroup, Output
@@ -59,7 +59,7 @@ def sampling(*names: str, seed: int) -> Sampling:
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
 @pytest.mark.parametrize("names", [(), ("prompt logprobs", "repetition", "logprobs")])
-def test_a_prompt_may_fill_a_slot(folder: Path, num_ranks: int, names: tuple[str, ...]) -> None:  # noqa: F811
+def test_a_prompt_may_fill_a_slot(folder: Path, num_ranks: int, names: tuple[str, ...]) -> None:
     """As one of max_tokens=0 does; in slots that others have before and after it."""
     asked = replace(sampling(*names, seed=3), max_tokens=1)
     prompts = [ids(9, 40) * 2, ids(10, 64), ids(11, 5)]
@@ -99,7 +99,7 @@ def barred_words(alone: dict[int, Output]) -> list[Submit]:
 
 
 @pytest.fixture(scope="module")
-def oracle(folder: Path) -> dict[int, Output]:  # noqa: F811
+def oracle(folder: Path) -> dict[int, Output]:
     alone: dict[int, Output] = {}
     with InProcessGroup(folder, lookahead=0, prefix_caching=False) as group:
         for submit in requests():
@@ -147,7 +147,7 @@ def test_every_feature_changes_something(oracle: dict[int, Output]) -> None:
 @pytest.mark.parametrize("lookahead", [0, 2])
 @pytest.mark.parametrize("case", ["prefix hits", "preemption", "captured sizes"])
 def test_features_and_pairs_with_overlap(
-    folder: Path,  # noqa: F811
+    folder: Path,
     oracle: dict[int, Output],
     num_ranks: int,
     lookahead: int,
@@ -165,7 +165,7 @@ def test_features_and_pairs_with_overlap(
         assert (group.scheduler.composer.num_preemptions > 0) == (case == "preemption")
 
 
-def test_a_restart_goes_on_where_the_client_is(folder: Path, oracle: dict[int, Output]) -> None:  # noqa: F811
+def test_a_restart_goes_on_where_the_client_is(folder: Path, oracle: dict[int, Output]) -> None:
     """Counts, history and the rest follow from prompt and delivered tokens."""
     with InProcessGroup(folder, 2, lookahead=2) as group:
         for submit in [*requests(), *barred_words(oracle)]:

@@ -11,36 +11,14 @@ import threading
 from pathlib import Path
 
 import pytest
-from transformers import LlamaConfig
 
-from tests.model.helpers import tiny_model
+from tests.integration.conftest import VOCAB
 from tpworker.ipc.arrays import pack_int32, unpack_int32
 from tpworker.ipc.messages import Abort, Sampling, Submit
 from tpworker.testing.in_process import InProcessGroup
 
-VOCAB = 97
-
 Oracle = dict[int, tuple[list[int], str | None]]
 """By request, its tokens and why it ended."""
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six query and three key-value heads, and a vocabulary that no TP size divides."""
-    folder = tmp_path_factory.mktemp("model")
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=48,
-        intermediate_size=72,
-        num_hidden_layers=2,
-        num_attention_heads=6,
-        num_key_value_heads=3,
-        head_dim=8,
-        max_position_embeddings=128,
-        initializer_range=0.3,
-    )
-    tiny_model(folder, config)
-    return folder
 
 
 def requests() -> list[Submit]:

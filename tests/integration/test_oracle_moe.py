@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from transformers import Ernie4_5_MoeConfig, Glm4MoeConfig
 
-from tests.integration.test_oracle import VOCAB, Oracle, answers_alone, compare, requests
+from tests.integration.conftest import VOCAB
+from tests.integration.test_oracle import Oracle, answers_alone, compare, requests
 from tests.model.helpers import tiny_model
 from tpworker.testing.in_process import InProcessGroup
 

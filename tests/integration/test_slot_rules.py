@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
+from tests.integration.conftest import VOCAB
 from tests.integration.test_features import PLAIN
-from tests.integration.test_oracle import VOCAB, folder  # noqa: F401  # a fixture
 from tpworker.ipc.arrays import pack_float32, pack_int32
 from tpworker.ipc.messages import MAX_BARRED, NO_LOGPROBS, Abort, LogitRules, Sampling, Submit
 from tpworker.sampling_params import choice_seed
@@ -36,7 +36,7 @@ def submit(number: int, prompt: list[int], rules: LogitRules | None = None, **ch
     return Submit(0, number, pack_int32(prompt), 0, sampling)
 
 
-def alone(folder: Path, submits: list[Submit]) -> dict[int, Output]:  # noqa: F811
+def alone(folder: Path, submits: list[Submit]) -> dict[int, Output]:
     """Each in a group of its own: nobody has had its slot."""
     outputs = {}
     for message in submits:
@@ -57,7 +57,7 @@ def same(got: Output, expected: Output) -> None:
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
-def test_a_slot_that_had_rules_is_plain_for_who_comes_next(folder: Path, num_ranks: int) -> None:  # noqa: F811
+def test_a_slot_that_had_rules_is_plain_for_who_comes_next(folder: Path, num_ranks: int) -> None:
     """One slot, released and given out in one plan, with overlap: everything, nothing, some, nothing."""
     kinds: list[LogitRules | None] = [
         EVERYTHING, None, replace(PLAIN, presence_penalty=2.0), None, EVERYTHING,
@@ -74,7 +74,7 @@ def test_a_slot_that_had_rules_is_plain_for_who_comes_next(folder: Path, num_ran
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
-def test_prompts_are_told_of_wherever_they_are_cut(folder: Path, num_ranks: int) -> None:  # noqa: F811
+def test_prompts_are_told_of_wherever_they_are_cut(folder: Path, num_ranks: int) -> None:
     """Every budget from one token on, beside one that decodes; prompts of one token and of two, too."""
     asked = {"num_prompt_logprobs": 4, "num_logprobs": 1, "max_tokens": 2}
     submits = [
@@ -95,7 +95,7 @@ def test_prompts_are_told_of_wherever_they_are_cut(folder: Path, num_ranks: int)
 
 
 def test_a_prompt_of_more_rows_than_are_computed_at_once(
-    folder: Path,  # noqa: F811
+    folder: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Logits in parts that do not divide it."""
@@ -111,7 +111,7 @@ def test_a_prompt_of_more_rows_than_are_computed_at_once(
                 same(group.outputs[message.request], expected[message.request])
 
 
-def test_choices_and_neighbours(folder: Path) -> None:  # noqa: F811
+def test_choices_and_neighbours(folder: Path) -> None:
     """The first choice tells of the prompt, all of their tokens, and a neighbour of nothing."""
     asked = {"temperature": 0.8, "num_logprobs": 2}
     choices = [
@@ -143,7 +143,7 @@ BOUNDS: dict[str, LogitRules] = {
 
 
 @pytest.mark.parametrize("num_ranks", [1, 3])
-def test_rules_at_their_bounds(folder: Path, num_ranks: int) -> None:  # noqa: F811
+def test_rules_at_their_bounds(folder: Path, num_ranks: int) -> None:
     """Greedy and random; logprobs stay those of the model."""
     submits = [
         submit(10 * i + int(hot), PROMPT[: 6 + i], rules, temperature=hot, num_logprobs=20, top_p=0.9)
@@ -168,7 +168,7 @@ def test_rules_at_their_bounds(folder: Path, num_ranks: int) -> None:  # noqa: F
             assert own == dict(top).get(token, own)
 
 
-def test_aborts_with_logprobs_on_their_way(folder: Path) -> None:  # noqa: F811
+def test_aborts_with_logprobs_on_their_way(folder: Path) -> None:
     """In the middle of the prompt and of the answer: whoever gets the slot is not told of another's."""
     asked = {"num_prompt_logprobs": 2, "num_logprobs": 2}
     survivors = [submit(100 + i, PROMPT[i:], EVERYTHING, **asked) for i in range(6)]
