@@ -196,6 +196,26 @@ def test_also_where_min_tokens_forbids_an_end(params: dict[str, Any], is_left: b
         refused("allowed_token_ids", "min_tokens=1 forbids", single, **params)
 
 
+@pytest.mark.parametrize(
+    ("params", "words"),
+    [
+        ({"allowed_token_ids": [100], "bad_words": ["aa"]}, "allowed_token_ids is the last token of one of"),
+        ({"allowed_token_ids": [100, 101], "bad_words": ["ba", "ab"]}, "allow a token that ends none"),
+        ({"allowed_token_ids": [200, 101], "bad_words": ["ab"]}, None),
+        ({"allowed_token_ids": [100, 101], "bad_words": ["aa"]}, None),
+        ({"allowed_token_ids": [100, 2], "bad_words": ["aa"]}, None),
+        ({"allowed_token_ids": [100, 2], "bad_words": ["aa"], "min_tokens": 3}, "that min_tokens=3 forbids"),
+        ({"allowed_token_ids": [100, 2], "bad_words": ["aa"], "min_tokens": 3, "ignore_eos": True}, None),
+    ],
+)
+def test_also_behind_the_beginning_of_a_word(params: dict[str, Any], words: str | None) -> None:
+    """Otherwise a step would find every token barred, and choose one that is not allowed."""
+    if words is None:
+        assert isinstance(resolve_sampling(SamplingParams(**params), spec, 9, 0, letters), Sampling)
+    else:
+        refused("bad_words", words, **params)
+
+
 # ----------------------------------------------------------------------------------- a real tokenizer
 
 

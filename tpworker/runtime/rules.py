@@ -40,7 +40,7 @@ def resolve_rules(
     _check_vocabulary("allowed_token_ids", allowed or (), spec)
     words = _words(params.bad_words, encode)
     if allowed is not None:
-        _check_choice(set(allowed) - {word[0] for word in words if len(word) == 1}, params, delayed)
+        _check_choice(set(allowed), words, params, delayed)
     penalties = (float(repetition), float(params.presence_penalty), float(params.frequency_penalty))
     if penalties == (1.0, 0.0, 0.0) and not bias and allowed is None and not words:
         return None
@@ -53,8 +53,15 @@ def resolve_rules(
     )
 
 
-def _check_choice(left: set[int], params: SamplingParams, delayed: Sequence[int]) -> None:
-    """Whether there is something to choose of what is allowed and not barred."""
+def _check_choice(
+    allowed: set[int], words: Sequence[tuple[int, ...]], params: SamplingParams, delayed: Sequence[int]
+) -> None:
+    """Whether there is something to choose at every step, whatever the tokens before it.
+
+    A word of several tokens bars its last one behind the others. So that this leaves nothing at no time, one
+    of the tokens that are allowed must end no word.
+    """
+    left = allowed - {word[0] for word in words if len(word) == 1}
     if not left:
         raise InvalidRequest(
             "bad_words bars every one of allowed_token_ids: there would be nothing to choose", "bad_words"
@@ -64,6 +71,13 @@ def _check_choice(left: set[int], params: SamplingParams, delayed: Sequence[int]
             "allowed_token_ids leaves tokens that end the output alone, and "
             f"min_tokens={params.min_tokens} forbids them: there would be nothing to choose",
             "allowed_token_ids",
+        )
+    if left <= {word[-1] for word in words}.union(delayed):
+        but_ends = f" (but those that min_tokens={params.min_tokens} forbids)" if delayed else ""
+        raise InvalidRequest(
+            f"every one of allowed_token_ids{but_ends} is the last token of one of bad_words: there may be "
+            "nothing to choose behind their beginnings; allow a token that ends none of them",
+            "bad_words",
         )
 
 
