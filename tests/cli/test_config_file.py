@@ -49,6 +49,19 @@ def test_the_command_line_counts_more(file: Path) -> None:
     assert options.config.max_queue == 3
 
 
+@pytest.mark.parametrize("key", ["0123", "1_000", "1:30", "0x10", "1.50", "1e+3", "-7", "'0123'"])
+def test_a_text_of_digits_is_as_it_is_written(file: Path, key: str) -> None:
+    """YAML would read the first as 83: clients that send 0123 would be turned away."""
+    file.write_text(f"api-key: {key}\n")
+    assert parse("--config", str(file)).api_key == key.strip("'")
+
+
+def test_numbers_are_read_as_on_the_command_line(file: Path) -> None:
+    file.write_text("port: 0081\ngpu-memory-utilization: .5\n")
+    options = parse("--config", str(file))
+    assert (options.port, options.config.gpu_memory_utilization) == (81, 0.5)
+
+
 @pytest.mark.parametrize("text", ["", "---\n", "# nothing\n", "{}"])
 def test_nothing_is_nothing(file: Path, text: str) -> None:
     file.write_text(text)

@@ -23,7 +23,7 @@ def words_of(file: str, flags: Mapping[str, Flags]) -> list[str]:
     Raises:
         ConfigError: it cannot be read, is no mapping of options, or has one that does not exist.
     """
-    options = _read(file)
+    options, written = _read(file)
     unknown = [name for name in options if _flag(name) not in flags["serve"] or name in ("config", "help")]
     if unknown:
         said = [
@@ -34,7 +34,8 @@ def words_of(file: str, flags: Mapping[str, Flags]) -> list[str]:
     words: list[str] = []
     for name, value in options.items():
         if value is not None:
-            words += _words(file, name, value, takes_value=flags["serve"][_flag(name)])
+            text = written.get(name, str(value))
+            words += _words(file, name, value, text, takes_value=flags["serve"][_flag(name)])
     return words
 
 
@@ -47,7 +48,7 @@ def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def _words(file: str, name: str, value: object, takes_value: bool) -> list[str]:
+def _words(file: str, name: str, value: object, text: str, takes_value: bool) -> list[str]:
     flag = _flag(name)
     if not takes_value:
         if not isinstance(value, bool):
@@ -62,11 +63,14 @@ def _words(file: str, name: str, value: object, takes_value: bool) -> list[str]:
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         several = ", or a list of strings" if flag in _SEVERAL else ""
         raise ConfigError(f"{file}: {name}: {shown(value)} must be a string or a number{several}")
-    return [f"{flag}={value}"]
+    return [f"{flag}={text}"]  # which may be no number: YAML reads 0123 as 83, and 1:30 as 90
 
 
-def _read(file: str) -> dict[str, Any]:
-    """The mapping that a file holds; a key that is there twice is an error, of which YAML takes the last."""
+def _read(file: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """The mapping that a file holds, and what is no list as it is written there.
+
+    A key that is there twice is an error, of which YAML takes the last.
+    """
     import yaml
 
     try:
@@ -83,7 +87,7 @@ def _read(file: str) -> dict[str, Any]:
             f"--config {shown(file)} is no YAML that can be read: {one_line(str(error), 300)}"
         ) from error
     if options is None:
-        return {}
+        return {}, {}
     if not isinstance(options, dict) or not all(isinstance(name, str) for name in options):
         raise ConfigError(
             f"--config {file}: it must hold options by their names, as `port: 8000`, one a line"
@@ -91,4 +95,5 @@ def _read(file: str) -> dict[str, Any]:
     names = [_flag(key.value) for key, _ in node.value]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ConfigError(f"--config {file}: {twice[0].removeprefix('--')} is there twice: leave out one")
-    return options
+    written = {key.value: value.value for key, value in node.value if isinstance(value, yaml.ScalarNode)}
+    return options, written
