@@ -69,6 +69,33 @@ def test_tokens_that_are_no_whole_characters_and_special_ones(tokenizer: Tokeniz
     assert writer.token(tokenizer.eos_id)[0] == "<|im_end|>"
 
 
+@pytest.mark.parametrize("as_ids", [False, True])
+def test_offsets_are_of_the_text_however_tokens_are_named(tokenizer: Tokenizer, as_ids: bool) -> None:
+    items = [(token, None) for token in tokenizer.encode("Hello, Paris")]
+    found = LogprobWriter(tokenizer, as_ids).completion(items, Offsets(), False)
+    assert found["text_offset"] == [0, 5, 6]
+
+
+@pytest.mark.parametrize("shows_special", [False, True])
+def test_offsets_count_special_tokens_where_they_are_text(tokenizer: Tokenizer, shows_special: bool) -> None:
+    start, end = tokenizer.special["<|im_start|>"], tokenizer.special["<|im_end|>"]
+    (comma,) = tokenizer.encode(",")
+    writer = LogprobWriter(tokenizer, shows_special=shows_special)
+
+    def begins(ids: Sequence[int], **echo: Any) -> list[int]:
+        offsets: list[int] = writer.completion([(i, None) for i in ids], Offsets(), False, **echo)[
+            "text_offset"
+        ]
+        return offsets
+
+    assert begins([start, comma, end, comma]) == ([0, 12, 13, 23] if shows_special else [0, 0, 1, 1])
+    # Of a prompt it is seen in its text: here the tokenizer has added one, and one was given.
+    echo = "<|im_start|>,"
+    assert begins([start, start, comma, comma], echo=echo, num_echoed=3) == [0, 12, 12, 13]
+    # And here token ids were given, whose text does not tell them.
+    assert begins([start, comma, start, comma], echo=",", num_echoed=3) == [0, 0, 1, 1]
+
+
 def test_ids_where_there_is_no_tokenizer_or_they_are_asked_for(tokenizer: Tokenizer) -> None:
     for writer in (LogprobWriter(None), LogprobWriter(tokenizer, as_ids=True)):
         assert writer.token(17) == ("token_id:17", b"token_id:17")
@@ -122,6 +149,27 @@ def test_of_a_completion(server: LiveServer, num_top: int) -> None:
     assert choice.logprobs.top_logprobs is not None
     likeliest = {TOKENS.decode([token]): fake_logprob(token) for token in range(num_top)}
     assert choice.logprobs.top_logprobs[0] == likeliest | {"Y": fake_logprob(TOKENS.encode("Y")[0])}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("shown", [False, True])
+def test_offsets_lead_to_the_tokens_in_the_text(start: Start, shown: bool, stream: bool) -> None:
+    """Whatever is special, in the prompt as it was given and in the output as it is shown."""
+    server = start(FakeRuntime(reply=lambda prompt: "one<end>two"))
+    body = body_of(
+        COMPLETIONS, prompt="a<end>b", echo=True, logprobs=0, max_tokens=7, skip_special_tokens=not shown
+    )
+    if stream:
+        chunks = events_of(server.post(COMPLETIONS, json={**body, "stream": True}).text)
+        text, told = text_of(chunks), joined(chunks)
+    else:
+        (choice,) = server.post(COMPLETIONS, json=body).json()["choices"]
+        text, told = choice["text"], choice["logprobs"]
+    assert text == ("a<end>bone<end>two" if shown else "a<end>bonetwo")
+    tokens = ["a", "<end>", "b", *"one", "<end>", *"two"]
+    lengths = [1, 5, 1, 1, 1, 1, 5 * shown, 1, 1, 1]
+    assert told["tokens"] == tokens
+    assert told["text_offset"] == [sum(lengths[:place]) for place in range(len(tokens))]
 
 
 @pytest.mark.parametrize("num_top", [None, 0, 5, 20])

@@ -51,6 +51,8 @@ class Telling:
     """Logprobs name tokens by their ids."""
     echo: Sequence[str] | None = None
     """The prompts' texts, each before its choices' own."""
+    shows_special: bool = False
+    """Special tokens are text."""
     num_choices: int = 1
     """Of each prompt."""
     num_generated: int | None = None
@@ -133,7 +135,7 @@ class Format:
             prompts: their token ids; not needed unless they are told, or their logprobs.
             tokenizer: names the tokens in logprobs; None: by their ids.
         """
-        self._writer = LogprobWriter(tokenizer, telling.tokens_as_ids)
+        self._writer = LogprobWriter(tokenizer, telling.tokens_as_ids, telling.shows_special)
         self.request_id = f"{self._prefix}-{uuid.uuid4().hex}"
         self.telling = telling
         self._prompts = prompts
@@ -303,14 +305,18 @@ class CompletionFormat(Format):
             rest += f', "prompt_token_ids": {json.dumps(self.prompt_of(index))}, "token_ids": []'
         logprobs = "null"
         if self.telling.logprobs is not None and self.telling.echo is not None:
-            logprobs = quote(self._written_logprobs(self._prompt_told(index, choices), choices[index]))
+            told = self._prompt_told(index, choices)
+            logprobs = quote(self._written_logprobs(told, choices[index], self._echo(index), len(told)))
         return self._event(index, self._written(self._echo(index)), rest, choices, logprobs=logprobs)
 
     def _logprobs(self, tokens: Sequence[TokenLogprobs], choice: Choice) -> dict[str, Any]:
         return self._written_logprobs([(one.token_id, one) for one in tokens], choice)
 
-    def _written_logprobs(self, told: Sequence[Told], choice: Choice) -> dict[str, Any]:
-        return self._writer.completion(told, choice.offsets, bool(self.telling.logprobs))
+    def _written_logprobs(
+        self, told: Sequence[Told], choice: Choice, echo: str = "", num_echoed: int = 0
+    ) -> dict[str, Any]:
+        has_top = bool(self.telling.logprobs)
+        return self._writer.completion(told, choice.offsets, has_top, echo, num_echoed)
 
     def body(self, texts: Sequence[str], choices: Sequence[Choice]) -> str:
         whole = [self._echo(index) + text for index, text in enumerate(texts)]
@@ -321,9 +327,8 @@ class CompletionFormat(Format):
     def _all_logprobs(self, index: int, choice: Choice) -> dict[str, Any] | None:
         if self.telling.logprobs is None:
             return None
-        return self._written_logprobs(
-            [*choice.told, *((one.token_id, one) for one in choice.logprobs)], choice
-        )
+        told = [*choice.told, *((one.token_id, one) for one in choice.logprobs)]
+        return self._written_logprobs(told, choice, self._echo(index), len(choice.told))
 
     def _told_of(self, index: int, choices: Sequence[Choice]) -> dict[str, Any]:
         told = super()._told_of(index, choices)

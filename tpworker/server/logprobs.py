@@ -24,14 +24,19 @@ class LogprobWriter:
     Args:
         tokenizer: None: there is none.
         as_ids: tokens are written as their ids.
+        shows_special: special tokens of the output are text.
     """
 
-    def __init__(self, tokenizer: Tokenizer | None, as_ids: bool = False) -> None:
-        self._tokenizer = None if as_ids else tokenizer
+    def __init__(
+        self, tokenizer: Tokenizer | None, as_ids: bool = False, shows_special: bool = False
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._as_ids = as_ids
+        self._shows_special = shows_special
 
     def token(self, token_id: int) -> tuple[str, bytes]:
         """A token's name, and its bytes."""
-        if self._tokenizer is None:
+        if self._tokenizer is None or self._as_ids:
             name = f"token_id:{token_id}"
             return name, name.encode()
         piece = self._tokenizer.piece(token_id) or self._tokenizer.special_name(token_id)
@@ -61,25 +66,41 @@ class LogprobWriter:
             told.setdefault(str(token_id), entry)
         return told
 
-    def completion(self, tokens: Sequence[Told], offsets: Offsets, has_top: bool) -> dict[str, Any]:
+    def completion(
+        self, tokens: Sequence[Told], offsets: Offsets, has_top: bool, echo: str = "", num_echoed: int = 0
+    ) -> dict[str, Any]:
         """`logprobs` of a choice, or of a chunk, of /v1/completions.
 
         Args:
             tokens: token id, and what is told of it: None for a prompt's first token.
             offsets: where the choice's text stands.
             has_top: False: only the tokens' own were asked for.
+            echo: the prompt's text, where the choice's text begins with it.
+            num_echoed: so many of the tokens are the prompt's.
         """
+        begins = []
+        for place, (token_id, _) in enumerate(tokens):
+            added = self._added(token_id)
+            if not added and (special := self._special(token_id)):
+                # A prompt may hold one that its text has, as it was given, and one that the tokenizer added.
+                is_echoed = place < num_echoed
+                if echo.startswith(special, offsets.place) if is_echoed else self._shows_special:
+                    added = special.encode()
+            begins.append(offsets.pass_by(added))
         return {
             "tokens": [self.token(token_id)[0] for token_id, _ in tokens],
             "token_logprobs": [None if one is None else written(one.logprob) for _, one in tokens],
-            "text_offset": [offsets.pass_by(self._added(token_id)) for token_id, _ in tokens],
+            "text_offset": begins,
             "top_logprobs": [None if one is None else self._top(one) for _, one in tokens]
             if has_top
             else None,
         }
 
+    def _special(self, token_id: int) -> str:
+        return "" if self._tokenizer is None else self._tokenizer.special_name(token_id)
+
     def _added(self, token_id: int) -> bytes:
-        """What a token adds to the text."""
+        """What a token adds to the text; a special one nothing."""
         piece = "" if self._tokenizer is None else self._tokenizer.piece(token_id)
         return piece.encode() if isinstance(piece, str) else piece
 
@@ -100,13 +121,13 @@ class Offsets:
     """
 
     def __init__(self, start: int = 0) -> None:
-        self._offset = start
+        self.place = start
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def pass_by(self, added: bytes) -> int:
         """Where a token that adds these bytes begins: a character counts once its last byte is there."""
-        begin = self._offset
-        self._offset += len(self._decoder.decode(added))
+        begin = self.place
+        self.place += len(self._decoder.decode(added))
         return begin
 
 

@@ -172,6 +172,7 @@ class GenerationRequest(Body):
             self._num_logprobs,
             self.prompt_logprobs is not None,
             bool(self.return_tokens_as_token_ids),
+            shows_special=self.skip_special_tokens is False,
             num_choices=1 if self.n is None else self.n,
         )
 
