@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from tests.server.conftest import MODEL, LiveServer
 from tests.server.fake_runtime import FakeRuntime, byte_tokenizer, fake_logprob
@@ -94,6 +97,21 @@ def test_offsets_count_special_tokens_where_they_are_text(tokenizer: Tokenizer, 
     assert begins([start, start, comma, comma], echo=echo, num_echoed=3) == [0, 12, 12, 13]
     # And here token ids were given, whose text does not tell them.
     assert begins([start, comma, start, comma], echo=",", num_echoed=3) == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize(("text", "begins"), [("Hi Hi", [0, 2]), (" Hi Hi", [0, 3]), ("  x", [0, 1])])
+def test_the_space_that_a_tokenizer_puts_before_a_prompt_is_not_in_its_text(
+    text: str, begins: list[int]
+) -> None:
+    vocab = {"\u2581": 0, "H": 1, "i": 2, "\u2581H": 3, "\u2581Hi": 4, "x": 5, "\u2581x": 6}
+    merges = [("\u2581", "H"), ("\u2581H", "i"), ("\u2581", "x")]
+    backend = Backend(models.BPE(vocab=vocab, merges=merges))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Metaspace()
+    tokenizer = Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend))
+    items = [(token, None) for token in tokenizer.encode(text)]
+    found = LogprobWriter(tokenizer).completion(items, Offsets(), False, text, len(items))
+    assert found["text_offset"] == begins
 
 
 def test_ids_where_there_is_no_tokenizer_or_they_are_asked_for(tokenizer: Tokenizer) -> None:

@@ -80,13 +80,10 @@ class LogprobWriter:
         """
         begins = []
         for place, (token_id, _) in enumerate(tokens):
-            added = self._added(token_id)
-            if not added and (special := self._special(token_id)):
-                # A prompt may hold one that its text has, as it was given, and one that the tokenizer added.
-                is_echoed = place < num_echoed
-                if echo.startswith(special, offsets.place) if is_echoed else self._shows_special:
-                    added = special.encode()
-            begins.append(offsets.pass_by(added))
+            shown = (
+                self._echoed(token_id, echo, offsets.place) if place < num_echoed else self._shown(token_id)
+            )
+            begins.append(offsets.pass_by(shown))
         return {
             "tokens": [self.token(token_id)[0] for token_id, _ in tokens],
             "token_logprobs": [None if one is None else written(one.logprob) for _, one in tokens],
@@ -96,11 +93,26 @@ class LogprobWriter:
             else None,
         }
 
-    def _special(self, token_id: int) -> str:
-        return "" if self._tokenizer is None else self._tokenizer.special_name(token_id)
+    def _shown(self, token_id: int) -> bytes:
+        """What a token of the output adds to the text."""
+        added = self._added(token_id)
+        return self._special(token_id) if self._shows_special and not added else added
+
+    def _echoed(self, token_id: int, text: str, place: int) -> bytes:
+        """What a token of the prompt is in its text, at this place."""
+        added = self._added(token_id)
+        if not added:  # a special one: of the text as it was given, or put there by the tokenizer
+            special = self._special(token_id)
+            return special if text.startswith(special.decode(), place) else b""
+        if place == 0 and added.startswith(b" ") and not text.startswith(" "):
+            return added[1:]  # tokenizers that write a word with the space before it put one before the first
+        return added
+
+    def _special(self, token_id: int) -> bytes:
+        return b"" if self._tokenizer is None else self._tokenizer.special_name(token_id).encode()
 
     def _added(self, token_id: int) -> bytes:
-        """What a token adds to the text; a special one nothing."""
+        """What a token adds to a text that has begun; a special one nothing."""
         piece = "" if self._tokenizer is None else self._tokenizer.piece(token_id)
         return piece.encode() if isinstance(piece, str) else piece
 
