@@ -148,7 +148,7 @@ class SamplingParams:
         checks.that("top_p", self.top_p is None or self.top_p > 0, "a number above 0 and at most 1")
         checks.integer("top_k", -1, 2**31 - 1, "an integer from 0 to 2**31 - 1 (0 or -1: no limit)")
         checks.number("min_p", 0.0, 1.0, "a number from 0 to 1")
-        checks.integer("seed", -(2**63), MAX_SEED, "an integer of 64 bits")
+        checks.integer("seed", -(2**63), MAX_SEED, "an integer of 64 bits, from -2**63 to 2**63 - 1")
 
     def _check_rules(self, checks: _Checks) -> None:
         """What changes the scores."""
@@ -204,6 +204,15 @@ class SamplingParams:
         if not 0 <= index < self.n:
             raise InvalidRequest(f"n={self.n}: the choices are 0 to {self.n - 1}, and not {index}", "n")
         return replace(self, n=1, seed=choice_seed(self.seed, index))
+
+
+def checked(params: SamplingParams | None) -> SamplingParams:
+    """What a caller gives as parameters; None: the defaults. Raises TypeError for anything else."""
+    if params is None:
+        return SamplingParams()
+    if not isinstance(params, SamplingParams):
+        raise TypeError(f"sampling is {type(params).__name__}: give SamplingParams(max_tokens=…) or None")
+    return params
 
 
 class _Checks:

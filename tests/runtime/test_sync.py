@@ -71,6 +71,15 @@ def test_choices_come_prompt_by_prompt(model_folder: Path) -> None:
         assert runtime.stats().finished == 9
 
 
+@pytest.mark.parametrize("wrong", [{"max_tokens": 1}, {}, "", 0, SamplingParams])
+def test_parameters_are_sampling_params(runtime: SyncRuntime, wrong: Any) -> None:
+    """And what is empty is not the defaults."""
+    with pytest.raises(TypeError, match=r"is dict|is str|is int|is type.*: give SamplingParams\("):
+        runtime.complete([[5]], wrong)
+    with pytest.raises(TypeError, match="give SamplingParams"):
+        next(iter(runtime.generate([5], wrong)))
+
+
 def test_one_prompt_is_no_list(runtime: SyncRuntime) -> None:
     with pytest.raises(TypeError, match="list of prompts"):
         runtime.complete("prompt")

@@ -33,7 +33,7 @@ from tpworker.runtime.intake import Intake
 from tpworker.runtime.loading import Progress
 from tpworker.runtime.start import RANK_MODULE, SCHEDULER_MODULE, find, set_up, start_error, until_ready
 from tpworker.runtime.steps import Steps
-from tpworker.sampling_params import SamplingParams
+from tpworker.sampling_params import SamplingParams, checked
 
 logger = logging.getLogger(__name__)
 
@@ -245,8 +245,9 @@ class Runtime(Facts):
             QueueFull: as many requests wait as `max_queue` allows.
             RuntimeStopped: the runtime is not started, drains, was stopped, or started on another event loop.
             RuntimeFailed: a process has died, hung, diverged or raised; names it, with its traceback.
+            TypeError: `sampling` is something else.
         """
-        sampling = sampling or SamplingParams()
+        sampling = checked(sampling)
         self._check_taking(is_promised=self._intake.take_promise(sampling.n))
         choices = self._intake.reserve(request_id, sampling.n)
         try:

@@ -21,7 +21,7 @@ from tpworker.errors import RuntimeStopped
 from tpworker.outputs import Completion, Health, RequestOutput, Stats
 from tpworker.runtime.loading import Progress
 from tpworker.runtime.runtime import STARTS_ONCE, Runtime
-from tpworker.sampling_params import SamplingParams
+from tpworker.sampling_params import SamplingParams, checked
 
 if TYPE_CHECKING:
     from tpworker.model.families import ModelSpec
@@ -151,12 +151,12 @@ class SyncRuntime:
         """
         if isinstance(prompts, str):
             raise TypeError("prompts is one string: give a list of prompts")
-        return self._call(self._complete_all(prompts, sampling))
+        return self._call(self._complete_all(prompts, checked(sampling)))
 
     async def _complete_all(
-        self, prompts: Sequence[str | Sequence[int]], sampling: SamplingParams | None
+        self, prompts: Sequence[str | Sequence[int]], sampling: SamplingParams
     ) -> list[Completion]:
-        num_choices = 1 if sampling is None else sampling.n
+        num_choices = sampling.n
         at_once = asyncio.Semaphore(max(1, self.runtime.max_num_seqs // num_choices))
 
         async def complete(prompt: str | Sequence[int]) -> list[Completion]:
