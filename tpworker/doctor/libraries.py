@@ -31,6 +31,7 @@ REQUIRED = (
     Package("safetensors", (0, 5)),
     Package("huggingface_hub", (1, 0)),
     Package("rich", (13,)),
+    Package("pyyaml", (6,)),
 )
 SERVER = (
     Package("fastapi", (0, 115)),
