@@ -181,7 +181,8 @@ class Intake:
         request.own_stop_ids = frozenset(params.stop_token_ids).difference(served.model.spec.eos_ids)
         prompt_logprobs = params.prompt_logprobs if request.index == 0 else None
         if params.logprobs is not None or prompt_logprobs is not None:
-            request.logprobs = LogprobRecord(params.logprobs, prompt_logprobs, unpack_int32(tokens))
+            prompt = () if prompt_logprobs is None else unpack_int32(tokens)
+            request.logprobs = LogprobRecord(params.logprobs, prompt_logprobs, prompt)
         if params.detokenize:
             from tpworker.text.stream import TextStream
 

@@ -16,7 +16,7 @@ class LogprobRecord:
     Args:
         num_top: of the likeliest, how many a token; None: tokens' logprobs are not asked for.
         num_prompt_top: the same for the prompt's tokens.
-        prompt: its token ids.
+        prompt: its token ids; not needed unless its tokens' are asked for.
     """
 
     def __init__(self, num_top: int | None, num_prompt_top: int | None, prompt: Iterable[int] = ()) -> None:
