@@ -279,15 +279,19 @@ class Reference:
             for step in STEPS
         ]
 
+    def compute_on(self, size: int, **options: Any) -> list[list[Tensor]]:
+        """The same on each rank of a group of `size`; options are those of `Rank.load`."""
+        return run_ranks(
+            size, lambda collectives: self.compute(Rank.load(self.folder, collectives, **options))
+        )
+
     def expected(self) -> list[Tensor]:
         """transformers' logits of each of STEPS."""
         return [torch.cat([self.logits[s, start:end] for s, start, end, _ in step]) for step in STEPS]
 
     def check(self, size: int, **options: Any) -> None:
         """Every rank of a group of `size` computes the same logits, which are transformers'."""
-        results = run_ranks(
-            size, lambda collectives: self.compute(Rank.load(self.folder, collectives, **options))
-        )
+        results = self.compute_on(size, **options)
         for step, reference in enumerate(self.expected()):
             for result in results:
                 assert torch.equal(result[step], results[0][step])

@@ -147,10 +147,7 @@ def test_scaled_rotary_positions_are_transformers(tmp_path: Path, model: str, ro
 def test_half_precision_is_near(models: Models, dtype: torch.dtype) -> None:
     model = models("grouped")
 
-    def main(collectives: Collectives) -> list[Tensor]:
-        return model.compute(Rank.load(model.folder, collectives, dtype=dtype))
-
-    for result, reference in zip(run_ranks(2, main)[0], model.expected(), strict=True):
+    for result, reference in zip(model.compute_on(2, dtype=dtype)[0], model.expected(), strict=True):
         assert result.dtype == torch.float32
         assert (result - reference).abs().max() < 0.05 * reference.abs().max()
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -18,13 +17,13 @@ from transformers import (
     Gemma3TextConfig,
 )
 
-from tests.model.helpers import CPU, Models, Rank, Reference, edit_config, references, run_ranks, tiny_model
+from tests.model.helpers import CPU, Models, Reference, edit_config, references, tiny_model
 from tests.model.test_decoder import BASE, heads
 from tpworker.checkpoint.weights import dummy_weights
 from tpworker.errors import ModelError
 from tpworker.model import layer_ops
 from tpworker.model.families import LinearScaling, ModelSpec, RopeSpec, WindowSpec, read_spec
-from tpworker.model.tp import Collectives, Shard
+from tpworker.model.tp import Shard
 
 LAYERS = BASE | {"num_hidden_layers": 3}
 SCALE = {"query_pre_attn_scalar": 20}
@@ -83,15 +82,12 @@ def test_a_sequence_does_not_depend_on_the_batch(models: Models, name: str, dtyp
 def test_half_precision_is_as_near_as_transformers(models: Models, name: str) -> None:
     model = models(name)
 
-    def main(collectives: Collectives) -> list[Tensor]:
-        return model.compute(Rank.load(model.folder, collectives, dtype=torch.bfloat16))
-
     theirs = AutoModelForCausalLM.from_pretrained(
         model.folder, dtype=torch.bfloat16, attn_implementation="eager"
     ).eval()
     with torch.inference_mode():
         error = (theirs(model.ids).logits.float() - model.logits).norm()
-    results = run_ranks(2, main)[0]
+    results = model.compute_on(2, dtype=torch.bfloat16)[0]
     errors = [(result - expected).norm() for result, expected in zip(results, model.expected(), strict=True)]
     assert torch.stack(errors).norm() < 1.2 * error
 

@@ -113,10 +113,7 @@ def test_half_precision_is_near(models: Models, dtype: torch.dtype) -> None:
     """A choice that is nearly even may fall the other way: of most tokens the logits are near."""
     model = models("glm")
 
-    def main(collectives: Collectives) -> list[Tensor]:
-        return model.compute(Rank.load(model.folder, collectives, dtype=dtype))
-
-    result, reference = torch.cat(run_ranks(2, main)[0]), torch.cat(model.expected())
+    result, reference = torch.cat(model.compute_on(2, dtype=dtype)[0]), torch.cat(model.expected())
     far = (result - reference).abs().amax(dim=-1) > 0.05 * reference.abs().max()
     assert far.float().mean() < 0.1
 

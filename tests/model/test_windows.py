@@ -8,15 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import MistralConfig, MixtralConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
-from tests.model.helpers import CPU, SPEC, Models, Rank, references, run_ranks
+from tests.model.helpers import CPU, SPEC, Models, references
 from tests.model.test_decoder import BASE, heads
 from tpworker.checkpoint.weights import dummy_weights
 from tpworker.model.decoder import Decoder
 from tpworker.model.families import WindowSpec
-from tpworker.model.tp import Collectives, Shard
+from tpworker.model.tp import Shard
 from tpworker.rank.collectives import SoleRank
 
 LAYERS = BASE | {"num_hidden_layers": 3}
@@ -79,10 +78,7 @@ def test_a_sequence_does_not_depend_on_the_batch(models: Models, name: str, dtyp
 def test_half_precision_is_near(models: Models, name: str) -> None:
     model = models(name)
 
-    def main(collectives: Collectives) -> list[Tensor]:
-        return model.compute(Rank.load(model.folder, collectives, dtype=torch.bfloat16))
-
-    for result, reference in zip(run_ranks(2, main)[0], model.expected(), strict=True):
+    for result, reference in zip(model.compute_on(2, dtype=torch.bfloat16)[0], model.expected(), strict=True):
         assert (result - reference).abs().max() < 0.05 * reference.abs().max()
 
 

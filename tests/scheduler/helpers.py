@@ -11,6 +11,7 @@ from tpworker.ipc.board import Board
 from tpworker.ipc.child import SchedulerSettings, board_names
 from tpworker.ipc.messages import (
     LOGPROB_ROW_BYTES,
+    Abort,
     BatchPlan,
     Message,
     Sampling,
@@ -20,7 +21,7 @@ from tpworker.ipc.messages import (
 )
 from tpworker.ipc.wire import decode
 from tpworker.scheduler.process import Scheduler
-from tpworker.testing.fake_rank import FakeRank
+from tpworker.testing.fake_rank import FakeRank, expected_output
 
 VOCAB = 50
 
@@ -166,3 +167,33 @@ class World:
         assert self.scheduler.composer.is_idle()
         self.scheduler.composer.check_integrity()
         self.board.close()
+
+
+def expected(message: Submit, max_model_len: int = 64) -> list[int]:
+    """What a request gets, whatever else is asked for at the time."""
+    prompt = unpack_int32(message.tokens).tolist()
+    return expected_output(prompt, message.sampling, VOCAB, max_model_len)
+
+
+def run_with_aborts(world: World, messages: dict[int, Submit], aborts: dict[int, int]) -> None:
+    """Aborts some requests, each at its turn, and runs all others to their ends: each gets what it must.
+
+    Args:
+        messages: by request, what was submitted.
+        aborts: by request, the turn, from 0 to 12.
+    """
+    for turn in range(13):
+        for request, when in aborts.items():
+            if when == turn:
+                world.scheduler.take(Abort(0, request))
+                world.scheduler.composer.check_integrity()
+        world.compose()
+        world.answer()
+    world.run()
+    for request, message in messages.items():
+        whole = expected(message)
+        if request in aborts:
+            assert world.tokens[request] == whole[: len(world.tokens[request])]
+        else:
+            assert world.tokens[request] == whole
+            assert request in world.finished

@@ -8,21 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.scheduler.helpers import VOCAB, World, choices, submit
-from tpworker.ipc.arrays import pack_int32, unpack_int32
+from tests.scheduler.helpers import VOCAB, World, choices, expected, run_with_aborts, submit
+from tpworker.ipc.arrays import pack_int32
 from tpworker.ipc.messages import Abort, Submit
 from tpworker.scheduler import composer as composer_module
 from tpworker.scheduler.requests import Request, State
-from tpworker.testing.fake_rank import expected_output
 
 SIZE = 4
 PROMPT = list(range(1, 19))
 """18 tokens: 4 whole blocks that can be shared, and 2 tokens left."""
-
-
-def expected(message: Submit) -> list[int]:
-    prompt = unpack_int32(message.tokens).tolist()
-    return expected_output(prompt, message.sampling, VOCAB, 64)
 
 
 def finish(world: World, messages: list[Submit]) -> None:
@@ -287,21 +281,7 @@ def test_any_choice_gives_what_it_gives_alone(
         world.compose()
         if number % 2:
             world.answer()
-    for turn in range(13):
-        for request, when in aborts.items():
-            if when == turn:
-                world.scheduler.take(Abort(0, request))
-                world.scheduler.composer.check_integrity()
-        world.compose()
-        world.answer()
-    world.run()
-    for request, message in messages.items():
-        whole = expected(message)
-        if request in aborts:
-            assert world.tokens[request] == whole[: len(world.tokens[request])]
-        else:
-            assert world.tokens[request] == whole
-            assert request in world.finished
+    run_with_aborts(world, messages, aborts)
     assert not world.scheduler.composer._computing
 
 

@@ -9,19 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.scheduler.helpers import VOCAB, World, sampling, submit
-from tpworker.ipc.arrays import pack_int32, unpack_int32
+from tests.scheduler.helpers import VOCAB, World, expected, run_with_aborts, sampling, submit
+from tpworker.ipc.arrays import pack_int32
 from tpworker.ipc.messages import Abort, StepResult, StepTiming, Submit
 from tpworker.scheduler.inflight import ProtocolError
 from tpworker.scheduler.process import StepTimeout
-from tpworker.testing.fake_rank import expected_output
 
 PROMPT = list(range(1, 11))
-
-
-def expected(message: Submit, max_model_len: int = 64) -> list[int]:
-    prompt = unpack_int32(message.tokens).tolist()
-    return expected_output(prompt, message.sampling, VOCAB, max_model_len)
 
 
 def run_all(messages: list[Submit], **options: Any) -> World:
@@ -267,20 +261,7 @@ def test_any_mix_gives_what_each_request_gives_alone(
         if number % 2:
             world.answer()
     aborted = {n: r["abort_after"] for n, r in enumerate(requests) if r["abort_after"] is not None}
-    for turn in range(13):
-        for number, after in aborted.items():
-            if after == turn:
-                world.scheduler.take(Abort(0, number))
-        world.compose()
-        world.answer()
-    world.run()
-    for number, message in messages.items():
-        whole = expected(message)
-        if number in aborted:
-            assert world.tokens[number] == whole[: len(world.tokens[number])]
-        else:
-            assert world.tokens[number] == whole
-            assert number in world.finished
+    run_with_aborts(world, messages, aborted)
 
 
 def test_the_fake_rank_would_notice_a_wrong_block() -> None:

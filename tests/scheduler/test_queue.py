@@ -10,12 +10,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from tests.scheduler.helpers import VOCAB, World, submit
-from tpworker.ipc.arrays import unpack_int32
-from tpworker.ipc.messages import Submit
+from tests.scheduler.helpers import World, expected, submit
 from tpworker.scheduler.queue import Queue
 from tpworker.scheduler.requests import Request
-from tpworker.testing.fake_rank import expected_output
 
 
 def request(priority: int, arrival: int) -> Request:
@@ -90,10 +87,6 @@ def test_ten_thousand_that_wait_cost_a_logarithm() -> None:
 
 
 # ------------------------------------------------------------------------------ in the scheduler
-
-
-def expected(message: Submit) -> list[int]:
-    return expected_output(unpack_int32(message.tokens).tolist(), message.sampling, VOCAB, 64)
 
 
 def order_of_starts(world: World) -> list[int]:
