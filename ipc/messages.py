@@ -24,7 +24,7 @@ from typing import Annotated
 
 from tpworker.ipc.codec import Within
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 MAX_RANKS = 64
 MAX_SLOTS = 4096
@@ -34,6 +34,7 @@ MAX_BIAS = 1024
 MAX_BARRED = 128
 MAX_BARRED_LENGTH = 16  # tokens
 NO_LOGPROBS = -1
+MAX_GRAMMAR = 1 << 20  # characters of a grammar
 MAX_TOLD = 1 << 16  # tokens of one plan's chunks, of prompts whose logprobs are asked for
 LOGPROB_ROW_BYTES = 164
 """float32 [21]: the token's logprob and the likeliest ones', best first; int32 [20]: their ids, -1: none."""
@@ -52,6 +53,7 @@ Nanoseconds = Annotated[int, Within(0, 2**63 - 1)]
 NumLogprobs = Annotated[int, Within(-1, 20)]  # likeliest tokens told of beside the token itself
 Name = Annotated[str, Within(1, 64)]
 Text = Annotated[str, Within(0, 1 << 16)]
+GrammarText = Annotated[str, Within(1, MAX_GRAMMAR)]  # as llguidance reads it: Lark, or its JSON
 Int32s = Annotated[bytes, Within(0, 4 * MAX_SEQUENCE)]
 Float32s = Annotated[bytes, Within(0, 4 * MAX_SEQUENCE)]
 Int64s = Annotated[bytes, Within(0, 8 * MAX_SEQUENCE)]
@@ -160,6 +162,7 @@ class Submit:
     group: RequestId | None = None  # of several choices: the number of the first
     priority: Priority = 0  # lower is earlier
     salt: Salt = ""  # KV blocks are shared only with those of the same
+    grammar: GrammarText | None = None  # what the output is held to, known to compile
 
 
 @dataclass(frozen=True, slots=True)
