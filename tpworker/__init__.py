@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from tpworker.runtime.runtime import Runtime
     from tpworker.runtime.sync import SyncRuntime
     from tpworker.sampling_params import SamplingParams
+    from tpworker.structured_outputs import StructuredOutputs, Thinking
 
 __all__ = [
     "Completion",
@@ -58,7 +59,9 @@ __all__ = [
     "SamplingParams",
     "Stats",
     "StepRecord",
+    "StructuredOutputs",
     "SyncRuntime",
+    "Thinking",
     "TokenLogprobs",
     "TpworkerError",
 ]
@@ -66,6 +69,7 @@ __all__ = [
 _MODULES = {
     "tpworker.config": ["RuntimeConfig"],
     "tpworker.sampling_params": ["SamplingParams"],
+    "tpworker.structured_outputs": ["StructuredOutputs", "Thinking"],
     "tpworker.outputs": ["Completion", "Health", "RequestOutput", "Stats", "StepRecord", "TokenLogprobs"],
     "tpworker.runtime.runtime": ["Runtime"],
     "tpworker.runtime.sync": ["SyncRuntime"],

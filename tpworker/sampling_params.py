@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from tpworker.errors import InvalidRequest, shown
+from tpworker.structured_outputs import StructuredOutputs, structured_outputs
 from tpworker.values import MAX_SEED, FrozenDict, is_utf8, number, plain
 
 MAX_STOP_IDS = 16  # per request, the model's end-of-sequence ids included: one row of a device table
@@ -98,6 +99,11 @@ class SamplingParams:
     """False: special tokens are part of the text, by their names; the token that ends the output is not."""
     include_stop_str_in_output: bool = False
     """The text ends with the stop string that ended it, or with the token, if that is text."""
+    structured_outputs: StructuredOutputs | None = None
+    """What the output is held to: a schema, a regular expression, some choices, a grammar. A mapping of its
+    fields is one too. The output ends where that is complete. `min_tokens` holds for as long as there is
+    something else to say; stop strings and stop token ids end the output before it is complete, and so does
+    `max_tokens`. Not together with `allowed_token_ids`, `bad_words` and `ignore_eos`."""
 
     def __post_init__(self) -> None:
         checks = _Checks(self)
@@ -106,6 +112,7 @@ class SamplingParams:
         self._check_choosing(checks)
         self._check_rules(checks)
         self._check_request(checks)
+        self._check_structured(checks)
 
     def _check_lists(self, checks: _Checks) -> None:
         """First, so that the others find tuples."""
@@ -192,6 +199,17 @@ class SamplingParams:
             salt is None or (isinstance(salt, str) and 1 <= len(salt) <= MAX_SALT and is_utf8(salt)),
             f"a string of 1 to {MAX_SALT} characters; leave it out for none",
         )
+
+    def _check_structured(self, checks: _Checks) -> None:
+        """What the output is held to, and what does not go with that."""
+        checks.settle("structured_outputs", structured_outputs(self.structured_outputs))
+        if self.structured_outputs is None:
+            return
+        why = "left out with structured_outputs, which says what may be chosen: both could leave nothing"
+        checks.that("allowed_token_ids", self.allowed_token_ids is None, why)
+        checks.that("bad_words", not self.bad_words, why)
+        why = "false with structured_outputs: the output ends where what it is held to is complete"
+        checks.that("ignore_eos", not self.ignore_eos, why)
 
     def of_choice(self, index: int) -> SamplingParams:
         """The parameters with which a request of its own gives what choice `index` of this one gives.
