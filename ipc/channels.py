@@ -149,18 +149,26 @@ def close_all(linger: float) -> None:
 
 
 class Poller:
-    """Waits for a message on any of several channels of one thread."""
+    """Waits for a message on any of several channels of one thread.
 
-    def __init__(self, channels: Sequence[Channel]) -> None:
+    Args:
+        channels: the thread's own.
+        bells: descriptors that end a wait too, when they become readable.
+    """
+
+    def __init__(self, channels: Sequence[Channel], bells: Sequence[int] = ()) -> None:
         self._poller = zmq.Poller()
         self._channels = {channel._socket: channel for channel in channels}
         for channel in channels:
             self._poller.register(channel._socket, zmq.POLLIN)
+        for bell in bells:
+            self._poller.register(bell, zmq.POLLIN)
 
     def wait(self, timeout: float | None) -> list[Channel]:
-        """The channels that have a message; an empty list after `timeout` seconds (None: waits for ever)."""
+        """The channels that have a message; none after `timeout` seconds (None: waits for ever), or where
+        only bells rang."""
         events = self._poller.poll(None if timeout is None else _milliseconds(timeout))
-        return [self._channels[socket] for socket, _ in events]
+        return [self._channels[socket] for socket, _ in events if socket in self._channels]
 
 
 def _milliseconds(seconds: float) -> int:

@@ -3,7 +3,7 @@
     parent                                   child
       ├── stdin: boot message, then silence ───►│  EOF: the parent is gone (the lifeline)
       │◄── report pipe: at most one report ─────┤  EOF: the child is gone, the fastest sign there is
-      ├── memfds, inherited ───────────────────►│  barriers, board, store
+      ├── memfds, inherited ───────────────────►│  barriers, board, masks, store
       └── the thread that starts it stays         PDEATHSIG: the kernel kills the child with that thread
 
 The lifeline and PDEATHSIG cover each other: the lifeline works when the parent died before the child had
@@ -42,6 +42,8 @@ Word = Annotated[str, Within(1, 32)]
 Path = Annotated[str, Within(1, 4096)]
 Seconds = Annotated[float, Within(0, 1e9)]
 
+MAX_VOCAB = 1 << 24
+
 _MAX_BOOT_BYTES = 1 << 16  # what fits into a pipe: the parent never waits when it writes one
 _MAX_SUMMARY = 2_000  # characters; up to 4 bytes each, and a whole report fits into a pipe
 _MAX_TRACEBACK = 12_000
@@ -60,6 +62,7 @@ class SchedulerSettings:
     max_num_seqs: Annotated[int, Within(1, MAX_SLOTS)]
     max_num_batched_tokens: Annotated[int, Within(1, MAX_SEQUENCE)]
     max_model_len: Annotated[int, Within(2, MAX_SEQUENCE)]
+    vocab_size: Annotated[int, Within(1, MAX_VOCAB)]
     block_size: Annotated[int, Within(1, MAX_SEQUENCE)]
     prefix_caching: bool
     step_timeout: Seconds
@@ -99,6 +102,7 @@ class SchedulerBoot:
     plan_addresses: tuple[Address, ...]  # binds; one a rank, in rank order
     result_address: Address  # binds; rank 0 connects
     board_fd: Descriptor
+    masks_fd: Descriptor
     settings: SchedulerSettings
 
 
@@ -117,6 +121,7 @@ class RankBoot:
     barrier_fd: Descriptor
     board_fd: Descriptor
     meeting_fd: Descriptor  # a second barrier, for the collectives of CPU ranks
+    masks_fd: Descriptor
     store_fd: Descriptor  # an empty file, the same for all ranks, for whatever their collectives need
     model: Path
     settings: RankSettings

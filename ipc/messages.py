@@ -12,8 +12,8 @@ Every message after the handshake bears the generation of the process group that
        │                              │◄────────────── RankLoaded ──┤   how many KV blocks it could hold
        │                              ├─ Allocate ─────────────────►│   the smallest of those
        │◄──────── SchedulerReady ─────┤◄────────────── RankReady ───┤
-       ├─ Submit, Abort ─────────────►├─ BatchPlan ────────────────►│
-       │◄───────────── StepOutput ────┤◄────────────── StepResult ──┤   rank 0 alone
+       ├─ Vocabulary, Submit, Abort ─►├─ BatchPlan ────────────────►│
+       │◄───── StepOutput, Failed ────┤◄────────────── StepResult ──┤   rank 0 alone
        ├─ Stop ──────────────────────►├─ Stop ─────────────────────►│
 """
 
@@ -26,6 +26,7 @@ from tpworker.ipc.codec import Within
 
 PROTOCOL_VERSION = 3
 
+MAX_STEP = 2**62
 MAX_RANKS = 64
 MAX_SLOTS = 4096
 MAX_BLOCKS = 1 << 30
@@ -40,7 +41,7 @@ LOGPROB_ROW_BYTES = 164
 """float32 [21]: the token's logprob and the likeliest ones', best first; int32 [20]: their ids, -1: none."""
 
 
-Step = Annotated[int, Within(0, 2**62)]
+Step = Annotated[int, Within(0, MAX_STEP)]
 Slot = Annotated[int, Within(0, MAX_SLOTS - 1)]
 Rank = Annotated[int, Within(0, MAX_RANKS - 1)]
 Generation = Annotated[int, Within(0, 2**31)]
@@ -54,6 +55,7 @@ NumLogprobs = Annotated[int, Within(-1, 20)]  # likeliest tokens told of beside 
 Name = Annotated[str, Within(1, 64)]
 Text = Annotated[str, Within(0, 1 << 16)]
 GrammarText = Annotated[str, Within(1, MAX_GRAMMAR)]  # as llguidance reads it: Lark, or its JSON
+TokenizerText = Annotated[str, Within(1, 1 << 25)]  # tokenizer.json
 Int32s = Annotated[bytes, Within(0, 4 * MAX_SEQUENCE)]
 Float32s = Annotated[bytes, Within(0, 4 * MAX_SEQUENCE)]
 Int64s = Annotated[bytes, Within(0, 8 * MAX_SEQUENCE)]
@@ -166,6 +168,24 @@ class Submit:
 
 
 @dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """What grammars are compiled for. Comes before the first `Submit` that has one, once a generation."""
+
+    generation: Generation
+    tokenizer: TokenizerText
+    eos_ids: Int32s  # what ends an output
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """A request that cannot go on, for a reason of its own. It has ended; others are not affected."""
+
+    generation: Generation
+    request: RequestId
+    reason: Text
+
+
+@dataclass(frozen=True, slots=True)
 class Abort:
     """Nobody wants the tokens of this request any more. Unknown and finished requests are ignored."""
 
@@ -191,6 +211,7 @@ class Admission:
     num_cached: Length
     blocks: Int32s
     sampling: Sampling
+    is_guided: bool = False  # its tokens are chosen under masks, see masks.py
 
 
 @dataclass(frozen=True, slots=True)
@@ -333,9 +354,11 @@ Message = (
     | RankReady
     | SchedulerReady
     | Stop
+    | Vocabulary
     | Submit
     | Abort
     | BatchPlan
     | StepResult
     | StepOutput
+    | Failed
 )

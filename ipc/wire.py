@@ -16,6 +16,7 @@ from tpworker.ipc.messages import (
     Abort,
     Allocate,
     BatchPlan,
+    Failed,
     Hello,
     Message,
     RankLoaded,
@@ -25,6 +26,7 @@ from tpworker.ipc.messages import (
     StepResult,
     Stop,
     Submit,
+    Vocabulary,
 )
 
 MAX_MESSAGE_BYTES = 1 << 26
@@ -40,9 +42,11 @@ _BY_TAG: dict[int, type[Any]] = {
     6: Stop,
     10: Submit,
     11: Abort,
+    12: Vocabulary,
     20: BatchPlan,
     30: StepResult,
     31: StepOutput,
+    32: Failed,
 }
 _TAG_OF = {cls: tag for tag, cls in _BY_TAG.items()}
 

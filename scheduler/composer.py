@@ -76,6 +76,7 @@ class Composer:
         self.num_prompt_tokens = 0
         self.num_cached_tokens = 0
         self._num_asking = 0  # of the running, who want logprobs
+        self._num_guided = 0  # of the running
         self._computing: dict[int, Request] = {}  # of groups: who computes what the others will share
         self._num_slots = max_num_seqs
         self._budget = max_num_batched_tokens
@@ -209,7 +210,16 @@ class Composer:
         ]
         prefill_tokens = sum(chunk.length for chunk in draft.chunks)
         wants_logprobs = self._num_asking > 0 and any(request.wants_logprobs for request in sampled)
-        return InFlight(step, sampled, wants_logprobs, draft.told, prefill_tokens, len(draft.decoding))
+        guided = []
+        if self._num_guided:
+            guided = [
+                (request.slot, request, request.planned_length - 1 - request.num_prompt)
+                for request in sampled
+                if request.is_guided
+            ]
+        return InFlight(
+            step, sampled, wants_logprobs, draft.told, prefill_tokens, len(draft.decoding), guided
+        )
 
     # ----------------------------------------------------------------------- slots and blocks
 
@@ -237,6 +247,7 @@ class Composer:
         request.num_registered, request.last_node = len(shared), node
         insort(self.running, request, key=_by_key)
         self._num_asking += request.wants_logprobs
+        self._num_guided += request.is_guided
         self._start(request, num_cached)
         draft.admitted.append(
             Admission(
@@ -246,6 +257,7 @@ class Composer:
                 num_cached,
                 pack_int32(request.blocks),
                 request.sampling,
+                request.is_guided,
             )
         )
         return True
@@ -291,6 +303,7 @@ class Composer:
         self._register(request, min(request.computed, len(request.tokens)))
         self.running.remove(request)
         self._num_asking -= request.wants_logprobs
+        self._num_guided -= request.is_guided
         self.pool.release(request.blocks)
         heapq.heappush(self._free_slots, request.slot)
         self._released.append(request.slot)
@@ -317,6 +330,8 @@ class Composer:
         self.pool.check_integrity([request.blocks for request in self.running])
         asking = [request for request in self.running if request.wants_logprobs]
         assert self._num_asking == len(asking), "who wants logprobs is miscounted"
+        num_guided = sum(request.is_guided for request in self.running)
+        assert self._num_guided == num_guided, "who is guided is miscounted"
         slots = [request.slot for request in self.running]
         assert sorted(slots + self._free_slots) == list(range(self._num_slots)), "a slot is lost or doubled"
         for request in self.running:

@@ -39,6 +39,7 @@ class InFlight:
     told: list[PromptPart]  # in the order of their chunks
     num_prefill_tokens: int
     num_decodes: int
+    guided: list[tuple[int, Request, int]]  # of `sampled`: the slot, whose it is, which token of its output
 
 
 class InFlightPlans:

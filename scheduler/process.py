@@ -18,14 +18,14 @@ from tpworker.ipc.board import Board, Field, Phase
 from tpworker.ipc.channels import Channel, Poller, accept_all, close_all
 from tpworker.ipc.child import RANK_NAME, SchedulerBoot, SchedulerSettings, board_names
 from tpworker.ipc.codec import MessageError
+from tpworker.ipc.masks import MaskBoard
 from tpworker.ipc.messages import (
-    LOGPROB_ROW_BYTES,
     Abort,
     Allocate,
     BatchPlan,
+    Failed,
     Finish,
     Message,
-    PromptLogprobs,
     RankLoaded,
     RankReady,
     SchedulerLoad,
@@ -34,13 +34,16 @@ from tpworker.ipc.messages import (
     StepResult,
     Stop,
     Submit,
+    Vocabulary,
 )
 from tpworker.ipc.patience import Patience
 from tpworker.ipc.wire import encode, expect
 from tpworker.scheduler.composer import Composer
+from tpworker.scheduler.guides import Guides
 from tpworker.scheduler.inflight import InFlight, InFlightPlans
 from tpworker.scheduler.kv_blocks import BlockPool
 from tpworker.scheduler.requests import Request, State
+from tpworker.scheduler.told import logprobs, prompt_logprobs
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +51,9 @@ _M = TypeVar("_M")
 
 STEP_PATIENCE = 1.25
 """Times step_timeout: the ranks, who wait for each other that long, know better whom they miss."""
+
+COMPILING_SECONDS = 0.25
+"""How often to say that we are alive, while grammars are compiled and there is nothing else to do."""
 
 STOP_SECONDS = 5.0
 """For the last message to leave."""
@@ -71,6 +77,7 @@ class Scheduler:
         runtime, results: channels to the runtime, and from rank 0.
         plans: a channel to each rank, in rank order.
         board: the status board, with a row for the scheduler and one for each rank.
+        masks: for requests that are held to a grammar.
     """
 
     def __init__(
@@ -82,6 +89,7 @@ class Scheduler:
         results: Channel,
         plans: list[Channel],
         board: Board,
+        masks: MaskBoard,
     ) -> None:
         self.generation = generation
         self.settings = settings
@@ -91,7 +99,8 @@ class Scheduler:
         self.next_step = 0
         self._open: dict[int, Request] = {}
         self._num_arrived = 0
-        self._committed: list[StepOutput] = []  # not forwarded yet
+        self._committed: list[StepOutput | Failed] = []  # not forwarded yet
+        self.guides = Guides(masks)
         self._runtime = runtime
         self._results = results
         self._plans = plans
@@ -100,10 +109,11 @@ class Scheduler:
 
     def run(self) -> None:
         """Until the runtime says Stop."""
-        poller = Poller([self._results, self._runtime])
+        poller = Poller([self._results, self._runtime], [self.guides.bell])
         while self.receive(poller):  # requests, aborts; results: 6 commit
             self.compose_ahead()  # 1 compose, 2 stream
             self.forward()  # what was committed, to the runtime
+        self.guides.let_go()
 
     def compose_ahead(self) -> None:
         """Composes and streams plans until the lookahead is used up, or there is nothing to compute."""
@@ -124,6 +134,7 @@ class Scheduler:
                 if isinstance(message, Stop):
                     return False
                 self.take(message)
+        self.take_compiled()
         self._check_deadline()  # after all answers that are here: this process may have been the late one
         return True
 
@@ -132,6 +143,8 @@ class Scheduler:
         if len(self.in_flight):
             return self.in_flight.patience.slice()
         assert self.composer.is_idle(), "requests wait, but nothing is in flight and nothing can be composed"
+        if self.guides.num_compiling:
+            return COMPILING_SECONDS
         gc.collect(0)  # what the last requests left, while nobody waits
         return None
 
@@ -146,13 +159,42 @@ class Scheduler:
                 request = Request(message, self.settings.max_model_len, self._num_arrived)
                 self._num_arrived += 1
                 self._open[request.id] = request
-                self.composer.add(request)
+                if request.is_guided:
+                    self.guides.compile(request)
+                else:
+                    self.composer.add(request)
             case Abort():
                 request_or_none = self._open.pop(message.request, None)
                 if request_or_none is not None:
-                    self.composer.finish(request_or_none)
+                    self._end(request_or_none)
+            case Vocabulary():
+                self.guides.use(message)
             case _:
                 raise MessageError(f"not for the scheduler: {message}")
+
+    def take_compiled(self) -> None:
+        """Puts requests whose grammars are compiled into the queue."""
+        for request, error in self.guides.compiled():
+            if request.state is State.FINISHED:  # aborted meanwhile
+                continue
+            if request.guide is not None:
+                self.composer.add(request)
+            else:
+                self._fail(request, error)
+
+    def _end(self, request: Request) -> None:
+        """Nobody wants more tokens of it."""
+        if request.is_guided and request.guide is None:  # no one's yet
+            request.state = State.FINISHED
+        else:
+            self.composer.finish(request)
+
+    def _fail(self, request: Request, reason: str) -> None:
+        """Ends a request that cannot go on, for a reason of its own."""
+        logger.warning("request %d failed: %s", request.id, reason)
+        self._end(request)
+        del self._open[request.id]
+        self._committed.append(Failed(self.generation, request.id, reason))
 
     # -------------------------------------------------------------------------------- stream
 
@@ -162,6 +204,8 @@ class Scheduler:
         for channel in self._plans:
             channel.send_encoded(data)
         self.in_flight.add(in_flight)
+        if in_flight.guided:
+            self.guides.expect(in_flight)
         self.next_step += 1
         self._row[Field.LAUNCHED] = self.next_step
 
@@ -170,6 +214,7 @@ class Scheduler:
     def commit(self, result: StepResult) -> None:
         """Applies a step's tokens, finds what has ended, and makes one message of it for the runtime."""
         plan, tokens = self.in_flight.answered(result)
+        complete = self._guide(plan, tokens) if plan.guided else ()
         told, rows = logprobs(plan, result)  # of those that have not ended by now
         told_of_prompts = prompt_logprobs(plan, result)
         requests: list[int] = []
@@ -184,7 +229,7 @@ class Scheduler:
             positions.append(request.num_output)
             committed.append(token)
             request.tokens.append(token)
-            if token in request.stop_ids:
+            if token in request.stop_ids or request in complete:
                 finished.append(Finish(len(committed) - 1, "stop"))
             elif len(request.tokens) >= request.max_length:
                 finished.append(Finish(len(committed) - 1, "length"))
@@ -192,6 +237,7 @@ class Scheduler:
                 continue
             self.composer.finish(request)
             del self._open[request.id]
+        self.guides.answered(plan.step)
         self._row[Field.COMPLETED] = plan.step + 1
         self._committed.append(
             StepOutput(
@@ -211,6 +257,24 @@ class Scheduler:
                 told_of_prompts,
             )
         )
+
+    def _guide(self, plan: InFlight, tokens: list[int]) -> set[Request]:
+        """Tells guides of a step's tokens, and ends requests at fault.
+
+        Returns:
+            Those whose output is complete: their grammars leave nothing to say.
+        """
+        complete = set()
+        for request, token in zip(plan.sampled, tokens, strict=True):
+            guide = request.guide
+            if guide is None or request.state is State.FINISHED or token in request.stop_ids:
+                continue
+            if not guide.commit(token):
+                if guide.error:
+                    self._fail(request, guide.error)
+                else:
+                    complete.add(request)
+        return complete
 
     def forward(self) -> None:
         """Sends the runtime what has been committed. The ranks come first: a device may be waiting."""
@@ -239,42 +303,13 @@ class Scheduler:
             f"launched {row[Field.LAUNCHED]}, completed {row[Field.COMPLETED]}"
             for row in rows
         )
+        if (step := self.guides.missing) is not None:
+            places += f"; masks of step {step} are not written"
         raise StepTimeout(
             f"a step was not answered within {self.settings.step_timeout:g} s (--step-timeout); "
             f"steps of each rank: {places}",
             behind if len(behind) < len(rows) or len(rows) == 1 else [],
         )
-
-
-def logprob_row(rows: bytes, index: int, count: int = 1) -> bytes:
-    """Some of the logprob rows of a result."""
-    return rows[index * LOGPROB_ROW_BYTES : (index + count) * LOGPROB_ROW_BYTES]
-
-
-def logprobs(plan: InFlight, result: StepResult) -> tuple[bytes, bytes]:
-    """Which of the tokens that a result commits have logprob rows (int32, see `StepOutput`), and the rows."""
-    if not plan.wants_logprobs:
-        return b"", b""
-    told, rows, place = [], [], 0
-    for row, request in enumerate(plan.sampled):
-        if request.state is not State.FINISHED:
-            if request.wants_logprobs:
-                told.append(place)
-                rows.append(logprob_row(result.logprobs, row))
-            place += 1
-    return pack_int32(told), b"".join(rows)
-
-
-def prompt_logprobs(plan: InFlight, result: StepResult) -> tuple[PromptLogprobs, ...]:
-    """What a result tells of prompts, by request, each row once."""
-    found, row = [], 0
-    for part in plan.told:
-        num_new = part.count - part.num_known
-        if num_new and part.request.state is not State.FINISHED:
-            rows = logprob_row(result.prompt_logprobs, row + part.num_known, num_new)
-            found.append(PromptLogprobs(part.request.id, part.position + part.num_known, rows))
-        row += part.count
-    return tuple(found)
 
 
 def scheduler_main(boot: SchedulerBoot) -> None:
@@ -290,7 +325,10 @@ def scheduler_main(boot: SchedulerBoot) -> None:
     num_kv_blocks = agree_on_blocks(plans, ranks, boot.generation, timeout)
     results.accept(ranks[0], boot.generation, timeout)
     logger.info("%d KV blocks of %d tokens", num_kv_blocks, boot.settings.block_size)
-    scheduler = Scheduler(boot.generation, boot.settings, num_kv_blocks, runtime, results, plans, board)
+    masks = MaskBoard.attach(boot.masks_fd, boot.settings.max_num_seqs, boot.settings.vocab_size)
+    scheduler = Scheduler(
+        boot.generation, boot.settings, num_kv_blocks, runtime, results, plans, board, masks
+    )
     runtime.send(SchedulerReady(boot.generation, num_kv_blocks))
     board.rows()[0][Field.PHASE] = Phase.READY
     gc.collect()

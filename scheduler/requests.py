@@ -21,10 +21,14 @@ from __future__ import annotations
 from array import array
 from dataclasses import replace
 from enum import Enum, auto
+from typing import TYPE_CHECKING
 
 from tpworker.ipc.arrays import unpack_int32
 from tpworker.ipc.messages import NO_LOGPROBS, Chunk, Sampling, Submit
 from tpworker.scheduler.kv_blocks import Node, Root
+
+if TYPE_CHECKING:
+    from tpworker.scheduler.guide import Guide
 
 Key = tuple[int, int]
 """(priority, arrival): who is served first, and preempted last. Unique."""
@@ -44,12 +48,15 @@ class Request:
         "blocks",
         "capacity",
         "computed",
+        "grammar",
         "group",
+        "guide",
         "id",
         "in_flight",
         "key",
         "last_node",
         "max_length",
+        "min_tokens",
         "num_prompt",
         "num_registered",
         "num_told",
@@ -74,7 +81,14 @@ class Request:
         """Where it begins in the prefix cache; the composer knows."""
         self.tokens: array[int] = unpack_int32(submit.tokens)
         self.num_prompt = len(self.tokens) - submit.num_delivered
-        self.sampling: Sampling = submit.sampling
+        self.grammar = submit.grammar
+        """What its output is held to; None: nothing."""
+        self.guide: Guide | None = None
+        """Its state in the grammar, once that is compiled."""
+        self.min_tokens = submit.sampling.min_tokens
+        # Under masks it is for them to see to that: they know whether anything but an end is left.
+        is_guided = submit.grammar is not None
+        self.sampling: Sampling = replace(submit.sampling, min_tokens=0) if is_guided else submit.sampling
         """What it asks for; of its prompt's logprobs as long as plans have not told them all, see `tell`."""
         self.num_told = 0
         """Prompt tokens behind the first one whose logprobs the plans composed so far tell."""
@@ -126,6 +140,11 @@ class Request:
         if self.num_told == last:  # after a preemption nothing of it is to be computed for their sake
             self.sampling = replace(self.sampling, num_prompt_logprobs=NO_LOGPROBS)
         return count, num_known
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether its tokens are chosen under masks."""
+        return self.grammar is not None
 
     @property
     def num_output(self) -> int:

@@ -8,6 +8,7 @@ import math
 from decimal import Decimal
 from enum import IntEnum
 from fractions import Fraction
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -147,7 +148,8 @@ def test_what_they_come_to_crosses_to_the_processes() -> None:
     config = RuntimeConfig(
         max_num_seqs=np.int64(8), step_timeout=np.float32(2.5), prefix_caching=np.bool_(True)
     )
-    settings = scheduler_settings(config, "cpu", 512)
+    spec: Any = SimpleNamespace(vocab_size=97)
+    settings = scheduler_settings(config, spec, "cpu", 512)
     assert (settings.max_num_seqs, settings.step_timeout, settings.prefix_caching) == (8, 2.5, True)
     from tests.ipc.test_child import SCHEDULER_BOOT
 

@@ -6,7 +6,8 @@
     ├── RequestError       one request that is refused; nothing else is affected
     │   ├── InvalidRequest     a parameter out of range, or not supported             (also a ValueError)
     │   ├── PromptTooLong      the prompt, or prompt + max_tokens, does not fit
-    │   └── QueueFull          backpressure: try again later
+    │   ├── QueueFull          backpressure: try again later
+    │   └── RequestFailed      it was taken, and cannot go on, for a reason of its own
     ├── RuntimeStopped     the runtime is not started, drains, or has stopped
     └── RuntimeFailed      a process died, hung, diverged or raised; names it, with its traceback
 
@@ -59,6 +60,10 @@ class PromptTooLong(InvalidRequest):
 
 class QueueFull(RequestError):
     """As many requests wait as `max_queue` allows. Try again later, or raise --max-queue."""
+
+
+class RequestFailed(RequestError):
+    """A request that was taken cannot go on, for a reason of its own: say a grammar beyond its bounds."""
 
 
 class RuntimeStopped(TpworkerError):

@@ -28,12 +28,13 @@ from tpworker.ipc.codec import MessageError, unpack_dataclass
 
 SCHEDULER_BOOT = SchedulerBoot(
     generation=3, name="tpworker-scheduler", log_level=20, report_fd=9, num_ranks=2, runtime_address="ipc://@r",
-    plan_addresses=("ipc://@p0", "ipc://@p1"), result_address="ipc://@s", board_fd=7,
-    settings=SchedulerSettings(2, 64, 512, 2048, 16, True, 60.0, 600.0),
+    plan_addresses=("ipc://@p0", "ipc://@p1"), result_address="ipc://@s", board_fd=7, masks_fd=10,
+    settings=SchedulerSettings(2, 64, 512, 2048, 49152, 16, True, 60.0, 600.0),
 )  # fmt: skip
 RANK_BOOT = RankBoot(
-    generation=3, name="tpworker-rank1", log_level=20, report_fd=9, rank=1, num_ranks=2, plan_address="ipc://@p1",
-    result_address="ipc://@s", barrier_fd=5, board_fd=7, meeting_fd=9, store_fd=8, model="/models/ä",
+    generation=3, name="tpworker-rank1", log_level=20, report_fd=9, rank=1, num_ranks=2,
+    plan_address="ipc://@p1", result_address="ipc://@s", barrier_fd=5, board_fd=7, meeting_fd=9,
+    masks_fd=10, store_fd=8, model="/models/ä",
     settings=RankSettings(2, 64, 512, 2048, 16, 0, 0.9, "cpu", "float32", "auto", 0, False, 60.0, 600.0),
 )  # fmt: skip
 

@@ -80,7 +80,7 @@ def test_a_slot_forgets_who_had_it_before() -> None:
 
 
 def test_the_mode_is_what_any_row_needs() -> None:
-    table = SlotTable(6, 8, torch.device("cpu"))
+    table = SlotTable(7, 8, torch.device("cpu"))
     kinds = [
         sampling(temperature=0.0, top_k=5),  # greedy: truncation changes nothing
         sampling(temperature=1.0),
@@ -89,19 +89,22 @@ def test_the_mode_is_what_any_row_needs() -> None:
         sampling(temperature=0.0, rules=LogitRules(1.1, 0.0, 0.0, b"", b"", None, ())),
         sampling(temperature=0.0, num_logprobs=0),
     ]
-    apply(table, [admission(slot, sampling=kind) for slot, kind in enumerate(kinds)], [])
-    modes = [dataclasses.astuple(table.sampling_mode([slot])) for slot in range(6)]
+    admissions = [admission(slot, sampling=kind) for slot, kind in enumerate(kinds)]
+    admissions.append(dataclasses.replace(admissions[0], slot=6, is_guided=True))
+    apply(table, admissions, [])
+    modes = [dataclasses.astuple(table.sampling_mode([slot])) for slot in range(7)]
     no = False
     assert modes == [
-        (no, no, no, no, no),
-        (True, no, no, no, no),
-        (True, True, no, no, no),
-        (no, no, True, no, no),
-        (no, no, no, True, no),
-        (no, no, no, no, True),
+        (no, no, no, no, no, no),
+        (True, no, no, no, no, no),
+        (True, True, no, no, no, no),
+        (no, no, True, no, no, no),
+        (no, no, no, True, no, no),
+        (no, no, no, no, True, no),
+        (no, no, no, True, no, True),
     ]
-    assert dataclasses.astuple(table.sampling_mode([0, 1, 2, 3, 4, 5])) == (True, True, True, True, True)
-    assert dataclasses.astuple(table.sampling_mode([])) == (no, no, no, no, no)
+    assert dataclasses.astuple(table.sampling_mode(range(7))) == (True,) * 6
+    assert dataclasses.astuple(table.sampling_mode([])) == (no,) * 6
 
 
 def test_sampling_rows_are_gathered() -> None:

@@ -11,7 +11,9 @@ from tpworker.ipc.codec import pack_dataclass, unpack_dataclass
 from tpworker.ipc.messages import MAX_SEQUENCE
 from tpworker.runtime import settings
 
-SPEC: Any = SimpleNamespace(max_model_len=2048, dtype="bfloat16", rope=SimpleNamespace(max_positions=None))
+SPEC: Any = SimpleNamespace(
+    max_model_len=2048, vocab_size=97, dtype="bfloat16", rope=SimpleNamespace(max_positions=None)
+)
 
 
 def test_max_model_len_is_the_models_unless_less_is_asked_for() -> None:
@@ -26,7 +28,7 @@ def test_max_model_len_is_the_models_unless_less_is_asked_for() -> None:
 def test_settings_cross_the_pipe_also_when_seconds_are_whole_numbers() -> None:
     config = RuntimeConfig(step_timeout=5, start_timeout=7, gpu_memory_utilization=1)
     for made in (
-        settings.scheduler_settings(config, "cpu", 2048),
+        settings.scheduler_settings(config, SPEC, "cpu", 2048),
         settings.rank_settings(config, SPEC, "cpu", 2048),
     ):
         assert unpack_dataclass(type(made), pack_dataclass(made)) == made
@@ -56,7 +58,7 @@ def test_step_sizes_suit_the_device_and_what_is_asked_for(
 ) -> None:
     config = RuntimeConfig(max_num_seqs=slots, max_num_batched_tokens=tokens)
     for made in (
-        settings.scheduler_settings(config, device, 2048),
+        settings.scheduler_settings(config, SPEC, device, 2048),
         settings.rank_settings(config, SPEC, device, 2048),
     ):
         assert (made.max_num_seqs, made.max_num_batched_tokens) == sizes

@@ -9,6 +9,7 @@ from typing import Any
 from tpworker.ipc.arrays import pack_int32, unpack_int32, unpack_int64
 from tpworker.ipc.board import Board
 from tpworker.ipc.child import SchedulerSettings, board_names
+from tpworker.ipc.masks import MaskBoard
 from tpworker.ipc.messages import (
     LOGPROB_ROW_BYTES,
     Abort,
@@ -80,18 +81,22 @@ class World:
     ) -> None:
         fields: dict[str, Any] = {
             "lookahead": lookahead, "max_num_seqs": 4, "max_num_batched_tokens": 16, "max_model_len": 64,
-            "block_size": block_size, "prefix_caching": True, "step_timeout": 60.0, "start_timeout": 60.0,
+            "vocab_size": VOCAB, "block_size": block_size, "prefix_caching": True,
+            "step_timeout": 60.0, "start_timeout": 60.0,
         }  # fmt: skip
         self.board = Board.create(board_names(1))
         self.plans, self.outputs = Wire(), Wire()
+        scheduler = SchedulerSettings(**{**fields, **settings})
+        self.masks = MaskBoard.create(scheduler.max_num_seqs, VOCAB)
         self.scheduler = Scheduler(
             0,
-            SchedulerSettings(**{**fields, **settings}),
+            scheduler,
             num_blocks,
             self.outputs,  # type: ignore[arg-type]
             Wire(),  # type: ignore[arg-type]
             [self.plans],  # type: ignore[list-item]
             self.board,
+            self.masks,
         )
         self.rank = FakeRank(num_blocks, block_size, VOCAB)
         self.answers: deque[StepResult] = deque()

@@ -134,7 +134,7 @@ class FakeRuntime(Facts):
         spec = fake_spec(self.longest)
         folder = Path("/fake-model" if self.config.model is None else "/somewhere")
         model = FoundModel(folder, spec, self.config.model or folder.name)
-        scheduler = scheduler_settings(self.config, "cpu", self.longest)
+        scheduler = scheduler_settings(self.config, spec, "cpu", self.longest)
         rank = rank_settings(self.config, spec, "cpu", self.longest)
         group = Group(generation=0, num_ranks=2, model=str(folder), scheduler=scheduler, rank=rank)
         self._setup = Setup(model, group)

@@ -11,6 +11,7 @@ from tpworker.kernels import moe_kernels, moe_routing
 from tpworker.kernels.cuda_linear import CudaLinear as linear
 from tpworker.kernels.logit_kernels import adjust, count_tokens
 from tpworker.kernels.logprob_kernel import logprob_parts
+from tpworker.kernels.mask_kernel import take_masks
 from tpworker.kernels.operands import Matrix, Routing
 from tpworker.kernels.sampling_kernel import best_tokens
 from tpworker.kernels.slot_kernels import begin_decode, begin_mixed, finish_step
@@ -35,6 +36,7 @@ __all__ = [
     "route",
     "sample_truncated",
     "silu_mul",
+    "take_masks",
 ]
 
 

@@ -9,7 +9,7 @@ What cannot be done so is done one kernel after the other (`tensor_of` in model/
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from typing import NamedTuple, Protocol
 
@@ -131,8 +131,9 @@ LOGPROB_ROW = 1 + 2 * MOST_LOGPROBS
 """float32 values of a logprob row: the token's own, those of the likeliest, best first, and the ids of these
 (exact below 2**24; -1 and a logprob of -inf: there is none)."""
 
-PENALISED, MASKED, BIASED, WORDS_BARRED = 1, 2, 4, 8
-"""Bits of `LogitTables.uses`."""
+PENALISED, MASKED, BIASED, WORDS_BARRED, GUIDED = 1, 2, 4, 8, 16
+"""Bits of `LogitTables.uses`. GUIDED, with MASKED: each step takes the mask from the host, see
+`HostMasks`."""
 
 IN_PROMPT = 1 << 30
 """Added to a token's count where the prompt holds it."""
@@ -154,6 +155,15 @@ class LogitTables:
     bias: Tensor  # float32 [N, B]
     barred: Tensor  # int32 [N, W, L]: words of up to L tokens, filled up with -1 in front; all -1: none
     history: Tensor  # int32 [N, H], H a power of two above L: the token at position p of a sequence, at p % H
+
+
+@dataclass(frozen=True, slots=True)
+class HostMasks:
+    """Masks that the host writes while a step runs, in memory that the device can read (ipc/masks.py)."""
+
+    written: int  # address of an int64: of steps below it all masks are written
+    rows: Tensor  # int32 [turns, slots, words], of the whole vocabulary; step N takes turn N % turns
+    wait: Callable[[int], None]  # for the host: returns when a step's masks are written
 
 
 class Routing(Protocol):

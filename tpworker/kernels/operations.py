@@ -15,7 +15,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from tpworker.kernels.operands import LogitTables, Matrix, Places, Routing, SamplingRows
+from tpworker.kernels.operands import HostMasks, LogitTables, Matrix, Places, Routing, SamplingRows
 
 
 class Operations(Protocol):
@@ -143,6 +143,18 @@ class Operations(Protocol):
 
         Returns:
             float32 [R, V]; of a slot that uses no rule, the same values.
+        """
+        ...
+
+    def take_masks(self, slots: Tensor, counter: Tensor, tables: LogitTables, masks: HostMasks) -> None:
+        """Wait until the masks of this step are written, and put those of guided slots into `allowed`.
+
+        Does not wait where no slot is guided.
+
+        Args:
+            slots: int64 [R], as `adjust`; the null slot is not guided.
+            counter: int64 [1], the number of the step before.
+            tables: `vocab_start` is a multiple of 8.
         """
         ...
 

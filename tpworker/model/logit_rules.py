@@ -1,6 +1,7 @@
 """Penalties, bias, allowed tokens and barred words: what changes logits before a token is chosen, in torch.
 
-The definition of `Operations.adjust` and `count_tokens`; the tables are kept by `tpworker.rank.logit_state`.
+The definition of `Operations.adjust`, `take_masks` and `count_tokens`; the tables are kept by
+`tpworker.rank.logit_state`.
 """
 
 from __future__ import annotations
@@ -8,7 +9,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tpworker.kernels.operands import BIASED, IN_PROMPT, MASKED, PENALISED, WORDS_BARRED, LogitTables
+from tpworker.kernels.operands import (
+    BIASED,
+    GUIDED,
+    IN_PROMPT,
+    MASKED,
+    PENALISED,
+    WORDS_BARRED,
+    HostMasks,
+    LogitTables,
+)
 
 
 def adjust(logits: Tensor, slots: Tensor, positions: Tensor, tables: LogitTables) -> Tensor:
@@ -61,6 +71,18 @@ def _bar_words(logits: Tensor, slots: Tensor, positions: Tensor, tables: LogitTa
     is_barred = is_next & (words[:, :, -1] >= 0) & (columns >= 0) & (columns < logits.shape[1])
     ceiling = torch.where(is_barred, float("-inf"), float("inf"))
     return logits.scatter_reduce_(1, torch.where(is_barred, columns, 0), ceiling, reduce="amin")
+
+
+def take_masks(slots: Tensor, counter: Tensor, tables: LogitTables, masks: HostMasks) -> None:
+    """See `Operations.take_masks`."""
+    guided = slots[(tables.uses[slots] & GUIDED) != 0]
+    if len(guided):
+        step = int(counter) + 1
+        masks.wait(step)
+        allowed = tables.allowed.view(torch.uint8)
+        first = tables.vocab_start // 8
+        rows = masks.rows[step % len(masks.rows)].view(torch.uint8)[:, first : first + allowed.shape[1]]
+        allowed[guided] = rows[guided]
 
 
 def count_tokens(slots: Tensor, tokens: Tensor, positions: Tensor, tables: LogitTables) -> None:

@@ -35,6 +35,8 @@ class SamplingMode:
     """Some row has a rule for its logits, see `LogitTables`."""
     logprobs: bool = False
     """Some row asks for logprobs."""
+    guided: bool = False
+    """Some row's mask comes from the host while the step runs, see `HostMasks`; `adjust` as well."""
 
 
 def sample(

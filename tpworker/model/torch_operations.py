@@ -7,7 +7,7 @@ from torch import Tensor
 from tpworker.kernels.operands import Matrix, Routing
 from tpworker.model.layer_ops import add_norm, gelu_mul, norm_rotate_store, places, silu_mul
 from tpworker.model.linear import Linear as linear
-from tpworker.model.logit_rules import adjust, count_tokens
+from tpworker.model.logit_rules import adjust, count_tokens, take_masks
 from tpworker.model.logprobs import logprob_parts
 from tpworker.model.moe import choose, experts
 from tpworker.model.sampling import best_tokens, sample_truncated
@@ -31,6 +31,7 @@ __all__ = [
     "route",
     "sample_truncated",
     "silu_mul",
+    "take_masks",
 ]
 
 

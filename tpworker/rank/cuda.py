@@ -176,6 +176,12 @@ class CudaDevice:
         with torch.inference_mode(False), _cuda.stream(self.uploads.stream):
             return torch.empty(num_bytes, dtype=torch.uint8, device=self.torch_device)
 
+    def map_host(self, address: int, num_bytes: int) -> None:
+        flags = 3  # cudaHostRegisterPortable | cudaHostRegisterMapped
+        status = _cuda.cudart().cudaHostRegister(address, num_bytes, flags)
+        if int(status):
+            raise RuntimeError(f"cudaHostRegister of {num_bytes} bytes failed with error {int(status)}")
+
     def free_bytes(self, num_ranks: int) -> int:
         """What is free on the GPU, which this rank has for itself."""
         _cuda.synchronize()

@@ -82,6 +82,9 @@ class Device(Protocol):
     def upload_buffer(self, num_bytes: int) -> Tensor:
         """uint8 [num_bytes] on the device, which only the upload stream writes to."""
 
+    def map_host(self, address: int, num_bytes: int) -> None:
+        """From now on, as long as the process lives, work may read this memory of the host where it is."""
+
     def free_bytes(self, num_ranks: int) -> int:
         """Memory that this rank may plan with, given that `num_ranks` share the machine."""
 
@@ -195,6 +198,9 @@ class CpuDevice:
     def upload_buffer(self, num_bytes: int) -> Tensor:
         with torch.inference_mode(False):  # may be written to in any mode
             return torch.empty(num_bytes, dtype=torch.uint8)
+
+    def map_host(self, address: int, num_bytes: int) -> None:
+        """It can anyway."""
 
     def free_bytes(self, num_ranks: int) -> int:
         """A rank's share of half of what is available: the other half stays with the rest of the machine."""

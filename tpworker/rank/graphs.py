@@ -18,7 +18,7 @@ from tpworker.rank.device import Device
 
 GREEDY = SamplingMode(False, False, False)
 MODES = (
-    SamplingMode(True, True, True, True, True),
+    SamplingMode(True, True, True, True, True, True),
     SamplingMode(True, True, True),
     SamplingMode(True, False, False),
     GREEDY,
@@ -73,7 +73,7 @@ class RowGraphs:
         """What replays a step of `count` rows; None if nothing was captured."""
         if not self._replays:
             return None
-        if mode.adjust or mode.logprobs:
+        if mode.adjust or mode.logprobs:  # and what is guided is adjusted
             mode = MODES[0]
         elif mode.truncate or mode.suppress:
             mode = MODES[1]

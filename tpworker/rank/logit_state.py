@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from tpworker.ipc.messages import MAX_BARRED, MAX_BARRED_LENGTH, MAX_BIAS, Admission, LogitRules
-from tpworker.kernels.operands import BIASED, IN_PROMPT, MASKED, PENALISED, WORDS_BARRED, LogitTables
+from tpworker.kernels.operands import BIASED, GUIDED, IN_PROMPT, MASKED, PENALISED, WORDS_BARRED, LogitTables
 from tpworker.model.kv_cache import zeroed
 from tpworker.rank.staging import StagedArray, StagingBuffer
 
@@ -78,14 +78,14 @@ class LogitState:
 
     def stage(self, admitted: Sequence[Admission], staging: StagingBuffer) -> RuleDeltas | None:
         """Puts what changes into a plan's staging buffer (launch thread); None: nothing does."""
-        changed = [a for a in admitted if a.sampling.rules is not None or self._has_rules[a.slot]]
+        changed = [a for a in admitted if _has_rules(a) or self._has_rules[a.slot]]
         if not changed:
             return None
         uses, penalties, rows = [], [], []
         for admission in changed:
             rules = admission.sampling.rules
-            self._has_rules[admission.slot] = rules is not None
-            uses.append(0 if rules is None else _uses(rules))
+            self._has_rules[admission.slot] = _has_rules(admission)
+            uses.append(_uses(rules, admission.is_guided))
             penalties.append((1.0, 0.0, 0.0) if rules is None else _penalties(rules))
             if rules is not None:
                 rows.append(self._stage_row(admission, rules, uses[-1], staging))
@@ -105,7 +105,7 @@ class LogitState:
             counts = self._counts(known, admission.num_prompt)
             columns = counts.nonzero()[0]
             staged |= {"columns": staging.put(columns), "counts": staging.put(counts[columns])}
-        if uses & MASKED:
+        if uses & MASKED and not uses & GUIDED:
             staged["allowed"] = staging.put(self._allowed(rules))
         if uses & BIASED:
             ids = np.full(MAX_BIAS, -1, np.int32)
@@ -164,10 +164,18 @@ def _penalties(rules: LogitRules) -> tuple[float, float, float]:
     return rules.repetition_penalty, rules.presence_penalty, rules.frequency_penalty
 
 
-def _uses(rules: LogitRules) -> int:
+def _has_rules(admission: Admission) -> bool:
+    return admission.is_guided or admission.sampling.rules is not None
+
+
+def _uses(rules: LogitRules | None, is_guided: bool) -> int:
+    guided = (GUIDED | MASKED) * is_guided
+    if rules is None:
+        return guided
     has_masked_word = any(len(word) == 4 for word in rules.barred)
     return (
-        PENALISED * (_penalties(rules) != (1.0, 0.0, 0.0))
+        guided
+        | PENALISED * (_penalties(rules) != (1.0, 0.0, 0.0))
         | MASKED * (rules.allowed_ids is not None or has_masked_word)
         | BIASED * bool(rules.bias_ids)
         | WORDS_BARRED * any(len(word) > 4 for word in rules.barred)

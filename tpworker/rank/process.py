@@ -27,8 +27,10 @@ from tpworker.ipc.board import Board, Field, Phase, Row
 from tpworker.ipc.channels import Channel, ChannelError, close_all
 from tpworker.ipc.child import RankBoot, RankSettings, Report, board_names, write_report
 from tpworker.ipc.limits import available_bytes, usable_cores
+from tpworker.ipc.masks import TURNS, MaskBoard
 from tpworker.ipc.messages import Allocate, RankLoaded, RankReady
 from tpworker.ipc.wire import expect
+from tpworker.kernels.operands import HostMasks
 from tpworker.model.decoder import Decoder
 from tpworker.model.families import ModelSpec, read_spec
 from tpworker.model.kv_cache import KVCache
@@ -113,7 +115,8 @@ def assemble(
         row.enter(Phase.ALLOCATING)
         max_blocks = -(-settings.max_model_len // settings.block_size)
         vocab = (shard.vocab_start, shard.vocab.local)
-        slots = SlotTable(settings.max_num_seqs, max_blocks, device.torch_device, vocab)
+        masks = host_masks(boot, device, spec.vocab_size)
+        slots = SlotTable(settings.max_num_seqs, max_blocks, device.torch_device, vocab, masks)
         cache = agree_on_cache(boot, plans, decoder, dtype, device)
         return runner_class(
             decoder,
@@ -125,6 +128,14 @@ def assemble(
             settings.check_ranks_agree,
             settings.max_num_batched_tokens,
         )
+
+
+def host_masks(boot: RankBoot, device: Device, vocab_size: int) -> HostMasks:
+    """The masks that the scheduler writes, where the device can read them."""
+    board = MaskBoard.attach(boot.masks_fd, boot.settings.max_num_seqs, vocab_size)
+    device.map_host(board.address, board.num_bytes)
+    rows = torch.frombuffer(board.memory, dtype=torch.int32).view(TURNS, board.num_slots, board.num_words)
+    return HostMasks(board.written_address, rows, partial(board.wait, timeout=boot.settings.step_timeout))
 
 
 def in_thread(work: Callable[[], T]) -> Future[T]:

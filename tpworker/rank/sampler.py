@@ -1,5 +1,7 @@
 """The end of a step: tokens for where the slots stand, logprobs, and the rows that the publisher copies.
 
+                 masks of guided slots, from the host
+                           ▼
     hidden ─► logits ─► rules ─► token ─► slot table, for the next step
                  │                  └───► a row of the token ring
                  └─► logprobs of the logits as they were ─► a row of the logprob ring
@@ -97,6 +99,8 @@ class Sampler:
         raw, start = decoder.logits(hidden), decoder.vocab_start
         rows = table.sampling_rows(slots, mode)
         logits = raw
+        if mode.guided and table.masks is not None:
+            operations.take_masks(slots, self.counter, table.rules.tables, table.masks)
         if mode.adjust:
             logits = operations.adjust(raw, slots, rows.position, table.rules.tables)
         elif mode.logprobs and mode.suppress:  # which works in place

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tpworker.ipc.arrays import unpack_int32
 from tpworker.ipc.messages import NO_LOGPROBS, Admission, Grant, Sampling
-from tpworker.kernels.operands import SamplingRows
+from tpworker.kernels.operands import HostMasks, SamplingRows
 from tpworker.model.operations import operations_of
 from tpworker.model.sampling import SamplingMode
 from tpworker.rank.logit_state import LogitState, RuleDeltas
@@ -49,10 +49,16 @@ class SlotTable:
         max_blocks: width of the block table.
         device: where the tensors live.
         vocab: this rank's part of the vocabulary: its first token, and how many.
+        masks: of guided slots; None: there are none.
     """
 
     def __init__(
-        self, num_slots: int, max_blocks: int, device: torch.device, vocab: tuple[int, int] = (0, 0)
+        self,
+        num_slots: int,
+        max_blocks: int,
+        device: torch.device,
+        vocab: tuple[int, int] = (0, 0),
+        masks: HostMasks | None = None,
     ) -> None:
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(num_slots + 1, *shape, dtype=dtype, device=device)
@@ -75,8 +81,11 @@ class SlotTable:
         """int64: stop ids are suppressed for tokens at positions below it."""
         self.stop_ids = self._integers[:, _STOP_IDS:].fill_(-1)
         """int64 [num_slots + 1, MAX_STOP_IDS], filled up with -1."""
-        self._needs = np.zeros((num_slots + 1, 5), np.bool_)  # on the host: fields of `SamplingMode`
+        self._needs = np.zeros(
+            (num_slots + 1, len(fields(SamplingMode))), np.bool_
+        )  # on the host: fields of `SamplingMode`
         self.rules = LogitState(num_slots, *vocab, device)
+        self.masks = masks
 
     def stage(
         self, admitted: Sequence[Admission], grants: Sequence[Grant], staging: StagingBuffer
@@ -99,7 +108,7 @@ class SlotTable:
         samplings = [admission.sampling for admission in admitted]
         rules = self.rules.stage(admitted, staging)
         for admission in admitted:
-            self._needs[admission.slot] = _needs(admission.sampling)
+            self._needs[admission.slot] = _needs(admission)
         return SlotDeltas(
             staging.put(np.array([admission.slot for admission in admitted], np.int64)),
             staging.put(np.stack([_integers(admission) for admission in admitted])),
@@ -153,17 +162,19 @@ class SlotTable:
     def sampling_mode(self, slots: Sequence[int]) -> SamplingMode:
         """What sampling these slots needs, from the host's own record (launch thread)."""
         rows = list(slots)
-        random, truncate, suppress, adjust, logprobs = (
-            bool(self._needs[rows, column].any()) for column in range(5)
+        return SamplingMode(
+            *(bool(self._needs[rows, column].any()) for column in range(self._needs.shape[1]))
         )
-        return SamplingMode(random, truncate, suppress, adjust, logprobs)
 
 
-def _needs(sampling: Sampling) -> tuple[bool, bool, bool, bool, bool]:
+def _needs(admission: Admission) -> tuple[bool, ...]:
+    """In the order of the fields of `SamplingMode`."""
+    sampling, guided = admission.sampling, admission.is_guided
     random = sampling.temperature > 0
     truncate = random and (sampling.top_p < 1 or sampling.top_k > 0 or sampling.min_p > 0)
     suppress = sampling.min_tokens > 0 and bool(sampling.stop_ids)
-    return random, truncate, suppress, sampling.rules is not None, sampling.num_logprobs != NO_LOGPROBS
+    adjust = guided or sampling.rules is not None
+    return random, truncate, suppress, adjust, sampling.num_logprobs != NO_LOGPROBS, guided
 
 
 def _floats(sampling: Sampling) -> tuple[float, float, float]:

@@ -18,7 +18,7 @@ from tpworker.ipc.board import Field, Phase, Row
 from tpworker.ipc.channels import Channel, ChannelError, new_address
 from tpworker.ipc.child import SCHEDULER_NAME
 from tpworker.ipc.codec import MessageError
-from tpworker.ipc.messages import Message, SchedulerReady, StepOutput, Stop
+from tpworker.ipc.messages import Failed, Message, SchedulerReady, StepOutput, Stop
 from tpworker.ipc.patience import Patience
 from tpworker.ipc.streams import open_standard_descriptors
 from tpworker.runtime.faults import Fault
@@ -63,7 +63,7 @@ class Generation:
 
     Args:
         group: what to start.
-        on_output: given every StepOutput, in order.
+        on_output: given every StepOutput, and every request that failed, in order.
         on_fault: called once if, after `ready`, the processes had to be ended.
         is_busy: whether the scheduler has work; only then is it watched.
     """
@@ -71,7 +71,7 @@ class Generation:
     def __init__(
         self,
         group: Group,
-        on_output: Callable[[StepOutput], None],
+        on_output: Callable[[StepOutput | Failed], None],
         on_fault: Callable[[Fault], None],
         is_busy: Callable[[], bool],
     ) -> None:
@@ -208,7 +208,7 @@ class Generation:
             self._is_greeted = True
         elif message.generation != self.number:
             pass  # from before a restart
-        elif isinstance(message, StepOutput):
+        elif isinstance(message, (StepOutput, Failed)):
             if self._fault is None:
                 self._on_output(message)
         elif isinstance(message, SchedulerReady):

@@ -19,8 +19,9 @@ import asyncio
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from tpworker.errors import RequestFailed
 from tpworker.ipc.arrays import unpack_int32, unpack_int64, unpack_logprobs
-from tpworker.ipc.messages import StepOutput
+from tpworker.ipc.messages import Failed, StepOutput
 from tpworker.outputs import FinishReason, RequestOutput
 from tpworker.runtime.logprobs import LogprobRecord
 
@@ -223,6 +224,13 @@ class Requests:
         for request in list(self._by_number.values()):
             self.close(request)
             request.fail(error)
+
+    def fail(self, failed: Failed) -> None:
+        """Ends one with an error of its own."""
+        request = self._by_number.get(failed.request)
+        if request is not None:
+            self.close(request)
+            request.fail(lambda: RequestFailed(f"request {request.request_id!r} failed: {failed.reason}"))
 
     def deliver(self, output: StepOutput) -> None:
         """Hands a step's tokens out, each once and in order, whatever is repeated (invariant 6).

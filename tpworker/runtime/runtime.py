@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 from tpworker.config import RuntimeConfig
 from tpworker.errors import RuntimeStopped
-from tpworker.ipc.messages import SchedulerLoad, StepOutput
+from tpworker.ipc.messages import Failed, SchedulerLoad, StepOutput
 from tpworker.observe.gpus import resolve_gpus
 from tpworker.observe.start import StartTimes
 from tpworker.observe.watch import GpuState, GpuWatch
@@ -307,7 +307,10 @@ class Runtime(Facts):
 
     # ------------------------------------------------------------------ from the generation
 
-    def _on_output(self, output: StepOutput) -> None:
+    def _on_output(self, output: StepOutput | Failed) -> None:
+        if isinstance(output, Failed):
+            self._intake.requests.fail(output)
+            return
         self._intake.requests.deliver(output)
         self._steps.add(output)
 

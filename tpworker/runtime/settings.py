@@ -58,7 +58,9 @@ def resolve_max_model_len(config: RuntimeConfig, spec: ModelSpec) -> int:
     return config.max_model_len
 
 
-def scheduler_settings(config: RuntimeConfig, device: str, max_model_len: int) -> SchedulerSettings:
+def scheduler_settings(
+    config: RuntimeConfig, spec: ModelSpec, device: str, max_model_len: int
+) -> SchedulerSettings:
     """What the scheduler is told of the configuration."""
     sizes = StepSizes.of(config, device)
     return SchedulerSettings(
@@ -66,6 +68,7 @@ def scheduler_settings(config: RuntimeConfig, device: str, max_model_len: int) -
         max_num_seqs=sizes.max_num_seqs,
         max_num_batched_tokens=sizes.max_num_batched_tokens,
         max_model_len=max_model_len,
+        vocab_size=spec.vocab_size,
         block_size=config.block_size,
         prefix_caching=config.prefix_caching,
         step_timeout=float(config.step_timeout),

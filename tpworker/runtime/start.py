@@ -119,7 +119,7 @@ def set_up(
         generation=0,
         num_ranks=config.tensor_parallel_size,
         model=str(model.folder),
-        scheduler=scheduler_settings(config, device, max_model_len),
+        scheduler=scheduler_settings(config, model.spec, device, max_model_len),
         rank=rank_settings(config, model.spec, device, max_model_len),
         rank_cpus=near_cpus(gpus),
         rank_module=rank_module,

@@ -32,6 +32,7 @@ from tpworker.ipc.child import (
     SchedulerSettings,
     board_names,
 )
+from tpworker.ipc.masks import MaskBoard
 from tpworker.ipc.patience import Patience
 from tpworker.ipc.spawn import child_environment
 from tpworker.runtime.children import Child
@@ -102,6 +103,8 @@ class Supervisor:
             undo.callback(self._barrier.close)
             self._meeting = Barrier.create(group.num_ranks)
             undo.callback(self._meeting.close)
+            self._masks = MaskBoard.create(group.scheduler.max_num_seqs, group.scheduler.vocab_size)
+            undo.callback(self._masks.close)
             self._wake_receiver, self._wake_sender = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
             undo.callback(os.close, self._wake_receiver)
             undo.callback(os.close, self._wake_sender)
@@ -172,9 +175,9 @@ class Supervisor:
                 group.scheduler_module,
                 SchedulerBoot(
                     group.generation, SCHEDULER_NAME, log_level, 0, group.num_ranks, self._runtime_address,
-                    plan_addresses, result_address, self.board.fd, group.scheduler,
+                    plan_addresses, result_address, self.board.fd, self._masks.fd, group.scheduler,
                 ),
-                [self.board.fd],
+                [self.board.fd, self._masks.fd],
             )  # fmt: skip
             for rank, plan_address in enumerate(plan_addresses):
                 self._spawn(
@@ -182,10 +185,10 @@ class Supervisor:
                     RankBoot(
                         group.generation, RANK_NAME.format(rank), log_level, 0, rank, group.num_ranks,
                         plan_address, result_address, self._barrier.fd, self.board.fd, self._meeting.fd,
-                        store_fd,
+                        self._masks.fd, store_fd,
                         group.model, group.rank,
                     ),
-                    [self.board.fd, self._barrier.fd, self._meeting.fd, store_fd],
+                    [self.board.fd, self._barrier.fd, self._meeting.fd, self._masks.fd, store_fd],
                     cpus=group.rank_cpus[rank] if rank < len(group.rank_cpus) else None,
                 )  # fmt: skip
         except OSError as error:
@@ -319,4 +322,5 @@ class Supervisor:
         self._selector.close()
         self._barrier.close()
         self._meeting.close()
+        self._masks.close()
         self.ended.set_result(None)

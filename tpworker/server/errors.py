@@ -8,7 +8,14 @@ from dataclasses import dataclass, field
 
 from starlette.responses import Response
 
-from tpworker.errors import InvalidRequest, PromptTooLong, QueueFull, RuntimeFailed, RuntimeStopped
+from tpworker.errors import (
+    InvalidRequest,
+    PromptTooLong,
+    QueueFull,
+    RequestFailed,
+    RuntimeFailed,
+    RuntimeStopped,
+)
 
 RETRY = {"Retry-After": "1"}
 
@@ -49,6 +56,8 @@ def describe(error: Exception) -> ApiError | None:
             return ApiError(400, str(error), param=error.parameter)
         case QueueFull():
             return ApiError(429, str(error), "rate_limit_error", code="queue_full", headers=RETRY)
+        case RequestFailed():
+            return ApiError(500, str(error), "server_error", code="request_failed")
         case RuntimeStopped():
             return ApiError(503, str(error), "service_unavailable", code="unavailable", headers=RETRY)
         case RuntimeFailed():

@@ -76,6 +76,9 @@ class FakeDevice:
         with torch.inference_mode(False):  # may be written to in any mode
             return torch.zeros(num_bytes, dtype=torch.uint8)
 
+    def map_host(self, address: int, num_bytes: int) -> None:
+        """It can anyway."""
+
     def free_bytes(self, num_ranks: int) -> int:
         return 1 << 34
 

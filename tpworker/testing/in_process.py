@@ -19,7 +19,9 @@ from tpworker.ipc.barrier import Barrier
 from tpworker.ipc.board import Board
 from tpworker.ipc.channels import Channel, accept_all
 from tpworker.ipc.child import RANK_NAME, RankBoot, RankSettings, SchedulerSettings, board_names
-from tpworker.ipc.messages import Message, StepOutput, Stop, Submit
+from tpworker.ipc.masks import MaskBoard
+from tpworker.ipc.messages import Failed, Message, StepOutput, Stop, Submit
+from tpworker.model.families import read_spec
 from tpworker.rank.device import CpuDevice
 from tpworker.rank.process import assemble, connect_loop
 from tpworker.scheduler.process import Scheduler, agree_on_blocks
@@ -33,6 +35,7 @@ class Output:
 
     tokens: list[int] = field(default_factory=list)
     finish_reason: str | None = None
+    """Of one that failed: why."""
     num_cached: int = 0
     logprobs: list[tuple[float, list[tuple[int, float]]]] = field(default_factory=list)
     """Of its tokens, where they are asked for; as `unpack_logprobs`."""
@@ -70,6 +73,7 @@ class InProcessGroup:
             "max_num_seqs": 8,
             "max_num_batched_tokens": 32,
             "max_model_len": 128,
+            "vocab_size": read_spec(folder).vocab_size,
             "block_size": 8,
             "prefix_caching": True,
             "step_timeout": 30.0,
@@ -87,13 +91,15 @@ class InProcessGroup:
         self._barrier = Barrier.create(num_ranks)
         self._board = Board.create(board_names(num_ranks))
         self._meeting = Barrier.create(num_ranks)
+        self._masks = MaskBoard.create(self.settings.max_num_seqs, self.settings.vocab_size)
         self._store = os.memfd_create("tpworker-store")
         self._runtime = Channel.bind(f"{self._address}-runtime")
         self._plans = [Channel.bind(f"{self._address}-plan{rank}") for rank in range(num_ranks)]
         self._results = Channel.bind(f"{self._address}-results")
         scheduler = Channel.connect(f"{self._address}-runtime", "scheduler", 0)
+        masks = MaskBoard.attach(self._masks.fd, self.settings.max_num_seqs, self.settings.vocab_size)
         self.scheduler = Scheduler(
-            0, self.settings, num_kv_blocks, scheduler, self._results, self._plans, self._board
+            0, self.settings, num_kv_blocks, scheduler, self._results, self._plans, self._board, masks
         )
         work = [(self._schedule,), *((self._rank, rank) for rank in range(num_ranks))]
         self._threads = [threading.Thread(target=self._guard, args=args, daemon=True) for args in work]
@@ -114,6 +120,7 @@ class InProcessGroup:
             channel.close()
         self._barrier.close()
         self._meeting.close()
+        self._masks.close()
         os.close(self._store)
         self._board.close()
         if exception[0] is None and self.errors:
@@ -148,6 +155,8 @@ class InProcessGroup:
                 raise TimeoutError(f"no step within the deadline; {self.outputs}")
         if isinstance(message, StepOutput):
             self._take(message)
+        elif isinstance(message, Failed):
+            self.outputs[message.request].finish_reason = message.reason
 
     def _take(self, output: StepOutput) -> None:
         self.steps.append(output)
@@ -205,6 +214,7 @@ class InProcessGroup:
             barrier_fd=self._barrier.fd,
             board_fd=self._board.fd,
             meeting_fd=self._meeting.fd,
+            masks_fd=self._masks.fd,
             store_fd=self._store,
             model=str(self._folder),
             settings=RankSettings(

@@ -1,0 +1,54 @@
+"""Bit masks of tokens, filled by matchers. Imports numpy and llguidance."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+from llguidance import LLExecutor, LLMatcher
+from llguidance.numpy import fill_next_token_bitmask_par
+from numpy.typing import NDArray
+
+ALL = -1
+"""A word of 32 tokens that may all be chosen."""
+
+
+class Masks:
+    """A table of masks, in memory that somebody else reads.
+
+    Args:
+        memory: int32 [num_rows, num_words], writable: bit i % 32 of word i // 32 is token i's.
+        num_words: 32 of them hold the vocabulary that matchers are compiled for.
+        num_threads: that fill masks side by side.
+    """
+
+    def __init__(self, memory: memoryview, num_words: int, num_threads: int) -> None:
+        self._rows: NDArray[np.int32] = np.frombuffer(memory, np.int32).reshape(-1, num_words)
+        self._executor = LLExecutor(num_threads)
+
+    def fill(self, matchers: list[tuple[LLMatcher, int]]) -> None:
+        """Writes what each matcher allows next to its row. Other threads run meanwhile."""
+        fill_next_token_bitmask_par(self._executor, matchers, self._rows)
+
+    def allow_all(self, row: int) -> None:
+        """Every token may be chosen, those too that there are not."""
+        self._rows[row] = ALL
+
+    def remove(self, row: int, tokens: Iterable[int]) -> None:
+        """These tokens may not be chosen, unless nothing else may."""
+        ids = np.fromiter(tokens, np.int64)
+        mask, words = self._rows[row], ids // 32
+        before = mask[words]
+        np.bitwise_and.at(mask, words, ~(1 << (ids % 32)).astype(np.uint32).view(np.int32))
+        if not mask.any():
+            mask[words] = before
+
+    def only(self, row: int) -> int | None:
+        """The one token that may be chosen; -1: none may; None: several."""
+        filled = np.flatnonzero(self._rows[row])
+        if len(filled) == 0:
+            return -1
+        word = int(self._rows[row, filled[0]]) & 0xFFFFFFFF
+        if len(filled) > 1 or word & (word - 1):
+            return None
+        return 32 * int(filled[0]) + word.bit_length() - 1
