@@ -27,6 +27,7 @@ REQUIRED = (
     Package("setproctitle", (1, 3)),
     Package("transformers", (5,)),
     Package("tokenizers", (0, 21)),
+    Package("llguidance", (1, 9)),
     Package("jinja2", (3, 1, 6)),
     Package("safetensors", (0, 5)),
     Package("huggingface_hub", (1, 0)),
