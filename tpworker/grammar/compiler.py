@@ -4,17 +4,58 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 from tpworker.grammar.errors import GrammarError, cleaned
 from tpworker.grammar.marks import added_tokens
+from tpworker.grammar.where import place_in_schemas
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
 
+STACK_BYTES = 128 << 20
+"""llguidance goes into schemas, rules and expressions by recursion: 2 to 16 KB for each that is in another, or
+that another refers to. Where the stack ends, the process dies. The largest text that is taken needs less."""
+INITIAL_FUEL = 100_000
+"""Steps of the lexer while it is built and makes its first mask: 40 ms of them."""
+STEP_FUEL = 200_000
+"""Steps of the lexer in any later mask: 20 ms of them."""
+MAX_ITEMS = 8_000
+"""Ways in which an output may go on at one place, e.g. four for each property that may be left out. A mask
+takes 2 ms for each 1,000 of them."""
+
 MAX_COMPILED = 256
 MAX_COMPILED_TEXT = 1 << 22  # characters of all grammars that are kept
+NUM_TRIES = 3
+
+
+_T = TypeVar("_T")
+_stack_lock = threading.Lock()
+
+
+def with_stack(num_bytes: int, work: Callable[[], _T]) -> _T:
+    """What `work` returns, done in a thread with so large a stack. Memory is used as far as the stack is."""
+    made: list[_T] = []
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            made.append(work())
+        except BaseException as error:  # the caller's thread raises it
+            raised.append(error)
+
+    with _stack_lock:  # the size is the process's: for whatever thread starts next
+        usual = threading.stack_size(num_bytes)
+        try:
+            thread = threading.Thread(target=run, name="tpworker-grammar")
+            thread.start()
+        finally:
+            threading.stack_size(usual)
+    thread.join()
+    if raised:
+        raise raised[0]
+    return made[0]
 
 
 class Compiler:
@@ -33,6 +74,7 @@ class Compiler:
         import llguidance
 
         self.vocab_size = vocab_size
+        self._eos_ids = list(eos_ids)
         self.special_ids = added_tokens(tokenizer_json)
         """The ids of added tokens by their names, for `grammar_of`."""
         try:
@@ -43,7 +85,12 @@ class Compiler:
             raise GrammarError(
                 f"llguidance cannot read the model's tokenizer: {cleaned(str(error))}"
             ) from None
-        self._limits = llguidance.LLParserLimits(verbose_errors=False)
+        self._limits = llguidance.LLParserLimits(
+            initial_lexer_fuel=INITIAL_FUEL,
+            step_lexer_fuel=STEP_FUEL,
+            max_items_in_row=MAX_ITEMS,
+            verbose_errors=False,
+        )
         self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
         self._num_characters = 0
         self._lock = threading.Lock()
@@ -65,13 +112,54 @@ class Compiler:
                 self._keep(grammar, compiled)
             return compiled.deep_copy()
 
+    def try_out(self, grammar: str, num_tokens: int = 64) -> None:
+        """Compiles a grammar, and goes a few steps with it, as an output at random would.
+
+        What is too complex may show only there, and what takes too long, too: it can take minutes, and the
+        memory of the machine. So a grammar is tried in a process that can be ended first.
+
+        Raises:
+            GrammarError: it cannot be compiled, or its masks cannot be made.
+        """
+        import numpy as np
+        from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
+
+        mask = allocate_token_bitmask(1, self.vocab_size)
+        chance = np.random.default_rng(0)
+        for _ in range(NUM_TRIES):
+            matcher = self.matcher(grammar)
+            for _ in range(num_tokens):
+                mask.fill(0)
+                fill_next_token_bitmask(matcher, mask)
+                if matcher.is_error():
+                    raise GrammarError(cleaned(matcher.get_error()))
+                bits = np.unpackbits(mask.view(np.uint8), bitorder="little")
+                if self._eos_ids and matcher.is_accepting() and chance.random() < 0.1:
+                    break
+                bits[self._eos_ids] = 0
+                allowed = np.flatnonzero(bits)
+                if not len(allowed) or matcher.is_stopped():
+                    break
+                if not matcher.consume_token(int(chance.choice(allowed))):
+                    raise GrammarError(cleaned(matcher.get_error()))
+
     def _compile(self, grammar: str) -> LLMatcher:
+        matcher = with_stack(STACK_BYTES, lambda: self._new(grammar))
+        if not matcher.is_error():
+            return matcher
+        what = cleaned(matcher.get_error())
+        if "JSON schema" in matcher.get_error():
+            where = with_stack(STACK_BYTES, lambda: place_in_schemas(grammar, self._is_refused))
+            what = f"{what}, at {where}" if where else what
+        raise GrammarError(what)
+
+    def _is_refused(self, grammar: str) -> bool:
+        return self._new(grammar).is_error()
+
+    def _new(self, grammar: str) -> LLMatcher:
         from llguidance import LLMatcher
 
-        matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=self._limits)
-        if matcher.is_error():
-            raise GrammarError(cleaned(matcher.get_error()))
-        return matcher
+        return LLMatcher(self._tokenizer, grammar, log_level=0, limits=self._limits)
 
     def _keep(self, grammar: str, compiled: LLMatcher) -> None:
         self._compiled[grammar] = compiled

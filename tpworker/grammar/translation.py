@@ -4,13 +4,29 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from tpworker.errors import InvalidRequest
-from tpworker.grammar.marks import literal, mark_rule, text_up_to_rules
+from tpworker.grammar.gbnf import is_gbnf, lark_of_gbnf
+from tpworker.grammar.marks import Marks, literal
+from tpworker.grammar.structural_tags import StructuralTags
 from tpworker.ipc.messages import MAX_GRAMMAR
 from tpworker.structured_outputs import PARAMETER, StructuredOutputs, Thinking
 
 _NO_TOKENS: Mapping[str, int] = {}
+
+
+class _Grammars(NamedTuple):
+    """Lark, and what it refers to by `@name`."""
+
+    main: str
+    others: Mapping[str, str] = {}
+
+    def text(self) -> str:
+        if not self.others:
+            return self.main
+        named = [{"name": name, "lark_grammar": lark} for name, lark in self.others.items()]
+        return json.dumps({"grammars": [{"lark_grammar": self.main}, *named]}, ensure_ascii=False)
 
 
 def grammar_of(outputs: StructuredOutputs, *, special_ids: Mapping[str, int] = _NO_TOKENS) -> str:
@@ -23,9 +39,11 @@ def grammar_of(outputs: StructuredOutputs, *, special_ids: Mapping[str, int] = _
     Raises:
         InvalidRequest: it cannot be said in such a grammar, or not in a text of MAX_GRAMMAR characters.
     """
-    text = _held(outputs, special_ids)
+    marks = Marks(special_ids)
+    grammars = _held(outputs, marks)
     if outputs.behind is not None:
-        text = _behind(text, outputs.behind, special_ids)
+        grammars = _behind(grammars, outputs.behind, marks)
+    text = grammars.text()
     if len(text) > MAX_GRAMMAR:
         raise InvalidRequest(
             f"{PARAMETER}.{outputs.kinds[0]} makes a grammar of {len(text)} characters; the limit is "
@@ -35,31 +53,46 @@ def grammar_of(outputs: StructuredOutputs, *, special_ids: Mapping[str, int] = _
     return text
 
 
-def _held(outputs: StructuredOutputs, special_ids: Mapping[str, int]) -> str:
+def _held(outputs: StructuredOutputs, marks: Marks) -> _Grammars:
     if outputs.json is not None:
-        return f"start: %json {outputs.json}\n"
+        return _Grammars(f"start: %json {outputs.json}\n")
     if outputs.json_object:
-        return 'start: %json {"type":"object"}\n'
+        return _Grammars('start: %json {"type":"object"}\n')
     if outputs.regex is not None:
-        from llguidance import regex_to_lark
-
-        return f"start: /{regex_to_lark(outputs.regex)}/\n"
+        return _Grammars(f"start: {_regex(outputs.regex)}\n")
     if outputs.choice:
-        return f"start: CHOICE\nCHOICE: {' | '.join(map(literal, outputs.choice))}\n"
+        return _Grammars(f"start: CHOICE\nCHOICE: {' | '.join(map(literal, outputs.choice))}\n")
     if outputs.grammar is not None:
-        return outputs.grammar
-    raise InvalidRequest(f"{PARAMETER}.structural_tag is not supported yet", PARAMETER)
+        return _Grammars(_lark(outputs.grammar))
+    assert isinstance(outputs.structural_tag, str), "it is kept as text"
+    tags = StructuralTags(outputs.structural_tag, marks, _regex, _lark)
+    return _Grammars(tags.rules, tags.grammars)
 
 
-def _behind(held: str, thinking: Thinking, special_ids: Mapping[str, int]) -> str:
+def _regex(regex: str) -> str:
+    from llguidance import regex_to_lark
+
+    return f"/{regex_to_lark(regex)}/"
+
+
+def _lark(grammar: str) -> str:
+    if is_gbnf(grammar):
+        return lark_of_gbnf(grammar)
+    if grammar.lstrip()[:1] in ("{", ""):
+        what = "is JSON" if grammar.strip() else "is empty"
+        raise InvalidRequest(
+            f"{PARAMETER}.grammar {what}: give Lark, whose first rule is start, or GBNF; give a JSON schema "
+            "as json",
+            PARAMETER,
+        )
+    return grammar
+
+
+def _behind(held: _Grammars, thinking: Thinking, marks: Marks) -> _Grammars:
     """Thinking, white space, and what is held: a grammar of its own, since its rules may have any name."""
-    rules = text_up_to_rules("thought", thinking.end, special_ids)
+    rules = marks.up_to("thought", thinking.end) + "SPACE: /[ \\t\\r\\n]+/\n"
     if thinking.is_open:
         rules += "start: thought SPACE? @held\n"
     else:
-        rules += "start: (opening thought)? SPACE? @held\n" + mark_rule(
-            "opening", thinking.start, special_ids
-        )
-    rules += "SPACE: /[ \\t\\r\\n]+/\n"
-    grammars = [{"lark_grammar": rules}, {"name": "held", "lark_grammar": held}]
-    return json.dumps({"grammars": grammars}, ensure_ascii=False)
+        rules += f"start: ({marks.spelled(thinking.start)} thought)? SPACE? @held\n"
+    return _Grammars(rules, {"held": held.main, **held.others})
