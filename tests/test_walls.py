@@ -189,3 +189,11 @@ def test_chat_templates_are_rendered_without_the_libraries_of_models() -> None:
     assert not users("tpworker", *(f"tpworker.chat.{name}" for name in ("environment", "process"))).keys() - {
         "tpworker/chat/process.py"
     }
+
+
+def test_bounded_processes_know_nothing_of_their_work() -> None:
+    """So that whatever runs in one pays for no library but its own."""
+    assert not users(
+        "tpworker/bounded", "torch", "transformers", "tokenizers", "numpy", "jinja2", "llguidance"
+    )
+    assert not users("tpworker/bounded", "tpworker.chat", "tpworker.grammar")

@@ -284,8 +284,8 @@ def test_it_ends_with_its_parent_whatever_it_does() -> None:
         "import sys, threading\nfrom tpworker.chat.renderer import TemplateRenderer\n"
         f"renderer = TemplateRenderer({ENDLESS!r}, {{}})\n"
         f"threading.Thread(target=renderer.render, args=({HI!r}, {{}}, {{}})).start()\n"
-        "while not renderer._busy: pass\n"
-        "print(next(iter(renderer._busy))._process.pid, flush=True)\n"
+        "while not renderer._pool._busy: pass\n"
+        "print(next(iter(renderer._pool._busy))._process.pid, flush=True)\n"
     )
     command = [sys.executable, "-c", program]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=ROOT) as parent:

@@ -1,104 +1,42 @@
 """The process that renders chat templates: a template is a program, and gets no more than its share.
 
-Memory is bounded by RLIMIT_AS, the time of one rendering by a timer of CPU time, which ends the process
-whatever it is in, and the text's length by counting while it grows. The parent holds the other end of a
-socket: when that is closed, this process ends.
+bounded/child.py bounds its memory and the time of one rendering; the text's length is bounded here, by
+counting while it grows.
 
-    {template, special_tokens, limits}    ──►   [READY, content kind] or [BROKEN, why]
-    {messages, context, variables}, …     ──►   [TEXT, it], [REFUSED, the template's words], [FAILED, why]
+    {template, special_tokens, max_chars}  ──►  ready, content kind, or not, and why
+    {messages, context, variables}, …      ──►  [TEXT, it], [REFUSED, the template's words], [FAILED, why]
                                                 or [TOO_LONG, '']
 """
 
 from __future__ import annotations
 
-import os
-import resource
-import select
-import signal
-import socket
-import threading
-from pathlib import Path
 from typing import Any, NoReturn
 
-import setproctitle
 from jinja2 import Template, TemplateError, TemplateSyntaxError
 
+from tpworker.bounded import child
+from tpworker.chat.answers import FAILED, REFUSED, TEXT, TOO_LONG
 from tpworker.chat.content import ContentKind, as_wanted, content_kind
 from tpworker.chat.environment import Refused, chat_environment, message_for_template
-from tpworker.chat.frames import (
-    BROKEN,
-    FAILED,
-    NO_MEMORY_STATUS,
-    READY,
-    REFUSED,
-    TEXT,
-    TOO_LONG,
-    pack,
-    receive,
-)
 
 NAME = "tpworker-template"
 
 
 def main() -> NoReturn:
     """Serves the parent until it is gone."""
-    setproctitle.setproctitle(NAME)
-    # When to stop is for the parent to say. Who made it may have blocked or ignored the timer's signal.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGPROF, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGPROF])
-    parent = socket.socket(fileno=os.dup(0))
-    null = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(null, 0)
-    threading.Thread(target=_end_with, args=(parent.fileno(),), daemon=True).start()
-    try:
-        _serve(parent)
-    except MemoryError:
-        os._exit(NO_MEMORY_STATUS)
-    except OSError:  # nobody is there to be told
-        pass
-    os._exit(0)
+    child.serve(NAME, _prepare)
 
 
-def _end_with(parent: int) -> None:
-    """Ends the process as soon as the other end is closed, whatever it is doing."""
-    poll = select.poll()
-    poll.register(parent, select.POLLRDHUP)
-    poll.poll()
-    os._exit(0)
-
-
-def _serve(parent: socket.socket) -> None:
-    start = receive(parent.recv)
-    if start is None:
-        return
-    _bound_memory(start["max_memory"])
-    max_seconds, max_chars = start["max_seconds"], start["max_chars"]
-    signal.setitimer(signal.ITIMER_PROF, max_seconds)
+def _prepare(start: Any) -> tuple[str, child.Work | None]:
     compiled = _compile(start["template"])
-    signal.setitimer(signal.ITIMER_PROF, 0)
     if isinstance(compiled, str):
-        parent.sendall(pack([BROKEN, compiled]))
-        return
+        return compiled, None
     template, kind = compiled
-    parent.sendall(pack([READY, kind]))
-    while (request := receive(parent.recv)) is not None:
-        signal.setitimer(signal.ITIMER_PROF, max_seconds)
-        frame = pack(_render(template, _variables(request, kind, start["special_tokens"]), max_chars))
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        parent.sendall(frame)
 
+    def render(request: Any) -> list[str]:
+        return _render(template, _variables(request, kind, start["special_tokens"]), start["max_chars"])
 
-def _bound_memory(max_memory: int) -> None:
-    """At most so many bytes beyond what the process has mapped by now."""
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limit = pages * resource.getpagesize() + max_memory
-    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-    if hard != resource.RLIM_INFINITY:
-        limit = min(limit, hard)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    return kind, render
 
 
 def _compile(source: str) -> tuple[Template, ContentKind] | str:

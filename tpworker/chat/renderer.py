@@ -7,40 +7,23 @@ process.py runs it: started with the first conversation, kept for the next ones,
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import signal
-import socket
-import subprocess
-import sys
-import threading
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from tpworker.chat.frames import (
-    BROKEN,
-    FAILED,
-    NO_MEMORY_STATUS,
-    REFUSED,
-    TEXT,
-    TOO_LONG,
-    pack,
-    receive,
-)
+from tpworker.bounded.frames import pack
+from tpworker.bounded.pool import Bounds, Cause, Closed, Ended, NotReady, Pool
+from tpworker.chat.answers import FAILED, REFUSED, TEXT, TOO_LONG
 from tpworker.errors import InvalidRequest, RuntimeStopped
-from tpworker.ipc.spawn import child_environment, log_descriptor
 
 MAX_RENDERERS = 2
 """Processes of one template: while a conversation takes its time, others have another way."""
 MAX_SECONDS = 5.0
-"""Of CPU time, for one conversation: time in which nobody ran, on a busy machine or a paused one, is free."""
+"""Of CPU time, for one conversation."""
 MAX_MEMORY = 512 << 20
 """Bytes, beyond the 20 MB that the process begins with."""
 MAX_CHARS = 1 << 25
 """Of a rendered conversation: 8 for each token of the longest sequence that there can be."""
-MAX_WAITS = 60
-"""Seconds that we were awake, and no answer came: it was stopped, or does not get to run at all."""
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +36,6 @@ _REFUSALS = {
 }
 
 T = TypeVar("T")
-V = TypeVar("V")
 
 
 class TemplateRenderer:
@@ -65,21 +47,14 @@ class TemplateRenderer:
     """
 
     def __init__(self, template: str, special_tokens: Mapping[str, str]) -> None:
-        self._start = {
-            "template": template,
-            "special_tokens": dict(special_tokens),
-            "max_memory": MAX_MEMORY,
-            "max_seconds": MAX_SECONDS,
-            "max_chars": MAX_CHARS,
-        }
-        self._lock = threading.Lock()
-        self._places = threading.Semaphore(MAX_RENDERERS)
-        self._idle: list[_Process] = []
-        self._busy: set[_Process] = set()
-        self._broken: str | None = None
-        self._closed = False
-        # Whoever drops it with its tokenizer instead of closing it leaves nothing behind either.
-        self._finalizer = weakref.finalize(self, _end_all, self._idle)
+        start = {"template": template, "special_tokens": dict(special_tokens), "max_chars": MAX_CHARS}
+        self._bounds = Bounds(
+            max_processes=MAX_RENDERERS,
+            max_seconds=MAX_SECONDS,
+            max_start_seconds=MAX_SECONDS,
+            max_memory=MAX_MEMORY,
+        )
+        self._pool = Pool("tpworker.chat.process", lambda: start, self._bounds)
 
     def render(
         self, messages: Sequence[Mapping[str, Any]], context: Mapping[str, Any], variables: Mapping[str, Any]
@@ -96,8 +71,7 @@ class TemplateRenderer:
             RuntimeStopped: it was closed.
         """
         frame = _packed(messages, context, variables)
-        with self._places:
-            kind, text = self._answer(frame)
+        kind, text = self._within_bounds(lambda: self._pool.ask(frame))
         if kind == TEXT:
             return str(text)
         raise InvalidRequest(_REFUSALS[kind].format(text), "messages")
@@ -108,157 +82,39 @@ class TemplateRenderer:
         Raises:
             InvalidRequest: it is broken.
         """
-        with self._places:
-            process = self._take()
-            with self._lock:
-                self._busy.discard(process)
-                self._idle.append(process)
+        self._within_bounds(self._pool.check)
 
     def close(self) -> None:
         """Ends the processes; whoever waits for one gets `RuntimeStopped`. May be called more than once."""
-        with self._lock:
-            self._closed = True
-            for process in self._busy:
-                process.kill()
-            _end_all(self._idle)
+        self._pool.close()
 
-    def _answer(self, frame: bytes) -> Any:
-        """A process's answer. One that somebody killed while it was idle is no fault of this conversation."""
-        while True:
-            process = self._take()
-            try:
-                answer = self._ask(process, frame)
-            except _Killed:
-                if not process.is_used:
-                    raise
-                continue
-            with self._lock:
-                process.is_used = True
-                self._busy.discard(process)
-                if not self._closed:
-                    self._idle.append(process)
-                    return answer
-            process.end()
-            return answer
-
-    def _take(self) -> _Process:
-        """A process that has compiled the template and does nothing."""
-        with self._lock:
-            if self._closed:
-                raise RuntimeStopped(_STOPPED)
-            if self._broken is not None:
-                raise InvalidRequest(self._broken, "messages")
-            while self._idle:
-                process = self._idle.pop()
-                if process.lives:
-                    self._busy.add(process)
-                    return process
-                process.end()
-            process = _Process()
-            self._busy.add(process)
-        kind, why = self._ask(process, pack(self._start))
-        if kind == BROKEN:
-            self._broken = f"the model's chat template is broken: {why}: mend it, {_WITHOUT}"
-            logger.error("%s", self._broken)
-            self._end(process)
-            raise InvalidRequest(self._broken, "messages")
-        return process
-
-    def _ask(self, process: _Process, frame: bytes) -> Any:
-        """An answer; a process that has none is ended."""
+    def _within_bounds(self, work: Callable[[], T]) -> T:
+        """What the pool gives; its errors in our words."""
         try:
-            return process.ask(frame)
-        except BaseException as error:
-            self._end(process)
-            if self._closed:
-                raise RuntimeStopped(_STOPPED) from None
-            logger.info("%s", error)
-            raise
+            return work()
+        except Closed:
+            raise RuntimeStopped(_STOPPED) from None
+        except NotReady as error:
+            broken = f"the model's chat template is broken: {error.answer}: mend it, {_WITHOUT}"
+            if error.is_news:
+                logger.error("%s", broken)
+            raise InvalidRequest(broken, "messages") from None
+        except Ended as error:
+            raise InvalidRequest(self._why(error), "messages") from None
 
-    def _end(self, process: _Process) -> None:
-        with self._lock:
-            self._busy.discard(process)
-        process.end()
-
-
-class _Killed(InvalidRequest):
-    """A process was ended by somebody else."""
-
-
-class _Process:
-    """One process, and the channel to it. It belongs to one thread at a time, but any may kill it."""
-
-    def __init__(self) -> None:
-        self._channel, theirs = socket.socketpair()
-        with theirs:
-            try:
-                self._process = subprocess.Popen(
-                    [sys.executable, "-P", "-m", "tpworker.chat.process"],
-                    stdin=theirs.fileno(),
-                    stdout=log_descriptor(),  # our own standard output may be somebody's data
-                    env=child_environment("cpu"),
-                    start_new_session=True,  # keys typed in a terminal are for us
-                )
-            except BaseException:
-                self._channel.close()
-                raise
-        self._channel.settimeout(1.0)
-        self.is_used = False
-        """Whether it has answered a conversation."""
-
-    @property
-    def lives(self) -> bool:
-        return self._process.poll() is None
-
-    def ask(self, frame: bytes) -> Any:
-        """The answer to a frame.
-
-        Raises:
-            InvalidRequest: it ended over it.
-        """
-        rest = memoryview(frame)
-        try:
-            while rest:
-                rest = rest[self._awake(self._channel.send, rest) :]
-        except (BrokenPipeError, ConnectionResetError):
-            answer = None
-        else:
-            answer = receive(self.recv)
-        if answer is None:
-            raise _why_ended(self._process.wait())
-        return answer
-
-    def recv(self, size: int) -> bytes:
-        """At most so many bytes; none at the end of the stream."""
-        try:
-            return self._awake(self._channel.recv, size)
-        except ConnectionResetError:
-            return b""
-
-    def _awake(self, call: Callable[[V], T], value: V) -> T:
-        """What a call on the channel gives. Seconds are counted, so that one in which we slept is one."""
-        for _ in range(MAX_WAITS):
-            with contextlib.suppress(TimeoutError):
-                return call(value)
-        raise InvalidRequest(
-            f"the process that renders chat templates has not answered for {MAX_WAITS} s: try again",
-            "messages",
-        )
-
-    def kill(self) -> None:
-        """Nothing if it is dead already."""
-        self._process.kill()
-        self._process.wait()
-
-    def end(self) -> None:
-        """Kills and forgets it."""
-        self.kill()
-        self._channel.close()
-
-
-def _end_all(processes: list[_Process]) -> None:
-    while processes:
-        processes.pop().end()
+    def _why(self, error: Ended) -> str:
+        bounds = self._bounds
+        if error.cause is Cause.SILENCE:
+            return (
+                f"the process that renders chat templates has not answered for {bounds.max_waits} s: "
+                "try again"
+            )
+        what = f"came to no end, its process was ended {error.how}"
+        if error.cause is Cause.TIME:
+            what = f"took more than {bounds.max_seconds:g} s of processor time, the limit"
+        elif error.cause is Cause.MEMORY:
+            what = f"needed more than {bounds.max_memory >> 20} MiB of memory, the limit"
+        return f"the model's chat template {what}: shorten the messages, {_WITHOUT}"
 
 
 def _packed(
@@ -281,16 +137,3 @@ def _can_be_packed(variables: Mapping[str, Any]) -> bool:
     except (TypeError, ValueError, OverflowError):
         return False
     return True
-
-
-def _why_ended(status: int) -> InvalidRequest:
-    """What a process's exit status says about the conversation that it ended over."""
-    kind = InvalidRequest
-    if status == -signal.SIGPROF:
-        what = f"took more than {MAX_SECONDS:g} s of processor time, the limit"
-    elif status == NO_MEMORY_STATUS:
-        what = f"needed more than {MAX_MEMORY >> 20} MiB of memory, the limit"
-    else:
-        how = f"by {signal.Signals(-status).name}" if status < 0 else f"with status {status}"
-        what, kind = f"came to no end, its process was ended {how}", _Killed
-    return kind(f"the model's chat template {what}: shorten the messages, {_WITHOUT}", "messages")

@@ -1,4 +1,4 @@
-"""What renderer.py and process.py say to each other: msgpack, with its length in 8 bytes before it."""
+"""What pool.py and child.py say to each other: msgpack, with its length in 8 bytes before it."""
 
 from __future__ import annotations
 
@@ -6,13 +6,6 @@ from collections.abc import Callable
 from typing import Any, Final
 
 import msgpack
-
-READY: Final = "ready"
-BROKEN: Final = "broken"
-TEXT: Final = "text"
-REFUSED: Final = "refused"
-FAILED: Final = "failed"
-TOO_LONG: Final = "too long"
 
 NO_MEMORY_STATUS: Final = 3
 """The exit status of a process that wanted more memory than it may have."""

@@ -1,0 +1,1 @@
+"""Work that nobody can vouch for, in small processes that are bounded in CPU time and memory."""
