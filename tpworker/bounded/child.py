@@ -49,9 +49,13 @@ def serve(name: str, prepare: Callable[[Any], tuple[Any, Work | None]]) -> NoRet
         _serve(parent, prepare)
     except MemoryError:
         os._exit(NO_MEMORY_STATUS)
-    except OSError:  # nobody is there to be told
+    except _ParentGone:
         pass
     os._exit(0)
+
+
+class _ParentGone(Exception):
+    """Nobody is there to be told anything."""
 
 
 def _end_with(parent: int) -> None:
@@ -63,21 +67,37 @@ def _end_with(parent: int) -> None:
 
 
 def _serve(parent: socket.socket, prepare: Callable[[Any], tuple[Any, Work | None]]) -> None:
-    first = receive(parent.recv)
-    if first is None:
-        return
+    first = _next(parent)
     _bound_memory(first["max_memory"])
-    signal.setitimer(signal.ITIMER_PROF, first["max_start_seconds"])
-    answer, work = prepare(first["start"])
-    signal.setitimer(signal.ITIMER_PROF, 0)
-    parent.sendall(pack([work is not None, answer]))
     max_seconds = first["max_seconds"]
-    del first
-    while work is not None and (request := receive(parent.recv)) is not None:
+    signal.setitimer(signal.ITIMER_PROF, first["max_start_seconds"])
+    answer, work = prepare(first.pop("start"))
+    signal.setitimer(signal.ITIMER_PROF, 0)
+    _tell(parent, pack([work is not None, answer]))
+    while work is not None:
+        request = _next(parent)
         signal.setitimer(signal.ITIMER_PROF, max_seconds)
         frame = pack(work(request))
         signal.setitimer(signal.ITIMER_PROF, 0)
+        _tell(parent, frame)
+
+
+def _next(parent: socket.socket) -> Any:
+    """What the parent says next."""
+    try:
+        value = receive(parent.recv)
+    except OSError:
+        value = None
+    if value is None:
+        raise _ParentGone
+    return value
+
+
+def _tell(parent: socket.socket, frame: bytes) -> None:
+    try:
         parent.sendall(frame)
+    except OSError:
+        raise _ParentGone from None
 
 
 def _bound_memory(max_memory: int) -> None:

@@ -52,8 +52,20 @@ class Cause(Enum):
 
     TIME = "it took more CPU time than it may"
     MEMORY = "it wanted more memory than it may have"
+    CRASH = "it crashed, as native code does that runs out of stack or of memory"
     KILLED = "it was ended by somebody else, or by itself"
     SILENCE = "it has not answered for as long as anybody waits"
+
+
+_CAUSES = {
+    -signal.SIGPROF: Cause.TIME,
+    NO_MEMORY_STATUS: Cause.MEMORY,
+    -signal.SIGSEGV: Cause.CRASH,
+    -signal.SIGBUS: Cause.CRASH,
+    -signal.SIGABRT: Cause.CRASH,
+    -signal.SIGILL: Cause.CRASH,
+}
+"""By exit status."""
 
 
 class Ended(Exception):
@@ -105,7 +117,7 @@ class Pool:
         self._places = threading.Semaphore(bounds.max_processes)
         self._idle: list[_Process] = []
         self._busy: set[_Process] = set()
-        self._refusal: NotReady | None = None  # what the first one said that was not ready
+        self._refusals: list[Any] = []  # what the first ones said that were not ready
         self._closed = False
         # Whoever drops it instead of closing it leaves nothing behind either.
         self._finalizer = weakref.finalize(self, _end_all, self._idle)
@@ -114,7 +126,8 @@ class Pool:
         """The answer to a request, see `frames.pack`. Waits for a process that does nothing.
 
         Raises:
-            Ended: there is none. One that somebody ended while it was idle is no fault of this request.
+            Ended: there is none. Of what others may have caused, who ended it while it was idle or what
+                it had kept of earlier requests, nothing is this request's fault: it is asked of a new one.
             NotReady: such work cannot be done.
             Closed: it was closed.
         """
@@ -143,9 +156,9 @@ class Pool:
             try:
                 answer = self._ask(process, frame)
             except Ended as error:
-                if error.cause is not Cause.KILLED or not process.is_used:
+                if not process.is_used or error.cause in (Cause.TIME, Cause.SILENCE):
                     raise
-                continue
+                continue  # somebody's doing while it was idle, or what earlier requests have left in it
             with self._lock:
                 process.is_used = True
                 self._busy.discard(process)
@@ -160,8 +173,8 @@ class Pool:
         with self._lock:
             if self._closed:
                 raise Closed
-            if self._refusal is not None:
-                raise NotReady(self._refusal.answer, is_news=False)
+            if self._refusals:
+                raise NotReady(self._refusals[0], is_news=False)
             while self._idle:
                 process = self._idle.pop()
                 if process.lives:
@@ -174,9 +187,8 @@ class Pool:
         if not is_ready:
             self._end(process)
             with self._lock:
-                error = NotReady(answer, is_news=self._refusal is None)
-                self._refusal = error
-            raise error
+                self._refusals.append(answer)
+            raise NotReady(answer, is_news=len(self._refusals) == 1)
         return process
 
     def _first_frame(self) -> bytes:
@@ -284,6 +296,4 @@ def _end_all(processes: list[_Process]) -> None:
 def _why_ended(status: int) -> Ended:
     """What a process's exit status says about the request that it ended over."""
     how = f"by {signal.Signals(-status).name}" if status < 0 else f"with status {status}"
-    if status == -signal.SIGPROF:
-        return Ended(Cause.TIME, how)
-    return Ended(Cause.MEMORY if status == NO_MEMORY_STATUS else Cause.KILLED, how)
+    return Ended(_CAUSES.get(status, Cause.KILLED), how)
