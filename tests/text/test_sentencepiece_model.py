@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from llguidance import LLTokenizer
+from tokenizers import Tokenizer as Backend
 
 from tests.text.sentencepiece_files import (
     AS_IT_IS,
@@ -69,6 +71,19 @@ def test_pieces_are_sentencepieces(tokenizers: dict[str, Tokenizer], name: str, 
     assert [pieces[token_id][0] for token_id in ids] == encode(pieces, text, adds_space=name != "gemma")
     if name != NO_BYTES:
         assert tokenizer.decode(ids) == text.replace("▁", " ")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_its_json_is_what_was_read(tokenizers: dict[str, Tokenizer], name: str) -> None:
+    """The bytes of each token included, as grammars need them."""
+    tokenizer = tokenizers[name]
+    backend = Backend.from_str(tokenizer.to_json())
+    reader = LLTokenizer(tokenizer.to_json(), n_vocab=backend.get_vocab_size(), eos_token=tokenizer.eos_id)
+    for text in ("hello", "hello lower world", "low    aaaa", *(["\n", "é中"] if name != NO_BYTES else [])):
+        ids = tokenizer.encode(text)
+        assert backend.encode(text).ids == ids
+        said = reader.decode_bytes(tokenizer.encode(text, add_special_tokens=False)).decode()
+        assert said == (text if name == "gemma" else f" {text}")  # which the decoder of a whole text strips
 
 
 def test_what_is_added_around_a_text(tmp_path: Path) -> None:

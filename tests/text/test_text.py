@@ -543,3 +543,27 @@ def test_text_needs_neither_torch_nor_the_http_server(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+# ------------------------------------------------------------------------------- all of it
+
+
+@each_tokenizer
+@settings(deadline=None, max_examples=50)
+@given(text=texts)
+def test_its_json_is_all_of_it(tokenizer: Tokenizer, text: str) -> None:
+    again = Backend.from_str(tokenizer.to_json())
+    assert again.encode(text).ids == tokenizer.encode(text)
+    assert again.truncation is None
+    ids = tokenizer.encode(text + SPECIAL[0] + "<tool call>")
+    assert again.decode(ids) == tokenizer.decode(ids)
+    added = {token.content: i for i, token in again.get_added_tokens_decoder().items()}
+    assert tokenizer.added == added
+    assert {*SPECIAL, "<tool call>"} <= set(added)
+
+
+def test_what_is_written_in_python_has_no_json() -> None:
+    tokenizer = wrap(byte_level())
+    tokenizer._backend.pre_tokenizer = pre_tokenizers.PreTokenizer.custom(object())
+    with pytest.raises(ModelError, match=r"cannot be written as a tokenizer\.json: .*[Cc]ustom"):
+        tokenizer.to_json()

@@ -71,6 +71,8 @@ class Tokenizer(Vocabulary):
         """The same, of which special tokens are part."""
         self.special = {added[i].content: i for i in special_ids}
         """The ids of special tokens, by their names."""
+        self.added = {token.content: i for i, token in added.items()}
+        """The ids of all tokens that were added to the vocabulary, special or not, by their names."""
         self._bound = TokenBound(self._backend)
         self._renderer: TemplateRenderer | None = None
         self._renderer_lock = threading.Lock()
@@ -140,6 +142,19 @@ class Tokenizer(Vocabulary):
         with panics_are(no_text):
             text: str = self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
         return self.decoding.clean_up(text)
+
+    def to_json(self) -> str:
+        """All of it, as the text of a tokenizer.json: up to 20 MB, made anew with each call.
+
+        Raises:
+            ModelError: it has a part that is written in Python.
+        """
+        try:
+            with panics_are(ModelError):
+                text: str = self._backend.to_str()
+        except Exception as error:  # what the library raises is no contract
+            raise ModelError(f"the tokenizer cannot be written as a tokenizer.json: {error}") from None
+        return text
 
     @property
     def eos_id(self) -> int | None:
