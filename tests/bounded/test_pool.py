@@ -138,7 +138,7 @@ def test_what_goes_beyond_ends_alone(make: Make, verb: str, value: Any, cause: C
         pid = ask(pool, "echo")[0]
         with pytest.raises(Ended) as caught:
             ask(pool, verb, value)
-        assert (caught.value.cause, caught.value.how) == (cause, how)
+        assert (caught.value.cause, caught.value.how, caught.value.is_start) == (cause, how, False)
         assert not processes()
         assert ask(pool, "echo")[0] != pid
 
@@ -153,7 +153,7 @@ def test_each_request_has_time_of_its_own(make: Make) -> None:
 def test_the_start_has_a_bound_of_its_own(make: Make) -> None:
     with pytest.raises(Ended) as caught:
         ask(make("spin", max_seconds=60.0), "echo")
-    assert caught.value.cause is Cause.TIME
+    assert (caught.value.cause, caught.value.is_start) == (Cause.TIME, True)
 
 
 def test_who_does_not_answer_is_not_waited_for_for_ever(make: Make) -> None:

@@ -74,12 +74,16 @@ class Ended(Exception):
     Args:
         cause: why.
         how: by which signal, or with which status.
+
+    Attributes:
+        is_start: it had been given none: it was over what it starts with.
     """
 
     def __init__(self, cause: Cause, how: str) -> None:
         super().__init__(f"{how}: {cause.value}")
         self.cause = cause
         self.how = how
+        self.is_start = False
 
 
 class NotReady(Exception):
@@ -183,7 +187,11 @@ class Pool:
                 process.end()
             process = _Process(self._module, self._bounds.max_waits)
             self._busy.add(process)
-        is_ready, answer = self._ask(process, self._first_frame)
+        try:
+            is_ready, answer = self._ask(process, self._first_frame)
+        except Ended as error:
+            error.is_start = True
+            raise
         if not is_ready:
             self._end(process)
             with self._lock:
