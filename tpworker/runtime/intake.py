@@ -20,12 +20,13 @@ from typing import TypeVar
 
 from tpworker.config import SchedulingPolicy
 from tpworker.errors import InvalidRequest, QueueFull
-from tpworker.ipc.arrays import unpack_int32
-from tpworker.ipc.messages import NO_LOGPROBS, Abort, Sampling, Submit
+from tpworker.ipc.arrays import pack_int32, unpack_int32
+from tpworker.ipc.messages import NO_LOGPROBS, Abort, Sampling, Submit, Vocabulary
 from tpworker.outputs import RequestOutput
 from tpworker.runtime.admission import check_priority, fit, pack_prompt, resolve_sampling
 from tpworker.runtime.choices import Choices
 from tpworker.runtime.generation import Generation
+from tpworker.runtime.grammars import Grammars
 from tpworker.runtime.logprobs import LogprobRecord
 from tpworker.runtime.requests import Bell, Request, Requests
 from tpworker.runtime.start import Served
@@ -63,11 +64,15 @@ class Intake:
         self._closed: asyncio.Future[None] | None = None  # set when one of them is closed, for `all_closed`
         self._served: Served | None = None
         self._generation: Generation | None = None
+        self._grammars: Grammars | None = None
+        self._told_vocabulary: int | None = None  # to the scheduler of this generation
 
     def serve(self, served: Served, generation: Generation) -> None:
         """Processes are ready: from now on requests are checked against what is served, and go to them."""
         self._served = served
         self._generation = generation
+        spec = served.model.spec
+        self._grammars = Grammars(served.tokenizer, spec.vocab_size, spec.eos_ids)
 
     @property
     def num_open(self) -> int:
@@ -166,11 +171,12 @@ class Intake:
         served, _ = self._serving()
         tokens = pack_prompt(await self._tokenise(prompt, served), served.model.spec)
         sampling = await self._resolve(params, len(tokens) // 4, default_max_tokens, served)
+        grammar = await self._grammar(params, served)
         for request in choices.requests:
             self._describe(request, tokens, params, sampling, served)
         for request in choices.requests:
             if request in self.requests:  # else it was aborted meanwhile
-                self._send(request, tokens, params, sampling)
+                self._send(request, tokens, params, sampling, grammar)
 
     def _describe(
         self, request: Request, tokens: bytes, params: SamplingParams, sampling: Sampling, served: Served
@@ -196,7 +202,14 @@ class Intake:
                 include_stop=params.include_stop_str_in_output,
             )
 
-    def _send(self, request: Request, tokens: bytes, params: SamplingParams, sampling: Sampling) -> None:
+    def _send(
+        self,
+        request: Request,
+        tokens: bytes,
+        params: SamplingParams,
+        sampling: Sampling,
+        grammar: str | None,
+    ) -> None:
         """All that the scheduler is told of a request: what would bring it back after a restart."""
         _, generation = self._serving()
         request.is_submitted = True
@@ -210,6 +223,7 @@ class Intake:
                 request.first.number if params.n > 1 else None,
                 params.priority,
                 params.cache_salt or "",
+                grammar,
             )
         )
 
@@ -242,6 +256,20 @@ class Intake:
         if encode is None:
             return work()
         return await self._tokenisers.run(work, sum(map(len, params.bad_words)))  # up to 0.4 s
+
+    async def _grammar(self, params: SamplingParams, served: Served) -> str | None:
+        """What the output is held to, known to compile; the scheduler knows for what vocabulary."""
+        if params.structured_outputs is None:
+            return None
+        assert self._grammars is not None, "a request before `serve`"
+        grammar = await self._grammars.check(params.structured_outputs)
+        _, generation = self._serving()
+        if self._told_vocabulary != generation.number:
+            tokenizer = await self._tokenisers.run(served.needed_tokenizer().to_json, 0)
+            eos_ids = pack_int32(sorted(served.model.spec.eos_ids))
+            generation.send(Vocabulary(generation.number, tokenizer, eos_ids))
+            self._told_vocabulary = generation.number
+        return grammar
 
     def _serving(self) -> tuple[Served, Generation]:
         assert self._served is not None, "a request before `serve`"
@@ -290,6 +318,15 @@ class Intake:
     def abandon_prompts(self, error: Callable[[], Exception]) -> None:
         """Whoever waits for a prompt to be made gets an error, though threads may go on; `error` makes it."""
         self._tokenisers.abandon(error)
+        if self._grammars is not None:
+            self._grammars.abandon(error)
+
+    def close_processes(self) -> None:
+        """Ends those that work on requests before the scheduler hears of them; threads may wait for one."""
+        if self._grammars is not None:
+            self._grammars.close()
+        if self._served is not None and self._served.tokenizer is not None:
+            self._served.tokenizer.close()
 
     async def all_closed(self) -> None:
         """Waits until none is open or being prepared, and none may still come that was promised."""

@@ -170,8 +170,7 @@ class Runtime(Facts):
         self._intake.abandon_prompts(_stopped)
         if stray is None:
             self._intake.requests.fail_all(_stopped)
-        if self._served is not None and self._served.tokenizer is not None:
-            self._served.tokenizer.close()  # a chat template may be running, which threads wait for
+        self._intake.close_processes()
         try:
             if self._generation is not None:
                 await self._generation.stop()

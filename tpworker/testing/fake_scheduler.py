@@ -27,6 +27,7 @@ from tpworker.ipc.messages import (
     StepTiming,
     Stop,
     Submit,
+    Vocabulary,
 )
 from tpworker.scheduler.process import agree_on_blocks
 from tpworker.testing.fake_rank import logprob_row
@@ -103,6 +104,8 @@ class FakeScheduler:
                     limit = max(1, min(room, message.sampling.max_tokens))
                     stop_ids = frozenset(unpack_int32(message.sampling.stop_ids))
                     self.waiting.append(Echo(message, prompt, stop_ids, limit))
+                case Vocabulary():
+                    pass
                 case Abort():
                     self.waiting = [echo for echo in self.waiting if echo.submit.request != message.request]
                     self.running = [echo for echo in self.running if echo.submit.request != message.request]
