@@ -23,6 +23,7 @@ import numpy as np
 
 from benchmarks.common.floors import floor_ms
 from benchmarks.common.report import quantile, told_ranks
+from benchmarks.common.vocabulary import write_tokenizer
 from benchmarks.steps.gpu_rank import TASK, TRACE_FROM, Task
 from benchmarks.steps.gpu_trace import Trace, TraceFailed, figures, timeline
 from tpworker import Runtime, RuntimeConfig, SamplingParams
@@ -57,8 +58,33 @@ SAMPLINGS: dict[str, dict[str, Any]] = {
         "stop_token_ids": [7],  # suppressed all the time by min_tokens, which is max_tokens
         "logprobs": 20,
     },
+    "structured": {
+        "temperature": 0.8,
+        "structured_outputs": {
+            "json": {
+                "type": "array",
+                "minItems": 1000,  # more than an answer has tokens: none ends
+                "items": {
+                    "type": "object",
+                    "properties": {
+                        "name": {"type": "string", "maxLength": 24},
+                        "age": {"type": "integer", "minimum": 0, "maximum": 120},
+                        "role": {"enum": ["reader", "writer", "owner", None]},
+                        "tags": {
+                            "type": "array",
+                            "items": {"type": "string", "maxLength": 12},
+                            "maxItems": 4,
+                        },
+                    },
+                    "required": ["name", "age", "role", "tags"],
+                    "additionalProperties": False,
+                },
+            }
+        },
+    },
 }
-"""What requests ask for; barred words are text, for which these models have no tokenizer."""
+"""What requests ask for; barred words are text, for which these models have no tokenizer. Where something is
+structured they get one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +147,8 @@ def measure(case: Case, graphs: dict[int, list[tuple[float, float]]]) -> list[di
         task = Task(f"{copy}/report", case.trace_steps, case.replays, case.ranks, list(case.lengths))
         config[TASK] = asdict(task)
         (Path(copy) / "config.json").write_text(json.dumps(config))
+        if "structured_outputs" in SAMPLINGS[case.sampling]:
+            write_tokenizer(Path(copy), config["vocab_size"])
         started = time.monotonic()
         rows = asyncio.run(_serve(Path(copy), case))
         reports = [
@@ -238,7 +266,7 @@ async def _request(
         seed=number,
         max_tokens=num_output,
         min_tokens=num_output,
-        ignore_eos=True,
+        ignore_eos="structured_outputs" not in SAMPLINGS[asked],  # there the grammar decides
         detokenize=False,
         **SAMPLINGS[asked],
     )
