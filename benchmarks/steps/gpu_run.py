@@ -23,7 +23,7 @@ import numpy as np
 
 from benchmarks.common.floors import floor_ms
 from benchmarks.common.report import quantile, told_ranks
-from benchmarks.common.vocabulary import write_tokenizer
+from benchmarks.common.vocabulary import QUOTE, write_tokenizer
 from benchmarks.steps.gpu_rank import TASK, TRACE_FROM, Task
 from benchmarks.steps.gpu_trace import Trace, TraceFailed, figures, timeline
 from tpworker import Runtime, RuntimeConfig, SamplingParams
@@ -42,6 +42,28 @@ _TOKENS = 256  # every vocabulary has as many
 _LONG = ("timeline", "slowest", "calls", "graphs", "over_us", "spread_us")  # not printed
 
 
+def _held(**of_strings: int) -> dict[str, Any]:
+    """To a list of records that is longer than any answer here."""
+    string = {"type": "string", **of_strings}
+    record = {
+        "name": string,
+        "age": {"type": "integer", "minimum": 0, "maximum": 120},
+        "role": {"enum": ["reader", "writer", "owner", None]},
+        "tags": {"type": "array", "items": string, "maxItems": 4},
+    }
+    schema = {
+        "type": "array",
+        "minItems": 1000,
+        "items": {
+            "type": "object",
+            "properties": record,
+            "required": list(record),
+            "additionalProperties": False,
+        },
+    }
+    return {"structured_outputs": {"json": schema}}
+
+
 SAMPLINGS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
     "random": {"temperature": 0.8},
@@ -58,30 +80,8 @@ SAMPLINGS: dict[str, dict[str, Any]] = {
         "stop_token_ids": [7],  # suppressed all the time by min_tokens, which is max_tokens
         "logprobs": 20,
     },
-    "structured": {
-        "temperature": 0.8,
-        "structured_outputs": {
-            "json": {
-                "type": "array",
-                "minItems": 1000,  # more than an answer has tokens: none ends
-                "items": {
-                    "type": "object",
-                    "properties": {
-                        "name": {"type": "string", "maxLength": 24},
-                        "age": {"type": "integer", "minimum": 0, "maximum": 120},
-                        "role": {"enum": ["reader", "writer", "owner", None]},
-                        "tags": {
-                            "type": "array",
-                            "items": {"type": "string", "maxLength": 12},
-                            "maxItems": 4,
-                        },
-                    },
-                    "required": ["name", "age", "role", "tags"],
-                    "additionalProperties": False,
-                },
-            }
-        },
-    },
+    "structured": {"temperature": 0.8, **_held(), "logit_bias": {QUOTE: 10.0}},  # or no string would end
+    "bounded": {"temperature": 0.8, **_held(maxLength=16), "logit_bias": {QUOTE: 10.0}},
 }
 """What requests ask for; barred words are text, for which these models have no tokenizer. Where something is
 structured they get one."""
