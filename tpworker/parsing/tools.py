@@ -4,28 +4,23 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Protocol
 
 from tpworker.parsing.events import Event
 from tpworker.parsing.functions import Function
-
-
-class ToolParser(Protocol):
-    """Takes the text behind the thinking, in pieces of any size."""
-
-    num_calls: int
-
-    def feed(self, text: str) -> list[Event]: ...
-
-    def finish(self) -> list[Event]: ...
+from tpworker.parsing.reader import Reader, Reading
+from tpworker.parsing.writer import Writer
 
 
 class ToolFormat(ABC):
-    """How a family of models writes calls of functions."""
+    """How a family of models writes calls of functions: it reads them, and holds outputs to them."""
 
-    name: ClassVar[str]
-    special: ClassVar[frozenset[str]] = frozenset()
-    """Names of tokens that the parser needs in the text, though they are special in some tokenizers."""
+    name: str
+    special: frozenset[str]
+    """Its marks. A tokenizer may have them as tokens, special ones too: they must be part of the text."""
+
+    @abstractmethod
+    def read(self, reader: Reader, writer: Writer, functions: Sequence[Function]) -> Reading[None]:
+        """Reads an output, behind what the model thinks, to its end."""
 
     @abstractmethod
     def grammar(
@@ -43,9 +38,34 @@ class ToolFormat(ABC):
             is_required: the output is calls, one at least. Else it is any text, in which calls are held
                 to their schemas wherever one begins.
             is_parallel: there may be several calls.
-            special_ids: the tokenizer's special tokens, ids by name: a mark among them is written as that token.
+            special_ids: the ids of the tokenizer's added tokens by name, special or not. A mark among them
+                is held to that token: llguidance takes no such token for its characters (lark.py).
         """
 
-    @abstractmethod
-    def parser(self, functions: Sequence[Function]) -> ToolParser:
-        """For one output."""
+
+class ToolParser:
+    """What an output says behind what the model thinks, text and calls, fed in pieces of any size."""
+
+    def __init__(self, tools: ToolFormat, functions: Sequence[Function]) -> None:
+        self._reader = Reader()
+        self._writer = Writer()
+        self._reading = tools.read(self._reader, self._writer, functions)
+        next(self._reading, None)
+
+    @property
+    def num_calls(self) -> int:
+        """How many calls have begun."""
+        return self._writer.num_calls
+
+    def feed(self, text: str) -> list[Event]:
+        """What more text says."""
+        self._reader.add(text)
+        next(self._reading, None)
+        return self._writer.take()
+
+    def finish(self) -> list[Event]:
+        """What was held back: the text ends here."""
+        self._reader.end()
+        next(self._reading, None)
+        self._writer.finish()
+        return self._writer.take()

@@ -1,0 +1,138 @@
+"""Arguments between tags, strings without quotes, held to a function's schema."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from tpworker.parsing.lark import ANY, Lark, arguments_schema
+from tpworker.parsing.schemas import Schema, branches, properties_of, resolved, type_of, types_of
+
+_NOTES = {"type", "title", "description", "default", "examples"}
+_BOUNDS = ("pattern", "minLength", "maxLength")
+_ANCHOR = re.compile(r"(?<!\\)(?:\\\\)*\$\Z")
+
+
+def arguments_grammar(
+    lark: Lark,
+    parameters: Schema,
+    *,
+    before_key: str,
+    before_value: str,
+    before_end: str,
+    end: str,
+    behind: str,
+) -> str:
+    """An expression for the arguments of a call: parameters in the schema's order, the required ones at least.
+
+    Strings are held to enum, const, pattern and their lengths, not to format, which JSON Schema takes for a
+    note. Where parameters are not named there are any. Alternatives between whole sets of parameters, which
+    OpenAI's API does not know, are not held.
+
+    Args:
+        before_key, before_value: what is written before a key and between it and its value.
+        before_end: what is written between a value and its end, where the value is not free text.
+        end: the mark behind a value.
+        behind: what is written behind that.
+    """
+    schema = arguments_schema(parameters)
+    named = properties_of(schema)
+    required = resolved(schema, schema).get("required")
+    required = required if isinstance(required, list) else []
+    parts = []
+    for name, value in named.items():
+        value = _value(lark, value, schema, before_end, end)
+        part = f"{lark.text(before_key + name + before_value)} {value} {lark.text(behind)}"
+        parts.append(lark.rule("argument", part) + ("" if name in required else "?"))
+    others = resolved(schema, schema).get("additionalProperties", True)
+    if not named and others is not False:
+        value = _value(lark, others, schema, before_end, end)
+        key = f"{lark.text(before_key)} /[^<>\\n]+/ {lark.text(before_value)}"
+        parts.append(lark.rule("argument", f"{key} {value} {lark.text(behind)}") + "*")
+    return " ".join(parts)
+
+
+def _value(lark: Lark, schema: Any, root: Schema, before_end: str, end: str) -> str:
+    """An expression for a value and its mark, as a rule."""
+    kinds = [kind for branch in branches(schema, root) for kind in _kinds(branch, root)]
+    is_free = any(_is_free(kind) for kind in kinds)
+    # What the parser takes for JSON of such a kind must be of its schema.
+    others = [kind for kind in kinds if not _is_text(kind) and not (is_free and _is_plain(kind))]
+    ways = [f"{lark.json({**kind, **_definitions(root)})} {lark.text(before_end + end)}" for kind in others]
+    if is_free:
+        ways.append(lark.until(end, _not_json(others) if others else ANY))
+    else:
+        ways += [way for kind in kinds if _is_text(kind) for way in _texts(lark, kind, before_end, end)]
+    return lark.rule("value", " | ".join(ways))
+
+
+def _kinds(branch: Schema, root: Schema) -> Iterator[Schema]:
+    """A branch of a schema, once for each of its types, and once for each of its values if they are given."""
+    merged: dict[str, Any] = dict(branch)
+    for part in branch.get("allOf") or ():
+        merged = {**resolved(part, root), **merged}
+    values = [merged["const"]] if "const" in merged else merged.get("enum")
+    types = types_of(branch, root)
+    if isinstance(values, list):
+        for value in values:
+            if not types or type_of(value) in types or (type_of(value), "number") == ("integer", *types):
+                yield {"type": type_of(value), "const": value}
+    elif not types:
+        yield merged
+    elif types == {"string"}:
+        merged.pop("allOf", None)
+        yield {**merged, "type": "string"}
+    else:
+        for name in sorted(types):
+            yield {**branch, "type": name}
+
+
+def _is_text(kind: Schema) -> bool:
+    """Written without quotes."""
+    return kind.get("type", "string") == "string"
+
+
+def _is_free(kind: Schema) -> bool:
+    """Any text is of it."""
+    return _is_text(kind) and not any(name in kind for name in ("const", *_BOUNDS))
+
+
+def _is_plain(kind: Schema) -> bool:
+    """Whatever is JSON of its type is of it."""
+    return bool(kind["type"] == "null" or kind.keys() <= _NOTES)
+
+
+def _not_json(others: list[Schema]) -> str:
+    """Text that does not begin as one of these does."""
+    firsts = {"object": r"\{", "array": r"\[", "integer": r"\-0-9", "number": r"\-0-9"}
+    characters = "".join(sorted({firsts.get(kind["type"], "tfnTFN") for kind in others}))
+    return rf"/([^\s{characters}](.|\n)*)?/"
+
+
+def _definitions(root: Schema) -> dict[str, Any]:
+    return {name: root[name] for name in ("$defs", "definitions") if name in root}
+
+
+def _texts(lark: Lark, kind: Schema, before_end: str, end: str) -> Iterator[str]:
+    """Expressions for a text that is not free, and its mark."""
+    if "const" in kind:
+        yield lark.text(kind["const"] + before_end + end)
+        return
+    shortest, longest = kind.get("minLength", 0), kind.get("maxLength", "")
+    parts = [rf"/(.|\n){{{shortest},{longest}}}/"]
+    if "pattern" in kind:
+        parts.append(_searched(str(kind["pattern"])))
+    yield lark.until(end, " & ".join(parts), before_end)
+
+
+def _searched(pattern: str) -> str:
+    """A regular expression for text in which a pattern is found, as JSON Schema has it, in Lark."""
+    body = re.sub(r"(?<!\\)((?:\\\\)*)/", r"\1\\/", pattern).replace("\n", r"\n")
+    before = r"(.|\n)*"
+    behind = r"(.|\n)*"
+    if body.startswith("^"):
+        body, before = body[1:], ""
+    if _ANCHOR.search(body):
+        body, behind = body[:-1], ""
+    return f"/{before}({body}){behind}/"
