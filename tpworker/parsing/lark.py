@@ -2,8 +2,11 @@
 
 **Marks.** llguidance takes a token that tokenizer.json lists as added for a symbol of its own if it is
 special, or if its name is like `<…>` (Qwen3's `<tool_call>`, which is not special, too): it is then no way to
-write those characters, and a grammar that asks for the characters cannot be met by the token. So a mark that is
-an added token is written `<[id]>`, which holds for any token, and a mark that is none as its characters.
+write those characters, and a grammar that asks for them cannot be met by it. So a mark that is an added token
+is written `<[id]>`, which holds for any token, and a mark that is none as its characters.
+
+**Names of added tokens in schemas** are characters. Where there is one way to go on only, llguidance 1.9 offers
+the token, and refuses it then: nothing is left to choose. `no_forcing` keeps it from looking for such places.
 
 **Text** up to such a token never spells the mark with other tokens: a parser of text takes that for the mark.
 """
@@ -34,18 +37,30 @@ class Lark:
     def __init__(self, special_ids: Mapping[str, int] | None) -> None:
         self._ids = special_ids or {}
         self._lines: list[str] = []
+        self._spells_tokens = False
 
     def text(self, text: str) -> str:
-        """An expression for this text. Names of added tokens in it stand for them."""
-        names = sorted((name for name in self._ids if name and name in text), key=len, reverse=True)
+        """An expression for text of the format. Names of added tokens in it stand for them."""
+        names = sorted(self._names_in(text), key=len, reverse=True)
         parts = re.split(f"({'|'.join(map(re.escape, names))})", text) if names else [text]
         return " ".join(
             f"<[{self._ids[part]}]>" if part in self._ids else literal(part) for part in parts if part
         )
 
+    def characters(self, text: str) -> str:
+        """An expression for text of a schema, whatever it spells."""
+        self._spells_tokens = self._spells_tokens or bool(self._names_in(text))
+        return literal(text)
+
     def json(self, schema: Schema) -> str:
         """An expression for a value of a schema."""
+        self._spells_tokens = self._spells_tokens or bool(
+            self._names_in(json.dumps(schema, ensure_ascii=False))
+        )
         return "%json " + json.dumps({**schema, "x-guidance": _LAYOUT})
+
+    def _names_in(self, text: str) -> list[str]:
+        return [name for name in self._ids if name and name in text]
 
     def rule(self, name: str, body: str, options: str = "") -> str:
         """Another rule, or terminal. Its name, with its number behind it."""
@@ -83,7 +98,8 @@ class Lark:
 
     def grammar(self, start: str) -> str:
         """The whole of it."""
-        return "\n".join([f"start: {start}", *self._lines]) + "\n"
+        options = ['%llguidance {"no_forcing": true}'] if self._spells_tokens else []
+        return "\n".join([*options, f"start: {start}", *self._lines]) + "\n"
 
 
 def literal(text: str) -> str:

@@ -1,7 +1,7 @@
 """Text that comes in pieces, read by generators as if it were all there.
 
-A part of a parser is a generator that yields where it needs more text and returns what it has read, so that
-the state between two pieces is the place where it stands. What is looked at is taken, but for the beginning of
+A part of a parser is a generator that yields where it needs more text and returns what it has read, so the
+state between two pieces is the place where it stands. What is looked at is taken, but for the beginning of
 a mark: no character is looked at again with each piece, and the cost is linear in the text.
 """
 

@@ -24,7 +24,7 @@ def arguments_grammar(
     end: str,
     behind: str,
 ) -> str:
-    """An expression for the arguments of a call: parameters in the schema's order, the required ones at least.
+    """An expression for the arguments of a call: parameters in the schema's order, at least those required.
 
     Strings are held to enum, const, pattern and their lengths, not to format, which JSON Schema takes for a
     note. Where parameters are not named there are any. Alternatives between whole sets of parameters, which
@@ -43,7 +43,8 @@ def arguments_grammar(
     parts = []
     for name, value in named.items():
         value = _value(lark, value, schema, before_end, end)
-        part = f"{lark.text(before_key + name + before_value)} {value} {lark.text(behind)}"
+        key = f"{lark.text(before_key)} {lark.characters(name)} {lark.text(before_value)}"
+        part = f"{key} {value} {lark.text(behind)}"
         parts.append(lark.rule("argument", part) + ("" if name in required else "?"))
     others = resolved(schema, schema).get("additionalProperties", True)
     if not named and others is not False:
@@ -76,8 +77,9 @@ def _kinds(branch: Schema, root: Schema) -> Iterator[Schema]:
     types = types_of(branch, root)
     if isinstance(values, list):
         for value in values:
-            if not types or type_of(value) in types or (type_of(value), "number") == ("integer", *types):
-                yield {"type": type_of(value), "const": value}
+            name = type_of(value)
+            if not types or name in types or (name == "integer" and "number" in types):
+                yield {"type": name, "const": value}
     elif not types:
         yield merged
     elif types == {"string"}:
@@ -90,7 +92,7 @@ def _kinds(branch: Schema, root: Schema) -> Iterator[Schema]:
 
 def _is_text(kind: Schema) -> bool:
     """Written without quotes."""
-    return kind.get("type", "string") == "string"
+    return bool(kind.get("type", "string") == "string")
 
 
 def _is_free(kind: Schema) -> bool:
@@ -100,7 +102,7 @@ def _is_free(kind: Schema) -> bool:
 
 def _is_plain(kind: Schema) -> bool:
     """Whatever is JSON of its type is of it."""
-    return bool(kind["type"] == "null" or kind.keys() <= _NOTES)
+    return bool(kind["type"] == "null") or _NOTES.issuperset(kind)
 
 
 def _not_json(others: list[Schema]) -> str:
@@ -117,7 +119,7 @@ def _definitions(root: Schema) -> dict[str, Any]:
 def _texts(lark: Lark, kind: Schema, before_end: str, end: str) -> Iterator[str]:
     """Expressions for a text that is not free, and its mark."""
     if "const" in kind:
-        yield lark.text(kind["const"] + before_end + end)
+        yield f"{lark.characters(kind['const'])} {lark.text(before_end + end)}"
         return
     shortest, longest = kind.get("minLength", 0), kind.get("maxLength", "")
     parts = [rf"/(.|\n){{{shortest},{longest}}}/"]
