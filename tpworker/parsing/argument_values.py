@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from tpworker.parsing.reader import SPACE, Marks, Reader, Reading, Sink
@@ -17,7 +18,7 @@ _WORDS = {"true": "boolean", "false": "boolean", "null": "null", "none": "null"}
 def read_value(reader: Reader, sink: Sink, types: frozenset[str], end: Marks) -> Reading[bool]:
     """Takes a value and the mark behind it, and hands it on as JSON.
 
-    A string, and an object or an array, go on as they come. Anything else is short, and its end tells.
+    Strings, objects and arrays go on as they come; anything else is short, and goes on once it is whole.
 
     Args:
         types: the JSON types that it may have by its schema; empty: any.
@@ -27,31 +28,18 @@ def read_value(reader: Reader, sink: Sink, types: frozenset[str], end: Marks) ->
     """
     if types == {"string"}:
         sink('"')
-        is_whole = bool((yield from reader.through(end, lambda text: sink(_quoted(text)))))
+        is_whole = bool((yield from reader.through(end, partial(_quote, sink), is_mark_sure=True)))
         sink('"' if is_whole else "")
         return is_whole
     if types and types <= _CONTAINERS:
-        return (yield from _read_container(reader, sink, end))
+        yield from reader.run(SPACE)
+        character = yield from reader.peek()
+        if character and character in "{[":
+            return bool((yield from reader.through(end, sink, is_mark_sure=True)))
     parts: list[str] = []
     is_whole = bool((yield from reader.through(end, parts.append)))
-    text = "".join(parts)
     if is_whole:
-        sink(as_json(text, types))
-    elif text:
-        sink('"' + _quoted(text) if "string" in types else text)
-    return is_whole
-
-
-def _read_container(reader: Reader, sink: Sink, end: Marks) -> Reading[bool]:
-    """As it stands, if it looks like one."""
-    yield from reader.run(SPACE)
-    character = yield from reader.peek()
-    if character and character in "{[":
-        return bool((yield from reader.through(end, sink)))
-    parts: list[str] = []
-    is_whole = bool((yield from reader.through(end, parts.append)))
-    text = "".join(parts)
-    sink(as_json(text, _CONTAINERS) if is_whole else text)
+        sink(as_json("".join(parts), types))
     return is_whole
 
 
@@ -86,6 +74,6 @@ def _no_number(name: str) -> float:
     raise ValueError(f"{name} is not JSON")
 
 
-def _quoted(text: str) -> str:
-    """Within a string."""
-    return json.dumps(text, ensure_ascii=False)[1:-1]
+def _quote(sink: Sink, text: str) -> None:
+    """Hands on text as it is within a string."""
+    sink(json.dumps(text, ensure_ascii=False)[1:-1])

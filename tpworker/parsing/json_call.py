@@ -22,7 +22,7 @@ class Outcome(Enum):
     WHOLE = auto()
     """It was read to its end."""
     BROKEN = auto()
-    """It began, and ends where the reader stands, though not as it should."""
+    """It began, and ended where it should not have. The reader has recorded what is no part of it."""
     CUT = auto()
     """The text ended in it."""
 
@@ -85,11 +85,13 @@ def read_object(
     call = Call(reader, writer)
     reader.take()
     while True:
+        if call.has_begun:
+            reader.record()
         yield from reader.run(SPACE)
         character = yield from reader.peek()
         if character == "}":
             reader.take()
-            return _closed(call)
+            return _closed(reader, call)
         if character == ",":
             reader.take()
             continue
@@ -124,6 +126,8 @@ def _read_member(reader: Reader, call: Call, key: str, end: str | None) -> Readi
         call.has_arguments = True
         if call.name and not call.has_begun:
             call.begin()
+        if call.has_begun:
+            reader.recorded()
         return (yield from _read_arguments(reader, call, end))
     character = yield from reader.peek()
     if character == '"':
@@ -155,9 +159,10 @@ def _text(reader: Reader) -> Reading[str | None]:
     return "".join(parts) if is_whole else None
 
 
-def _closed(call: Call) -> Outcome:
+def _closed(reader: Reader, call: Call) -> Outcome:
     if not call.has_begun:
         return Outcome.NO_CALL
+    reader.recorded()
     call.end()
     return Outcome.WHOLE
 

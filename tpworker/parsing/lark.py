@@ -5,8 +5,8 @@ special, or if its name is like `<…>` (Qwen3's `<tool_call>`, which is not spe
 write those characters, and a grammar that asks for them cannot be met by it. So a mark that is an added token
 is written `<[id]>`, which holds for any token, and a mark that is none as its characters.
 
-**Names of added tokens in schemas** are characters. Where there is one way to go on only, llguidance 1.9 offers
-the token, and refuses it then: nothing is left to choose. `no_forcing` keeps it from looking for such places.
+**Names of added tokens in schemas** are characters. Where there is one way to go on only, llguidance 1.9
+offers the token, and refuses it then: nothing is left to choose. `no_forcing` keeps it from looking there.
 
 **Text** up to such a token never spells the mark with other tokens: a parser of text takes that for the mark.
 """

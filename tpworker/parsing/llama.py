@@ -45,16 +45,20 @@ class LlamaFormat(ToolFormat):
         """Takes objects for as long as they are calls. The first comes next; the reader is recording."""
         while True:
             outcome = yield from read_object(reader, writer, end=None, known=known, is_bare=is_bare)
-            if outcome is not Outcome.WHOLE:
-                writer.content(reader.recorded())
+            if outcome is Outcome.CUT:
                 return
+            if outcome is not Outcome.WHOLE:
+                break
             reader.record()
             yield from reader.run(SPACE)
             if (yield from reader.accept(";")):
                 yield from reader.run(SPACE)
-            if (yield from reader.peek()) != "{":
-                writer.content(reader.recorded())
+            character = yield from reader.peek()
+            if not character:
                 return
+            if character != "{":
+                break
+        writer.content(reader.recorded())
 
     def grammar(
         self,

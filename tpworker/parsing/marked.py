@@ -54,9 +54,14 @@ class MarkedFormat(ToolFormat):
             writer.content(reader.recorded())
             return False
         while outcome is not Outcome.CUT:
+            if outcome is Outcome.BROKEN:
+                writer.content(reader.recorded())
             between = yield from reader.run(_BETWEEN)
             if (yield from reader.accept(END)):
                 return False
+            if reader.is_cut_in(END):
+                reader.rest()
+                break
             spaces = _CLOSERS.sub("", between)
             if outcome is Outcome.BROKEN or (yield from reader.peek()) != "{":
                 writer.content(spaces)

@@ -40,7 +40,7 @@ class MistralFormat(ToolFormat):
                 outcome = yield from read_object(reader, writer, end=_MARK, known=known)
             else:
                 outcome = yield from self._read_named(reader, writer)
-            if outcome is Outcome.NO_CALL:
+            if outcome in (Outcome.NO_CALL, Outcome.BROKEN):
                 writer.content(reader.recorded())
 
     def _read_array(self, reader: Reader, writer: Writer, known: set[str]) -> Reading[Outcome]:
@@ -62,6 +62,8 @@ class MistralFormat(ToolFormat):
                 reader.take()
                 reader.recorded()
                 return Outcome.WHOLE
+            elif not character and is_call:
+                return Outcome.CUT
             else:
                 return Outcome.NO_CALL
 

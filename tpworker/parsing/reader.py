@@ -63,6 +63,11 @@ class Reader:
         """Whether all is taken, and nothing more comes."""
         return self._is_ended and self._at == len(self._text)
 
+    def is_cut_in(self, *marks: str) -> bool:
+        """Whether the text has ended in one of these, or before it."""
+        rest = self._text[self._at :] if self._is_ended else None
+        return rest is not None and any(mark.startswith(rest) for mark in marks)
+
     # ------------------------------------------------------------ what may not be what it looks like
 
     def record(self, text: str = "") -> None:
@@ -128,16 +133,21 @@ class Reader:
         yield from self.while_(characters, parts.append)
         return "".join(parts)
 
-    def through(self, marks: Marks, sink: Sink) -> Reading[str]:
-        """Takes text up to a mark, and the mark, which is returned; empty: the text ended without one."""
+    def through(self, marks: Marks, sink: Sink, *, is_mark_sure: bool = False) -> Reading[str]:
+        """Takes text up to a mark, and the mark, which is returned; empty: the text ended without one.
+
+        Args:
+            is_mark_sure: a beginning of a mark at the end of the text is that of a mark, and no text.
+        """
         while True:
             found = marks.find(self._text, self._at)
             if found is not None:
                 sink(self._take_to(found.start()))
                 return self._take_to(found.end())
-            end = len(self._text) if self._is_ended else marks.beginning(self._text, self._at)
-            sink(self._take_to(end))
+            is_text = self._is_ended and not is_mark_sure
+            sink(self._take_to(len(self._text) if is_text else marks.beginning(self._text, self._at)))
             if self._is_ended:
+                self._at = len(self._text)
                 return ""
             yield
 

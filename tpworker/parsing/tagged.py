@@ -80,11 +80,10 @@ class TaggedFormat(MarkedFormat):
                 return Outcome.WHOLE
             else:
                 break
-        left = reader.recorded()
-        if reader.is_ended:
+        if reader.is_cut_in(tags.key, tags.key_end, tags.value, tags.end, END):
+            reader.rest()
             return Outcome.CUT
         call.argue("{}" if separator == "{" else "}")
-        writer.content(left)
         return Outcome.BROKEN
 
     def _begin_value(self, reader: Reader) -> Reading[bool]:
