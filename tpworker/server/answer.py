@@ -16,11 +16,12 @@ from starlette.types import Receive, Scope, Send
 from tpworker.errors import InvalidRequest, RuntimeStopped
 from tpworker.outputs import RequestOutput
 from tpworker.server.errors import describe, internal_error
-from tpworker.server.formats import Choice, Format
+from tpworker.server.formats import Format
 from tpworker.server.gate import HALF_CLOSED, OUTCOME
 from tpworker.server.leaving import client_left
 from tpworker.server.merge import Outputs, merge
 from tpworker.server.metrics import Timing
+from tpworker.server.telling import Choice
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,8 @@ from typing import Any
 
 from tpworker.outputs import RequestOutput
 from tpworker.server.errors import ApiError
-from tpworker.server.formats import Choice, Format, Telling, quote
+from tpworker.server.formats import Format
+from tpworker.server.telling import Choice, Telling, quote
 
 
 class ResponsesFormat(Format):

@@ -10,10 +10,10 @@ from pydantic import BeforeValidator, WithJsonSchema, model_validator
 
 from tpworker.errors import InvalidRequest
 from tpworker.sampling_params import MAX_CHOICES, MAX_LOGPROBS, SamplingParams
-from tpworker.server.formats import Telling
 from tpworker.server.requests.fields import TOKEN_ID, Integer, bounds
 from tpworker.server.requests.generation import GenerationRequest, Prompt
 from tpworker.server.requests.unsupported import COMPLETION
+from tpworker.server.telling import Telling
 
 MAX_PROMPTS = 2048
 

@@ -20,9 +20,9 @@ from tpworker.sampling_params import (
     MAX_STOP_STRINGS,
     SamplingParams,
 )
-from tpworker.server.formats import Telling
 from tpworker.server.ignored import ignore
 from tpworker.server.requests.fields import Body, Integer, TokenId, bounds
+from tpworker.server.telling import Telling
 from tpworker.values import MAX_SEED
 
 Prompt = str | list[int]

@@ -8,7 +8,8 @@ from functools import partial
 from fastapi import FastAPI, Request
 from starlette.responses import Response
 
-from tpworker.server.formats import ChatFormat, CompletionFormat
+from tpworker.server.chat_format import ChatFormat
+from tpworker.server.completion_format import CompletionFormat
 from tpworker.server.front import Front
 from tpworker.server.leaving import unless_left
 from tpworker.server.prompts import chat_prompt, echoed_prompts
