@@ -204,7 +204,8 @@ def test_what_is_not_supported_is_told_with_what_asks_for_nothing(
     told = {
         name: schema["enum"] for name, schema in properties_of(document, path).items() if "enum" in schema
     }
-    assert {"length_penalty", "guided_json", "tools" if path != COMPLETIONS else "suffix"} <= told.keys()
+    own = {COMPLETIONS: "suffix", CHAT: "functions", "/v1/responses": "conversation"}
+    assert {"length_penalty", "top_a", own[path]} <= told.keys()
     for choice in range(max(map(len, told.values()))):
         neutral = {name: values[min(choice, len(values) - 1)] for name, values in told.items()}
         response = server.post(path, json=base | neutral)

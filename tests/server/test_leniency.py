@@ -94,16 +94,16 @@ def test_each_name_is_logged_once_and_not_without_end(
 @pytest.mark.parametrize(
     ("path", "body", "names"),
     [
-        (COMPLETIONS, {"prompt": "a", "suffix": "b", "guided_json": {}}, ["suffix", "guided_json"]),
+        (COMPLETIONS, {"prompt": "a", "suffix": "b", "no_stop_trim": True}, ["suffix", "no_stop_trim"]),
         (COMPLETIONS, {"prompt": 5, "suffix": "x", "top_p": 9, "top_a": 0.5}, ["suffix", "top_a"]),
         (
             CHAT,
             {
-                "messages": [USER, {"role": "assistant", "content": None, "tool_calls": [1], "audio": {}}],
-                "tools": [1],
+                "messages": [USER, {"role": "assistant", "content": None, "function_call": {}, "audio": {}}],
+                "functions": [1],
                 "chat_template": "x",
             },
-            ["tools", "chat_template", "messages[1].tool_calls", "messages[1].audio"],
+            ["functions", "chat_template", "messages[1].function_call", "messages[1].audio"],
         ),
     ],
 )
@@ -115,7 +115,10 @@ def test_all_that_is_not_supported_is_named_at_once(
     assert (response.status_code, error["param"]) == (400, names[0])
     listed = ", ".join(names[:-1])
     assert error["message"].startswith(f"{listed} and {names[-1]} are not supported: leave them out")
-    assert ("instead of chat_template: the server's own is used" in error["message"]) == (path == CHAT)
+    for remedy in ("chat_template: the server's own is used", "functions: give them as tools"):
+        assert (f"instead of {remedy}" in error["message"]) == (path == CHAT)
+    told = "instead of messages[1].function_call: give tool_choice, and in messages tool_calls"
+    assert (told in error["message"]) == (path == CHAT)
 
 
 @pytest.mark.parametrize(

@@ -30,8 +30,7 @@ def error_of(response: Any) -> dict[str, Any]:
 
 UNSUPPORTED: list[tuple[str, object]] = [
     ("length_penalty", 1.5),
-    ("response_format", {"type": "json_object"}),
-    ("guided_json", {}),
+    ("thinking_token_budget", 5),
     ("use_beam_search", True),
     ("logits_processors", ["x"]),
     ("n", True),
@@ -40,11 +39,9 @@ ONLY_COMPLETIONS: list[tuple[str, object]] = [("suffix", "x")]
 ONLY_CHAT: list[tuple[str, object]] = [
     ("best_of", 2),
     ("echo", True),
-    ("tools", [{"type": "function", "function": {"name": "f"}}]),
-    ("tool_choice", "required"),
     ("functions", [{}]),
     ("modalities", ["audio"]),
-    ("reasoning_effort", "low"),
+    ("thinking", True),
     ("chat_template", "{{ 1 }}"),
 ]
 
@@ -120,7 +117,7 @@ def test_values_that_cannot_be(
         ({"messages": "Hi"}, "messages", "list"),
         ({"messages": [{"role": "user"}]}, "messages[0].content", "missing"),
         ({"messages": [USER, {"role": "king", "content": "x"}]}, "messages[1].role", "'king'"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", "'tool'"),
+        ({"messages": [{"role": "function", "content": "x"}]}, "messages[0].role", "'function'"),
         ({"messages": [{"role": "user", "content": None}]}, "messages[0].content", "missing"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
@@ -129,7 +126,7 @@ def test_values_that_cannot_be(
         ),
         (
             {"messages": [{"role": "assistant", "content": "a", "tool_calls": [1]}]},
-            "messages[0].tool_calls",
+            "messages[0].tool_calls[0]",
             "",
         ),
         ({"messages": [{"role": "assistant", "content": "a"}]}, "messages", "the first turn is the user's"),

@@ -21,7 +21,6 @@ from tpworker.server.gate import HALF_CLOSED, OUTCOME
 from tpworker.server.leaving import client_left
 from tpworker.server.merge import Outputs, merge
 from tpworker.server.metrics import Timing
-from tpworker.server.telling import Choice
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +55,8 @@ class Answer(Response):
         self._stream = stream
         self._reword = reword
         count = len(streams) * answer_format.num_generated
-        self._choices = [Choice(keeps_tokens=not stream and answer_format.tells_tokens) for _ in range(count)]
+        keeps_tokens = not stream and answer_format.tells_tokens
+        self._choices = [answer_format.choice(keeps_tokens) for _ in range(count)]
         self._is_sent = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tpworker.outputs import TokenLogprobs
-from tpworker.server.formats import Format
+from tpworker.server.formats import GOES_ON, Format
 from tpworker.server.logprobs import Told
 from tpworker.server.telling import Choice, quote
 
@@ -32,7 +32,7 @@ class CompletionFormat(Format):
     def opening(self, index: int, choices: Sequence[Choice]) -> str:
         if not self.telling.token_ids and self.telling.echo is None:
             return ""
-        rest = '"finish_reason": null'
+        rest = GOES_ON
         if self.telling.token_ids:
             rest += f', "prompt_token_ids": {json.dumps(self.prompt_of(index))}, "token_ids": []'
         logprobs = "null"
@@ -73,5 +73,5 @@ class CompletionFormat(Format):
     def _written(self, text: str) -> str:
         return f'"text": {quote(text)}'
 
-    def _whole(self, text: str) -> dict[str, Any]:
-        return {"text": text}
+    def _whole(self, text: str, choice: Choice) -> dict[str, Any]:
+        return {"text": text, "finish_reason": choice.finish_reason}

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from tpworker.text.tokenizer import Tokenizer
 
 DONE = "data: [DONE]\n\n"
+GOES_ON = '"finish_reason": null'
 
 
 class Format:
@@ -73,6 +74,10 @@ class Format:
         """The token ids of a choice's prompt."""
         return self._prompts[index // self.num_generated]
 
+    def choice(self, keeps_tokens: bool) -> Choice:
+        """What comes of a choice, before anything has."""
+        return Choice(keeps_tokens)
+
     def opening(self, index: int, choices: Sequence[Choice]) -> str:
         """The event before a choice's first text."""
         raise NotImplementedError
@@ -85,24 +90,30 @@ class Format:
         """Some new text as fields of a choice in a chunk."""
         raise NotImplementedError
 
-    def _whole(self, text: str) -> dict[str, Any]:
-        """All the text as fields of a choice."""
+    def _whole(self, text: str, choice: Choice) -> dict[str, Any]:
+        """All the text as fields of a choice, and why it ended."""
         raise NotImplementedError
 
     def event(self, index: int, output: RequestOutput, choices: Sequence[Choice]) -> str:
         """The event for what is new of a choice; '' where there is nothing that it tells."""
         if not (output.text or output.finish_reason or (self.tells_tokens and output.token_ids)):
             return ""
-        rest = '"finish_reason": null'
-        if output.finish_reason is not None:
-            stop_reason = json.dumps(output.stop_reason)
-            rest = f'"finish_reason": "{output.finish_reason}", "stop_reason": {stop_reason}'
-        if self.telling.token_ids:
-            rest += f', "token_ids": {json.dumps(output.token_ids)}'
-        logprobs = "null"
-        if self.telling.logprobs is not None:
-            logprobs = quote(self._logprobs(output.logprobs or (), choices[index]))
+        rest = self._rest(output, output.finish_reason)
+        logprobs = self._event_logprobs(output, choices[index])
         return self._event(index, self._written(output.text), rest, choices, logprobs=logprobs)
+
+    def _rest(self, output: RequestOutput, finish_reason: str | None) -> str:
+        """Fields of a choice in a chunk, besides its text and its logprobs."""
+        rest = GOES_ON
+        if finish_reason is not None:
+            stop_reason = json.dumps(output.stop_reason)
+            rest = f'"finish_reason": "{finish_reason}", "stop_reason": {stop_reason}'
+        return f'{rest}, "token_ids": {json.dumps(output.token_ids)}' if self.telling.token_ids else rest
+
+    def _event_logprobs(self, output: RequestOutput, choice: Choice) -> str:
+        if self.telling.logprobs is None:
+            return "null"
+        return quote(self._logprobs(output.logprobs or (), choice))
 
     def _event(
         self,
@@ -139,9 +150,8 @@ class Format:
         written = [
             {
                 "index": place,
-                **self._whole(texts[index]),
+                **self._whole(texts[index], choices[index]),
                 "logprobs": self._all_logprobs(index, choices[index]),
-                "finish_reason": choices[index].finish_reason,
                 "stop_reason": choices[index].stop_reason,
                 **self._told_of(index, choices),
             }

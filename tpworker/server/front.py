@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING
 
 from tpworker.errors import InvalidRequest, RuntimeFailed, RuntimeStopped
 from tpworker.server.answer import Answer
+from tpworker.server.dialect import Dialect
 from tpworker.server.errors import ModelNotFound
 from tpworker.server.formats import Format
 from tpworker.server.metrics import Metrics, Timing
+from tpworker.server.options import FrontOptions
 from tpworker.server.requests import GenerationRequest, Prompt
+from tpworker.server.speech import PLAIN, Speech
 
 if TYPE_CHECKING:
     from tpworker.runtime.runtime import Runtime
@@ -22,16 +25,17 @@ class Front:
 
     Args:
         runtime: may be starting still.
-        names: what clients may call the model, the first in answers; none: what the runtime calls it.
-        metrics: of the app.
-        force_usage: whether streams tell the token counts where nobody asks for them.
+        options: of the app.
+        metrics: the same.
     """
 
-    def __init__(self, runtime: Runtime, names: Sequence[str], metrics: Metrics, force_usage: bool) -> None:
+    def __init__(self, runtime: Runtime, options: FrontOptions, metrics: Metrics) -> None:
         self.runtime = runtime
-        self.force_usage = force_usage
-        self._names = tuple(names)
+        self.force_usage = options.force_include_usage
+        self._options = options
+        self._names = options.served_model_names
         self._metrics = metrics
+        self._dialect: Dialect | None = None
 
     @property
     def model_names(self) -> tuple[str, ...]:
@@ -42,6 +46,19 @@ class Front:
     def tokenizer(self) -> Tokenizer | None:
         """The model's, if it has one."""
         return self.runtime.tokenizer if self.runtime.has_tokenizer else None
+
+    @property
+    def dialect(self) -> Dialect:
+        """That of the model, which has a tokenizer, once the runtime is ready."""
+        if self._dialect is None:
+            options = self._options
+            self._dialect = Dialect.of(
+                self.runtime.spec.model_type,
+                self.runtime.tokenizer,
+                options.tool_call_parser,
+                options.reasoning_parser,
+            )
+        return self._dialect
 
     def max_model_len(self) -> int:
         """0 while it is not known yet: then nothing is generated."""
@@ -74,10 +91,21 @@ class Front:
             raise InvalidRequest(f"this model has no tokenizer: {remedy}", parameter)
 
     def answer(
-        self, body: GenerationRequest, prompts: Sequence[Prompt], answer_format: Format, timing: Timing
+        self,
+        body: GenerationRequest,
+        prompts: Sequence[Prompt],
+        answer_format: Format,
+        timing: Timing,
+        speech: Speech = PLAIN,
     ) -> Answer:
-        """The answer to prompts."""
-        sampling = body.sampling(detokenize=self.runtime.has_tokenizer)
+        """The answer to prompts.
+
+        Args:
+            answer_format: how it is written.
+            timing: from `admit`.
+            speech: how outputs are read.
+        """
+        sampling = body.sampling(self.runtime.has_tokenizer, speech)
         name = answer_format.request_id
         ids = [name] if len(prompts) == 1 else [f"{name}-{index}" for index in range(len(prompts))]
         streams = [

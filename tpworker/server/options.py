@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tpworker.errors import ConfigError, shown
+from tpworker.parsing import REASONING_FORMATS, TOOL_FORMATS
+from tpworker.server.dialect import AUTO, NONE
+
 
 @dataclass(frozen=True, kw_only=True)
 class FrontOptions:
@@ -19,6 +23,17 @@ class FrontOptions:
     """The path under which a proxy shows the server to clients, as /llm. It may strip it, or leave it on."""
     force_include_usage: bool = False
     """Streams tell the token counts where nobody asks for them, too."""
+    tool_call_parser: str = AUTO
+    """The format of the model's calls of tools, a name of `tpworker.parsing.TOOL_FORMATS`; `auto`: as the
+    model's files say; `none`: calls are text."""
+    reasoning_parser: str = AUTO
+    """The same of its thinking, of `REASONING_FORMATS`."""
+
+    def __post_init__(self) -> None:
+        for name, formats in (("tool_call_parser", TOOL_FORMATS), ("reasoning_parser", REASONING_FORMATS)):
+            value, known = getattr(self, name), (AUTO, NONE, *sorted(formats))
+            if value not in known:
+                raise ConfigError(f"{name}={shown(value)}: must be one of {', '.join(known)}")
 
 
 @dataclass(frozen=True)

@@ -2,30 +2,54 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from tpworker.errors import InvalidRequest
-from tpworker.server.requests import CompletionRequest, Conversation, GenerationRequest
+from tpworker.server.dialect import Dialect
+from tpworker.server.requests import ChatRequest, CompletionRequest, Conversation, GenerationRequest
+from tpworker.server.speaking import speech_for
+from tpworker.server.speech import Speech
 
 if TYPE_CHECKING:
     from tpworker.runtime.runtime import Runtime
 
 
-def chat_prompt(runtime: Runtime, body: GenerationRequest, conversation: Conversation) -> list[int]:
-    """The token ids of a conversation.
+def chat_prompt(
+    runtime: Runtime,
+    body: GenerationRequest,
+    conversation: Conversation,
+    dialect: Dialect,
+    variables: Mapping[str, Any],
+) -> tuple[list[int], str]:
+    """The token ids of a conversation, and its text.
 
     Args:
         body: says what else is to be done with the prompt.
+        dialect: what the model's template knows.
+        variables: for the template.
 
     Raises:
         InvalidRequest: the template refuses it, or it is too long.
     """
     try:
-        text = conversation.rendered(runtime.tokenizer)
-        return _encoded(runtime, body, text, add_special_tokens=bool(body.add_special_tokens))
+        text = conversation.rendered(runtime.tokenizer, dialect, variables)
+        return _encoded(runtime, body, text, add_special_tokens=bool(body.add_special_tokens)), text
     except InvalidRequest as error:
         name = body.prompt_name if error.parameter in ("messages", "prompt") else error.parameter
         raise type(error)(str(error), name) from error
+
+
+def spoken_prompt(
+    runtime: Runtime, body: ChatRequest, dialect: Dialect, variables: Mapping[str, Any]
+) -> tuple[list[int], Speech]:
+    """The token ids of a chat, and how what comes of it is read.
+
+    Raises:
+        InvalidRequest: as `chat_prompt`, or tools are not taken.
+    """
+    ids, text = chat_prompt(runtime, body, body, dialect, variables)
+    return ids, speech_for(body, dialect, text)
 
 
 def completion_prompts(runtime: Runtime, body: CompletionRequest) -> list[list[int]]:

@@ -47,7 +47,7 @@ def _unsupported(names: Sequence[str]) -> ApiError:
     else:
         message = f"{', '.join(names[:-1])} and {names[-1]} are not supported: leave them out"
     for name in names:
-        if remedy := REMEDIES.get(name):
+        if remedy := REMEDIES.get(name.rpartition(".")[2]):
             message += f"; instead of {name}: {remedy}"
     return ApiError(400, message, param=names[0])
 

@@ -184,6 +184,14 @@ class Tokenizer(Vocabulary):
         }
 
     @property
+    def chat_template(self) -> str | None:
+        """The template's source; None: there is none that could be used."""
+        try:
+            return self._template()
+        except InvalidRequest:
+            return None
+
+    @property
     def has_chat_template(self) -> bool:
         """Whether there is one for `apply_chat_template`."""
         return bool(self._fast.chat_template)
@@ -193,6 +201,7 @@ class Tokenizer(Vocabulary):
         messages: Sequence[Mapping[str, Any]],
         /,
         *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         **variables: Any,
@@ -205,6 +214,7 @@ class Tokenizer(Vocabulary):
         Args:
             messages: each with a `role` and a `content`, which is a string or a list of parts as the OpenAI
                 API has them. A template that wants the other form gets that.
+            tools: what the assistant may call, each as the OpenAI API has it.
             add_generation_prompt: whether to end with what opens the assistant's turn.
             continue_final_message: whether to end where the last message's text does; then nothing is opened.
             variables: handed to the template, e.g. `enable_thinking=False`.
@@ -219,7 +229,11 @@ class Tokenizer(Vocabulary):
         if wrong or not messages:
             what = f"a {wrong[0]} is no mapping with role and content" if wrong else "there is none"
             raise InvalidRequest(f"the chat template refuses these messages: {what}", "messages")
-        context = {"tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
+        context: dict[str, Any] = {
+            "tools": None if tools is None else list(tools),
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+        }
         renderer = self._open_renderer()
         if not continue_final_message:
             return renderer.render(messages, context, variables)

@@ -89,6 +89,7 @@ def read_spec(folder: Path) -> ModelSpec:
                 f"{config.path}: the checkpoint is quantised ({key}, method {method}), which is not "
                 "supported; use the model's float32, bfloat16 or float16 weights"
             )
+    model_type: object = config.get("model_type")
     config = family.unwrap(config)
     fields = family.read(config)
     dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
@@ -114,6 +115,7 @@ def read_spec(folder: Path) -> ModelSpec:
     return ModelSpec(
         family=family.name,
         architecture=config.values["architectures"][0],
+        model_type=model_type if isinstance(model_type, str) else "",
         dtype=dtype,
         generation_defaults=read_defaults(generation),
         generation_ignored=read_ignored(generation),

@@ -137,6 +137,8 @@ class ModelSpec:
     """Key of `FAMILIES`: whose weight names the checkpoint uses."""
     architecture: str
     """As config.json names it, e.g. `LlamaForCausalLM`."""
+    model_type: str = ""
+    """The same, e.g. `llama`; '': it says none."""
     vocab_size: int
     hidden_size: int
     intermediate_size: int

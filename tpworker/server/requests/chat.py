@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pydantic import model_validator
 
 from tpworker.errors import InvalidRequest
 from tpworker.sampling_params import MAX_LOGPROBS
+from tpworker.server.dialect import Dialect
 from tpworker.server.requests.conversation import Conversation
 from tpworker.server.requests.fields import Integer, bounds
 from tpworker.server.requests.generation import GenerationRequest
+from tpworker.server.requests.reasoning import ThinkingOptions
+from tpworker.server.requests.tools import ToolUse
 from tpworker.server.requests.unsupported import CHAT
 
 
-class ChatRequest(Conversation, GenerationRequest):
+class ChatRequest(ToolUse, ThinkingOptions, Conversation, GenerationRequest):
     """The body of /v1/chat/completions."""
 
     unsupported = CHAT
+    accepted = GenerationRequest.accepted - {"parallel_tool_calls"}
     prompt_name: ClassVar[str] = "messages"
     limit_name: ClassVar[str] = "max_completion_tokens"
 
@@ -36,6 +40,9 @@ class ChatRequest(Conversation, GenerationRequest):
     @property
     def _own_names(self) -> Mapping[str, str]:
         return {"logprobs": "top_logprobs"}
+
+    def variables_for(self, dialect: Dialect) -> dict[str, Any]:
+        return self.variables(dialect, self.chat_template_kwargs or {})
 
     @model_validator(mode="after")
     def _only_with_logprobs(self) -> ChatRequest:

@@ -13,6 +13,7 @@ from tpworker.sampling_params import MAX_CHOICES, MAX_LOGPROBS, SamplingParams
 from tpworker.server.requests.fields import TOKEN_ID, Integer, bounds
 from tpworker.server.requests.generation import GenerationRequest, Prompt
 from tpworker.server.requests.unsupported import COMPLETION
+from tpworker.server.speech import Speech
 from tpworker.server.telling import Telling
 
 MAX_PROMPTS = 2048
@@ -102,8 +103,8 @@ class CompletionRequest(GenerationRequest):
         told = super().telling(force_usage)
         return replace(told, num_generated=self.num_choices if self.num_choices > told.num_choices else None)
 
-    def _sampling(self, detokenize: bool) -> SamplingParams:
-        sampling = super()._sampling(detokenize)
+    def _sampling(self, detokenize: bool, speech: Speech) -> SamplingParams:
+        sampling = super()._sampling(detokenize, speech)
         if self.num_choices > super().num_choices and sampling.logprobs is None:
             sampling = replace(sampling, logprobs=0)  # to rank them
         if self.echo and self.logprobs is not None and sampling.prompt_logprobs is None:

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, WrapValidator, model_validator
 from pydantic.config import JsonDict
 
 from tpworker.chat.variables import NAMES, check_variables
 from tpworker.errors import InvalidRequest
-from tpworker.server.requests.fields import Body, bounds
+from tpworker.server.dialect import Dialect
+from tpworker.server.plain_tools import in_plain_words, told_of
+from tpworker.server.requests.fields import Body, bounds, check_depth
+from tpworker.server.requests.tools import MAX_TOOLS, FunctionName, Tools
 from tpworker.server.requests.unsupported import MESSAGE
 
 if TYPE_CHECKING:
     from tpworker.text.tokenizer import Tokenizer
+
+
+MAX_CALLS = 1024
+"""Of one message."""
 
 
 class TextPart(Body):
@@ -29,12 +38,61 @@ def _or_string(schema: dict[str, Any]) -> None:
     schema["anyOf"].append({"type": "string"})
 
 
+def arguments_of(arguments: Any, check: Any) -> Any:
+    """Arguments of a call, which come as JSON, as what that says."""
+    if type(arguments) is not str:
+        check_depth(arguments)
+        return check(arguments)
+    try:
+        read = json.loads(arguments, parse_constant=_no_constant) if arguments.strip() else {}
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"it is not valid JSON ({error}): give the arguments as JSON of an object") from None
+    if not isinstance(read, dict):
+        raise ValueError("it should be JSON of an object")
+    check_depth(read)
+    return read
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no number in JSON")
+
+
 _SAYS_SOMETHING: JsonDict = {
     "anyOf": [
         {"properties": {"role": {"const": "assistant"}}},
         {"required": ["content"], "properties": {"content": {"type": ["string", "array"]}}},
     ]
 }
+
+
+class CalledFunction(Body):
+    """Which function was called, and with what."""
+
+    place = "messages.tool_calls.function."
+
+    name: FunctionName
+    arguments: Annotated[dict[str, Any] | None, WrapValidator(arguments_of)] = Field(
+        None, json_schema_extra=_or_string
+    )
+    """JSON, as it was in the answer."""
+
+
+class ToolCall(Body):
+    """A call of a tool in an earlier turn."""
+
+    accepted: ClassVar[frozenset[str]] = frozenset(["index"])
+    place = "messages.tool_calls."
+
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: CalledFunction
+
+    def for_template(self) -> dict[str, Any]:
+        """As chat templates know it: its arguments are no text."""
+        function = {"name": self.function.name, "arguments": self.function.arguments or {}}
+        return {"type": "function", "function": function} | ({} if self.id is None else {"id": self.id})
 
 
 class Message(Body):
@@ -44,13 +102,20 @@ class Message(Body):
     unsupported = MESSAGE
     place = "messages."
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[
         list[TextPart] | None, WrapValidator(lambda c, check: c if type(c) is str else check(c))
     ] = Field(None, json_schema_extra=_or_string)
     """Or a string, which stays one. The assistant's alone may be missing, as where it called a tool."""
     name: str | None = None
     reasoning_content: str | None = None
+    """Of the assistant: what it thought."""
+    reasoning: str | None = None
+    """The same."""
+    tool_calls: Annotated[list[ToolCall] | None, Field(max_length=MAX_CALLS)] = None
+    """Of the assistant: what it called."""
+    tool_call_id: str | None = None
+    """Of a tool: which call it answers."""
 
     @model_validator(mode="after")
     def _says_something(self) -> Message:
@@ -58,11 +123,21 @@ class Message(Body):
             raise InvalidRequest("content is missing; it should be a string, or a list of parts", "content")
         return self
 
+    @model_validator(mode="after")
+    def _says_what_it_may(self) -> Message:
+        if self.tool_calls and self.role != "assistant":
+            raise InvalidRequest(f"tool_calls are the assistant's, and not the {self.role}'s", "tool_calls")
+        if self.tool_call_id is not None and self.role != "tool":
+            raise InvalidRequest(f"tool_call_id is a tool's, and not the {self.role}'s", "tool_call_id")
+        return self
+
     @property
     def num_chars(self) -> int:
-        """Of its content."""
+        """Of its content, its thinking and its calls."""
         content: str | list[TextPart] = self.content or ""
-        return len(content) if isinstance(content, str) else sum(len(part.text) for part in content)
+        num_said = len(content) if isinstance(content, str) else sum(len(part.text) for part in content)
+        num_thought = len(self.reasoning_content or self.reasoning or "")
+        return num_said + num_thought + sum(len(str(call.function)) for call in self.tool_calls or ())
 
     def for_template(self) -> dict[str, Any]:
         """As chat templates know it: the developer called the system. The content as it came; none is ''."""
@@ -71,7 +146,12 @@ class Message(Body):
             "role": "system" if self.role == "developer" else self.role,
             "content": content if isinstance(content, str) else [part.model_dump() for part in content],
         }
-        extra = {"name": self.name, "reasoning_content": self.reasoning_content}
+        extra = {
+            "name": self.name,
+            "reasoning_content": self.reasoning_content or self.reasoning,
+            "tool_calls": [call.for_template() for call in self.tool_calls or ()] or None,
+            "tool_call_id": self.tool_call_id,
+        }
         return message | {name: value for name, value in extra.items() if value is not None}
 
 
@@ -79,6 +159,7 @@ class Conversation(Body):
     """What a chat template is given."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
+    tools: Tools = Field(None, json_schema_extra={"maxItems": MAX_TOOLS})
     chat_template_kwargs: dict[str, Any] | None = bounds(propertyNames=NAMES)
     """Variables for the model's chat template, e.g. {"enable_thinking": false}."""
     add_generation_prompt: bool | None = None
@@ -88,20 +169,37 @@ class Conversation(Body):
 
     @property
     def num_chars(self) -> int:
-        """Of all messages together."""
-        return sum(message.num_chars for message in self.messages)
+        """Of all messages and tools together."""
+        num_told = sum(len(str(tool.function)) for tool in self.tools or ())
+        return num_told + sum(message.num_chars for message in self.messages)
 
-    def rendered(self, tokenizer: Tokenizer) -> str:
+    def variables_for(self, dialect: Dialect) -> dict[str, Any]:
+        """Variables for the chat template."""
+        return dict(self.chat_template_kwargs or {})
+
+    def rendered(self, tokenizer: Tokenizer, dialect: Dialect, variables: Mapping[str, Any]) -> str:
         """Its text. Takes its time: not for the event loop.
+
+        Args:
+            dialect: what its template knows.
+            variables: from `variables_for`.
 
         Raises:
             InvalidRequest: the template refuses it, or there is none.
         """
+        messages: list[Mapping[str, Any]] = [message.for_template() for message in self.messages]
+        tools = [tool.for_template() for tool in self.tools or ()] or None
+        if not dialect.shows_calls:
+            messages = in_plain_words(messages)
+        if tools is not None and not dialect.shows_tools:
+            messages = told_of(messages, tools) if dialect.tells_tools else messages
+            tools = None
         return tokenizer.apply_chat_template(
-            [message.for_template() for message in self.messages],
+            messages,
+            tools=tools,
             add_generation_prompt=self.add_generation_prompt is not False,
             continue_final_message=bool(self.continue_final_message),
-            **(self.chat_template_kwargs or {}),
+            **variables,
         )
 
     @model_validator(mode="after")

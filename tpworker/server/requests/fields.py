@@ -27,6 +27,7 @@ from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError
 
 from tpworker.server.ignored import ignore
 from tpworker.server.requests.unsupported import Neutral, is_neutral
+from tpworker.structured_outputs import MAX_SCHEMA_DEPTH
 
 UNSUPPORTED = "unsupported"
 """The type of error that a parameter has which is not supported; its place is the parameter's."""
@@ -104,3 +105,18 @@ TOKEN_ID: dict[str, Any] = {"title": "Token id", "type": "integer", "minimum": 0
 """Of a token id the JSON schema; document.py puts the model's own maximum in."""
 TokenId = Annotated[Integer, WithJsonSchema(TOKEN_ID)]
 """Whether the model has it, is seen where it is used."""
+
+
+def check_depth(value: object) -> None:
+    """Raises ValueError unless a value of JSON can be gone through by functions that call themselves."""
+    level = [value]
+    for _ in range(MAX_SCHEMA_DEPTH):
+        level = [
+            inner
+            for one in level
+            if isinstance(one, (dict, list))
+            for inner in (one.values() if isinstance(one, dict) else one)
+        ]
+        if not level:
+            return
+    raise ValueError(f"it is nested deeper than {MAX_SCHEMA_DEPTH} levels, the limit")

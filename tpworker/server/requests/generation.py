@@ -22,7 +22,10 @@ from tpworker.sampling_params import (
 )
 from tpworker.server.ignored import ignore
 from tpworker.server.requests.fields import Body, Integer, TokenId, bounds
+from tpworker.server.requests.held import HeldOutput, in_words_of
+from tpworker.server.speech import PLAIN, Speech
 from tpworker.server.telling import Telling
+from tpworker.structured_outputs import PARAMETER, StructuredOutputs
 from tpworker.values import MAX_SEED
 
 Prompt = str | list[int]
@@ -98,7 +101,7 @@ def _as_list(stop: Any) -> Any:
     return stop
 
 
-class GenerationRequest(Body):
+class GenerationRequest(HeldOutput):
     """What all requests to generate take."""
 
     default_max_tokens: ClassVar[int | None] = None
@@ -225,10 +228,15 @@ class GenerationRequest(Body):
             )
         return self
 
-    def sampling(self, detokenize: bool) -> SamplingParams:
-        """Raises InvalidRequest for a value out of range. `detokenize` is false without a tokenizer."""
+    def sampling(self, detokenize: bool, speech: Speech = PLAIN) -> SamplingParams:
+        """Raises InvalidRequest for a value out of range.
+
+        Args:
+            detokenize: false without a tokenizer.
+            speech: how the output is read.
+        """
         try:
-            return self._sampling(detokenize)
+            return self._sampling(detokenize, speech)
         except InvalidRequest as error:
             raise self.in_its_words(error) from error
 
@@ -236,7 +244,9 @@ class GenerationRequest(Body):
         """An error of the runtime, about what the endpoint may call by another name."""
         limit = "max_tokens" if getattr(self, self.limit_name) is None else self.limit_name
         message = str(error).replace("max_tokens", limit)
-        names = {"prompt": self.prompt_name, "max_tokens": limit, **self._own_names}
+        held = "tools" if self.held is None else self.held.name
+        message = in_words_of(held, message)
+        names = {"prompt": self.prompt_name, "max_tokens": limit, PARAMETER: held, **self._own_names}
         name = names.get(error.parameter or "", error.parameter)
         if message.startswith(given := f"{error.parameter}="):
             message = f"{name}={message.removeprefix(given)}"
@@ -247,7 +257,13 @@ class GenerationRequest(Body):
         """By which parameter of the endpoint's those of `SamplingParams` were given, where names differ."""
         return {}
 
-    def _sampling(self, detokenize: bool) -> SamplingParams:
+    def _structured(self, speech: Speech) -> StructuredOutputs | None:
+        """What the output is held to."""
+        if speech.grammar is not None:
+            return StructuredOutputs(grammar=speech.grammar, behind=speech.behind)
+        return None if self.held is None else self.held.outputs(speech.behind)
+
+    def _sampling(self, detokenize: bool, speech: Speech) -> SamplingParams:
         if self.stop and not detokenize:
             raise InvalidRequest(
                 "stop strings are for text, and this model has no tokenizer: use stop_token_ids",
@@ -257,6 +273,8 @@ class GenerationRequest(Body):
             "skip_special_tokens": self.skip_special_tokens is False,
             "include_stop_str_in_output": bool(self.include_stop_str_in_output),
         }
+        if self.held is not None:
+            is_text[self.held.name] = True
         for name in (name for name, is_asked in is_text.items() if is_asked and not detokenize):
             raise InvalidRequest(f"{name} is for text, and this model has no tokenizer: leave it out", name)
         return SamplingParams(
@@ -282,6 +300,7 @@ class GenerationRequest(Body):
             stop_token_ids=self.stop_token_ids or (),
             ignore_eos=bool(self.ignore_eos),
             detokenize=detokenize,
-            skip_special_tokens=self.skip_special_tokens is not False,
+            skip_special_tokens=self.skip_special_tokens is not False and speech.hidden is None,
+            structured_outputs=self._structured(speech),
             include_stop_str_in_output=bool(self.include_stop_str_in_output),
         )

@@ -11,18 +11,11 @@ Neutral = Mapping[str, tuple[object, ...]]
 
 _GENERATION: Neutral = {
     "length_penalty": (1,),
+    "thinking_token_budget": (),
+    "reasoning_max_tokens": (),
     "use_beam_search": (False,),
     "spaces_between_special_tokens": (True,),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
     # Of vLLM, SGLang, FastDeploy and llama.cpp, whose clients expect them to do something.
-    "ebnf": (),
-    "grammar": (),
-    "json_schema": (),
     "kv_transfer_params": (),
     "logits_processors": ([],),
     "lora_path": (),
@@ -30,10 +23,8 @@ _GENERATION: Neutral = {
     "no_repeat_ngram_size": (0,),
     "no_stop_trim": (False,),
     "prompt_embeds": (),
-    "regex": (),
     "return_hidden_states": (False,),
     "stop_regex": ([],),
-    "structural_tag": (),
     "top_a": (0,),
     "typical_p": (1,),
     "vllm_xargs": ({},),
@@ -45,20 +36,12 @@ COMPLETION: Neutral = {
 CHAT: Neutral = {
     **_GENERATION,
     "best_of": (1,),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
-    "reasoning_effort": (),
-    "enable_thinking": (),
     "thinking": (),
-    "thinking_token_budget": (),
-    "reasoning_max_tokens": (),
-    "include_reasoning": (True,),
-    "separate_reasoning": (True,),
     "verbosity": (),
     "web_search_options": (),
     "echo": (False,),
@@ -92,14 +75,11 @@ RESPONSES: Neutral = {
     "truncation": ("disabled",),
 }
 TOKENIZE: Neutral = {
-    "tools": ([],),
     "chat_template": (),
     "documents": (),
     "mm_processor_kwargs": (),
 }
 MESSAGE: Neutral = {
-    "tool_calls": ([],),
-    "tool_call_id": (),
     "function_call": (),
     "refusal": ("",),
     "audio": (),
@@ -110,8 +90,9 @@ REMEDIES: Mapping[str, str] = {
     "chat_template": "the server's own is used (--chat-template)",
     "previous_response_id": "nothing is kept here, give the whole conversation as input",
     "conversation": "nothing is kept here, give the whole conversation as input",
-    "enable_thinking": "give it in chat_template_kwargs",
-    "thinking": "give it in chat_template_kwargs",
+    "thinking": "give enable_thinking, true or false",
+    "functions": "give them as tools",
+    "function_call": "give tool_choice, and in messages tool_calls",
 }
 """What to do instead of leaving one out, if there is anything."""
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
 from fastapi import FastAPI, Request
 from starlette.responses import Response
 
-from tpworker.server.chat_format import ChatFormat
+from tpworker.server.chat_format import ChatFormat, SpokenFormat
 from tpworker.server.completion_format import CompletionFormat
+from tpworker.server.formats import Format
 from tpworker.server.front import Front
 from tpworker.server.leaving import unless_left
-from tpworker.server.prompts import chat_prompt, echoed_prompts
+from tpworker.server.prompts import echoed_prompts, spoken_prompt
 from tpworker.server.requests import ChatRequest, CompletionRequest, Prompt
 from tpworker.server.shapes import GENERATES, ChatCompletion, Completion, documented
 
@@ -44,10 +46,12 @@ def add_generation(app: FastAPI, front: Front) -> None:
         """Answer a conversation, through the model's chat template."""
         timing = front.admit(body.model)
         front.check_text("use /v1/completions, with a list of token ids as the prompt", "messages")
+        dialect = front.dialect
+        variables = body.variables_for(dialect)
         # In a thread: a template is a program, and its text may be long.
-        work = partial(chat_prompt, runtime, body, body)
+        work = partial(spoken_prompt, runtime, body, dialect, variables)
         preparing = runtime.prepare(work, body.num_choices, body.num_chars, body.blamed_for_many)
-        ids = await unless_left(request, preparing)
-        telling = body.telling(front.force_usage)
-        answer_format = ChatFormat(front.model_names[0], telling, [ids], front.tokenizer)
-        return front.answer(body, [ids], answer_format, timing)
+        ids, speech = await unless_left(request, preparing)
+        form: Callable[..., Format] = ChatFormat if speech.is_plain else partial(SpokenFormat, speech=speech)
+        answer_format = form(front.model_names[0], body.telling(front.force_usage), [ids], front.tokenizer)
+        return front.answer(body, [ids], answer_format, timing, speech)

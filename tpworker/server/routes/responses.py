@@ -27,7 +27,9 @@ def add_responses(app: FastAPI, front: Front) -> None:
         timing = front.admit(body.model)
         front.check_text("use /v1/completions, with a list of token ids as the prompt", "input")
         conversation = body.conversation()
-        work = partial(chat_prompt, runtime, body, conversation)
-        ids = await unless_left(request, runtime.prepare(work, num_chars=conversation.num_chars))
+        dialect = front.dialect
+        variables = conversation.variables_for(dialect)
+        work = partial(chat_prompt, runtime, body, conversation, dialect, variables)
+        ids, _ = await unless_left(request, runtime.prepare(work, num_chars=conversation.num_chars))
         asked = {name: getattr(body, name) for name in _REPEATED}
         return front.answer(body, [ids], ResponsesFormat(front.model_names[0], asked), timing)

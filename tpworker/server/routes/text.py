@@ -7,6 +7,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 
+from tpworker.server.dialect import Dialect
 from tpworker.server.front import Front
 from tpworker.server.leaving import unless_left
 from tpworker.server.requests.tokenize import DetokenizeRequest, TokenizeRequest
@@ -23,7 +24,7 @@ def add_text(app: FastAPI, front: Front) -> None:
         """The token ids of a text, or of a conversation."""
         front.admit(body.model)
         front.check_text("there is nothing to tokenise with", "prompt")
-        work = partial(_ids_of, runtime.tokenizer, body)
+        work = partial(_ids_of, runtime.tokenizer, body, front.dialect)
         ids = await unless_left(request, runtime.prepare(work, num_requests=0, num_chars=body.num_chars))
         strings = [runtime.tokenizer.with_special.token(i) for i in ids] if body.return_token_strs else None
         return {
@@ -50,7 +51,8 @@ def add_text(app: FastAPI, front: Front) -> None:
         return {**runtime.tokenizer.description, "model_max_length": runtime.max_model_len}
 
 
-def _ids_of(tokenizer: Tokenizer, body: TokenizeRequest) -> list[int]:
+def _ids_of(tokenizer: Tokenizer, body: TokenizeRequest, dialect: Dialect) -> list[int]:
     if body.prompt is not None:
         return tokenizer.encode(body.prompt, body.add_special_tokens is not False)
-    return tokenizer.encode(body.rendered(tokenizer), bool(body.add_special_tokens))
+    text = body.rendered(tokenizer, dialect, body.variables_for(dialect))
+    return tokenizer.encode(text, bool(body.add_special_tokens))

@@ -1,0 +1,73 @@
+"""How the output of a request about a conversation is to be read, in the model's dialect."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from tpworker.parsing import Function
+from tpworker.server.dialect import Dialect
+from tpworker.server.hidden import hidden_names
+from tpworker.server.requests.held import Held
+from tpworker.server.requests.tools import Choosing
+from tpworker.server.speech import Speech
+
+
+class Asked(Protocol):
+    """What a request says of it."""
+
+    @property
+    def choice(self) -> Choosing: ...
+
+    @property
+    def functions(self) -> list[Function]: ...
+
+    @property
+    def held(self) -> Held | None: ...
+
+    @property
+    def parallel_tool_calls(self) -> bool | None: ...
+
+    @property
+    def include_reasoning(self) -> bool | None: ...
+
+    @property
+    def separate_reasoning(self) -> bool | None: ...
+
+    @property
+    def skip_special_tokens(self) -> bool | None: ...
+
+
+def speech_for(asked: Asked, dialect: Dialect, prompt: str) -> Speech:
+    """How the output is read, and what its calls hold it to. Takes its time: not for the event loop.
+
+    Args:
+        prompt: the text of the conversation.
+
+    Raises:
+        InvalidRequest: tools are not taken.
+    """
+    behind = None if dialect.reasoning is None else dialect.reasoning.thinking(prompt)
+    splits = asked.separate_reasoning is not False
+    marks = {behind.start, behind.end} if behind is not None and splits else set()
+    choice, tools, functions, grammar = asked.choice, None, asked.functions, None
+    is_parallel = asked.parallel_tool_calls is not False and not choice.is_named
+    if choice.mode != "none":
+        tools = dialect.check_tools()
+        marks |= tools.special
+        is_required = choice.mode == "required"
+        if is_required or choice.names is not None or any(function.is_strict for function in functions):
+            grammar = tools.grammar(
+                functions, is_required=is_required, is_parallel=is_parallel, special_ids=dialect.added
+            )
+    shows_special = marks & dialect.special and asked.skip_special_tokens is not False
+    return Speech(
+        behind=behind,
+        splits=splits,
+        tells_thinking=asked.include_reasoning is not False,
+        tools=tools,
+        functions=functions if tools is not None else (),
+        most_calls=None if is_parallel else 1,
+        grammar=grammar,
+        hidden=hidden_names(dialect.special - marks) if shows_special else None,
+        end_id=None if behind is None else dialect.added.get(behind.end),
+    )
