@@ -45,22 +45,28 @@ class _Fast:
         self.special_tokens_map = {"eos_token": "<end>"}
 
 
-def byte_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> Tokenizer:
-    """Byte-level BPE without merges: a token is a byte."""
+def byte_tokenizer(
+    chat_template: str | None = CHAT_TEMPLATE, special: Sequence[str] = (), added: Sequence[str] = ()
+) -> Tokenizer:
+    """Byte-level BPE without merges: a token is a byte, or the name of one that is special or added."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Backend(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken("<end>", special=True, normalized=False)])
+    backend.add_special_tokens(
+        [AddedToken(name, special=True, normalized=False) for name in ("<end>", *special)]
+    )
+    backend.add_tokens([AddedToken(name, normalized=False) for name in added])
     return Tokenizer(_Fast(backend, chat_template))
 
 
-def fake_spec(max_model_len: int) -> ModelSpec:
+def fake_spec(max_model_len: int, model_type: str = "", vocab_size: int = 257) -> ModelSpec:
     """A model whose vocabulary is that of `byte_tokenizer`."""
     return ModelSpec(
         family="llama",
         architecture="LlamaForCausalLM",
-        vocab_size=257,
+        model_type=model_type,
+        vocab_size=vocab_size,
         hidden_size=8,
         intermediate_size=8,
         num_layers=1,
@@ -100,6 +106,7 @@ class FakeRuntime(Facts):
     before: Callable[[int], Any] | None = None
     abort_at: int | None = None
     longest: int = 512
+    model_type: str = ""
     max_queue: int = 1000
     state: RuntimeState = "ready"
     error: str | None = None
@@ -131,7 +138,8 @@ class FakeRuntime(Facts):
             self.become_ready()
 
     def _find(self) -> None:
-        spec = fake_spec(self.longest)
+        vocab_size = self._bytes.description["vocab_size"]
+        spec = fake_spec(self.longest, self.model_type, vocab_size)
         folder = Path("/fake-model" if self.config.model is None else "/somewhere")
         model = FoundModel(folder, spec, self.config.model or folder.name)
         scheduler = scheduler_settings(self.config, spec, "cpu", self.longest)

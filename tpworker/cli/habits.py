@@ -58,7 +58,8 @@ _ONE_KIND = "not supported yet: tensor parallelism (-tp) on one machine is all t
 _QUANTISED = "not supported yet: weights are served in float32, bfloat16 or float16 (--dtype)"
 _SPECULATION = "not supported yet: one token a step"
 _ADAPTERS = "not supported yet: merge the adapter into the weights"
-_TOOLS = "not supported yet: answers are plain text"
+_TOOLS = "always on, for requests with tools (--tool-call-parser none switches it off): leave it out"
+_LLGUIDANCE = "not needed: llguidance, which is part of it, does that"
 _SIZED = "not an option: KV blocks take the share that --gpu-memory-utilization gives"
 _EMBEDDED = "not an option: a field of RuntimeConfig, for programs that embed tpworker"
 
@@ -171,7 +172,7 @@ FACTS = {
     "--max-parallel-loading-workers": "not needed: weights are read by several threads of each rank",
     "--skip-server-warmup": _STEPS,
     "--json-model-override-args": _WITH_MODEL,
-    "--structured-outputs-config": _TOOLS,
+    "--structured-outputs-config": _LLGUIDANCE,
     "--mm-processor-kwargs": "not supported: prompts are text or token ids",
     "--kv-transfer-config": "not supported yet: prompts and decoding share the ranks",
     "--disable-hybrid-kv-cache-manager": _CHOSEN,
@@ -185,12 +186,17 @@ FACTS = {
     "--lora-modules": _ADAPTERS,
     "--lora-paths": _ADAPTERS,
     "--enable-auto-tool-choice": _TOOLS,
-    "--tool-call-parser": _TOOLS,
-    "--reasoning-parser": _TOOLS,
+    "--enable-reasoning": "always on, for models that think (--reasoning-parser none switches it off): leave "
+    "it out",
+    "--exclude-tools-when-tool-choice-none": "not supported: the chat template shows tools whatever "
+    "tool_choice says",
+    "--tool-parser-plugin": "not supported: --tool-call-parser has the formats that there are",
+    "--reasoning-parser-plugin": "not supported: --reasoning-parser has the formats that there are",
+    "--tool-server": "not supported: tools are the client's, who runs them",
     "--enable-logprob": _ON,
     "--max-logprobs": "not an option: requests may ask for the 20 likeliest",
-    "--guided-decoding-backend": "not supported yet: no structured output",
-    "--grammar-backend": "not supported yet: no structured output",
+    "--guided-decoding-backend": _LLGUIDANCE,
+    "--grammar-backend": _LLGUIDANCE,
     "--limit-mm-per-prompt": "not supported: models of text only",
     "--num-gpu-blocks-override": _SIZED,
     "--max-total-tokens": _SIZED,

@@ -34,6 +34,8 @@ _SERVER_OPTIONS = (
     "ssl_keyfile",
     "shutdown_timeout",
     "force_include_usage",
+    "tool_call_parser",
+    "reasoning_parser",
 )
 
 
@@ -53,6 +55,8 @@ class Options:
     shutdown_timeout: float | None
     """Seconds; None: as many as are usual."""
     force_include_usage: bool
+    tool_call_parser: str
+    reasoning_parser: str
     ask: str | None
 
 
@@ -145,6 +149,8 @@ def _serve_options(given: dict[str, Any]) -> Options:
         tls_files=tls_files(serving.get("ssl_certfile"), serving.get("ssl_keyfile")),
         shutdown_timeout=timeout,
         force_include_usage=serving.get("force_include_usage", False),
+        tool_call_parser=serving.get("tool_call_parser", "auto"),
+        reasoning_parser=serving.get("reasoning_parser", "auto"),
         ask=ask,
     )
 

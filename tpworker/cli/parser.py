@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 from tpworker.cli.server_options import API_KEY_VARIABLE
 from tpworker.config import RuntimeConfig
 from tpworker.errors import shown
+from tpworker.parsing import REASONING_FORMATS, TOOL_FORMATS
 from tpworker.version import version
 
 DEFAULT_HOST = "127.0.0.1"
@@ -310,8 +311,27 @@ def _add_server_options(group: _Group) -> None:
         action="store_true",
         help="streams end with the token counts, also where stream_options does not ask for them",
     )
+    _add_formats(group)
     group.add_argument(
         "--ask", metavar="TEXT", help="answer this one question, greedily, on stdout, and exit: no server"
+    )
+
+
+def _add_formats(group: _Group) -> None:
+    """Of what a model's output says."""
+    group.add_argument(
+        "--tool-call-parser",
+        metavar="NAME",
+        choices=["auto", "none", *sorted(TOOL_FORMATS)],
+        help="the format in which the model calls tools: auto (default), as its files say, or "
+        f"{', '.join(sorted(TOOL_FORMATS))}; none: tools are refused",
+    )
+    group.add_argument(
+        "--reasoning-parser",
+        metavar="NAME",
+        choices=["auto", "none", *sorted(REASONING_FORMATS)],
+        help="the format in which it thinks before it answers: auto (default), or "
+        f"{', '.join(sorted(REASONING_FORMATS))}; none: its thinking is content",
     )
 
 

@@ -50,6 +50,8 @@ def serve(options: Options) -> int:
             allowed_origins=options.allowed_origins,
             root_path=options.root_path,
             force_include_usage=options.force_include_usage,
+            tool_call_parser=options.tool_call_parser,
+            reasoning_parser=options.reasoning_parser,
         )
         tls = None if options.tls_files is None else Tls(*options.tls_files)
         timeout = DRAIN_S if options.shutdown_timeout is None else options.shutdown_timeout

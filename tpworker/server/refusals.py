@@ -20,8 +20,8 @@ def describe_validation(errors: Sequence[Any]) -> ApiError:
     cause = error.get("ctx", {}).get("error")
     place = _place(error["loc"])
     if isinstance(cause, InvalidRequest):
-        inner = cause.parameter
-        return ApiError(400, str(cause), param=f"{place}.{inner}" if place and inner else inner)
+        param = ".".join(part for part in (place, cause.parameter) if part)
+        return ApiError(400, str(cause), param=param or None)
     if error["type"] == "json_invalid":
         return ApiError(
             400, f"the body is not valid JSON: {cause} at character {error['loc'][-1]}", code="bad_json"

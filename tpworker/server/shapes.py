@@ -30,11 +30,17 @@ class PromptTokensDetails(_Shape):
     cached_tokens: int
 
 
+class CompletionTokensDetails(_Shape):
+    reasoning_tokens: int
+
+
 class Usage(_Shape):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails = CompletionTokensDetails(reasoning_tokens=0)
+    """Of chats with a model that thinks, where its thinking ends with one token."""
 
 
 class TopLogprob(_Shape):
@@ -91,13 +97,32 @@ class Completion(_Shape):
     usage: Usage
 
 
+class CalledFunction(_Shape):
+    name: str
+    arguments: str
+    """JSON, but for what the model got wrong, or was cut."""
+
+
+class ToolCall(_Shape):
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
 class ChatMessage(_Shape):
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None
+    reasoning_content: str = ""
+    """What the model thought, if it did."""
+    reasoning: str = ""
+    """The same."""
+    tool_calls: list[ToolCall] = []
+    """What it calls, if it does."""
 
 
 class ChatChoice(_Choice):
+    finish_reason: Literal["stop", "length", "tool_calls"]  # type: ignore[assignment]  # one more
     message: ChatMessage
     logprobs: ChatLogprobs | None
     token_ids: list[int] = []

@@ -10,6 +10,7 @@ Whatever is wrong with it, is told by the name that the client gave it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -74,6 +75,9 @@ _HELD_TO = {
 }
 
 
+_NAMES = re.compile(rf"{PARAMETER}(\.({'|'.join(KINDS)})\b)?")
+
+
 @dataclass(frozen=True)
 class Held:
     """What the output is held to, and by which parameter.
@@ -95,9 +99,7 @@ class Held:
 
 def in_words_of(name: str, message: str) -> str:
     """What the runtime says of structured outputs, with the name that they were given by."""
-    for kind in KINDS:
-        message = message.replace(f"{PARAMETER}.{kind}", name)
-    return message.replace(PARAMETER, name)
+    return _NAMES.sub(lambda found: name, message)
 
 
 def format_held(value: Mapping[str, Any], name: str = "", flat: bool = False) -> Held | None:
@@ -161,9 +163,17 @@ def _checked_outputs(value: Any) -> Any:
     return given
 
 
+def _text_or_object(value: Any) -> Any:
+    if not isinstance(value, (str, dict)):
+        raise ValueError("it should be a JSON object, or JSON of one as a string")
+    return value
+
+
 ResponseFormat = Annotated[dict[str, Any] | None, BeforeValidator(_checked_format), WithJsonSchema(_FORMAT)]
 HeldTo = Annotated[dict[str, Any] | None, BeforeValidator(_checked_outputs), WithJsonSchema(_HELD_TO)]
-Schema = str | dict[str, Any]
+Schema = Annotated[
+    Any, BeforeValidator(_text_or_object), WithJsonSchema({"anyOf": [*_SCHEMA["anyOf"], {"type": "null"}]})
+]
 
 _ALIASES = {
     "guided_json": "json",
@@ -185,13 +195,13 @@ class HeldOutput(Body):
     """JSON, or JSON of a schema. It is held to that, whatever `strict` says."""
     structured_outputs: HeldTo = None
     """With exactly one of json, json_object, regex, choice, grammar (Lark or GBNF), structural_tag."""
-    guided_json: Schema | None = None
+    guided_json: Schema = None
     """Older names of the same."""
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
-    structural_tag: Schema | None = None
-    json_schema: Schema | None = None
+    structural_tag: Schema = None
+    json_schema: Schema = None
     """SGLang's names."""
     regex: str | None = None
     ebnf: str | None = None
