@@ -49,6 +49,7 @@ FLAGS = {
     "--no-enable-overlap-schedule",
     "--no-prefix-caching",
     "--port",
+    "--reasoning-parser",
     "--root-path",
     "--scheduling-policy",
     "--seed",
@@ -59,6 +60,7 @@ FLAGS = {
     "--start-timeout",
     "--step-timeout",
     "--tensor-parallel-size",
+    "--tool-call-parser",
     "-h",
     "-tp",
 }
@@ -126,6 +128,7 @@ def test_without_arguments_it_is_the_default_model_at_tp_2_on_the_cpu() -> None:
     assert (options.served_model_names, options.api_key, options.allowed_origins) == ((), None, ())
     assert (options.root_path, options.tls_files, options.shutdown_timeout) == ("", None, None)
     assert options.force_include_usage is False
+    assert (options.tool_call_parser, options.reasoning_parser) == ("auto", "auto")
 
 
 def test_every_option_gets_to_its_place() -> None:
@@ -136,6 +139,7 @@ def test_every_option_gets_to_its_place() -> None:
         --scheduling-policy priority --host 0.0.0.0 --port 81 --served-model-name name other name
         --api-key key
         --root-path /llm/ --shutdown-timeout 2.5 --enable-force-include-usage --chat-template t.jinja
+        --tool-call-parser hermes --reasoning-parser qwen3
     """
     options = parse(*arguments.split())
     assert options.config == RuntimeConfig(
@@ -162,6 +166,7 @@ def test_every_option_gets_to_its_place() -> None:
     assert (options.served_model_names, options.api_key) == (("name", "other"), "key")
     assert (options.root_path, options.shutdown_timeout) == ("/llm", 2.5)
     assert options.force_include_usage is True
+    assert (options.tool_call_parser, options.reasoning_parser) == ("hermes", "qwen3")
 
 
 def test_the_options_of_the_doctor() -> None:

@@ -28,6 +28,8 @@ def test_all_kinds_of_options(file: Path) -> None:
         enable-overlap-schedule: false
         enable-force-include-usage: false
         served-model-name: [one, two]
+        tool-call-parser: none
+        reasoning_parser: glm45
         allowed-origins: https://a.example
         api-key: -starts-with-a-dash
         host:
@@ -39,6 +41,7 @@ def test_all_kinds_of_options(file: Path) -> None:
     assert (config.gpu_memory_utilization, config.prefix_caching) == (0.5, False)
     assert (options.port, options.host, options.api_key) == (81, "127.0.0.1", "-starts-with-a-dash")
     assert options.served_model_names == ("one", "two")
+    assert (options.tool_call_parser, options.reasoning_parser) == ("none", "glm45")
     assert (options.allowed_origins, options.force_include_usage) == (("https://a.example",), False)
 
 

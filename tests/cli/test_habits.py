@@ -36,6 +36,8 @@ from tpworker.cli import habits
             "--enable-priority-scheduling",
             "--enable-priority-scheduling: the name here is --scheduling-policy",
         ),
+        ("--enable-auto-tool-choice", "--enable-auto-tool-choice: always on, for requests with tools"),
+        ("--grammar-backend x", "--grammar-backend: not needed: llguidance"),
         ("-pp 2", "-pp: not supported yet: tensor parallelism (-tp)"),
         ("--enforce-eager", "--enforce-eager: not needed: steps on GPUs are always graph replays"),
         ("--disable-log-requests", "--disable-log-requests: not needed: requests are not logged"),

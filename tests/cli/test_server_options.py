@@ -79,6 +79,8 @@ def test_a_name_is_taken_once() -> None:
         "--ssl-certfile {folder}/one.crt",
         "--shutdown-timeout 3",
         "--enable-force-include-usage",
+        "--tool-call-parser none",
+        "--reasoning-parser qwen3",
     ],
 )
 def test_options_of_the_server_have_no_effect_with_ask(tls_folder: Path, arguments: str) -> None:
@@ -86,3 +88,12 @@ def test_options_of_the_server_have_no_effect_with_ask(tls_folder: Path, argumen
     flag = arguments.split()[0]
     with pytest.raises(ConfigError, match=f"{flag} has no effect with --ask"):
         parse("--ask", "Hi", *arguments.split())
+
+
+@pytest.mark.parametrize("flag", ["--tool-call-parser", "--reasoning-parser"])
+def test_formats_that_nobody_knows(capsys: pytest.CaptureFixture[str], flag: str) -> None:
+    with pytest.raises(SystemExit):
+        parse(flag, "klingon")
+    error = capsys.readouterr().err
+    assert f"argument {flag}: invalid choice: 'klingon'" in error
+    assert "'none'" in error
