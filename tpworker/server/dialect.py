@@ -61,7 +61,7 @@ class Dialect:
         if tool_parser != AUTO:
             tools = None if tool_parser == NONE else TOOL_FORMATS[tool_parser]
         elif tools is None:
-            tools = TOOL_FORMATS.get(PLAIN_FORMAT)
+            tools = TOOL_FORMATS[PLAIN_FORMAT]
         if reasoning_parser != AUTO:
             reasoning = None if reasoning_parser == NONE else REASONING_FORMATS[reasoning_parser]
         return cls(

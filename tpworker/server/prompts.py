@@ -49,7 +49,10 @@ def spoken_prompt(
         InvalidRequest: as `chat_prompt`, or tools are not taken.
     """
     ids, text = chat_prompt(runtime, body, body, dialect, variables)
-    return ids, speech_for(body, dialect, text)
+    try:
+        return ids, speech_for(body, dialect, text)
+    except InvalidRequest as error:
+        raise body.in_its_words(error) from error
 
 
 def completion_prompts(runtime: Runtime, body: CompletionRequest) -> list[list[int]]:

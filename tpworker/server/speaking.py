@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from tpworker.errors import InvalidRequest
 from tpworker.parsing import Function
 from tpworker.server.dialect import Dialect
 from tpworker.server.hidden import hidden_names
 from tpworker.server.requests.held import Held
 from tpworker.server.requests.tools import Choosing
 from tpworker.server.speech import Speech
+
+_BEGIN_AS_JSON = frozenset({"llama3_json"})
+"""Formats whose calls have no mark before them. llguidance's lexer takes the longest it can: what begins as a
+call could not become an answer any more."""
 
 
 class Asked(Protocol):
@@ -44,11 +49,13 @@ def speech_for(asked: Asked, dialect: Dialect, prompt: str) -> Speech:
         prompt: the text of the conversation.
 
     Raises:
-        InvalidRequest: tools are not taken.
+        InvalidRequest: tools are not taken, or what the answer is held to is wrong.
     """
     behind = None if dialect.reasoning is None else dialect.reasoning.thinking(prompt)
     splits = asked.separate_reasoning is not False
-    marks = {behind.start, behind.end} if behind is not None and splits else set()
+    marks: set[str] = set()
+    if dialect.reasoning is not None and behind is not None and splits:
+        marks |= dialect.reasoning.special
     choice, tools, functions, grammar = asked.choice, None, asked.functions, None
     is_parallel = asked.parallel_tool_calls is not False and not choice.is_named
     if choice.mode != "none":
@@ -59,6 +66,17 @@ def speech_for(asked: Asked, dialect: Dialect, prompt: str) -> Speech:
             grammar = tools.grammar(
                 functions, is_required=is_required, is_parallel=is_parallel, special_ids=dialect.added
             )
+        if asked.held is not None:
+            if tools.name in _BEGIN_AS_JSON:
+                raise InvalidRequest(
+                    f"{asked.held.name}: calls in the format {tools.name} begin as JSON does, so that an "
+                    "output cannot be held to either: leave it out, or give tool_choice none",
+                    asked.held.name,
+                )
+            calls = tools.grammar(
+                functions, is_required=True, is_parallel=is_parallel, special_ids=dialect.added
+            )
+            grammar = _calls_or_answer(calls, asked.held)
     shows_special = marks & dialect.special and asked.skip_special_tokens is not False
     return Speech(
         behind=behind,
@@ -71,3 +89,16 @@ def speech_for(asked: Asked, dialect: Dialect, prompt: str) -> Speech:
         hidden=hidden_names(dialect.special - marks) if shows_special else None,
         end_id=None if behind is None else dialect.added.get(behind.end),
     )
+
+
+def _calls_or_answer(calls: str, held: Held) -> str:
+    """A grammar of calls, or of an answer that is held to a schema.
+
+    Args:
+        calls: a grammar, of which the first line is `start: …`.
+        held: JSON, of a schema or any.
+    """
+    start, colon, rules = calls.partition(":")
+    assert start + colon == "start:", calls
+    schema = held.outputs(None).json or '{"type":"object"}'
+    return f"start: calls | answer\ncalls:{rules}answer: %json {schema}\n"

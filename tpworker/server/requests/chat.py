@@ -45,6 +45,24 @@ class ChatRequest(ToolUse, ThinkingOptions, Conversation, GenerationRequest):
         return self.variables(dialect, self.chat_template_kwargs or {})
 
     @model_validator(mode="after")
+    def _calls_or_answers(self) -> ChatRequest:
+        held = self.held
+        if held is None or self.choice.mode == "none":
+            return self
+        if self.choice.mode == "required":
+            raise InvalidRequest(
+                f"{held.name} says what is answered, and tool_choice asks for a call in its place: give one",
+                held.name,
+            )
+        if held.kind not in ("json", "json_object"):
+            raise InvalidRequest(
+                f"{held.name}: beside tools the answer may be JSON alone, any or of a schema: give "
+                "response_format, or tool_choice none",
+                held.name,
+            )
+        return self
+
+    @model_validator(mode="after")
     def _only_with_logprobs(self) -> ChatRequest:
         if self.top_logprobs and not self.logprobs:
             raise InvalidRequest("top_logprobs are told with logprobs=true only: add it", "top_logprobs")
