@@ -52,9 +52,8 @@ def speech_for(asked: Asked, dialect: Dialect, prompt: str) -> Speech:
         InvalidRequest: tools are not taken, or what the answer is held to is wrong.
     """
     behind = None if dialect.reasoning is None else dialect.reasoning.thinking(prompt)
-    splits = asked.separate_reasoning is not False
     marks: set[str] = set()
-    if dialect.reasoning is not None and behind is not None and splits:
+    if dialect.reasoning is not None and behind is not None:
         marks |= dialect.reasoning.special
     choice, tools, functions, grammar = asked.choice, None, asked.functions, None
     is_parallel = asked.parallel_tool_calls is not False and not choice.is_named
@@ -80,7 +79,7 @@ def speech_for(asked: Asked, dialect: Dialect, prompt: str) -> Speech:
     shows_special = marks & dialect.special and asked.skip_special_tokens is not False
     return Speech(
         behind=behind,
-        splits=splits,
+        splits=asked.separate_reasoning is not False,
         tells_thinking=asked.include_reasoning is not False,
         tools=tools,
         functions=functions if tools is not None else (),

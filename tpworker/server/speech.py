@@ -56,8 +56,8 @@ class Speech:
 
     @property
     def is_plain(self) -> bool:
-        """Whether all of an output is what is said."""
-        return self.thinking is None and self.tools is None
+        """Whether all of an output is what is said, as it comes."""
+        return self.thinking is None and self.tools is None and self.hidden is None
 
 
 PLAIN = Speech()
