@@ -18,6 +18,7 @@ from tpworker.server import shapes
 
 Start = Callable[..., LiveServer]
 RESPONSES = "/v1/responses"
+FLAT = {"type": "function", "name": "f", "parameters": None, "strict": None}
 
 
 def part(kind: str, text: str) -> dict[str, str]:
@@ -164,7 +165,15 @@ def test_no_tokens_at_all(server: LiveServer) -> None:
         ({"input": []}, "input", "at least 1"),
         ({"input": 5}, "input", "5"),
         ({"input": [{"role": "user"}]}, "input[0].content", "missing"),
-        ({"input": [{"type": "function_call", "name": "f"}]}, "input[0].type", "'function_call'"),
+        ({"input": [{"type": "item_reference", "id": "f"}]}, "input[0].type", "'item_reference'"),
+        ({"input": [{"type": "function_call", "name": "f"}]}, "input[0].call_id", "missing"),
+        (
+            {"input": [{"type": "function_call", "name": "f", "call_id": "a", "arguments": "{"}]},
+            "input[0].arguments",
+            "not valid JSON",
+        ),
+        ({"input": [{"type": "function_call_output", "call_id": "a"}]}, "input[0].output", "missing"),
+        ({"input": [{"type": "reasoning", "summary": []}]}, "input", "has no message"),
         (
             {"input": [{"role": "user", "content": [part("input_image", "x")]}]},
             "input[0].content[0].type",
@@ -172,9 +181,30 @@ def test_no_tokens_at_all(server: LiveServer) -> None:
         ),
         ({"input": "Hi", "previous_response_id": "resp_1"}, "previous_response_id", "nothing is kept here"),
         ({"input": "Hi", "background": True}, "background", "not supported"),
-        ({"input": "Hi", "tools": [{"type": "web_search"}]}, "tools", "not supported"),
-        ({"input": "Hi", "text": {"format": {"type": "json_object"}}}, "text", "not supported"),
-        ({"input": "Hi", "reasoning": {"effort": "low"}}, "reasoning", "not supported"),
+        ({"input": "Hi", "tools": [{"type": "web_search"}]}, "tools[0].type", "'web_search'"),
+        ({"input": "Hi", "tools": [{"type": "function"}]}, "tools[0].name", "missing"),
+        ({"input": "Hi", "tools": [FLAT, FLAT]}, "tools[1].name", "another tool has that name"),
+        ({"input": "Hi", "tool_choice": "required"}, "tool_choice", "there are no tools"),
+        (
+            {"input": "Hi", "tools": [FLAT], "tool_choice": {"type": "function", "function": {"name": "f"}}},
+            "tool_choice",
+            '"name": …',
+        ),
+        ({"input": "Hi", "text": {"format": {"type": "xml"}}}, "text.format.type", "'xml'"),
+        ({"input": "Hi", "text": {"format": {"type": "json_schema"}}}, "text.format.schema", "missing"),
+        ({"input": "Hi", "text": {"verbosity": "low"}}, "text.verbosity", "not supported"),
+        (
+            {"input": "Hi", "text": {"format": {"type": "json_object"}}, "guided_regex": "a"},
+            "guided_regex",
+            "text.format and guided_regex all say",
+        ),
+        ({"input": "Hi", "response_format": {"type": "json_object"}}, "response_format", "text.format"),
+        ({"input": "Hi", "reasoning": {"effort": "huge"}}, "reasoning.effort", "'huge'"),
+        (
+            {"input": "Hi", "reasoning": {"effort": "low"}, "reasoning_effort": "high"},
+            "reasoning.effort",
+            "differ",
+        ),
         ({"input": "Hi", "truncation": "auto"}, "truncation", "not supported"),
         ({"input": "Hi", "max_output_tokens": -1}, "max_output_tokens", "max_output_tokens=-1"),
         ({"input": "Hi", "n": 2}, "n", "n is not supported"),
@@ -220,10 +250,10 @@ def test_what_asks_for_nothing_is_taken_and_nothing_is_stored(server: LiveServer
 
 def test_several_refusals_are_one(server: LiveServer) -> None:
     response = server.post(
-        RESPONSES, json={"input": "Hi", "previous_response_id": "a", "tools": [1], "background": True}
+        RESPONSES, json={"input": "Hi", "previous_response_id": "a", "max_tool_calls": 1, "background": True}
     )
     message = error_of(response)["message"]
-    assert message.startswith("previous_response_id, tools and background are not supported")
+    assert message.startswith("previous_response_id, max_tool_calls and background are not supported")
 
 
 def test_models_that_cannot_chat(start: Start) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from tpworker.errors import InvalidRequest
 from tpworker.server.dialect import Dialect
-from tpworker.server.requests import ChatRequest, CompletionRequest, Conversation, GenerationRequest
+from tpworker.server.requests import CompletionRequest, Conversation, GenerationRequest, SpokenRequest
 from tpworker.server.speaking import speech_for
 from tpworker.server.speech import Speech
 
@@ -41,14 +41,18 @@ def chat_prompt(
 
 
 def spoken_prompt(
-    runtime: Runtime, body: ChatRequest, dialect: Dialect, variables: Mapping[str, Any]
+    runtime: Runtime,
+    body: SpokenRequest,
+    conversation: Conversation,
+    dialect: Dialect,
+    variables: Mapping[str, Any],
 ) -> tuple[list[int], Speech]:
-    """The token ids of a chat, and how what comes of it is read.
+    """The token ids of a conversation, and how what comes of it is read.
 
     Raises:
         InvalidRequest: as `chat_prompt`, or tools are not taken.
     """
-    ids, text = chat_prompt(runtime, body, body, dialect, variables)
+    ids, text = chat_prompt(runtime, body, conversation, dialect, variables)
     try:
         return ids, speech_for(body, dialect, text)
     except InvalidRequest as error:

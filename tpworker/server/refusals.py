@@ -56,6 +56,8 @@ def _place(loc: Sequence[int | str]) -> str:
     """('body', 'messages', 0, 'content') → 'messages[0].content'."""
     place = ""
     for part in loc[1:]:
+        if isinstance(part, str) and part.startswith("<"):  # which of several kinds it was taken for
+            continue
         place += f"[{part}]" if isinstance(part, int) else f".{part}" if place else part
     return place
 

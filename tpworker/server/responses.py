@@ -1,8 +1,10 @@
-"""What was generated, as /v1/responses writes it: one message, whole or in events with names and numbers.
+"""What was generated, as /v1/responses writes it: items, whole or in events with names and numbers.
 
-created  in_progress  output_item.added  content_part.added      before the first text
-output_text.delta …                                              for each text
+created  in_progress                                             before anything
+output_item.added  content_part.added                            before the first text of an item
+output_text.delta …   or reasoning_text.delta …                  for each text
 output_text.done  content_part.done  output_item.done            at its end
+output_item.added  function_call_arguments.delta …  .done        for each call
 completed, or incomplete                                         with the whole answer
 """
 
@@ -10,13 +12,15 @@ from __future__ import annotations
 
 import json
 import time
-import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tpworker.outputs import RequestOutput
+from tpworker.parsing import CallArguments, CallBegan, Content, Event, Reasoning
 from tpworker.server.errors import ApiError
 from tpworker.server.formats import Format
+from tpworker.server.items import Item
+from tpworker.server.speech import PLAIN, ReadChoice, Reader, Speech
 from tpworker.server.telling import Choice, Telling, quote
 
 
@@ -26,57 +30,117 @@ class ResponsesFormat(Format):
     _prefix = "resp"
     _object = _chunk_object = "response"
 
-    def __init__(self, model: str, asked: Mapping[str, Any]) -> None:
+    def __init__(self, model: str, asked: Mapping[str, Any], speech: Speech = PLAIN) -> None:
         """
         Args:
             model: the name to be told.
             asked: of the request, what the answer repeats.
+            speech: how the output is read.
         """
         super().__init__(model, Telling())
         self._asked = asked
-        self._item_id = f"msg_{uuid.uuid4().hex}"
-        self._texts: list[str] = []
+        self._speech = speech
+        self._items: list[Item] = []
         self._num_events = 0
+
+    def choice(self, keeps_tokens: bool) -> Choice:
+        if self._speech.is_plain:
+            return Choice(keeps_tokens)
+        return ReadChoice(keeps_tokens, reader=Reader(self._speech), end_id=self._speech.end_id)
 
     def opening(self, index: int, choices: Sequence[Choice]) -> str:
         begun = self._response("in_progress", [])
-        return (
-            self._named("response.created", {"response": begun})
-            + self._named("response.in_progress", {"response": begun})
-            + self._named(
-                "response.output_item.added", {"output_index": 0, "item": self._item("in_progress", [])}
-            )
-            + self._named("response.content_part.added", {**self._place(), "part": _part("")})
+        return self._named("response.created", {"response": begun}) + self._named(
+            "response.in_progress", {"response": begun}
         )
 
     def event(self, index: int, output: RequestOutput, choices: Sequence[Choice]) -> str:
-        text = ""
-        if output.text:
-            self._texts.append(output.text)
-            text = self._delta(output.text)
-        return text if output.finish_reason is None else text + self._done(choices[0])
+        choice = choices[index]
+        events = self._told(choice, output.text)
+        is_last = output.finish_reason is not None
+        if is_last and isinstance(choice, ReadChoice):
+            events += [self._tell(one, choice.reader) for one in choice.reader.finish()]
+        if is_last:
+            events.append(self._end(choice))
+        return "".join(events)
 
-    def _delta(self, text: str) -> str:
+    def _told(self, choice: Choice, text: str) -> list[str]:
+        """The events for more text."""
+        if not text:
+            return []
+        if isinstance(choice, ReadChoice):
+            return [self._tell(one, choice.reader) for one in choice.reader.feed(text)]
+        return [self._said(Item.message, text)]
+
+    def _tell(self, event: Event, reader: Reader) -> str:
+        """The events for one thing that is said."""
+        match event:
+            case Content():
+                return self._said(Item.message, event.text)
+            case Reasoning():
+                return self._said(Item.reasoning, event.text)
+            case CallBegan():
+                return self._begin(Item.call(event.name, reader.call_ids[event.index]))
+            case CallArguments():
+                return self._delta(self._items[-1], event.text)
+
+    def _said(self, make: Any, text: str) -> str:
+        """More text of a kind: of the last item, or of one that begins with it.
+
+        Args:
+            make: makes one.
+        """
+        item = make()
+        if self._items and self._items[-1].kind == item.kind:
+            return self._delta(self._items[-1], text)
+        return self._begin(item) + self._delta(item, text)
+
+    def _begin(self, item: Item) -> str:
+        """The events with which an item begins, behind those with which the one before it ends."""
+        ended = self._done("completed") if self._items else ""
+        self._items.append(item)
+        place = len(self._items) - 1
+        begun = {"output_index": place, "item": item.written("in_progress")}
+        events = ended + self._named("response.output_item.added", begun)
+        if item.part is not None:
+            part = item.written_part("")
+            events += self._named("response.content_part.added", {**self._place(item), "part": part})
+        return events
+
+    def _delta(self, item: Item, text: str) -> str:
         """Written by hand around the text: there is one for every token."""
-        kind = "response.output_text.delta"
+        item.texts.append(text)
+        kind = f"response.{item.delta}.delta"
         number, self._num_events = self._num_events, self._num_events + 1
         return (
             f'event: {kind}\ndata: {{"type": "{kind}", "sequence_number": {number}, '
-            f'"item_id": "{self._item_id}", "output_index": 0, "content_index": 0, '
-            f'"delta": {quote(text)}, "logprobs": []}}\n\n'
+            f'"item_id": "{item.id}", "output_index": {len(self._items) - 1}, '
+            f'{item.delta_place}"delta": {quote(text)}{item.delta_rest}}}\n\n'
         )
 
-    def _done(self, choice: Choice) -> str:
-        text = "".join(self._texts)
-        item = self._item(_status(choice), [_part(text)])
-        return (
-            self._named("response.output_text.done", {**self._place(), "text": text, "logprobs": []})
-            + self._named("response.content_part.done", {**self._place(), "part": _part(text)})
-            + self._named("response.output_item.done", {"output_index": 0, "item": item})
-        )
+    def _done(self, status: str) -> str:
+        """The events with which the last item ends."""
+        item = self._items[-1]
+        item.status = status
+        place = self._place(item)
+        if item.part is None:
+            told = {**place, "name": item.name, "arguments": item.text}
+            events = self._named("response.function_call_arguments.done", told)
+        else:
+            more: dict[str, Any] = {"logprobs": []} if item.kind == "message" else {}
+            events = self._named(f"response.{item.delta}.done", {**place, "text": item.text, **more})
+            part = item.written_part(item.text)
+            events += self._named("response.content_part.done", {**place, "part": part})
+        done = {"output_index": place["output_index"], "item": item.written(status)}
+        return events + self._named("response.output_item.done", done)
+
+    def _end(self, choice: Choice) -> str:
+        """The events with which the last item ends; an output without any is a message without text."""
+        begun = "" if self._items else self._begin(Item.message())
+        return begun + self._done(_status(choice))
 
     def closing(self, choices: Sequence[Choice]) -> str:
-        whole = self._whole_response("".join(self._texts), choices[0])
+        whole = self._whole_response(choices[0])
         return self._named(f"response.{whole['status']}", {"response": whole})
 
     def failing(self, error: ApiError) -> str:
@@ -84,10 +148,16 @@ class ResponsesFormat(Format):
         return self._named("error", {name: detail[name] for name in ("code", "message", "param")})
 
     def body(self, texts: Sequence[str], choices: Sequence[Choice]) -> str:
-        return quote(self._whole_response(texts[0], choices[0]))
+        choice = choices[0]
+        self._told(choice, texts[0])
+        if isinstance(choice, ReadChoice):
+            for one in choice.reader.finish():
+                self._tell(one, choice.reader)
+        self._end(choice)
+        return quote(self._whole_response(choice))
 
-    def _whole_response(self, text: str, choice: Choice) -> dict[str, Any]:
-        return self._response(_status(choice), [self._item(_status(choice), [_part(text)])], choice)
+    def _whole_response(self, choice: Choice) -> dict[str, Any]:
+        return self._response(_status(choice), [item.written(item.status) for item in self._items], choice)
 
     def _response(self, status: str, output: list[Any], choice: Choice | None = None) -> dict[str, Any]:
         return {
@@ -113,26 +183,14 @@ class ResponsesFormat(Format):
             "usage": None if choice is None else _usage(choice),
         }
 
-    def _item(self, status: str, content: list[Any]) -> dict[str, Any]:
-        return {
-            "id": self._item_id,
-            "type": "message",
-            "status": status,
-            "role": "assistant",
-            "content": content,
-        }
-
-    def _place(self) -> dict[str, Any]:
-        return {"item_id": self._item_id, "output_index": 0, "content_index": 0}
+    def _place(self, item: Item) -> dict[str, Any]:
+        place = {"item_id": item.id, "output_index": len(self._items) - 1}
+        return place if item.part is None else {**place, "content_index": 0}
 
     def _named(self, kind: str, fields: Mapping[str, Any]) -> str:
         """An event, with its name and its number."""
         number, self._num_events = self._num_events, self._num_events + 1
         return f"event: {kind}\ndata: {quote({'type': kind, 'sequence_number': number, **fields})}\n\n"
-
-
-def _part(text: str) -> dict[str, Any]:
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
 
 
 def _status(choice: Choice) -> str:
@@ -144,6 +202,8 @@ def _usage(choice: Choice) -> dict[str, Any]:
         "input_tokens": choice.num_prompt_tokens,
         "input_tokens_details": {"cached_tokens": choice.num_cached_tokens, "cache_write_tokens": 0},
         "output_tokens": choice.num_output_tokens,
-        "output_tokens_details": {"reasoning_tokens": 0},
+        "output_tokens_details": {
+            "reasoning_tokens": choice.num_thought if isinstance(choice, ReadChoice) else 0
+        },
         "total_tokens": choice.num_prompt_tokens + choice.num_output_tokens,
     }

@@ -157,6 +157,42 @@ class OutputMessage(_Shape):
     content: list[OutputText]
 
 
+class ReasoningText(_Shape):
+    type: Literal["reasoning_text"]
+    text: str
+
+
+class OutputReasoning(_Shape):
+    id: str
+    type: Literal["reasoning"]
+    status: Literal["completed", "incomplete"]
+    summary: list[None]
+    content: list[ReasoningText]
+
+
+class OutputCall(_Shape):
+    id: str
+    type: Literal["function_call"]
+    status: Literal["completed", "incomplete"]
+    call_id: str
+    name: str
+    arguments: str
+    """JSON, but for what the model got wrong, or was cut."""
+
+
+class RepeatedTool(_Shape):
+    type: Literal["function"]
+    name: str
+    description: str | None
+    parameters: dict[str, Any] | None
+    strict: bool
+
+
+class RepeatedReasoning(_Shape):
+    effort: str | None
+    summary: None
+
+
 class InputTokensDetails(_Shape):
     cached_tokens: int
     cache_write_tokens: int
@@ -190,15 +226,15 @@ class ResponseShape(_Shape):
     instructions: str | None
     max_output_tokens: int | None
     model: str
-    output: list[OutputMessage]
+    output: list[OutputMessage | OutputReasoning | OutputCall]
     parallel_tool_calls: bool
     previous_response_id: None
-    reasoning: None
+    reasoning: RepeatedReasoning | None
     store: Literal[False]
     temperature: float | None
-    text: dict[Literal["format"], dict[Literal["type"], Literal["text"]]]
-    tool_choice: Literal["none"]
-    tools: list[None]
+    text: dict[Literal["format"], dict[str, Any]]
+    tool_choice: str | dict[str, Any]
+    tools: list[RepeatedTool]
     top_p: float | None
     truncation: Literal["disabled"]
     usage: ResponseUsage

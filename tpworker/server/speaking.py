@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 from tpworker.errors import InvalidRequest
-from tpworker.parsing import Function
 from tpworker.server.dialect import Dialect
 from tpworker.server.hidden import hidden_names
 from tpworker.server.requests.held import Held
-from tpworker.server.requests.tools import Choosing
+from tpworker.server.requests.spoken import SpokenRequest
 from tpworker.server.speech import Speech
 
 _BEGIN_AS_JSON = frozenset({"llama3_json"})
@@ -17,32 +14,7 @@ _BEGIN_AS_JSON = frozenset({"llama3_json"})
 call could not become an answer any more."""
 
 
-class Asked(Protocol):
-    """What a request says of it."""
-
-    @property
-    def choice(self) -> Choosing: ...
-
-    @property
-    def functions(self) -> list[Function]: ...
-
-    @property
-    def held(self) -> Held | None: ...
-
-    @property
-    def parallel_tool_calls(self) -> bool | None: ...
-
-    @property
-    def include_reasoning(self) -> bool | None: ...
-
-    @property
-    def separate_reasoning(self) -> bool | None: ...
-
-    @property
-    def skip_special_tokens(self) -> bool | None: ...
-
-
-def speech_for(asked: Asked, dialect: Dialect, prompt: str) -> Speech:
+def speech_for(asked: SpokenRequest, dialect: Dialect, prompt: str) -> Speech:
     """How the output is read, and what its calls hold it to. Takes its time: not for the event loop.
 
     Args:

@@ -9,6 +9,7 @@ from tpworker.server.requests.completions import CompletionRequest
 from tpworker.server.requests.conversation import Conversation
 from tpworker.server.requests.generation import GenerationRequest, Prompt
 from tpworker.server.requests.responses import ResponsesRequest
+from tpworker.server.requests.spoken import SpokenRequest
 
 __all__ = [
     "ChatRequest",
@@ -17,4 +18,5 @@ __all__ = [
     "GenerationRequest",
     "Prompt",
     "ResponsesRequest",
+    "SpokenRequest",
 ]

@@ -12,17 +12,14 @@ from tpworker.sampling_params import MAX_LOGPROBS
 from tpworker.server.dialect import Dialect
 from tpworker.server.requests.conversation import Conversation
 from tpworker.server.requests.fields import Integer, bounds
-from tpworker.server.requests.generation import GenerationRequest
-from tpworker.server.requests.reasoning import ThinkingOptions
-from tpworker.server.requests.tools import ToolUse
+from tpworker.server.requests.spoken import SpokenRequest
 from tpworker.server.requests.unsupported import CHAT
 
 
-class ChatRequest(ToolUse, ThinkingOptions, Conversation, GenerationRequest):
+class ChatRequest(Conversation, SpokenRequest):
     """The body of /v1/chat/completions."""
 
     unsupported = CHAT
-    accepted = GenerationRequest.accepted - {"parallel_tool_calls"}
     prompt_name: ClassVar[str] = "messages"
     limit_name: ClassVar[str] = "max_completion_tokens"
 
@@ -43,24 +40,6 @@ class ChatRequest(ToolUse, ThinkingOptions, Conversation, GenerationRequest):
 
     def variables_for(self, dialect: Dialect) -> dict[str, Any]:
         return self.variables(dialect, self.chat_template_kwargs or {})
-
-    @model_validator(mode="after")
-    def _calls_or_answers(self) -> ChatRequest:
-        held = self.held
-        if held is None or self.choice.mode == "none":
-            return self
-        if self.choice.mode == "required":
-            raise InvalidRequest(
-                f"{held.name} says what is answered, and tool_choice asks for a call in its place: give one",
-                held.name,
-            )
-        if held.kind not in ("json", "json_object"):
-            raise InvalidRequest(
-                f"{held.name}: beside tools the answer may be JSON alone, any or of a schema: give "
-                "response_format, or tool_choice none",
-                held.name,
-            )
-        return self
 
     @model_validator(mode="after")
     def _only_with_logprobs(self) -> ChatRequest:

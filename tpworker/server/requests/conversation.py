@@ -21,10 +21,6 @@ if TYPE_CHECKING:
     from tpworker.text.tokenizer import Tokenizer
 
 
-MAX_CALLS = 1024
-"""Of one message."""
-
-
 class TextPart(Body):
     """A part of a message's content; there are only texts."""
 
@@ -112,7 +108,7 @@ class Message(Body):
     """Of the assistant: what it thought."""
     reasoning: str | None = None
     """The same."""
-    tool_calls: Annotated[list[ToolCall] | None, Field(max_length=MAX_CALLS)] = None
+    tool_calls: list[ToolCall] | None = None
     """Of the assistant: what it called."""
     tool_call_id: str | None = None
     """Of a tool: which call it answers."""
@@ -188,7 +184,7 @@ class Conversation(Body):
             InvalidRequest: the template refuses it, or there is none.
         """
         messages: list[Mapping[str, Any]] = [message.for_template() for message in self.messages]
-        tools = [tool.for_template() for tool in self.tools or ()] or None
+        tools = [tool.function.for_template() for tool in self.tools or ()] or None
         if not dialect.shows_calls:
             messages = in_plain_words(messages)
         if tools is not None and not dialect.shows_tools:

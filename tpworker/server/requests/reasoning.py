@@ -10,11 +10,13 @@ from tpworker.server.dialect import EFFORT, SWITCHES, Dialect
 from tpworker.server.ignored import ignore
 from tpworker.server.requests.fields import Body
 
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
+
 
 class ThinkingOptions(Body):
     """Whether, how much, and whether that is told."""
 
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    reasoning_effort: Effort | None = None
     """none: the model does not think. The others count where the chat template knows efforts; elsewhere they
     switch thinking on."""
     enable_thinking: bool | None = None
@@ -40,15 +42,21 @@ class ThinkingOptions(Body):
                 variables[str(switch)] = variables.pop(name)
         if self.enable_thinking is not None:
             _set(variables, switch, self.enable_thinking, "enable_thinking", dialect)
-        if self.reasoning_effort is not None:
-            thinks = self.reasoning_effort != "none"
+        name, effort = self._effort
+        if effort is not None:
+            thinks = effort != "none"
             if EFFORT in dialect.knows:
-                _set(variables, EFFORT, self.reasoning_effort, EFFORT, dialect)
+                _set(variables, EFFORT, effort, name, dialect)
                 if switch is not None and not thinks:
-                    _set(variables, switch, False, EFFORT, dialect)
+                    _set(variables, switch, False, name, dialect)
             else:
-                _set(variables, switch, thinks, EFFORT, dialect)
+                _set(variables, switch, thinks, name, dialect)
         return variables
+
+    @property
+    def _effort(self) -> tuple[str, str | None]:
+        """By which parameter an effort is given, and which."""
+        return EFFORT, self.reasoning_effort
 
 
 def _set(variables: dict[str, Any], switch: str | None, value: Any, name: str, dialect: Dialect) -> None:

@@ -88,28 +88,48 @@ class FunctionTool(Body):
     strict: bool | None = None
     """Whether calls of it are held to that schema, whatever `tool_choice` is."""
 
+    def for_template(self) -> dict[str, Any]:
+        """As chat templates know it: a tool."""
+        told: dict[str, Any] = {"name": self.name}
+        if self.description is not None:
+            told["description"] = self.description
+        told["parameters"] = self.parameters or {"type": "object", "properties": {}}
+        return {"type": "function", "function": told}
+
+    def as_function(self) -> Function:
+        """As parsers and grammars know it."""
+        return Function(self.name, self.parameters or {}, bool(self.strict))
+
 
 class Tool(Body):
     """A tool that the model may call; there are only functions."""
 
     place = "tools."
+    name_place: ClassVar[str] = "function.name"
 
     type: Literal["function"]
     function: FunctionTool
 
-    def for_template(self) -> dict[str, Any]:
-        """As chat templates know it."""
-        function = self.function
-        told: dict[str, Any] = {"name": function.name}
-        if function.description is not None:
-            told["description"] = function.description
-        told["parameters"] = function.parameters or {"type": "object", "properties": {}}
-        return {"type": "function", "function": told}
 
-    def as_function(self) -> Function:
-        """As parsers and grammars know it."""
-        function = self.function
-        return Function(function.name, function.parameters or {}, bool(function.strict))
+class FlatTool(FunctionTool):
+    """The same, as /v1/responses has it: the function stands beside the type."""
+
+    place = "tools."
+    name_place: ClassVar[str] = "name"
+
+    type: Literal["function"]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_a_function(cls, tool: Any) -> Any:
+        if isinstance(tool, dict) and (kind := tool.get("type")) != "function":  # before all that it lacks
+            raise InvalidRequest(f"type={shown(kind)}: it should be 'function': there are no others", "type")
+        return tool
+
+    @property
+    def function(self) -> FunctionTool:
+        """What it calls."""
+        return self
 
 
 def _bounded(tools: Any) -> Any:
@@ -119,9 +139,10 @@ def _bounded(tools: Any) -> Any:
 
 
 Tools = Annotated[list[Tool] | None, BeforeValidator(_bounded)]
+FlatTools = Annotated[list[FlatTool] | None, BeforeValidator(_bounded)]
 
 
-def check_tools(tools: Sequence[Tool]) -> None:
+def check_tools(tools: Sequence[Tool | FlatTool]) -> None:
     """Whether they can be told apart, and are not too much.
 
     Raises:
@@ -132,12 +153,12 @@ def check_tools(tools: Sequence[Tool]) -> None:
     for place, tool in enumerate(tools):
         name = tool.function.name
         if name in seen:
+            where = f"tools[{place}].{tool.name_place}"
             raise InvalidRequest(
-                f"tools[{place}].function.name={shown(name)}: another tool has that name: give each its own",
-                f"tools[{place}].function.name",
+                f"{where}={shown(name)}: another tool has that name: give each its own", where
             )
         seen.add(name)
-        num_chars += len(json.dumps(tool.for_template()))
+        num_chars += len(json.dumps(tool.function.for_template()))
     if num_chars > MAX_TOOLS_CHARS:
         raise InvalidRequest(
             f"the tools have {num_chars} characters as JSON; the limit is {MAX_TOOLS_CHARS}: describe them "
@@ -198,7 +219,7 @@ def _named(tool: Any, flat: bool) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def check_choice(choice: Choosing, tools: Sequence[Tool]) -> None:
+def check_choice(choice: Choosing, tools: Sequence[Tool | FlatTool]) -> None:
     """Whether there is what it names.
 
     Raises:
@@ -238,7 +259,7 @@ class ToolUse(Body):
     def functions(self) -> list[Function]:
         """Those that may be called, as parsers and grammars know them."""
         names = self.choice.names
-        every = [tool.as_function() for tool in self.tools or ()]
+        every = [tool.function.as_function() for tool in self.tools or ()]
         return [function for function in every if names is None or function.name in names]
 
     @model_validator(mode="after")

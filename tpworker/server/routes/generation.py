@@ -49,7 +49,7 @@ def add_generation(app: FastAPI, front: Front) -> None:
         dialect = front.dialect
         variables = body.variables_for(dialect)
         # In a thread: a template is a program, and its text may be long.
-        work = partial(spoken_prompt, runtime, body, dialect, variables)
+        work = partial(spoken_prompt, runtime, body, body, dialect, variables)
         preparing = runtime.prepare(work, body.num_choices, body.num_chars, body.blamed_for_many)
         ids, speech = await unless_left(request, preparing)
         form: Callable[..., Format] = ChatFormat if speech.is_plain else partial(SpokenFormat, speech=speech)
