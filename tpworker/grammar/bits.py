@@ -45,10 +45,10 @@ class Masks:
 
     def only(self, row: int) -> int | None:
         """The one token that may be chosen; -1: none may; None: several."""
-        filled = np.flatnonzero(self._rows[row])
-        if len(filled) == 0:
-            return -1
-        word = int(self._rows[row, filled[0]]) & 0xFFFFFFFF
-        if len(filled) > 1 or word & (word - 1):
-            return None
-        return 32 * int(filled[0]) + word.bit_length() - 1
+        mask = self._rows[row]
+        num_filled = np.count_nonzero(mask)
+        if num_filled != 1:
+            return None if num_filled else -1
+        place = int(mask.astype(bool).argmax())
+        word = int(mask[place]) & 0xFFFFFFFF
+        return None if word & (word - 1) else 32 * place + word.bit_length() - 1
