@@ -107,12 +107,12 @@ class StructuredOutputs:
         limit = f"1 to {MAX_STRINGS} strings, none of them empty, with {MAX_STRINGS_TOTAL} characters at most"
         is_listed = hasattr(choice, "__iter__") and not isinstance(choice, (str, bytes, Mapping))
         _check(is_listed, "choice", choice, limit)
-        strings = tuple(dict.fromkeys(plain(s) if not isinstance(s, str) else s for s in choice))
-        is_given = not (isinstance(choice, tuple) and not choice)
-        _check(not is_given or 0 < len(strings) <= MAX_STRINGS, "choice", choice, limit)
-        ok = all(isinstance(s, str) and s and is_utf8(s) for s in strings)
-        _check(ok and sum(map(len, strings)) <= MAX_STRINGS_TOTAL, "choice", choice, limit)
-        return strings
+        is_left_out = isinstance(choice, tuple) and not choice
+        choice = tuple(choice)
+        ok = all(isinstance(s, str) and s and is_utf8(s) for s in choice)
+        _check(ok and (is_left_out or 0 < len(choice) <= MAX_STRINGS), "choice", choice, limit)
+        _check(sum(map(len, choice)) <= MAX_STRINGS_TOTAL, "choice", choice, limit)
+        return tuple(dict.fromkeys(map(str, choice)))  # each once
 
 
 def structured_outputs(value: StructuredOutputs | Mapping[str, Any] | None) -> StructuredOutputs | None:

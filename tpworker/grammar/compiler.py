@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher
 
 STACK_BYTES = 128 << 20
-"""llguidance goes into schemas, rules and expressions by recursion: 2 to 16 KB for each that is in another, or
-that another refers to. Where the stack ends, the process dies. The largest text that is taken needs less."""
-INITIAL_FUEL = 100_000
-"""Steps of the lexer while it is built and makes its first mask: 40 ms of them."""
+"""llguidance goes into schemas, rules and expressions by recursion: 2 to 16 KB for each that is in another one
+or is referred to. Where the stack ends, the process dies. The largest text that is taken needs less than this."""
+INITIAL_FUEL = 400_000
+"""Steps of the lexer up to its first mask, 200 ms of them. 128 tools of 20 parameters take half."""
 STEP_FUEL = 200_000
-"""Steps of the lexer in any later mask: 20 ms of them."""
+"""Steps of the lexer in any later mask: 20 ms."""
 MAX_ITEMS = 8_000
 """Ways in which an output may go on at one place, e.g. four for each property that may be left out. A mask
 takes 2 ms for each 1,000 of them."""
@@ -75,12 +75,12 @@ class Compiler:
 
         self.vocab_size = vocab_size
         self._eos_ids = list(eos_ids)
-        self.special_ids = added_tokens(tokenizer_json)
-        """The ids of added tokens by their names, for `grammar_of`."""
         try:
             self._tokenizer = llguidance.LLTokenizer(
                 tokenizer_json, n_vocab=vocab_size, eos_token=list(eos_ids)
             )
+            self.special_ids = added_tokens(tokenizer_json)
+            """The ids of added tokens by their names, for `grammar_of`."""
         except Exception as error:  # what it raises is no contract
             raise GrammarError(
                 f"llguidance cannot read the model's tokenizer: {cleaned(str(error))}"
@@ -146,9 +146,12 @@ class Compiler:
     def _compile(self, grammar: str) -> LLMatcher:
         matcher = with_stack(STACK_BYTES, lambda: self._new(grammar))
         if not matcher.is_error():
+            # The first mask is the slowest, since most of the lexer is made for it. All copies have it then.
+            matcher.compute_bitmask()
+        if not matcher.is_error():
             return matcher
         what = cleaned(matcher.get_error())
-        if "JSON schema" in matcher.get_error():
+        if "JSON schema" in matcher.get_error() and "too large" not in what:
             where = with_stack(STACK_BYTES, lambda: place_in_schemas(grammar, self._is_refused))
             what = f"{what}, at {where}" if where else what
         raise GrammarError(what)

@@ -23,6 +23,7 @@ _MEANINGS = (
     ("NoExtension", "no output can match it"),
     ("too many expressions constructed", "it is too complex: make its repetitions and patterns smaller"),
     ("lexer precomputation failed", "it is too complex: make its repetitions and patterns smaller"),
+    ("checking relevance of lexemes", "it is too large: make it smaller, or its repetitions and patterns"),
     ("initial lexer configuration", "it is too large: make it smaller, or its repetitions and patterns"),
     ("Unable to determine if regex is empty", "its patterns together are too complex: give one"),
     ("oneOf constraints", "oneOf is supported where no two of its schemas can match alike: write anyOf"),
