@@ -125,6 +125,19 @@ def test_what_is_explosive_is_refused(name: str, compile_it: Compiler) -> None:
     assert len(str(caught.value)) < 700
 
 
+def test_keywords_that_say_nothing_are_passed_over(compile_it: Compiler) -> None:
+    lists = {"type": "array", "items": {"type": "integer"}, "uniqueItems": False}
+    compile_it.try_out(of(json={"properties": {"uniqueItems": lists}, "unevaluatedProperties": True}))
+    tag = {"begin": "<t>", "schema": lists, "end": "</t>"}
+    compile_it.try_out(
+        of(structural_tag={"type": "structural_tag", "structures": [tag], "triggers": ["<t>"]})
+    )
+    with pytest.raises(GrammarError, match="not supported: uniqueItems"):
+        compile_it.try_out(of(json={**lists, "uniqueItems": True}))
+    compile_it.try_out(of(json={"enum": [{"uniqueItems": False}]}))
+    assert '"uniqueItems":false' in of(json={"enum": [{"uniqueItems": False}]})
+
+
 def test_a_thousand_optional_properties_are_not_too_many(compile_it: Compiler) -> None:
     """llguidance's own limit ends at 500, and at the second token."""
     compile_it.try_out(of(json={"type": "object", "properties": {f"p_{i}": {} for i in range(1000)}}))

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher
 
 STACK_BYTES = 128 << 20
-"""llguidance goes into schemas, rules and expressions by recursion: 2 to 16 KB for each that is in another one
-or is referred to. Where the stack ends, the process dies. The largest text that is taken needs less than this."""
+"""llguidance goes into schemas, rules and expressions by recursion: 2 to 16 KB for each within another, or to
+which another refers. Where the stack ends, the process dies. The largest text that is taken needs less."""
 INITIAL_FUEL = 400_000
 """Steps of the lexer up to its first mask, 200 ms of them. 128 tools of 20 parameters take half."""
 STEP_FUEL = 200_000
@@ -26,9 +26,9 @@ MAX_ITEMS = 8_000
 takes 2 ms for each 1,000 of them."""
 
 MAX_COMPILED = 256
-MAX_COMPILED_TEXT = 1 << 22  # characters of all grammars that are kept
+MAX_COMPILED_TEXT = 1 << 20
+"""Characters of all grammars that are kept: 200 bytes of memory for each, in what is compiled of them."""
 NUM_TRIES = 3
-
 
 _T = TypeVar("_T")
 _stack_lock = threading.Lock()
@@ -138,8 +138,10 @@ class Compiler:
                     break
                 bits[self._eos_ids] = 0
                 allowed = np.flatnonzero(bits)
-                if not len(allowed) or matcher.is_stopped():
+                if matcher.is_stopped() or (not len(allowed) and matcher.is_accepting()):
                     break
+                if not len(allowed):
+                    raise GrammarError("it leads to where none of the model's tokens goes on")
                 if not matcher.consume_token(int(chance.choice(allowed))):
                     raise GrammarError(cleaned(matcher.get_error()))
 

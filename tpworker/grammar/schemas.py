@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,6 +10,7 @@ _ONE = (
     "additionalItems", "additionalProperties", "contains", "else", "if", "items", "not", "propertyNames",
     "then", "unevaluatedItems", "unevaluatedProperties",
 )  # fmt: skip
+_SAY_NOTHING = (("uniqueItems", False), ("unevaluatedProperties", True), ("unevaluatedItems", True))
 _LISTS = ("allOf", "anyOf", "items", "oneOf", "prefixItems")
 _NAMED = ("$defs", "definitions", "dependentSchemas", "patternProperties", "properties")
 
@@ -63,6 +65,20 @@ def with_refs(schema: Any, change: Callable[[str], str]) -> Any:
         return {**one, "$ref": change(ref)} if isinstance(ref, str) else one
 
     return mapped(schema, changed)
+
+
+def compact(schema: Any) -> str:
+    """A schema's text."""
+    return json.dumps(schema, ensure_ascii=False, separators=(",", ":"))
+
+
+def as_llguidance_takes_it(schema: Any) -> Any:
+    """A schema without the keywords that llguidance refuses and that say nothing as they are here."""
+
+    def without(one: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in one.items() if (key, value) not in _SAY_NOTHING}
+
+    return mapped(schema, without)
 
 
 def _escaped(name: str) -> str:

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 from tpworker.errors import InvalidRequest, shown
 from tpworker.grammar.marks import ANY_TEXT, Marks
+from tpworker.grammar.schemas import as_llguidance_takes_it, compact
 from tpworker.structured_outputs import PARAMETER
 
 
@@ -86,7 +87,7 @@ class StructuralTags:
         schema = one.get("json_schema")
         if not isinstance(schema, (dict, bool)):
             self._refuse(f"{path}.json_schema", schema, "a JSON schema")
-        return self._rule(f"%json {json.dumps(schema, ensure_ascii=False)}")
+        return self._rule(f"%json {compact(as_llguidance_takes_it(schema))}")
 
     def _regular_expression(self, one: dict[str, Any], path: str, is_last: bool) -> str:
         return self._regex(self._text(one, path, "pattern"))

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from tpworker.errors import InvalidRequest
 from tpworker.grammar.gbnf import is_gbnf, lark_of_gbnf
 from tpworker.grammar.marks import Marks, literal
+from tpworker.grammar.schemas import as_llguidance_takes_it, compact
 from tpworker.grammar.structural_tags import StructuralTags
 from tpworker.ipc.messages import MAX_GRAMMAR
 from tpworker.structured_outputs import PARAMETER, StructuredOutputs, Thinking
@@ -55,7 +56,8 @@ def grammar_of(outputs: StructuredOutputs, *, special_ids: Mapping[str, int] = _
 
 def _held(outputs: StructuredOutputs, marks: Marks) -> _Grammars:
     if outputs.json is not None:
-        return _Grammars(f"start: %json {outputs.json}\n")
+        schema = as_llguidance_takes_it(json.loads(str(outputs.json)))
+        return _Grammars(f"start: %json {compact(schema)}\n")
     if outputs.json_object:
         return _Grammars('start: %json {"type":"object"}\n')
     if outputs.regex is not None:
