@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -15,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.children.bounded_worker import NAME
 from tests.conftest import eventually, is_gone
 from tpworker.bounded.frames import pack
 from tpworker.bounded.pool import Bounds, Cause, Closed, Ended, NotReady, Pool
@@ -43,7 +45,7 @@ def make() -> Iterator[Make]:
 
 
 def processes() -> list[psutil.Process]:
-    return [child for child in psutil.Process().children() if child.name() == "tpworker-bounded"]
+    return [child for child in psutil.Process().children() if child.name() == NAME]
 
 
 def ask(pool: Pool, verb: str, value: Any = None) -> Any:
@@ -100,13 +102,15 @@ def test_threads_share_as_many_as_there_may_be(make: Make) -> None:
     assert len(processes()) <= 2
 
 
-def test_what_cannot_be_done_is_asked_of_one_process_only(make: Make) -> None:
-    pool = make("not ready")
+def test_what_cannot_be_done_is_asked_of_one_process_only() -> None:
+    starts: list[str] = []
+    pool = Pool(MODULE, lambda: (starts.append("not ready"), "not ready")[1], Bounds(**BOUNDS))
     for is_news in (True, False, False):
         with pytest.raises(NotReady) as caught:
             ask(pool, "echo")
         assert (caught.value.answer, caught.value.is_news) == ("because", is_news)
         assert not processes()
+    assert len(starts) == 1
 
 
 def test_what_start_raises_is_raised_and_leaves_no_process() -> None:
@@ -150,6 +154,14 @@ def test_each_request_has_time_of_its_own(make: Make) -> None:
     assert len(processes()) == 1
 
 
+def test_to_be_told_of_a_request_is_no_part_of_the_one_before(make: Make) -> None:
+    pool = make(max_processes=1, max_seconds=0.5)
+    long = [0] * 10_000_000  # takes more CPU time to read than is left of the first request's
+    pid = ask(pool, "burn", 0.42)[0]
+    assert ask(pool, "length", long) == len(long)
+    assert ask(pool, "echo")[0] == pid
+
+
 def test_the_start_has_a_bound_of_its_own(make: Make) -> None:
     with pytest.raises(Ended) as caught:
         ask(make("spin", max_seconds=60.0), "echo")
@@ -187,8 +199,8 @@ def test_while_one_takes_its_time_others_are_answered(make: Make) -> None:
     eventually_one_works()
     assert [ask(pool, "echo", number)[1] for number in range(3)] == [0, 1, 2]
     assert asking.thread.is_alive()
-    pool.close()  # does not wait for it
-    asking.thread.join()
+    pool.close()
+    asking.thread.join(20)  # much less than the process may take, or be silent
     assert isinstance(asking.error, Closed)
 
 
@@ -210,8 +222,11 @@ def test_closed_it_takes_no_more(make: Make) -> None:
 def test_who_drops_it_leaves_nothing_behind() -> None:
     pool = Pool(MODULE, lambda: None, Bounds(**BOUNDS))
     ask(pool, "echo")
-    assert len(processes()) == 1
-    del pool  # what is left behind is looked for after the test
+    (process,) = processes()
+    process.suspend()  # so that it cannot end by itself as the socket is closed
+    del pool
+    gc.collect()
+    assert not processes()  # nor a zombie; what else is left behind is looked for after the test
 
 
 @pytest.mark.parametrize("verb", ["echo", "spin"])

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import time
 from typing import Any
 
 from tpworker.bounded import child
 
-NAME = "tpworker-bounded"
+NAME = "tpworker-worker"  # short enough to be known of a process that is dead, too
 _kept: list[bytearray] = []
 
 
@@ -30,6 +31,12 @@ def work(request: Any) -> Any:
         spin()
     elif verb == "allocate":
         return len(bytearray(value))
+    elif verb == "burn":
+        until = time.process_time() + value
+        while time.process_time() < until:
+            pass
+    elif verb == "length":
+        return len(value)
     elif verb == "keep":
         _kept.append(bytearray(value))
     elif verb == "signal":

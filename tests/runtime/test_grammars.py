@@ -354,8 +354,8 @@ def test_a_tokenizer_that_cannot_be_read_is_told_of_once(
     grammars = make(tokenizer)
 
     async def main() -> None:
-        for outputs in (GOOD, OTHER, GOOD):
-            said = await refused(grammars, outputs)
+        at_once = await asyncio.gather(refused(grammars, GOOD), refused(grammars, OTHER))
+        for said in (*at_once, await refused(grammars, GOOD)):
             assert said.startswith("this model's outputs cannot be held to anything: ")
             assert words in said
         assert [record.message for record in caplog.records if record.levelno >= logging.WARNING] == [said]

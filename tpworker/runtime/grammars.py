@@ -62,6 +62,7 @@ class Grammars:
         self._verdicts = _Verdicts(MAX_VERDICTS)
         self._finding: dict[str, _Finding] = {}
         self._useless: str | None = None  # why no grammar can be compiled for this model
+        self._lock = threading.Lock()
         self._texts = Workers(NUM_TEXTS, "tpworker-grammar-text")
         self._checks = Workers(MAX_PROCESSES, "tpworker-grammar-check")
         self._bounds = Bounds(
@@ -167,8 +168,10 @@ class Grammars:
 
     def _refused_for_all(self, why: str) -> InvalidRequest:
         """Nothing will ever be held to a grammar with this model; said in the log once."""
-        if self._useless is None:
+        with self._lock:
+            is_news = self._useless is None
             self._useless = f"this model's outputs cannot be held to anything: {why}: leave {PARAMETER} out"
+        if is_news:
             logger.error("%s", self._useless)
         return InvalidRequest(self._useless, PARAMETER)
 
