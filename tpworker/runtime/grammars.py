@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 MAX_PROCESSES = 2
 """So many grammars are compiled at once: one that takes its time holds up nobody."""
 MAX_SECONDS = 2.0
-"""Of CPU time, for one grammar and its first mask. Most take a millisecond or two."""
+"""Of CPU time, for one grammar and some steps with it. Most take some ten milliseconds."""
 MAX_START_SECONDS = 60.0
 """Of CPU time, for the vocabulary: one of 150,000 tokens takes a second."""
 MAX_MEMORY = 1 << 30
