@@ -74,9 +74,8 @@ class LlamaFormat(ToolFormat):
         calls = lark.rule("calls", f'{call} ("; " {call})*' if is_parallel else call)
         if is_required:
             return lark.grammar(calls)
-        tag = lark.text(_TAG)
         text = lark.without(_TAG, _NO_OBJECT)
-        return lark.grammar(f"{text} | ({tag})? {calls}")
+        return lark.grammar(f"{text} | {lark.until(_TAG, _NO_OBJECT)} {calls} | {calls}")
 
 
 def _call(lark: Lark, function: Function) -> str:

@@ -103,7 +103,7 @@ class MistralFormat(ToolFormat):
         call = lark.rule("call", " | ".join(write(lark, function) for function in functions))
         if not has_names:
             more = f'(", " {call})*' if is_parallel else ""
-            call = lark.rule("calls", f'"[" {call} {more} "]"')
+            call = lark.rule("calls", rf'/ ?\[/ {call} {more} "]"')
         one = f"{lark.text(_MARK)} {call}"
         if is_required:
             return lark.grammar(f"({one})+" if is_parallel and has_names else one)

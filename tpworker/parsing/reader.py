@@ -21,7 +21,10 @@ SPACE = re.compile(r"\s+")
 
 
 class Marks:
-    """Strings that are looked for in text that comes in pieces: whichever is first."""
+    """Strings that are looked for in text that comes in pieces: whichever is first.
+
+    None is within another, but at its end: one would be found where the other is not whole yet.
+    """
 
     def __init__(self, *marks: str) -> None:
         self._mark = re.compile("|".join(map(re.escape, marks)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -10,6 +11,8 @@ from tpworker.parsing.lark import ANY, Lark, arguments_schema
 from tpworker.parsing.schemas import Schema, branches, properties_of, resolved, type_of, types_of
 
 _NOTES = {"type", "title", "description", "default", "examples"}
+_FIRST = {"object": r"\{", "array": r"\[", "integer": r"\-0-9", "number": r"\-0-9"}
+"""How JSON of these types begins. Nothing else that is a value of a tag does: llguidance chooses by it."""
 _BOUNDS = ("pattern", "minLength", "maxLength")
 _ANCHOR = re.compile(r"(?<!\\)(?:\\\\)*\$\Z")
 
@@ -57,14 +60,22 @@ def arguments_grammar(
 def _value(lark: Lark, schema: Any, root: Schema, before_end: str, end: str) -> str:
     """An expression for a value and its mark, as a rule."""
     kinds = [kind for branch in branches(schema, root) for kind in _kinds(branch, root)]
-    is_free = any(_is_free(kind) for kind in kinds)
-    # What the parser takes for JSON of such a kind must be of its schema.
-    others = [kind for kind in kinds if not _is_text(kind) and not (is_free and _is_plain(kind))]
-    ways = [f"{lark.json({**kind, **_definitions(root)})} {lark.text(before_end + end)}" for kind in others]
+    literals = [text for kind in kinds for text in _literals(kind)]
+    texts = [kind for kind in kinds if "const" not in kind and kind.get("type", "string") == "string"]
+    is_free = any(_is_free(kind) for kind in texts)
+    # What the parser takes for JSON of such a type must be of its schema.
+    structured = [kind for kind in kinds if kind.get("type") in _FIRST and "const" not in kind]
+    structured = [kind for kind in structured if not (is_free and _NOTES.issuperset(kind))]
+    ways = [
+        f"{lark.json({**kind, **_definitions(root)})} {lark.text(before_end + end)}" for kind in structured
+    ]
     if is_free:
-        ways.append(lark.until(end, _not_json(others) if others else ANY))
+        ways.append(lark.until(end, " & ".join(_outside(structured)) or ANY))
     else:
-        ways += [way for kind in kinds if _is_text(kind) for way in _texts(lark, kind, before_end, end)]
+        ways += [f"{lark.characters(text)} {lark.text(before_end + end)}" for text in literals]
+        ways += [
+            lark.until(end, " & ".join([*_bounds(kind), *_outside(structured)]), before_end) for kind in texts
+        ]
     return lark.rule("value", " | ".join(ways))
 
 
@@ -90,42 +101,34 @@ def _kinds(branch: Schema, root: Schema) -> Iterator[Schema]:
             yield {**branch, "type": name}
 
 
-def _is_text(kind: Schema) -> bool:
-    """Written without quotes."""
-    return bool(kind.get("type", "string") == "string")
+def _literals(kind: Schema) -> list[str]:
+    """What is written of a kind of which there are few: strings without quotes."""
+    if "const" in kind:
+        value = kind["const"]
+        return [value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)]
+    return {"null": ["null"], "boolean": ["true", "false"]}.get(kind.get("type", ""), [])
 
 
 def _is_free(kind: Schema) -> bool:
     """Any text is of it."""
-    return _is_text(kind) and not any(name in kind for name in ("const", *_BOUNDS))
+    return not any(name in kind for name in _BOUNDS)
 
 
-def _is_plain(kind: Schema) -> bool:
-    """Whatever is JSON of its type is of it."""
-    return bool(kind["type"] == "null") or _NOTES.issuperset(kind)
-
-
-def _not_json(others: list[Schema]) -> str:
-    """Text that does not begin as one of these does."""
-    firsts = {"object": r"\{", "array": r"\[", "integer": r"\-0-9", "number": r"\-0-9"}
-    characters = "".join(sorted({firsts.get(kind["type"], "tfnTFN") for kind in others}))
-    return rf"/([^\s{characters}](.|\n)*)?/"
+def _outside(structured: list[Schema]) -> list[str]:
+    """Text that does not begin as JSON of these, as terminals."""
+    characters = "".join(sorted({_FIRST[kind["type"]] for kind in structured}))
+    return [rf"/([^\s{characters}](.|\n)*)?/"] if characters else []
 
 
 def _definitions(root: Schema) -> dict[str, Any]:
     return {name: root[name] for name in ("$defs", "definitions") if name in root}
 
 
-def _texts(lark: Lark, kind: Schema, before_end: str, end: str) -> Iterator[str]:
-    """Expressions for a text that is not free, and its mark."""
-    if "const" in kind:
-        yield f"{lark.characters(kind['const'])} {lark.text(before_end + end)}"
-        return
+def _bounds(kind: Schema) -> list[str]:
+    """Text that is not free, as terminals that all hold."""
     shortest, longest = kind.get("minLength", 0), kind.get("maxLength", "")
-    parts = [rf"/(.|\n){{{shortest},{longest}}}/"]
-    if "pattern" in kind:
-        parts.append(_searched(str(kind["pattern"])))
-    yield lark.until(end, " & ".join(parts), before_end)
+    pattern = [_searched(str(kind["pattern"]))] if "pattern" in kind else []
+    return [rf"/(.|\n){{{shortest},{longest}}}/", *pattern]
 
 
 def _searched(pattern: str) -> str:
