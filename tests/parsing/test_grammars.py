@@ -165,6 +165,7 @@ def test_what_a_grammar_lets_through_is_calls_of_the_schemas(
     grammar = tools.grammar(
         FUNCTIONS, is_required=is_required, is_parallel=is_parallel, special_ids=vocabulary.added
     )
+    assert grammar.startswith("start: ")
     tokenize = vocabulary.tokenizer.tokenize_str
     likely = [tokenize(text, parse_special=True) for text in (*'"}],1a', *MARKS, *AGAIN)]
     begun = [] if is_required else tokenize(BEGINNINGS.get(name, "Hi \n<tool_call>"), parse_special=True)

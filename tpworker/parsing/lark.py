@@ -97,9 +97,9 @@ class Lark:
         return self.without(mark) if mark in self._ids else self.rule("ANY", ANY)
 
     def grammar(self, start: str) -> str:
-        """The whole of it."""
+        """The whole of it. Its first line is the rule `start`."""
         options = ['%llguidance {"no_forcing": true}'] if self._spells_tokens else []
-        return "\n".join([*options, f"start: {start}", *self._lines]) + "\n"
+        return "\n".join([f"start: {start}", *self._lines, *options]) + "\n"
 
 
 def literal(text: str) -> str:
