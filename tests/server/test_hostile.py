@@ -166,6 +166,10 @@ def test_bodies_that_nobody_writes(
     assert words in response.text
 
 
+_INNER = [
+    *("tool_calls", "tool_call_id", "function", "name", "parameters", "arguments", "call_id", "output"),
+    *("json_schema", "schema", "json", "regex", "choice", "format", "effort", "strict"),
+]
 _values = st.recursive(
     st.none()
     | st.booleans()
@@ -173,11 +177,12 @@ _values = st.recursive(
     | st.integers(min_value=2**62)
     | st.floats()
     | st.text(st.characters(exclude_categories=()), max_size=8)
-    | st.sampled_from(["user", "system", "assistant", "text", "a", "fake-model"]),
+    | st.sampled_from(["user", "system", "assistant", "text", "a", "fake-model"])
+    | st.sampled_from(["tool", "function", "function_call", "reasoning", "json_schema", "json_object", "{}"]),
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(
-            st.sampled_from(["role", "content", "type", "text", "x", "\ud800"]), inner, max_size=3
+            st.sampled_from(["role", "content", "type", "text", "x", "\ud800", *_INNER]), inner, max_size=3
         )
     ),
     max_leaves=6,
@@ -197,15 +202,24 @@ _names = [
     *("min_tokens", "seed", "stop", "stop_token_ids", "ignore_eos", "n", "logit_bias", "tools", "user"),
     *("max_completion_tokens", "chat_template_kwargs", "response_format", "logprobs", "other"),
     *("top_logprobs", "prompt_logprobs", "echo", "best_of", "min_p", "presence_penalty", "bad_words"),
+    *("tool_choice", "parallel_tool_calls", "structured_outputs", "guided_json", "guided_choice", "regex"),
+    *("reasoning_effort", "enable_thinking", "separate_reasoning", "input", "text", "reasoning"),
     *("allowed_token_ids", "priority", "cache_salt", "return_tokens_as_token_ids", "repetition_penalty"),
 ]
 
 
-@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+RESPONSES = "/v1/responses"
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT, RESPONSES])
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(extra=st.dictionaries(st.sampled_from(_names), _values, max_size=4))
 def test_no_body_is_a_bug(server: LiveServer, path: str, extra: dict[str, Any]) -> None:
-    start: dict[str, Any] = {"prompt": "a"} if path == COMPLETIONS else {"messages": [_USER]}
+    start: dict[str, Any] = {
+        COMPLETIONS: {"prompt": "a"},
+        CHAT: {"messages": [_USER]},
+        RESPONSES: {"input": "a"},
+    }[path]
     response = _client(server).post(path, content=json.dumps(start | extra), headers=JSON)
     assert response.status_code in (200, 400, 404), response.text
     if response.status_code != 200:
@@ -231,3 +245,44 @@ def test_a_bug_is_still_told_in_the_log(caplog: pytest.LogCaptureFixture) -> Non
         assert server.post(COMPLETIONS, json={"prompt": "a"}).status_code == 500
     assert [record.levelname for record in caplog.records if record.exc_info] == ["ERROR"]
     caplog.clear()
+
+
+_FUNCTION = {"name": "f", "parameters": {"type": "object", "properties": {}}}
+_PLACES: list[tuple[str, Callable[[Any], dict[str, Any]]]] = [
+    (CHAT, lambda one: {"tools": [one]}),
+    (CHAT, lambda one: {"tools": [{"type": "function", "function": one}]}),
+    (CHAT, lambda one: {"tools": [{"type": "function", "function": _FUNCTION | {"parameters": one}}]}),
+    (CHAT, lambda one: {"tools": [{"type": "function", "function": _FUNCTION}], "tool_choice": one}),
+    (CHAT, lambda one: {"messages": [_USER, one]}),
+    (CHAT, lambda one: {"messages": [_USER, {"role": "assistant", "tool_calls": [one]}]}),
+    (CHAT, lambda one: {"messages": [_USER, {"role": "tool", "content": one, "tool_call_id": "a"}]}),
+    (CHAT, lambda one: {"response_format": one}),
+    (CHAT, lambda one: {"response_format": {"type": "json_schema", "json_schema": one}}),
+    (CHAT, lambda one: {"structured_outputs": one}),
+    (RESPONSES, lambda one: {"input": [_USER, one]}),
+    (RESPONSES, lambda one: {"tools": [{"type": "function", "name": "f", "parameters": one}]}),
+    (RESPONSES, lambda one: {"text": {"format": one}}),
+]
+
+
+@pytest.mark.parametrize("place", range(len(_PLACES)))
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(value=_values)
+def test_nothing_within_a_body_is_a_bug(server: LiveServer, place: int, value: Any) -> None:
+    path, put = _PLACES[place]
+    start = {"messages": [_USER]} if path == CHAT else {"input": "a"}
+    response = _client(server).post(path, content=json.dumps(start | put(value)), headers=JSON)
+    assert response.status_code in (200, 400), response.text
+
+
+@pytest.mark.parametrize("place", range(len(_PLACES)))
+@pytest.mark.parametrize(
+    "value", ["[" * 900 + "]" * 900, '{"a":' * 900 + "1" + "}" * 900, '{"\\ud800": "\\ud800"}']
+)
+def test_values_that_are_deep_or_no_text(server: LiveServer, place: int, value: str) -> None:
+    path, put = _PLACES[place]
+    start = {"messages": [_USER]} if path == CHAT else {"input": "a"}
+    content = json.dumps(start | put("HERE")).replace('"HERE"', value)
+    response = server.post(path, content=content, headers=JSON)
+    assert response.status_code in (200, 400), response.text
+    assert server.post(COMPLETIONS, json={"prompt": "a"}).status_code == 200
