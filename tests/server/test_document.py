@@ -24,6 +24,9 @@ def document(server: LiveServer) -> Document:
     return dict(server.get("/openapi.json").json())
 
 
+TOOL: dict[str, Any] = {"type": "function", "function": {"name": "f"}}
+
+
 def operations(document: Document) -> Iterator[tuple[str, str, dict[str, Any]]]:
     for path, methods in document["paths"].items():
         for method, operation in methods.items():
@@ -123,6 +126,9 @@ def test_too_many_requests_and_bugs_are_told(start: Start, document: Document) -
         (CHAT, {"messages": [USER], "logprobs": True, "top_logprobs": 2, "n": 2}, shapes.ChatCompletion),
         (CHAT, {"messages": [USER], "prompt_logprobs": 0}, shapes.ChatCompletion),
         (CHAT, {"messages": [USER]}, shapes.ChatCompletion),
+        (CHAT, {"messages": [USER], "tools": [TOOL]}, shapes.ChatCompletion),
+        ("/v1/responses", {"input": "a"}, shapes.ResponseShape),
+        ("/v1/responses", {"input": "a", "tools": [{"type": "function", "name": "f"}]}, shapes.ResponseShape),
         (CHAT, {"messages": [USER], "return_token_ids": True}, shapes.ChatCompletion),
         ("/tokenize", {"prompt": "a"}, shapes.Tokens),
         ("/tokenize", {"prompt": "a", "return_token_strs": True}, shapes.Tokens),

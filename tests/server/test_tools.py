@@ -56,7 +56,7 @@ def fake(reply: str, template: str | None = TEMPLATE, **options: Any) -> FakeRun
     return FakeRuntime(
         reply=lambda prompt: reply,
         the_tokenizer=byte_tokenizer(template, options.pop("special", ()), options.pop("added", ())),
-        longest=8192,
+        longest=options.pop("longest", 8192),
         **options,
     )
 
@@ -515,6 +515,14 @@ def test_what_cannot_be(tooled: LiveServer, body: dict[str, Any], param: str, wo
     error = error_of(response)
     assert (response.status_code, error["param"]) == (400, param), error
     assert words in error["message"]
+
+
+def test_tools_that_make_too_long_a_grammar(start: Start) -> None:
+    server = start(fake("ok", longest=1 << 20), tool_call_parser="hermes")
+    tools = [tool(parameters={"type": "object", "description": "x" * 200_000})]
+    error = error_of(server.post(CHAT, json=BODY | {"tools": tools, "tool_choice": "required"}))
+    assert error["param"] == "tools"
+    assert "characters; the limit is 131072: make their schemas smaller" in error["message"]
 
 
 @pytest.fixture(scope="module")

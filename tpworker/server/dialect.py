@@ -22,7 +22,7 @@ SWITCHES = ("enable_thinking", "thinking")
 """What templates call whether the model thinks."""
 EFFORT = "reasoning_effort"
 PLAIN_FORMAT = "hermes"
-"""In which tools are told, and calls expected, where the model has no format of its own."""
+"""In which tools are told where the template shows none."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Dialect:
     reasoning: ReasoningFormat | None = None
     """None: the model does not think, or its thinking is left in the text."""
     shows_tools: bool = False
-    """Whether the template shows the tools that it is given, in this format."""
+    """Whether the template shows the tools that it is given."""
     shows_calls: bool = False
     """Whether it shows the calls of earlier turns, and what came of them."""
     knows: frozenset[str] = frozenset()
@@ -57,18 +57,15 @@ class Dialect:
         template = tokenizer.chat_template
         names = frozenset(re.findall(r"\w+", template or ""))
         tools, reasoning = formats_of(model_type, template)
-        is_known = tools is not None or tool_parser != AUTO
         if tool_parser != AUTO:
             tools = None if tool_parser == NONE else TOOL_FORMATS[tool_parser]
-        elif tools is None:
-            tools = TOOL_FORMATS[PLAIN_FORMAT]
         if reasoning_parser != AUTO:
             reasoning = None if reasoning_parser == NONE else REASONING_FORMATS[reasoning_parser]
         return cls(
             tools,
             reasoning,
-            shows_tools="tools" in names and is_known,
-            shows_calls="tool_calls" in names and is_known,
+            shows_tools="tools" in names,
+            shows_calls="tool_calls" in names,
             knows=names & {*SWITCHES, EFFORT},
             special=frozenset(tokenizer.special),
             added=tokenizer.added,

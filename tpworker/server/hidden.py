@@ -44,7 +44,8 @@ def hidden_names(names: frozenset[str]) -> HiddenNames:
 
 
 class Hiding:
-    """The text of one output, in pieces, without some names.
+    """The text of one output, in pieces, without some names. Of two that begin alike the shorter one is taken
+    for a name where the text is cut behind it.
 
     Args:
         names: which.

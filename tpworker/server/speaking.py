@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from tpworker.errors import InvalidRequest
+from tpworker.parsing import ToolFormat
 from tpworker.server.dialect import Dialect
 from tpworker.server.hidden import hidden_names
 from tpworker.server.requests.held import Held
 from tpworker.server.requests.spoken import SpokenRequest
 from tpworker.server.speech import Speech
+from tpworker.structured_outputs import MAX_GRAMMAR_TEXT
 
 _BEGIN_AS_JSON = frozenset({"llama3_json"})
 """Formats whose calls have no mark before them. llguidance's lexer takes the longest it can: what begins as a
@@ -27,39 +29,62 @@ def speech_for(asked: SpokenRequest, dialect: Dialect, prompt: str) -> Speech:
     marks: set[str] = set()
     if dialect.reasoning is not None and behind is not None:
         marks |= dialect.reasoning.special
-    choice, tools, functions, grammar = asked.choice, None, asked.functions, None
-    is_parallel = asked.parallel_tool_calls is not False and not choice.is_named
+    choice, tools = asked.choice, None
+    grammar = None
     if choice.mode != "none":
         tools = dialect.check_tools()
         marks |= tools.special
-        is_required = choice.mode == "required"
-        if is_required or choice.names is not None or any(function.is_strict for function in functions):
-            grammar = tools.grammar(
-                functions, is_required=is_required, is_parallel=is_parallel, special_ids=dialect.added
-            )
-        if asked.held is not None:
-            if tools.name in _BEGIN_AS_JSON:
-                raise InvalidRequest(
-                    f"{asked.held.name}: calls in the format {tools.name} begin as JSON does, so that an "
-                    "output cannot be held to either: leave it out, or give tool_choice none",
-                    asked.held.name,
-                )
-            calls = tools.grammar(
-                functions, is_required=True, is_parallel=is_parallel, special_ids=dialect.added
-            )
-            grammar = _calls_or_answer(calls, asked.held)
+        grammar = _grammar(asked, tools, dialect)
     shows_special = marks & dialect.special and asked.skip_special_tokens is not False
     return Speech(
         behind=behind,
         splits=asked.separate_reasoning is not False,
         tells_thinking=asked.include_reasoning is not False,
         tools=tools,
-        functions=functions if tools is not None else (),
-        most_calls=None if is_parallel else 1,
+        functions=asked.functions if tools is not None else (),
+        most_calls=None if _is_parallel(asked) else 1,
         grammar=grammar,
         hidden=hidden_names(dialect.special - marks) if shows_special else None,
         end_id=None if behind is None else dialect.added.get(behind.end),
     )
+
+
+def _grammar(asked: SpokenRequest, tools: ToolFormat, dialect: Dialect) -> str | None:
+    """What calls hold the output to; None: it is free.
+
+    Raises:
+        InvalidRequest: that cannot be said, or only at too great a length.
+    """
+    choice, functions, held = asked.choice, asked.functions, asked.held
+    is_required = choice.mode == "required"
+    if not (is_required or held or choice.names or any(function.is_strict for function in functions)):
+        return None
+    if held is not None and tools.name in _BEGIN_AS_JSON:
+        raise InvalidRequest(
+            f"{held.name}: calls in the format {tools.name} begin as JSON does, so that an output "
+            "cannot be held to either: leave it out, or give tool_choice none",
+            held.name,
+        )
+    grammar = tools.grammar(
+        functions,
+        is_required=is_required or held is not None,
+        is_parallel=_is_parallel(asked),
+        special_ids=dialect.added,
+    )
+    if held is not None:
+        grammar = _calls_or_answer(grammar, held)
+    if len(grammar) > MAX_GRAMMAR_TEXT:
+        raise InvalidRequest(
+            f"the tools make a grammar of {len(grammar)} characters; the limit is {MAX_GRAMMAR_TEXT}: make "
+            "their schemas smaller, or give fewer of them",
+            "tools",
+        )
+    return grammar
+
+
+def _is_parallel(asked: SpokenRequest) -> bool:
+    """Whether there may be several calls."""
+    return asked.parallel_tool_calls is not False and not asked.choice.is_named
 
 
 def _calls_or_answer(calls: str, held: Held) -> str:
