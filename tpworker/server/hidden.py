@@ -60,13 +60,13 @@ class Hiding:
         names = self._names
         if names.pattern is None:
             return text
-        text = names.pattern.sub("", self._held + text)
+        *others, last = names.pattern.split(self._held + text)  # what a name was between makes none together
         self._held = ""
-        for length in range(min(names.longest, len(text)), 0, -1):
-            if text[-length:] in names.beginnings:
-                self._held = text[-length:]
-                return text[:-length]
-        return text
+        for length in range(min(names.longest, len(last)), 0, -1):
+            if last[-length:] in names.beginnings:
+                self._held, last = last[-length:], last[:-length]
+                break
+        return "".join(others) + last
 
     def finish(self) -> str:
         """What was held back: the text ends here."""
