@@ -118,7 +118,6 @@ class GenerationRequest(HeldOutput):
             "service_tier",
             "safety_identifier",
             "prompt_cache_key",
-            "parallel_tool_calls",
         ]
     )
 

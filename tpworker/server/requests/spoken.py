@@ -13,8 +13,6 @@ from tpworker.server.requests.tools import ToolUse
 class SpokenRequest(ToolUse, ThinkingOptions, GenerationRequest):
     """What is answered is read: see `tpworker.server.speaking`."""
 
-    accepted = GenerationRequest.accepted - {"parallel_tool_calls"}
-
     @model_validator(mode="after")
     def _calls_or_answers(self) -> SpokenRequest:
         held = self.held
