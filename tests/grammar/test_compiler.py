@@ -220,6 +220,30 @@ def test_what_was_compiled_lately_is_kept_within_bounds(
         compiler_of_test.matcher("nothing")
 
 
+def test_a_grammar_may_have_several_originals_unless_it_takes_long(
+    real_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampler = sampler_of(real_model)
+    source = (real_model / "tokenizer.json").read_text()
+    made = Compiler(source, sampler.vocab_size, EOS_IDS, num_originals=3)
+    compiled: list[str] = []
+    compile_new = made._compile
+
+    def counted(grammar: str) -> Any:
+        compiled.append(grammar)
+        return compile_new(grammar)
+
+    monkeypatch.setattr(made, "_compile", counted)
+    monkeypatch.setattr(compiler, "QUICK_SECONDS", 1e9)
+    quick, slow = of(regex="a"), of(regex="b")
+    matchers = [made.matcher(quick) for _ in range(5)]
+    assert compiled == [quick] * 3
+    monkeypatch.setattr(compiler, "QUICK_SECONDS", 0.0)
+    matchers += [made.matcher(slow) for _ in range(5)]
+    assert compiled == [quick] * 3 + [slow]
+    assert all(len(allowed_ids(matcher, sampler.vocab_size)) for matcher in matchers)
+
+
 def test_many_threads_get_matchers(compile_it: Compiler) -> None:
     grammars = [
         of(json={"type": "object", "properties": {f"key{i % 5}": {"type": "integer"}}}) for i in range(40)

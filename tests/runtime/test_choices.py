@@ -18,6 +18,7 @@ from tests.server.fake_runtime import byte_tokenizer
 from tpworker import (
     InvalidRequest,
     QueueFull,
+    RequestFailed,
     RequestOutput,
     Runtime,
     RuntimeFailed,
@@ -25,7 +26,7 @@ from tpworker import (
     SamplingParams,
 )
 from tpworker.ipc.arrays import unpack_int32
-from tpworker.ipc.messages import Abort, Submit
+from tpworker.ipc.messages import Abort, Failed, Submit
 from tpworker.runtime.choices import Choices
 from tpworker.runtime.logprobs import LogprobRecord
 from tpworker.runtime.requests import Bell, Requests
@@ -348,3 +349,20 @@ def test_a_priority_where_nobody_looks_at_it_is_refused(fake_runtime: MakeRuntim
             assert runtime.stats().open == 0
 
     run(main)
+
+
+def test_a_request_that_cannot_go_on_fails_alone() -> None:
+    async def main() -> None:
+        requests = Requests()
+        a, b = open_choices(requests, "a", 2), open_choices(requests, "b")
+        requests.deliver(step((a.requests[1], 0, 7)))
+        requests.fail(Failed(0, a.requests[1].number, "its grammar is too complex"))
+        requests.fail(Failed(0, 10_000, "nobody knows of it"))
+        assert (await a.take())[1].token_ids == (7,)
+        with pytest.raises(RequestFailed, match="request 'a' failed: its grammar is too complex"):
+            await a.take()
+        assert a.requests[1] not in requests
+        requests.deliver(step((b.requests[0], 0, 3), (a.requests[1], 1, 4), finished=[(0, "stop")]))
+        assert (await b.take())[1].token_ids == (3,)
+
+    asyncio.run(main())

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 
 import numpy as np
 from llguidance import LLExecutor, LLMatcher
-from llguidance.numpy import fill_next_token_bitmask_par
+from llguidance.numpy import fill_next_token_bitmask, fill_next_token_bitmask_par
 from numpy.typing import NDArray
 
 ALL = -1
 """A word of 32 tokens that may all be chosen."""
+SLOW_SECONDS = 0.0015
+"""Masks that take longer are filled by threads from then on. Most take 10 µs, and to hand 64 of them out
+takes as long as to fill them; those where a string of bounded length begins take milliseconds."""
+NUM_IN_PARALLEL = 64
+"""So many times; then one after the other is tried again."""
 
 
 class Masks:
@@ -24,11 +30,20 @@ class Masks:
 
     def __init__(self, memory: memoryview, num_words: int, num_threads: int) -> None:
         self._rows: NDArray[np.int32] = np.frombuffer(memory, np.int32).reshape(-1, num_words)
-        self._executor = LLExecutor(num_threads)
+        self._executor = LLExecutor(num_threads) if num_threads > 1 else None
+        self._num_in_parallel = 0  # times that are left of them
 
     def fill(self, matchers: list[tuple[LLMatcher, int]]) -> None:
         """Writes what each matcher allows next to its row. Other threads run meanwhile."""
-        fill_next_token_bitmask_par(self._executor, matchers, self._rows)
+        if self._executor is not None and self._num_in_parallel and len(matchers) > 1:
+            self._num_in_parallel -= 1
+            fill_next_token_bitmask_par(self._executor, matchers, self._rows)
+            return
+        began = time.monotonic()
+        for matcher, row in matchers:
+            fill_next_token_bitmask(matcher, self._rows, row)
+        if time.monotonic() - began > SLOW_SECONDS:
+            self._num_in_parallel = NUM_IN_PARALLEL
 
     def allow_all(self, row: int) -> None:
         """Every token may be chosen, those too that there are not."""

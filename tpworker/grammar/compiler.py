@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
+import time
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from tpworker.grammar.errors import GrammarError, cleaned
@@ -29,6 +31,8 @@ MAX_COMPILED = 256
 MAX_COMPILED_TEXT = 1 << 20
 """Characters of all grammars that are kept: 200 bytes of memory for each, in what is compiled of them."""
 NUM_TRIES = 3
+QUICK_SECONDS = 0.02
+"""What takes longer to compile is compiled once."""
 
 _T = TypeVar("_T")
 _stack_lock = threading.Lock()
@@ -58,6 +62,14 @@ def with_stack(num_bytes: int, work: Callable[[], _T]) -> _T:
     return made[0]
 
 
+@dataclass(slots=True)
+class _Originals:
+    """A grammar, compiled once or more often; what is used are copies."""
+
+    matchers: deque[LLMatcher]
+    wants_another: bool = True
+
+
 class Compiler:
     """Makes matchers of grammars. Every method may be called from several threads at once.
 
@@ -65,15 +77,20 @@ class Compiler:
         tokenizer_json: the text of the model's tokenizer.json.
         vocab_size: the model's logits; those beyond the tokenizer's tokens are never allowed.
         eos_ids: the tokens that end an output, and are allowed where the grammar is complete.
+        num_originals: how often a grammar is compiled at most, if that is quick. Copies of the same original
+            share a lock, and gain little from threads that fill their masks side by side.
 
     Raises:
         GrammarError: llguidance cannot read this tokenizer.
     """
 
-    def __init__(self, tokenizer_json: str, vocab_size: int, eos_ids: Sequence[int]) -> None:
+    def __init__(
+        self, tokenizer_json: str, vocab_size: int, eos_ids: Sequence[int], num_originals: int = 1
+    ) -> None:
         import llguidance
 
         self.vocab_size = vocab_size
+        self._num_originals = num_originals
         self._eos_ids = list(eos_ids)
         try:
             self._tokenizer = llguidance.LLTokenizer(
@@ -91,26 +108,27 @@ class Compiler:
             max_items_in_row=MAX_ITEMS,
             verbose_errors=False,
         )
-        self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
+        self._compiled: OrderedDict[str, _Originals] = OrderedDict()
         self._num_characters = 0
         self._lock = threading.Lock()
 
     def matcher(self, grammar: str) -> LLMatcher:
-        """A fresh matcher of a grammar's text, compiled if nobody came with it lately.
+        """A fresh matcher of a grammar's text, compiled if not enough came with it lately.
 
         Raises:
             GrammarError: it cannot be compiled.
         """
         with self._lock:
-            compiled = self._compiled.get(grammar)
-            if compiled is not None:
+            originals = self._compiled.get(grammar)
+            if originals is not None and not originals.wants_another:
                 self._compiled.move_to_end(grammar)
-                return compiled.deep_copy()
-        compiled = self._compile(grammar)
+                originals.matchers.rotate()
+                return originals.matchers[0].deep_copy()
+        began = time.monotonic()
+        original = self._compile(grammar)
         with self._lock:
-            if grammar not in self._compiled:
-                self._keep(grammar, compiled)
-            return compiled.deep_copy()
+            self._keep(grammar, original, time.monotonic() - began < QUICK_SECONDS)
+            return original.deep_copy()
 
     def try_out(self, grammar: str, num_tokens: int = 64) -> None:
         """Compiles a grammar, and goes a few steps with it, as an output at random would.
@@ -166,9 +184,14 @@ class Compiler:
 
         return LLMatcher(self._tokenizer, grammar, log_level=0, limits=self._limits)
 
-    def _keep(self, grammar: str, compiled: LLMatcher) -> None:
-        self._compiled[grammar] = compiled
-        self._num_characters += len(grammar)
+    def _keep(self, grammar: str, original: LLMatcher, is_quick: bool) -> None:
+        if grammar not in self._compiled:
+            self._compiled[grammar] = _Originals(deque(maxlen=self._num_originals))
+            self._num_characters += len(grammar)
+        originals = self._compiled[grammar]
+        originals.matchers.append(original)
+        originals.wants_another = is_quick and len(originals.matchers) < self._num_originals
+        self._compiled.move_to_end(grammar)
         while len(self._compiled) > MAX_COMPILED or self._num_characters > MAX_COMPILED_TEXT:
             dropped, _ = self._compiled.popitem(last=False)
             self._num_characters -= len(dropped)
