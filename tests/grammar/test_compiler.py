@@ -12,6 +12,7 @@ from tests.grammar.sampling import allowed_ids, refused, sampler_of
 from tests.grammar.tokenizers_of_tests import EOS_IDS, Extended
 from tpworker import StructuredOutputs
 from tpworker.grammar import Compiler, GrammarError, compiler, grammar_of
+from tpworker.grammar.errors import cleaned
 
 OBJECT = {"type": "object"}
 
@@ -123,6 +124,39 @@ def test_what_is_explosive_is_refused(name: str, compile_it: Compiler) -> None:
     with pytest.raises(GrammarError, match=words[name]) as caught:
         compile_it.try_out(of(**EXPLOSIVE[name]))
     assert len(str(caught.value)) < 700
+
+
+def test_a_part_that_is_false_is_not_what_is_wrong(compile_it: Compiler) -> None:
+    with pytest.raises(GrammarError, match=r"^not supported: unevaluatedProperties, at #/items$"):
+        compile_it.matcher(of(json={"items": {"unevaluatedProperties": False}}))
+
+
+@pytest.mark.parametrize("regex", ["\U00040000", "a[\U00040000-\U000bffff]"], ids=ascii)
+def test_what_the_models_tokens_cannot_write_is_refused(regex: str, compile_it: Compiler) -> None:
+    """The default model has no token for two of the bytes that characters begin with in UTF-8."""
+    with pytest.raises(GrammarError, match="none that the model's tokens can write"):
+        compile_it.try_out(of(regex=regex))
+
+
+UNCLOSED = "in a regular expression at character 2 of 'a(b': unclosed group"
+TOO_COMPLEX = "it is too complex: make its repetitions and patterns smaller"
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("Parser Error: so\n<state>\nTokens: [secret]\n</state>", "Parser Error: so"),
+        ("so it is\n<backtrace>\n   0: main\n", "so it is"),
+        ("so\n\nStack backtrace:\n   0: main", "so"),
+        ('at 3(7): unknown name: "x"\n   3 | a: x\n          ^\n', 'line 3, column 7: unknown name: "x"'),
+        ("at 1(8): invalid regex: regex parse error:\n    a(b\n     ^\nerror: unclosed group", UNCLOSED),
+        ("lexer error: too many expressions constructed\n<non-verbose/>", TOO_COMPLEX),
+        ("x" * 1000, "x" * 400 + "…"),
+    ],
+    ids=lambda value: value[:20],
+)  # fmt: skip
+def test_what_llguidance_says_is_told_in_a_line(said: str, told: str) -> None:
+    assert cleaned(said) == told
 
 
 def test_keywords_that_say_nothing_are_passed_over(compile_it: Compiler) -> None:

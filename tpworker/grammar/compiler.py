@@ -156,10 +156,8 @@ class Compiler:
                     break
                 bits[self._eos_ids] = 0
                 allowed = np.flatnonzero(bits)
-                if matcher.is_stopped() or (not len(allowed) and matcher.is_accepting()):
+                if not len(allowed) or matcher.is_stopped():
                     break
-                if not len(allowed):
-                    raise GrammarError("it leads to where none of the model's tokens goes on")
                 if not matcher.consume_token(int(chance.choice(allowed))):
                     raise GrammarError(cleaned(matcher.get_error()))
 

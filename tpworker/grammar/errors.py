@@ -20,7 +20,7 @@ _OURS = re.compile(r"^at 1\(8\): (failed to compile JSON schema|invalid regex)")
 """What users give as a schema or an expression stands there: in a line that is not theirs."""
 
 _MEANINGS = (
-    ("NoExtension", "no output can match it"),
+    ("NoExtension", "no output can match it, or none that the model's tokens can write"),
     ("too many expressions constructed", "it is too complex: make its repetitions and patterns smaller"),
     ("lexer precomputation failed", "it is too complex: make its repetitions and patterns smaller"),
     ("checking relevance of lexemes", "it is too large: make it smaller, or its repetitions and patterns"),
@@ -28,6 +28,7 @@ _MEANINGS = (
     ("Unable to determine if regex is empty", "its patterns together are too complex: give one"),
     ("oneOf constraints", "oneOf is supported where no two of its schemas can match alike: write anyOf"),
     ("retrieving it failed", "a $ref, or $schema, names another document: put its parts into $defs"),
+    ("forced bytes", "no output can match it, or none that the model's tokens can write"),
     ("panic: ", "llguidance fails on it"),
 )
 _TOO_MANY = re.compile(r"(\d+) items; max is (\d+)")
