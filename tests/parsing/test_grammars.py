@@ -30,7 +30,7 @@ FUNCTIONS = (
                 "city": {"type": "string", "maxLength": 12},
                 "days": {"type": "integer", "minimum": 0, "maximum": 9},
                 "unit": {"enum": ["c", "f"]},
-                "when": {"type": ["string", "null"]},
+                "when": {"type": ["string", "null", "integer"]},
             },
             "required": ["city"],
         },
@@ -220,7 +220,7 @@ def test_calls_are_let_through_as_templates_write_them(
 ) -> None:
     """Several of them only where they may be several."""
     vocabulary = vocabularies[marks]
-    one: Call = ("get_weather", {"city": "Paris", "days": 3, "unit": "c"})
+    one: Call = ("get_weather", {"city": "Paris", "days": 3, "unit": "c", "when": "3 o'clock"})
     other: Call = ("look_up", {"tags": ["a", "b"], "note": None, "kind": THINK, "deep": {"x": True}})
     for is_required in (True, False):
         for is_parallel in (True, False):
@@ -267,6 +267,24 @@ def test_only_the_functions_given_are_called(vocabularies: dict[str, Vocabulary]
         ids = sample(matcher_of(vocabulary, grammar), [], [], rng)
         assert ids is not None
         assert calls(parsed([vocabulary.text(ids)], tools, FUNCTIONS)) == [("get", "{}")]
+
+
+@pytest.mark.parametrize("marks", ["characters", "tokens", "special tokens"])
+@pytest.mark.parametrize("name", TOOL_FORMATS)
+def test_a_schema_may_spell_tokens(vocabularies: dict[str, Vocabulary], name: str, marks: str) -> None:
+    """They are offered where there is no other way to go on, and refused then, if that is not forbidden."""
+    vocabulary, tools = vocabularies[marks], TOOL_FORMATS[name]
+    key = "key" if name in ("glm45", "qwen3_coder") else THINK  # keys between tags have no `<`
+    schema = {"type": "object", "properties": {key: {"const": "<tool_call>x"}}, "required": [key]}
+    functions = (Function("f", schema),)
+    grammar = tools.grammar(functions, is_required=True, is_parallel=False, special_ids=vocabulary.added)
+    matcher = matcher_of(vocabulary, grammar)
+    ids: list[int] = []
+    while not (mask := allowed(matcher))[EOS]:
+        ids.append(int(np.flatnonzero(mask)[-1]))  # the added ones are last
+        assert matcher.consume_token(ids[-1]), matcher.get_error()
+    [(_, arguments)] = calls(parsed([vocabulary.text(ids)], tools, functions))
+    assert json.loads(arguments) == {key: "<tool_call>x"}
 
 
 @pytest.mark.parametrize("name", ["glm45", "qwen3_coder"])

@@ -103,9 +103,9 @@ def read_object(
         if key is None or (yield from reader.peek()) != ":":
             return _broken(reader, call)
         reader.take()
-        yield from reader.run(SPACE)
         if is_bare and not call.has_begun and key not in _BEFORE_NAME:
             return Outcome.NO_CALL
+        yield from reader.run(SPACE)
         if not (yield from _read_member(reader, call, key, end)):
             return _broken(reader, call)
         is_sure = not is_bare or call.name in known or call.has_arguments

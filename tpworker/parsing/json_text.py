@@ -48,13 +48,12 @@ def raw_value(reader: Reader, sink: Sink, end: str | None) -> Reading[bool]:
 def _raw_string(reader: Reader, sink: Sink, end: str | None) -> Reading[None]:
     """Takes a string and its closing quote, behind the opening one."""
     plain = _PLAIN
-    is_broken = False
     while True:
         yield from reader.while_(plain, sink)
         character = yield from reader.peek()
         if not character:
             return
-        if is_broken and end and character == end[0] and (yield from comes(reader, end)):
+        if end and character == end[0] and (yield from comes(reader, end)):
             return
         sink(reader.take())
         if character == '"':
@@ -63,8 +62,7 @@ def _raw_string(reader: Reader, sink: Sink, end: str | None) -> Reading[None]:
             if not (yield from reader.peek()):
                 return
             sink(reader.take())
-        elif character < " " and not is_broken:
-            is_broken = True
+        elif character < " ":  # it is broken: from here on the end counts
             plain = _stopping(r'"\\', end)
 
 
