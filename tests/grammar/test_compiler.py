@@ -10,7 +10,7 @@ import pytest
 
 from tests.grammar.sampling import allowed_ids, refused, sampler_of
 from tests.grammar.tokenizers_of_tests import EOS_IDS, Extended
-from tpworker import StructuredOutputs
+from tpworker import StructuredOutputs, Thinking
 from tpworker.grammar import Compiler, GrammarError, compiler, grammar_of
 from tpworker.grammar.errors import cleaned
 
@@ -293,3 +293,46 @@ def test_many_threads_get_matchers(compile_it: Compiler) -> None:
 def test_a_tokenizer_that_cannot_be_read(text: str) -> None:
     with pytest.raises(GrammarError, match="cannot read the model's tokenizer"):
         Compiler(text, 100, [0])
+
+
+@pytest.mark.parametrize(
+    "held", [{"json": {"required": ["a"], "properties": {"a": {"const": 1}}}}, {"json_object": True}]
+)
+def test_white_space_comes_to_an_end(real_model: Path, held: dict[str, Any]) -> None:
+    """A model that would write nothing else has to go on."""
+    sampler = sampler_of(real_model)
+    matcher = sampler.compiler.matcher(of(**held))
+    (space,), (brace,) = (sampler.tokenizer.encode(text).ids for text in " {")
+    assert matcher.consume_token(brace)
+    spaces = 0
+    while space in allowed_ids(matcher, sampler.vocab_size):
+        assert matcher.consume_token(space)
+        spaces += 1
+        assert spaces <= 64
+    assert spaces == 64
+
+
+@pytest.mark.parametrize(
+    "held",
+    [
+        {"json": {"enum": ["<|im_start|>"]}},
+        {"json": {"required": ["<|im_end|>"], "properties": {"<|im_end|>": {"type": "integer"}}}},
+        {"choice": ["<|im_start|>a"]},
+        {"regex": r"<\|im_start\|>b"},
+        {"grammar": 'start: "<|im_start|>"'},
+        {
+            "json": {"const": "<|im_end|>"},
+            "behind": {"start": "<|im_start|>", "end": "<|im_end|>", "is_open": True},
+        },
+    ],
+)
+def test_what_is_held_may_spell_a_special_token(real_model: Path, held: dict[str, Any]) -> None:
+    """It is written in other tokens."""
+    sampler = sampler_of(real_model)
+    if isinstance(behind := held.get("behind"), dict):
+        held = held | {"behind": Thinking(**behind)}
+    grammar = grammar_of(StructuredOutputs(**held), special_ids=sampler.compiler.special_ids)
+    for seed in range(5):
+        tokens = sampler.sample(grammar, seed)
+        if "behind" not in held:
+            assert not set(tokens) & set(sampler.compiler.special_ids.values())

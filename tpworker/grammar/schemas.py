@@ -10,6 +10,9 @@ _ONE = (
     "additionalItems", "additionalProperties", "contains", "else", "if", "items", "not", "propertyNames",
     "then", "unevaluatedItems", "unevaluatedProperties",
 )  # fmt: skip
+ANY_OBJECT = '{"type":"object"}'
+SPACE = r"[ \t\r\n]{0,64}"
+"""Between two parts of a JSON text: a new line and fifteen levels of four spaces."""
 _SAY_NOTHING = (("uniqueItems", False), ("unevaluatedProperties", True), ("unevaluatedItems", True))
 _LISTS = ("allOf", "anyOf", "items", "oneOf", "prefixItems")
 _NAMED = ("$defs", "definitions", "dependentSchemas", "patternProperties", "properties")
@@ -73,12 +76,24 @@ def compact(schema: Any) -> str:
 
 
 def as_llguidance_takes_it(schema: Any) -> Any:
-    """A schema without the keywords that llguidance refuses and that say nothing as they are here."""
+    """A schema without the keywords that llguidance refuses and that say nothing as they are here.
+
+    How much white space stands between two parts is bounded, unless the schema says it: a model that has begun
+    with it may else never come to an end.
+    """
 
     def without(one: dict[str, Any]) -> dict[str, Any]:
         return {key: value for key, value in one.items() if (key, value) not in _SAY_NOTHING}
 
-    return mapped(schema, without)
+    schema = mapped(schema, without)
+    if schema is True:
+        schema = {}
+    return {"x-guidance": {"whitespace_pattern": SPACE}, **schema} if isinstance(schema, dict) else schema
+
+
+def as_held(schema: str) -> str:
+    """A schema's text, as it stands in a grammar."""
+    return compact(as_llguidance_takes_it(json.loads(schema)))
 
 
 def _escaped(name: str) -> str:

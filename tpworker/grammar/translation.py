@@ -9,12 +9,13 @@ from typing import NamedTuple
 from tpworker.errors import InvalidRequest
 from tpworker.grammar.gbnf import is_gbnf, lark_of_gbnf
 from tpworker.grammar.marks import Marks, literal
-from tpworker.grammar.schemas import as_llguidance_takes_it, compact
+from tpworker.grammar.schemas import ANY_OBJECT, as_held
 from tpworker.grammar.structural_tags import StructuralTags
 from tpworker.ipc.messages import MAX_GRAMMAR
 from tpworker.structured_outputs import PARAMETER, StructuredOutputs, Thinking
 
 _NO_TOKENS: Mapping[str, int] = {}
+_NOT_FORCED = '%llguidance {"no_forcing": true}'
 
 
 class _Grammars(NamedTuple):
@@ -44,7 +45,7 @@ def grammar_of(outputs: StructuredOutputs, *, special_ids: Mapping[str, int] = _
     grammars = _held(outputs, marks)
     if outputs.behind is not None:
         grammars = _behind(grammars, outputs.behind, marks)
-    text = grammars.text()
+    text = _spelling(grammars, special_ids).text()
     if len(text) > MAX_GRAMMAR:
         raise InvalidRequest(
             f"{PARAMETER}.{outputs.kinds[0]} makes a grammar of {len(text)} characters; the limit is "
@@ -54,12 +55,20 @@ def grammar_of(outputs: StructuredOutputs, *, special_ids: Mapping[str, int] = _
     return text
 
 
+def _spelling(grammars: _Grammars, special_ids: Mapping[str, int]) -> _Grammars:
+    """Grammars as they are, unless they may spell the name of an added token. Where that text is the only one
+    that may come, llguidance 1.9 allows the token alone, and then does not take it."""
+    texts = [text.replace("\\", "") for text in (grammars.main, *grammars.others.values())]
+    if not any(name in text for name in special_ids for text in texts):
+        return grammars
+    return grammars._replace(main=f"{grammars.main}\n{_NOT_FORCED}\n")
+
+
 def _held(outputs: StructuredOutputs, marks: Marks) -> _Grammars:
     if outputs.json is not None:
-        schema = as_llguidance_takes_it(json.loads(str(outputs.json)))
-        return _Grammars(f"start: %json {compact(schema)}\n")
+        return _Grammars(f"start: %json {as_held(str(outputs.json))}\n")
     if outputs.json_object:
-        return _Grammars('start: %json {"type":"object"}\n')
+        return _Grammars(f"start: %json {as_held(ANY_OBJECT)}\n")
     if outputs.regex is not None:
         return _Grammars(f"start: {_regex(outputs.regex)}\n")
     if outputs.choice:

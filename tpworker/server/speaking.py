@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tpworker.errors import InvalidRequest
+from tpworker.grammar.schemas import ANY_OBJECT, as_held
 from tpworker.parsing import ToolFormat
 from tpworker.server.dialect import Dialect
 from tpworker.server.hidden import hidden_names
@@ -96,5 +97,5 @@ def _calls_or_answer(calls: str, held: Held) -> str:
     """
     start, colon, rules = calls.partition(":")
     assert start + colon == "start:", calls
-    schema = held.outputs(None).json or '{"type":"object"}'
+    schema = as_held(str(held.outputs(None).json or ANY_OBJECT))
     return f"start: calls | answer\ncalls:{rules}answer: %json {schema}\n"
