@@ -234,6 +234,8 @@ def test_calls_are_let_through_as_templates_write_them(
                 ("", [("get", {"a": 1})], False),
                 ("", [("get_weather", {"days": 1})], False),
                 ("", [("look_down", {})], False),
+                ("", [("match", {"id": "ab/1", "mix": 5, "all": "abc"})], True),
+                ("", [("match", {"id": "ab/1", "mix": 9, "all": "abc"})], False),
             ]:
                 text = family.write(before, written).replace(', "id": "a1b2c3d4e"', "")
                 ids = vocabulary.tokens(text)
