@@ -324,7 +324,7 @@ def test_the_process_imports_neither_torch_nor_transformers() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["messages", "self", "tools", "documents", "tokenize", "chat_template", "conversation", "loop",
+    ["messages", "self", "documents", "tokenize", "chat_template", "conversation", "loop",
      "raise_exception", "namespace", "return_dict", "no identifier", "", "1st", "not", "true"],
 )  # fmt: skip
 def test_names_that_clients_cannot_give(name: str) -> None:
@@ -333,6 +333,13 @@ def test_names_that_clients_cannot_give(name: str) -> None:
         tokenizer.apply_chat_template(HI, **{name: []})
     assert caught.value.parameter == "chat_template_kwargs"
     assert repr(name) in str(caught.value)
+
+
+def test_tools_are_the_templates_own() -> None:
+    tokenizer = chatting("{{ tools[0].function.name if tools is not none else 'none' }}")
+    assert tokenizer.apply_chat_template(HI) == "none"
+    tool = {"type": "function", "function": {"name": "f"}}
+    assert tokenizer.apply_chat_template(HI, tools=(tool,)) == "f"
 
 
 def nested(depth: int) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tpworker.server.hidden import HiddenNames, Hiding, hidden_names
@@ -35,6 +35,7 @@ def test_all_at_once(text: str, left: str) -> None:
     assert hide(HiddenNames(NAMES), [text]) == left
 
 
+@settings(deadline=None)
 @given(st.lists(st.text("<pad>x[B]|", max_size=6), max_size=8))
 @example(["[<pad>", "B]"])
 @example(["<", "<pa", "d>"])
@@ -43,6 +44,7 @@ def test_nothing_of_them_is_told_and_nothing_else_is_lost(pieces: list[str]) -> 
     assert hide(names, pieces) == re.sub(r"<pad>|\[B\]", "", "".join(pieces))
 
 
+@settings(deadline=None)
 @given(st.text("<pad>x[B]|", max_size=20))
 def test_no_more_is_held_back_than_may_be_a_name(text: str) -> None:
     names = HiddenNames(NAMES)

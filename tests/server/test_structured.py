@@ -128,6 +128,12 @@ def test_what_is_not_known_of_it_is_told(server: LiveServer) -> None:
             "response_format.json_schema.schema",
             "response_format.json_schema.schema nests objects and lists deeper than 100 levels",
         ),
+        (
+            {"response_format": json_schema(strict="yes")},
+            "response_format.json_schema.strict",
+            "response_format.json_schema.strict='yes': it should be true or false",
+        ),
+        ({"response_format": json_schema(name=5)}, "response_format.json_schema.name", "a string"),
         ({"structured_outputs": {}}, "structured_outputs", "has none of them: give exactly one of json"),
         (
             {"structured_outputs": {"regex": "a", "json": {}}},
@@ -139,7 +145,7 @@ def test_what_is_not_known_of_it_is_told(server: LiveServer) -> None:
         ({"structured_outputs": [1]}, "structured_outputs", "[1]"),
         ({"guided_json": "{"}, "guided_json", "guided_json is not valid JSON"),
         ({"guided_json": 5}, "guided_json", "guided_json=5: it should be a JSON object, or JSON of one"),
-        ({"guided_choice": [""]}, "guided_choice", "guided_choice=('',): must be 1 to 10000 strings"),
+        ({"guided_choice": [""]}, "guided_choice", "must be 1 to 10000 strings, none of them empty"),
         ({"guided_choice": "ab"}, "guided_choice", "'ab'"),
         ({"guided_regex": ""}, "guided_regex", "guided_regex='': must be a string of 1 to"),
         ({"guided_regex": "a", "ebnf": "b"}, "ebnf", "guided_regex and ebnf all say what"),

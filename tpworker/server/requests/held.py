@@ -19,8 +19,16 @@ from pydantic import BeforeValidator, WithJsonSchema, model_validator
 
 from tpworker.errors import InvalidRequest, shown
 from tpworker.server.ignored import ignore
-from tpworker.server.requests.fields import Body
-from tpworker.structured_outputs import KINDS, PARAMETER, StructuredOutputs, Thinking
+from tpworker.server.requests.fields import Body, bounds
+from tpworker.structured_outputs import (
+    KINDS,
+    MAX_GRAMMAR_TEXT,
+    MAX_REGEX,
+    MAX_STRINGS,
+    PARAMETER,
+    StructuredOutputs,
+    Thinking,
+)
 
 _OBJECT: dict[str, Any] = {"type": "object"}
 _SCHEMA: dict[str, Any] = {"anyOf": [_OBJECT, {"type": "string"}]}
@@ -126,12 +134,25 @@ def format_held(value: Mapping[str, Any], name: str = "", flat: bool = False) ->
             return Held("json_object", True, name.rstrip("."))
         return Held("json", _object(schema, name, "schema"), f"{name}schema")
     if flat:
+        _check_labels(value, name, "")
         return Held("json", _object(value.get("schema"), name, "schema"), f"{name}schema")
     inner = _object(value.get("json_schema"), name, "json_schema")
+    _check_labels(inner, name, "json_schema.")
     for known_name in (one for one in inner if one not in ("name", "schema", "strict", "description")):
         ignore(f"{name}json_schema.{known_name}")
     schema = _object(inner.get("schema"), name, "json_schema.schema")
     return Held("json", schema, f"{name}json_schema.schema")
+
+
+def _check_labels(labels: Mapping[str, Any], name: str, place: str) -> None:
+    """What stands beside a schema changes nothing here, but must be what it should."""
+    for label, kind in (("name", str), ("description", str), ("strict", bool)):
+        value = labels.get(label)
+        if value is not None and type(value) is not kind:
+            what = "true or false" if kind is bool else "a string"
+            raise InvalidRequest(
+                f"{name}{place}{label}={shown(value)}: it should be {what}", f"{place}{label}"
+            )
 
 
 def _object(value: Any, name: str, parameter: str) -> Mapping[str, Any]:
@@ -197,15 +218,15 @@ class HeldOutput(Body):
     """With exactly one of json, json_object, regex, choice, grammar (Lark or GBNF), structural_tag."""
     guided_json: Schema = None
     """Older names of the same."""
-    guided_regex: str | None = None
-    guided_choice: list[str] | None = None
-    guided_grammar: str | None = None
+    guided_regex: str | None = bounds(minLength=1, maxLength=MAX_REGEX)
+    guided_choice: list[str] | None = bounds(minItems=1, maxItems=MAX_STRINGS)
+    guided_grammar: str | None = bounds(minLength=1, maxLength=MAX_GRAMMAR_TEXT)
     structural_tag: Schema = None
     json_schema: Schema = None
     """SGLang's names."""
-    regex: str | None = None
-    ebnf: str | None = None
-    grammar: str | None = None
+    regex: str | None = bounds(minLength=1, maxLength=MAX_REGEX)
+    ebnf: str | None = bounds(minLength=1, maxLength=MAX_GRAMMAR_TEXT)
+    grammar: str | None = bounds(minLength=1, maxLength=MAX_GRAMMAR_TEXT)
     """llama.cpp's name."""
 
     @property
