@@ -87,6 +87,29 @@ def test_a_model_whose_template_knows_no_tools_is_told_of_them(start: Start) -> 
     assert behind == f"Hi[assistant]{hermes(('weather', PARIS))}[user]{told}\n{told}[assistant]"
 
 
+NO_SYSTEM = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
+    "{% if 'bad' in messages[-1].content %}{{ raise_exception('bad it is') }}{% endif %}" + PLAIN
+)
+
+
+def test_a_template_without_a_system_message_has_the_user_tell_of_tools(start: Start) -> None:
+    server = start(fake("ok", NO_SYSTEM))
+    part = {"type": "text", "text": "Hi"}
+    for content, behind in (("Hi", "\n\nHi"), ([part], "\nHi")):
+        messages = [{"role": "user", "content": content}]
+        assert server.post(CHAT, json=BODY | {"messages": messages}).status_code == 200
+        prompt = server.runtime.requests[-1][0]
+        assert prompt.startswith("[user]You may call functions")
+        assert prompt.endswith(f"</tool_call>{behind}[assistant]")
+    for messages, words in (
+        ([{"role": "system", "content": "a"}, USER], "no system here"),
+        ([{"role": "user", "content": "bad"}], "bad it is"),
+    ):
+        error = error_of(server.post(CHAT, json=BODY | {"messages": messages}))
+        assert (error["param"], words in error["message"]) == ("messages", True)
+
+
 def test_a_model_that_cannot_be_told_of_tools(start: Start) -> None:
     for options, words in (
         ({"tool_call_parser": "none"}, "not taken by this server (--tool-call-parser none)"),

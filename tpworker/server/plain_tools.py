@@ -27,11 +27,24 @@ To call a function, write its name and its arguments as one JSON object between 
 
 def told_of(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> list[Message]:
     """Messages whose first one, the system's, tells of tools."""
-    told = _TOLD.format("\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools))
+    told = _told(tools)
     if messages and messages[0]["role"] == "system":
         first, *others = messages
         return [_with_text(first, told), *others]
     return [{"role": "system", "content": told}, *messages]
+
+
+def told_to_user(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> list[Message]:
+    """Messages whose first one, the user's, begins with that."""
+    first, *others = messages
+    content = first["content"]
+    if isinstance(content, str):
+        return [{**first, "content": f"{_told(tools)}\n\n{content}"}, *others]
+    return [{**first, "content": [{"type": "text", "text": _told(tools)}, *content]}, *others]
+
+
+def _told(tools: Sequence[Mapping[str, Any]]) -> str:
+    return _TOLD.format("\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools))
 
 
 def in_plain_words(messages: Sequence[Message]) -> list[Message]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, WrapValidator, model_validator
@@ -12,7 +13,7 @@ from pydantic.config import JsonDict
 from tpworker.chat.variables import NAMES, check_variables
 from tpworker.errors import InvalidRequest
 from tpworker.server.dialect import Dialect
-from tpworker.server.plain_tools import in_plain_words, told_of
+from tpworker.server.plain_tools import in_plain_words, told_of, told_to_user
 from tpworker.server.requests.fields import Body, bounds, check_depth
 from tpworker.server.requests.tools import MAX_TOOLS, FunctionName, Tools
 from tpworker.server.requests.unsupported import MESSAGE
@@ -187,16 +188,20 @@ class Conversation(Body):
         tools = [tool.function.for_template() for tool in self.tools or ()] or None
         if not dialect.shows_calls:
             messages = in_plain_words(messages)
-        if tools is not None and not dialect.shows_tools:
-            messages = told_of(messages, tools) if dialect.tells_tools else messages
-            tools = None
-        return tokenizer.apply_chat_template(
-            messages,
-            tools=tools,
+        render = partial(
+            tokenizer.apply_chat_template,
             add_generation_prompt=self.add_generation_prompt is not False,
             continue_final_message=bool(self.continue_final_message),
             **variables,
         )
+        if tools is None or dialect.shows_tools or not dialect.tells_tools:
+            return render(messages, tools=tools if dialect.shows_tools else None)
+        try:
+            return render(told_of(messages, tools))
+        except InvalidRequest:
+            if messages[0]["role"] != "user":
+                raise
+            return render(told_to_user(messages, tools))  # templates that take no system's message
 
     @model_validator(mode="after")
     def _variables_can_be_given(self) -> Conversation:
