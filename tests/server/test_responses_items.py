@@ -152,7 +152,8 @@ def test_the_openai_client_goes_round(start: Start) -> None:
     client.create(model=MODEL, input=history, tools=tools)
     prompt = server.runtime.requests[-1][0].partition("[user]")[2]
     assert prompt == (
-        f"Hi[assistant]({call.call_id} weather: [('city', 'Paris'), ('days', 3)])[tool]sun[assistant]"
+        f"Hi[assistant]({call.call_id} weather: [('city', 'Paris'), ('days', 3)])"
+        f"[tool{call.call_id}]sun[assistant]"
     )
     with client.stream(model=MODEL, input="Hi", tools=[{**FLAT, "strict": True}]) as stream:  # type: ignore[list-item]
         kinds = {event.type for event in stream}

@@ -49,7 +49,7 @@ def test_what_the_template_is_given(start: Start) -> None:
     empty = {"type": "object", "properties": {}}
     assert told == [WEATHER, {"type": "function", "function": {"name": "time", "parameters": empty}}]
     assert prompt.partition("[user]")[2] == (
-        "Hi[assistant](call_1 weather: [('city', 'Bonn')])[tool]rain[assistant](call_1 time: [])[tool]now"
+        "Hi[assistant](call_1 weather: [('city', 'Bonn')])[toolcall_1]rain[assistant](call_1 time: [])[tool]now"
         "[assistant]"
     )
 
@@ -64,7 +64,10 @@ def test_an_answer_goes_back_with_its_result(start: Start) -> None:
     result = {"role": "tool", "tool_call_id": call.id, "content": "sun"}
     history: Any = [USER, message, result]
     client.create(model=MODEL, messages=history, tools=tools)
-    assert f"({call.id} weather: [('city', 'Paris'), ('days', 3)])[tool]sun" in server.runtime.requests[-1][0]
+    assert (
+        f"({call.id} weather: [('city', 'Paris'), ('days', 3)])[tool{call.id}]sun"
+        in server.runtime.requests[-1][0]
+    )
 
 
 PLAIN = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"

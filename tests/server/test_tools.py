@@ -20,7 +20,7 @@ Start = Callable[..., LiveServer]
 
 TEMPLATE = (
     "{% for t in tools or [] %}<tool>{{ t | tojson }}</tool>{% endfor %}"
-    "{% for m in messages %}[{{ m.role }}]{{ m.content }}"
+    "{% for m in messages %}[{{ m.role }}{{ m.tool_call_id }}]{{ m.content }}"
     "{% for c in m.tool_calls or [] %}"
     "({{ c.id }} {{ c.function.name }}: {{ c.function.arguments.items() | list }})"
     "{% endfor %}{% endfor %}[assistant]"
@@ -256,6 +256,11 @@ def test_marks_that_are_special_tokens_are_found_and_others_are_no_text(start: S
     )
     assert server.runtime.requests[-1][1].skip_special_tokens is True
     assert both(server, skip_special_tokens=False)[0]["content"].strip() == "[OTHER]We[OT]ll<pad>."
+
+
+def test_what_only_begins_as_a_special_token_does_is_told_in_the_end(start: Start) -> None:
+    server = start(fake("Well [OTH", special=["[TOOL_CALLS]", "[OTHER]"]), tool_call_parser="mistral")
+    assert both(server)[0]["content"] == "Well [OTH"
 
 
 def test_marks_that_are_none_leave_special_tokens_out(start: Start) -> None:
