@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from benchmarks.common.report import Summary, machine, quantile
 from benchmarks.common.timeline import steady_steps
+from benchmarks.serving import schemas
+from benchmarks.serving.schema_suite import ALL_KINDS, SUITE, Entry, kinds_of, read_suite
 from tests.conftest import TINY_CONFIG
 from tests.observe.fake_nvml import FakeGpu, FakeNvml
 from tpworker.outputs import StepRecord
@@ -90,16 +94,25 @@ def test_host(tmp_path: Path) -> None:
     assert written["idle_percent_of_a_core"].keys() == {"scheduler", "rank 0", "other ranks", "runtime"}
 
 
+def spelling_model(folder: Path) -> Path:
+    """A model without weights, whose tokens are bytes."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(TINY_CONFIG | {"max_position_embeddings": 4096}))
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<eos>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    (folder / "generation_config.json").write_text('{"eos_token_id": 256}')
+    return folder
+
+
 @pytest.mark.parametrize("is_pair", [False, True])
 def test_serve(tmp_path: Path, is_pair: bool) -> None:
     """Overlap off and on, or whatever two servers are to be compared."""
-    model = tmp_path / "model"
-    model.mkdir()
-    (model / "config.json").write_text(json.dumps(TINY_CONFIG))
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
-    tokenizer.save(str(model / "tokenizer.json"))
-    (model / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    model = spelling_model(tmp_path / "model")
     options = [
         "--model",
         str(model),
@@ -125,6 +138,99 @@ def test_serve(tmp_path: Path, is_pair: bool) -> None:
         assert all(len(figures) == 2 for figures in rounds.values())
         assert min(rounds["total time, s"]) > 0
         assert min(rounds["step gap p50, µs"]) >= 0
+
+
+SCHEMAS = [
+    {"name": "colour", "schema": {"enum": ["red", "green"]}},
+    {"name": "list", "schema": {"type": "array", "items": {"type": "string"}, "minItems": 30}},
+    {"name": "digit", "schema": {"type": "integer", "minimum": 0, "maximum": 9}},
+]
+
+
+def test_schemas(tmp_path: Path) -> None:
+    model, suite = spelling_model(tmp_path / "model"), tmp_path / "suite.json"
+    options = ["--model", str(model), "--load-format", "dummy", "--suite", str(suite), "--concurrency", "4"]
+    small = ["--outputs", "9", "--compared", "5", "--max-tokens", "20", "--json", str(tmp_path / "out.json")]
+    suite.write_text(json.dumps(SCHEMAS))
+    done = bench("schemas", *options, *small)
+    assert done.returncode == 0, done.stderr
+    assert "tokens/s with schemas" in done.stdout
+    written = json.loads((tmp_path / "out.json").read_text())
+    found = {(output["name"], output["reason"], output["fault"]) for output in written["outputs"]}
+    assert found == {("colour", "stop", ""), ("list", "length", ""), ("digit", "stop", "")}
+    assert [output["seed"] for output in written["outputs"]] == list(range(9))
+    speeds = written["tokens_per_second"]
+    assert min(speeds["with"] + speeds["without"]) > 0
+    assert len(speeds["with"]) == len(speeds["without"]) == 3
+
+
+def test_the_kinds_of_schemas() -> None:
+    def kinds(**schema: Any) -> set[str]:
+        return set(Entry("x", schema).kinds)
+
+    link = {"properties": {"next": {"$ref": "#/$defs/link"}}}
+    inner = {"properties": {"a": {"type": "string"}}}
+    assert kinds() == kinds(type="object", properties={"a": {}}) == {"others"}
+    assert kinds(type=["string", "null"]) == kinds(anyOf=[{}]) == {"unions"}
+    assert kinds(properties={"b": inner}) == {"nested objects"}
+    assert kinds(items={"minimum": 1}) == {"arrays", "bounds"}
+    assert kinds(properties={"a": {"$ref": "#"}}) == {"refs", "recursion"}
+    assert kinds(properties={"a": {"$ref": "#/$defs/b"}}, **{"$defs": {"b": {}}}) == {"refs"}
+    assert kinds(**{"$ref": "#/$defs/link", "$defs": {"link": link}}) >= {"recursion"}
+    entries = read_suite(SUITE)
+    assert sum(len(names) for names in kinds_of(entries).values()) >= len(entries)
+    assert set(kinds_of(entries)) == set(ALL_KINDS), "the suite lacks a kind"
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ('{"a": 1}', ""),
+        ('{"a": 1', "no JSON: Expecting"),
+        ("[" * 100_000, "no JSON: "),
+        ('{"a": 11}', "$.a: 11 is greater"),
+        ('{"a": 1, "ip": "1.2.3"}', "is not a 'ipv4'"),
+    ],
+)
+def test_invalid_outputs_are_told(text: str, told: str) -> None:
+    properties = {"a": {"type": "integer", "maximum": 10}, "ip": {"type": "string", "format": "ipv4"}}
+    found = Entry("x", {"type": "object", "properties": properties}).why_invalid(text)
+    assert told in found
+    assert bool(told) == bool(found)
+
+
+def test_one_invalid_output_is_the_end_of_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def found(fault: str) -> int:
+        faults = [""] * 7 + [fault] + [""]
+        outputs = [schemas.Output("person", i, "{}", 4, "stop", fault) for i, fault in enumerate(faults)]
+        rounds = [schemas.Round(outputs, 2.0)]
+
+        async def measured(*_: object) -> tuple[list[schemas.Round], ...]:
+            return rounds, rounds, []
+
+        monkeypatch.setattr(schemas, "_measure", measured)
+        return schemas.run(options)
+
+    parser = argparse.ArgumentParser()
+    schemas.add_options(parser)
+    options = parser.parse_args([], argparse.Namespace(json=None))
+    assert found("") == 0
+    assert "invalid: " not in capsys.readouterr().out
+    assert found("$.age: 151 is greater") == 1
+    assert "invalid: person, seed 7: $.age: 151 is greater" in capsys.readouterr().out
+
+
+def test_a_suite_that_is_none_is_refused(tmp_path: Path) -> None:
+    for number, text in enumerate(("{", "[1]", "[]", json.dumps(SCHEMAS[:1] * 2))):
+        suite = tmp_path / f"{number}.json"
+        suite.write_text(text)
+        with pytest.raises(ValueError, match=f"{number}.json"):
+            read_suite(suite)
+    done = bench("schemas", "--suite", str(tmp_path / "none.json"))
+    assert done.returncode == 2
+    assert "none.json" in done.stderr
 
 
 def test_the_steps_drawn_are_plain_decodes_of_one_batch() -> None:
