@@ -135,10 +135,9 @@ class Guides:
         self._num_answered = step + 1
         self._write()
 
-    @property
-    def missing(self) -> int | None:
-        """The first step whose masks are not written; None: all are that are waited for."""
-        return self._due[0].step if self._due else None
+    def has_written(self, step: int) -> bool:
+        """Whether a step has its masks, if it needs any."""
+        return self._board.num_written > step
 
     def _write(self) -> None:
         while self._due and self._due[0].step < self._num_answered + TURNS and self._all_known(self._due[0]):

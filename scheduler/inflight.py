@@ -60,6 +60,11 @@ class InFlightPlans:
     def __len__(self) -> int:
         return len(self._plans)
 
+    @property
+    def oldest(self) -> InFlight:
+        """The one that is the next to be answered; there must be one."""
+        return self._plans[0]
+
     def has_room(self) -> bool:
         """Whether one more plan may be streamed before the oldest is answered."""
         return len(self._plans) < self._limit

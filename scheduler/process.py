@@ -67,6 +67,10 @@ class StepTimeout(Exception):
         self.missing = missing
 
 
+class MasksUnwritten(Exception):
+    """It is this process that keeps the ranks waiting: all before a step is answered, and it has no masks."""
+
+
 class Scheduler:
     """Composes plans from requests, streams them to the ranks, commits their results.
 
@@ -303,11 +307,12 @@ class Scheduler:
             f"launched {row[Field.LAUNCHED]}, completed {row[Field.COMPLETED]}"
             for row in rows
         )
-        if (step := self.guides.missing) is not None:
-            places += f"; masks of step {step} are not written"
+        late = f"was not answered within {self.settings.step_timeout:g} s (--step-timeout)"
+        oldest = self.in_flight.oldest
+        if oldest.guided and not self.guides.has_written(oldest.step):
+            raise MasksUnwritten(f"step {oldest.step} {late}: its masks have not been written; {places}")
         raise StepTimeout(
-            f"a step was not answered within {self.settings.step_timeout:g} s (--step-timeout); "
-            f"steps of each rank: {places}",
+            f"a step {late}; steps of each rank: {places}",
             behind if len(behind) < len(rows) or len(rows) == 1 else [],
         )
 

@@ -22,6 +22,7 @@ killed = Ending(RANK1, -signal.SIGKILL, None)
 raised = reported(RANK1, "ValueError", "bad weights")
 aborted = Ending(RANK0, -signal.SIGABRT, None)
 waited = reported(RANK0, "BarrierTimeout", "rank 1 did not come", (1,))
+maskless = reported(RANK0, "MasksMissing", "step 5: no masks")
 lost = reported(
     RANK0, "RuntimeError", "[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]"
 )
@@ -40,6 +41,9 @@ lost = reported(
         (reported(RANK0, "StreamBroken", "BarrierTimeout: rank 1 did not come", (1,)), Kind.WAITED),
         (reported(SCHEDULER, "StepTimeout", "not answered"), Kind.WAITED),
         (reported(SCHEDULER, "ChannelError", "tpworker-rank1 did not connect within 5 s"), Kind.WAITED),
+        (maskless, Kind.WAITED),
+        (reported(RANK0, "StreamBroken", "MasksMissing: step 5: no masks"), Kind.WAITED),
+        (reported(SCHEDULER, "MasksUnwritten", "step 5"), Kind.RAISED),
         (lost, Kind.LOST),
         (reported(RANK0, "RuntimeError", "Read error [127.0.0.1]:1: Connection reset by peer"), Kind.LOST),
         (reported(RANK0, "RuntimeError", "Timed out waiting 60000ms for recv operation"), Kind.LOST),
@@ -109,6 +113,31 @@ def test_who_is_behind_is_at_fault_where_nobody_is_named() -> None:
     together = find_cause([timeout], level)
     assert together.process == f"{RANK0}, {RANK1}", "the scheduler only says so"
     assert together.hung
+
+
+def test_the_scheduler_is_at_fault_where_masks_do_not_come() -> None:
+    other = reported(RANK1, "StreamBroken", "MasksMissing: step 5: no masks")
+    standings = {SCHEDULER: Standing(False, ())}
+    for endings in ([maskless], [maskless, other], [other, maskless]):
+        fault = find_cause(endings, standings)
+        assert fault.process == SCHEDULER
+        assert fault.hung
+        assert fault.summary.startswith(f"{SCHEDULER} does not write masks; {endings[0].process} raised ")
+    level = {**standings, RANK1: Standing(False, (4, 6)), RANK2: Standing(False, (4, 6))}
+    assert find_cause([maskless], level).process == SCHEDULER
+
+
+def test_masks_that_do_not_come_may_be_a_consequence() -> None:
+    """Of a rank that is stopped, or behind, or has died: nobody answers the step that they depend on."""
+    scheduler = {SCHEDULER: Standing(False, ())}
+    assert find_cause([maskless], {**scheduler, RANK1: Standing(True, (4, 6))}).process == RANK1
+    behind = {**scheduler, RANK1: Standing(False, (4, 5)), RANK2: Standing(False, (4, 6))}
+    assert find_cause([maskless], behind).process == RANK1
+    assert find_cause([maskless, killed], scheduler).process == RANK1
+    assert find_cause([maskless, reported(SCHEDULER, "ValueError", "x")], {}).process == SCHEDULER
+    assert find_cause([maskless], {SCHEDULER: Standing(True, ())}).summary.startswith(
+        f"{SCHEDULER} is stopped"
+    )
 
 
 def test_who_says_whom_it_missed_is_believed_before_who_does_not() -> None:

@@ -6,7 +6,8 @@ supervisor sees first is not always the cause. In this order, and among equals t
     1. DIED      it ended without a report: killed by a signal, or crashed in native code
     2. RAISED    it reported an exception of its own
     3. ABORTED   it died of SIGABRT, which libraries also raise when a peer is gone
-    4. WAITED    it reported that others did not come in time: these others are at fault
+    4. WAITED    it reported that others did not come in time: these others are at fault; where masks did
+                 not come, the scheduler that writes them
     5. LOST      it reported that the connection to a peer was lost
 """
 
@@ -23,6 +24,8 @@ from tpworker.ipc.child import RANK_NAME, SCHEDULER_NAME, Report
 
 #: Errors of these classes say that somebody else did not do something in time.
 _WAITED = frozenset({"BarrierTimeout", "StepTimeout", "TimeoutError", "ChannelError"})
+#: Of a rank, which may have wrapped it: what the scheduler writes did not come in time.
+_NO_MASKS = "MasksMissing"
 #: Words that say that somebody else has ended: of gloo, of NCCL, and our own, which may be wrapped.
 _LOST = re.compile(
     r"connection (closed|reset|refused)|broken pipe|timed out waiting|BarrierAborted", re.IGNORECASE
@@ -64,9 +67,14 @@ class Ending:
             return Kind.ABORTED if self.status == -signal.SIGABRT else Kind.DIED
         if _LOST.search(f"{self.report.error}: {self.report.summary}"):
             return Kind.LOST
-        if self.report.missing or self.report.error in _WAITED:
+        if self.report.missing or self.report.error in _WAITED or self.misses_masks:
             return Kind.WAITED
         return Kind.RAISED
+
+    @property
+    def misses_masks(self) -> bool:
+        """Whether it reported that masks did not come."""
+        return self.report is not None and _NO_MASKS in f"{self.report.error}: {self.report.summary}"
 
     def describe(self) -> str:
         """What happened, in one line, beginning with the name of the process."""
@@ -122,6 +130,9 @@ def find_cause(endings: Sequence[Ending], standings: Mapping[str, Standing]) -> 
             state = "is stopped (SIGSTOP or a debugger)" if standings[suspect].stopped else "hangs"
             summary = f"{suspect} {state}; {first.describe()}"
             return Fault(suspect, summary, traceback=report.traceback, hung=True)
+        if first.misses_masks and SCHEDULER_NAME in standings:
+            summary = f"{SCHEDULER_NAME} does not write masks; {first.describe()}"
+            return Fault(SCHEDULER_NAME, summary, traceback=report.traceback, hung=True)
         ranks = [name for name, standing in standings.items() if standing.progress]
         if first.process == SCHEDULER_NAME and ranks:  # a collective hangs, and all are equally far
             return Fault(", ".join(ranks), first.describe(), traceback=report.traceback, hung=True)
