@@ -19,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.ipc.ranks import DEADLINE, ROOT
+from tpworker.ipc import futex
 from tpworker.ipc.barrier import Barrier
 from tpworker.ipc.masks import TURNS, MaskBoard, MasksMissing, words_of
 from tpworker.ipc.messages import MAX_STEP
@@ -42,7 +43,7 @@ def rows(board: MaskBoard) -> np.ndarray:
 
 @given(st.integers(1, 300_000))
 def test_a_row_has_a_bit_for_every_token_and_room_behind_the_last(vocab_size: int) -> None:
-    """A rank reads its part word by word from where it begins: the last part may end beyond the vocabulary."""
+    """A rank reads its part word by word from where it begins: the last may end beyond the vocabulary."""
     bits = 32 * words_of(vocab_size)
     assert bits - vocab_size >= 1024
     assert bits - vocab_size < 2 * 1024 + 32
@@ -189,24 +190,21 @@ def test_a_step_beyond_32_bits_is_waited_for_as_well(board: MaskBoard) -> None:
 
 
 def test_who_sleeps_is_woken(board: MaskBoard, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the kernel, not by looking again: a sleep ends early as often as masks come."""
-    slept: list[float] = []
-    sleep = board._sleep
-    may_come = threading.Event()
+    """By the kernel: here nobody looks again before."""
+    sleep, is_going_to = futex.sleeper(board.written_address, DEADLINE), threading.Event()
 
-    def noted(value: int, seconds: float) -> None:
-        may_come.set()
-        slept.append(seconds)
-        sleep(value, seconds)
+    def deep(value: int, seconds: float) -> None:
+        is_going_to.set()
+        sleep(value, DEADLINE)
 
-    monkeypatch.setattr(board, "_sleep", noted)
+    monkeypatch.setattr(board, "_sleep", deep)
     waiter = threading.Thread(target=board.wait, args=(0, DEADLINE))
     waiter.start()
-    assert may_come.wait(DEADLINE)
+    assert is_going_to.wait(DEADLINE)
+    time.sleep(0.05)  # it sleeps by now, or will find at once that the word has changed
     board.publish(0)
-    waiter.join(DEADLINE)
+    waiter.join(DEADLINE / 2)
     assert not waiter.is_alive()
-    assert slept, "it span all the time"
 
 
 # ------------------------------------------------------------------------------- between processes
