@@ -87,7 +87,7 @@ class World:
         self.board = Board.create(board_names(1))
         self.plans, self.outputs = Wire(), Wire()
         scheduler = SchedulerSettings(**{**fields, **settings})
-        self.masks = MaskBoard.create(scheduler.max_num_seqs, VOCAB)
+        self.masks = MaskBoard.create(scheduler.max_num_seqs, scheduler.vocab_size)
         self.scheduler = Scheduler(
             0,
             scheduler,
@@ -98,7 +98,7 @@ class World:
             self.board,
             self.masks,
         )
-        self.rank = FakeRank(num_blocks, block_size, VOCAB)
+        self.rank = FakeRank(num_blocks, block_size, scheduler.vocab_size)
         self.answers: deque[StepResult] = deque()
         self.tokens: dict[int, list[int]] = {}
         self.finished: dict[int, str] = {}
