@@ -78,8 +78,8 @@ def compact(schema: Any) -> str:
 def as_llguidance_takes_it(schema: Any) -> Any:
     """A schema without the keywords that llguidance refuses and that say nothing as they are here.
 
-    How much white space stands between two parts is bounded, unless the schema says it: a model that has begun
-    with it may else never come to an end.
+    How much white space stands between two parts is bounded, unless the schema says it: a model that has
+    begun with it may else never come to an end.
     """
 
     def without(one: dict[str, Any]) -> dict[str, Any]:
