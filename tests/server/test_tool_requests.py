@@ -49,7 +49,8 @@ def test_what_the_template_is_given(start: Start) -> None:
     empty = {"type": "object", "properties": {}}
     assert told == [WEATHER, {"type": "function", "function": {"name": "time", "parameters": empty}}]
     assert prompt.partition("[user]")[2] == (
-        "Hi[assistant](call_1 weather: [('city', 'Bonn')])[toolcall_1]rain[assistant](call_1 time: [])[tool]now"
+        "Hi[assistant](call_1 weather: [('city', 'Bonn')])[toolcall_1]rain"
+        "[assistant](call_1 time: [])[tool]now"
         "[assistant]"
     )
 
