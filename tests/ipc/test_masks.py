@@ -115,7 +115,7 @@ def test_closing_leaves_nothing() -> None:
     board.close()
     with open("/proc/self/maps") as maps:
         assert not [line for line in maps if "tpworker-masks" in line and line.split()[4] == str(inode)]
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(descriptor)
 
 
