@@ -67,6 +67,8 @@ _SAYS_SOMETHING: JsonDict = {
 class CalledFunction(Body):
     """Which function was called, and with what."""
 
+    accepted: ClassVar[frozenset[str]] = frozenset(["parsed_arguments"])
+    """The openai client's `parse` and `stream` add it to an answer, as they do `parsed`."""
     place = "messages.tool_calls.function."
 
     name: FunctionName
@@ -96,6 +98,7 @@ class Message(Body):
     """A turn of a conversation."""
 
     model_config = ConfigDict(json_schema_extra=_SAYS_SOMETHING)
+    accepted: ClassVar[frozenset[str]] = frozenset(["parsed"])
     unsupported = MESSAGE
     place = "messages."
 

@@ -16,7 +16,7 @@ from tpworker.server.requests.tools import FunctionName
 class InputPart(Body):
     """A text, of the client's or out of an earlier answer."""
 
-    accepted: ClassVar[frozenset[str]] = frozenset(["annotations", "logprobs"])
+    accepted: ClassVar[frozenset[str]] = frozenset(["annotations", "logprobs", "parsed"])
     place = "input.content."
 
     type: Literal["input_text", "output_text", "text"]
