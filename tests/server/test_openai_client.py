@@ -106,6 +106,59 @@ def test_items_are_parsed_and_go_back(server: LiveServer, streams: bool, body: d
     assert HEADER not in response.headers
 
 
+BROKEN = [
+    ('{"name": "City", "arguments": {"name": }}', '{"name": }'),
+    ('{"name": "City", "arguments": {"name": "Par', '{"name": "Par\n'),
+    ('{"name": "City", "arguments": "in Paris"}', "in Paris"),
+    ('{"name": "City", "arguments": [1]}', "[1]"),
+    ('{"name": "City", "arguments": {"n": NaN}}', '{"n": NaN}'),
+    (f'{{"name": "City", "arguments": {{"n": {"[" * 200}', f'{{"n": {"[" * 200}\n'),
+    (f'{{"name": "City", "arguments": {{"n": {"9" * 5000}}}}}', f'{{"n": {"9" * 5000}}}'),
+]
+"""Calls as models write them, and of these what is no JSON of an object."""
+
+
+@pytest.mark.parametrize(("written", "arguments"), BROKEN)
+def test_a_broken_call_goes_back(start: Start, written: str, arguments: str) -> None:
+    prompts = conversation(start, written)
+    assert len(prompts) == 2
+    for prompt in prompts:
+        assert json.dumps({"name": "City", "arguments": {"INVALID_JSON": arguments}}) in prompt
+
+
+@pytest.mark.parametrize(
+    ("written", "told"),
+    [
+        ('{"name": "no such tool!", "arguments": {"a": 1}}', '"no such tool!", "arguments": {"a": 1}'),
+        (f'{{"name": "{"x" * 100}", "arguments": {{}}}}', "x" * 100),
+        (f'{{"name": "City", "arguments": {{"n": {10**30}}}}}', '"arguments": {"n": 1e+30}'),
+        (f'{{"name": "City", "arguments": {{"n": {2**64 - 1}}}}}', f'"arguments": {{"n": {2**64 - 1}}}'),
+        (f'{{"name": "City", "arguments": {{"n": {-(2**63)}}}}}', f'"arguments": {{"n": {-(2**63)}}}'),
+        ('{"name": "City", "arguments": ""}', '"arguments": {}'),
+    ],
+)
+def test_whatever_the_model_has_called_goes_back(start: Start, written: str, told: str) -> None:
+    for prompt in conversation(start, written):
+        assert told in prompt
+
+
+def conversation(start: Start, written: str) -> list[str]:
+    """The prompts in which a call goes back, with a result: of a chat, and of items."""
+    server = start(FakeRuntime(reply=lambda _: f"<tool_call>\n{written}\n</tool_call>", longest=1 << 15))
+    loose: Any = {"type": "function", "function": {"name": "City"}}
+    chats, responses = server.openai.chat.completions, server.openai.responses
+    message = chats.create(model=MODEL, messages=ASKED, tools=[loose]).choices[0].message
+    (call,) = message.tool_calls or []
+    result: Any = {"role": "tool", "tool_call_id": call.id, "content": "That was wrong."}
+    chats.create(model=MODEL, messages=[*ASKED, message, result])
+    prompts = [server.runtime.requests[-1][0]]
+    flat: Any = {"type": "function", "name": "City"}
+    (item,) = responses.create(model=MODEL, input=ASKED, tools=[flat]).output
+    output: Any = {"type": "function_call_output", "call_id": item.call_id, "output": "That was wrong."}  # type: ignore[union-attr]
+    responses.create(model=MODEL, input=[*ASKED, item, output])  # type: ignore[list-item]
+    return [*prompts, server.runtime.requests[-1][0]]
+
+
 def test_an_item_goes_back_as_older_clients_send_it(server: LiveServer) -> None:
     part = {"type": "output_text", "text": PARIS.model_dump_json(), "parsed": PARIS.model_dump()}
     items = [*ASKED, {"role": "assistant", "content": [part]}]

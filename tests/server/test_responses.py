@@ -168,9 +168,9 @@ def test_no_tokens_at_all(server: LiveServer) -> None:
         ({"input": [{"type": "item_reference", "id": "f"}]}, "input[0].type", "'item_reference'"),
         ({"input": [{"type": "function_call", "name": "f"}]}, "input[0].call_id", "missing"),
         (
-            {"input": [{"type": "function_call", "name": "f", "call_id": "a", "arguments": "{"}]},
+            {"input": [{"type": "function_call", "name": "f", "call_id": "a", "arguments": 5}]},
             "input[0].arguments",
-            "not valid JSON",
+            "5",
         ),
         ({"input": [{"type": "function_call_output", "call_id": "a"}]}, "input[0].output", "missing"),
         ({"input": [{"type": "reasoning", "summary": []}]}, "input", "has no message"),

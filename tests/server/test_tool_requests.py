@@ -192,14 +192,11 @@ DEEP: Any = json.loads("[" * 300 + "]" * 300)
             "the assistant's, and not the user's",
         ),
         ({"messages": [{**USER, "tool_call_id": "a"}]}, "messages[0].tool_call_id", "not the user's"),
-        (called("{"), ARGUMENTS, "not valid JSON"),
-        (called("[1]"), ARGUMENTS, "JSON of an object"),
-        (called('{"a": NaN}'), ARGUMENTS, "NaN"),
-        (called("[" * 100_000), ARGUMENTS, "nested too deeply"),
-        (called('{"a": ' + "[" * 300 + "]" * 300 + "}"), ARGUMENTS, "deeper than 100 levels"),
+        (called({"a": DEEP}), ARGUMENTS, "deeper than 100 levels"),
+        (called([1]), ARGUMENTS, "[1]"),
         (called(5), ARGUMENTS, "5"),
         (called(type="custom"), "messages[1].tool_calls[0].type", "'custom'"),
-        (called('{"a": 123456789012345678901234567890}'), "messages", "64 bits"),
+        (called({"a": 123456789012345678901234567890}), "messages", "64 bits"),
     ],
 )  # fmt: skip
 def test_what_cannot_be(tooled: LiveServer, body: dict[str, Any], param: str, words: str) -> None:

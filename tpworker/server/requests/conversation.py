@@ -15,11 +15,14 @@ from tpworker.errors import InvalidRequest
 from tpworker.server.dialect import Dialect
 from tpworker.server.plain_tools import in_plain_words, told_of, told_to_user
 from tpworker.server.requests.fields import Body, bounds, check_depth
-from tpworker.server.requests.tools import MAX_TOOLS, FunctionName, Tools
+from tpworker.server.requests.tools import MAX_TOOLS, Tools
 from tpworker.server.requests.unsupported import MESSAGE
 
 if TYPE_CHECKING:
     from tpworker.text.tokenizer import Tokenizer
+
+BROKEN = "INVALID_JSON"
+"""What holds arguments that are no JSON, as pydantic-ai calls it, too."""
 
 
 class TextPart(Body):
@@ -36,24 +39,30 @@ def _or_string(schema: dict[str, Any]) -> None:
 
 
 def arguments_of(arguments: Any, check: Any) -> Any:
-    """Arguments of a call, which come as JSON, as what that says."""
+    """Arguments of a call, which come as JSON, as what that says.
+
+    A model that is not held to its schema may have written anything. The conversation goes on all the same: a
+    text that is no JSON of an object is kept as it is, in an object, as templates take nothing else.
+    """
     if type(arguments) is not str:
         check_depth(arguments)
         return check(arguments)
     try:
-        read = json.loads(arguments, parse_constant=_no_constant) if arguments.strip() else {}
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-    except ValueError as error:
-        raise ValueError(f"it is not valid JSON ({error}): give the arguments as JSON of an object") from None
-    if not isinstance(read, dict):
-        raise ValueError("it should be JSON of an object")
-    check_depth(read)
-    return read
+        read = json.loads(arguments.strip() or "{}", parse_constant=_no_constant, parse_int=_number)
+        check_depth(read)
+    except (ValueError, RecursionError):
+        read = None
+    return read if isinstance(read, dict) else {BROKEN: arguments}
 
 
 def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is no number in JSON")
+
+
+def _number(digits: str) -> int | float:
+    """An integer, if it is one that a process can be sent."""
+    number = int(digits)
+    return number if -(2**63) <= number < 2**64 else float(digits)
 
 
 _SAYS_SOMETHING: JsonDict = {
@@ -64,6 +73,10 @@ _SAYS_SOMETHING: JsonDict = {
 }
 
 
+CalledName = Annotated[str, Field(min_length=1)]
+"""Whatever the model has called: there need not be such a tool."""
+
+
 class CalledFunction(Body):
     """Which function was called, and with what."""
 
@@ -71,7 +84,7 @@ class CalledFunction(Body):
     """The openai client's `parse` and `stream` add it to an answer, as they do `parsed`."""
     place = "messages.tool_calls.function."
 
-    name: FunctionName
+    name: CalledName
     arguments: Annotated[dict[str, Any] | None, WrapValidator(arguments_of)] = Field(
         None, json_schema_extra=_or_string
     )

@@ -8,9 +8,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Discriminator, Field, Tag, WrapValidator
 from pydantic.config import JsonDict
 
-from tpworker.server.requests.conversation import arguments_of
+from tpworker.server.requests.conversation import CalledName, arguments_of
 from tpworker.server.requests.fields import Body
-from tpworker.server.requests.tools import FunctionName
 
 
 class InputPart(Body):
@@ -66,7 +65,7 @@ class InputCall(Body):
 
     type: Literal["function_call"]
     call_id: str
-    name: FunctionName
+    name: CalledName
     arguments: Annotated[dict[str, Any], WrapValidator(arguments_of)] = Field(
         json_schema_extra={"type": "string"}
     )
