@@ -10,7 +10,7 @@ import asyncio
 import json
 from typing import Any
 
-from tests.clients.cities import HOW_MANY, QUESTION, City, Name, Program, population, run, weather
+from tests.clients.cities import HOW_MANY, IN_ROME, QUESTION, City, Name, Program, population, run, weather
 
 ASKED: Any = [{"role": "user", "content": HOW_MANY}]
 
@@ -71,6 +71,9 @@ def langchain(url: str, model: str) -> dict[str, Any]:
         messages.append(ToolMessage(tools[0].invoke(call["args"]), tool_call_id=call["id"]))
     agent = create_react_agent(chat, tools)
     asked = {"messages": [("user", HOW_MANY)]}
+    broken = bound.invoke(IN_ROME)
+    told = ToolMessage("That is no JSON.", tool_call_id=broken.invalid_tool_calls[0]["id"])
+    mended = bound.invoke([HumanMessage(IN_ROME), broken, told])
     json_mode = chat.with_structured_output(City, method="json_mode").invoke(QUESTION)
     return {
         "called": [(call["name"], call["args"]) for call in called.tool_calls],
@@ -78,6 +81,7 @@ def langchain(url: str, model: str) -> dict[str, Any]:
         "content": [called.content, streamed.content],
         "reason": called.response_metadata["finish_reason"],
         "answer": bound.invoke(messages).content,
+        "mended": [(call["name"], call["args"]) for call in mended.tool_calls],
         "agent": agent.invoke(asked)["messages"][-1].content,
         "agent, streamed": list(agent.stream(asked, stream_mode="values"))[-1]["messages"][-1].content,
         "json_mode": json_mode.model_dump(),
@@ -108,7 +112,7 @@ def llama_index(url: str, model: str) -> dict[str, Any]:
 
 
 def pydantic_ai(url: str, model: str) -> dict[str, Any]:
-    from pydantic_ai import Agent, PromptedOutput
+    from pydantic_ai import Agent, PromptedOutput, Tool
     from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
     from pydantic_ai.providers.openai import OpenAIProvider
 
@@ -120,6 +124,7 @@ def pydantic_ai(url: str, model: str) -> dict[str, Any]:
     async def watch(context: Any, events: Any) -> None:
         kinds.update([event.event_kind async for event in events])
 
+    loose = Agent(chat, tools=[Tool(population, strict=False)])
     typed = Agent(chat, tools=[population], output_type=[City, str])
     prompted = Agent(chat, output_type=PromptedOutput(City))
     responses = Agent(OpenAIResponsesModel(model, provider=provider), tools=[population])
@@ -127,6 +132,7 @@ def pydantic_ai(url: str, model: str) -> dict[str, Any]:
         "agent": agent.run_sync(HOW_MANY).output,
         "streamed": agent.run_sync(HOW_MANY, event_stream_handler=watch).output,
         "events": sorted(kinds),
+        "agent, mended": loose.run_sync(IN_ROME).output,
         "agent with a type": typed.run_sync(HOW_MANY).output,
         "responses": responses.run_sync(HOW_MANY).output,
         "prompted": prompted.run_sync(QUESTION).output.model_dump(),

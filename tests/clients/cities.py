@@ -14,6 +14,8 @@ QUESTION = "Which city?"
 """Of structured output."""
 HOW_MANY = "How many live in Paris?"
 """Of tools."""
+IN_ROME = "How many live in Rome?"
+"""The same; the fake model calls it wrong at first."""
 Name = Literal["Paris", "Rome"]
 
 

@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 
 from tests.clients import agents, structured, texts
-from tests.clients.cities import HOW_MANY, City
+from tests.clients.cities import HOW_MANY, IN_ROME, City
 from tests.integration.conftest import Server, start_server
 from tests.server.conftest import MODEL, LiveServer
 from tests.server.fake_runtime import FakeRuntime, byte_tokenizer
@@ -71,6 +71,9 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def reply(prompt: str) -> str:
     """What the fake model says."""
+    if IN_ROME in prompt and prompt.count("<tool_response>") < 2:
+        called = _call("population", {"city": "Rome"})
+        return called if "<tool_response>" in prompt else called.replace("}}", "")
     if "<tool_response>" in prompt:
         return ANSWER
     if HOW_MANY in prompt:
@@ -235,6 +238,7 @@ def test_an_agent_by_langchain(run: Run) -> None:
         "content": [LOOKS, LOOKS],
         "reason": "tool_calls",
         "answer": ANSWER,
+        "mended": [["population", {"city": "Rome"}]],
         "agent": ANSWER,
         "agent, streamed": ANSWER,
         "json_mode": CITY,
@@ -255,6 +259,7 @@ def test_an_agent_by_pydantic_ai(run: Run) -> None:
     assert found == {
         "agent": ANSWER,
         "streamed": ANSWER,
+        "agent, mended": ANSWER,
         "agent with a type": ANSWER,
         "responses": ANSWER,
         "prompted": CITY,
