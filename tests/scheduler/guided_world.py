@@ -250,8 +250,11 @@ class GuidedWorld(World):
 
     def run(self) -> None:
         """Until nothing is left to do, in a random order of moves."""
+        moves_left = 20_000
         while not self.is_done():
             self.move()
+            moves_left -= 1
+            assert moves_left, f"no end: masks of {[plan.step for plan in self._owed]} do not come"
         self.scheduler.composer.check_integrity()
 
     def move(self) -> None:

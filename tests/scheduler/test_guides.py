@@ -165,7 +165,7 @@ def test_steps_without_guided_tokens_are_owed_nothing() -> None:
 
 
 def test_min_tokens_holds_as_long_as_there_is_something_to_say() -> None:
-    asked = {"min_tokens": 9, "max_tokens": 20}
+    asked: dict[str, Any] = {"min_tokens": 9, "max_tokens": 20}
     messages = [
         guided(0, ENDLESS, **asked),
         guided(1, grammar_of(StructuredOutputs(choice=("yes",))), **asked),
