@@ -50,15 +50,15 @@ class Guide:
         if self.forced:
             if token != (forced := self.forced.popleft()):
                 self.error = f"token {token} was chosen, where its grammar leaves {forced} alone"
-        elif not self._consume(token):
-            self.error = f"its grammar does not take token {token}: {_first_line(self._matcher.get_error())}"
-        return not (self.has_ended and not self.forced) and not self.error
+        else:
+            self._consume(token)
+        return not (self.error or (self.has_ended and not self.forced))
 
-    def _consume(self, token: int) -> bool:
+    def _consume(self, token: int) -> None:
         self._num_consumed += 1
-        taken = self._matcher.consume_token(token)
+        if not self._matcher.consume_token(token):  # a mask may be wrong where the tokenizer lacks some bytes
+            self.error = f"its grammar does not take token {token}: {_first_line(self._matcher.get_error())}"
         self.has_ended = self._matcher.is_stopped()
-        return taken
 
     def settle(self, masks: Masks, row: int) -> None:
         """After its matcher has filled a mask: what else there is to say of it."""

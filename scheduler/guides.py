@@ -22,6 +22,7 @@ import weakref
 from collections import deque
 from typing import TYPE_CHECKING
 
+from tpworker.errors import one_line
 from tpworker.grammar import Compiler, GrammarError
 from tpworker.ipc.arrays import unpack_int32
 from tpworker.ipc.limits import usable_cores
@@ -38,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 MOST_THREADS = 8
 """That fill masks, where these take long."""
+_LONGEST = 500  # characters of an error
 
 
 class Guides:
@@ -54,12 +56,12 @@ class Guides:
         self._due: deque[InFlight] = deque()
         self._num_answered = 0
         self._asked: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
-        self._compiled: queue.SimpleQueue[tuple[Request, str]] = queue.SimpleQueue()
+        self._compiled: queue.SimpleQueue[tuple[Request, Guide | str]] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self.num_compiling = 0
         """Requests whose grammars are being compiled."""
         self.bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        """A descriptor that is readable when `compiled` has something."""
+        """A descriptor that is readable when `compiled` has something; it counts what is there."""
         weakref.finalize(self, os.close, self.bell)
 
     # --------------------------------------------------------------------------------- compiling
@@ -81,27 +83,34 @@ class Guides:
         done = []
         if self.num_compiling:
             try:
-                os.eventfd_read(self.bell)
+                count = os.eventfd_read(self.bell)
             except BlockingIOError:
                 return []
-            while not self._compiled.empty():
-                done.append(self._compiled.get())
-            self.num_compiling -= len(done)
+            # No more than it has rung for: it would ring for the others later, and nobody would look.
+            for _ in range(count):
+                request, guide = self._compiled.get()
+                if isinstance(guide, str):
+                    done.append((request, guide))
+                else:
+                    request.guide = guide
+                    done.append((request, ""))
+            self.num_compiling -= count
         return done
 
     def _compile_all(self) -> None:
         compiler: Compiler | None = None
         while (request := self._asked.get()) is not None:
-            error = ""
+            guide: Guide | str = "it was aborted"
             try:
-                compiler = compiler or self._compiler()
-                self._guide(request, compiler)
+                if request.state is not State.FINISHED:
+                    compiler = compiler or self._compiler()
+                    guide = self._guide(request, compiler)
             except GrammarError as why:
-                error = str(why)
-            except Exception as why:
+                guide = str(why)
+            except BaseException as why:  # a panic of llguidance's is no Exception
                 logger.exception("a grammar could not be compiled")
-                error = f"{type(why).__name__}: {why}"
-            self._compiled.put((request, error))
+                guide = one_line(f"{type(why).__name__}: {why}", _LONGEST)
+            self._compiled.put((request, guide))
             os.eventfd_write(self.bell, 1)
 
     def _compiler(self) -> Compiler:
@@ -115,13 +124,14 @@ class Guides:
         eos_ids = unpack_int32(vocabulary.eos_ids).tolist()
         return Compiler(vocabulary.tokenizer, 32 * board.num_words, eos_ids, num_threads)
 
-    def _guide(self, request: Request, compiler: Compiler) -> None:
+    @staticmethod
+    def _guide(request: Request, compiler: Compiler) -> Guide:
         assert request.grammar is not None
         guide = Guide(compiler.matcher(request.grammar), sorted(request.stop_ids), request.min_tokens)
         for token in request.tokens[request.num_prompt :]:  # delivered before a restart
             if not guide.commit(token):
                 raise GrammarError(guide.error or "its output had ended already")
-        request.guide = guide
+        return guide
 
     # ------------------------------------------------------------------------------------- masks
 

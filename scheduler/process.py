@@ -271,8 +271,10 @@ class Scheduler:
         complete = set()
         for request, token in zip(plan.sampled, tokens, strict=True):
             guide = request.guide
-            if guide is None or request.state is State.FINISHED or token in request.stop_ids:
+            if guide is None or request.state is State.FINISHED:
                 continue
+            if token in request.stop_ids and not guide.error:
+                continue  # it ends the output; with a grammar at fault it might have come anywhere
             if not guide.commit(token):
                 if guide.error:
                     self._fail(request, guide.error)

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import os
+import select
 import time
 from dataclasses import replace
+from threading import Event
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from llguidance import LLMatcher
 
 from tests.integration.guided import EOS, KINDS, TOKENIZER
 from tests.scheduler.guided_world import GuidedWorld, expected, restarted
 from tests.scheduler.helpers import submit
 from tests.scheduler.test_process import Ready
-from tpworker.grammar import grammar_of
-from tpworker.grammar.bits import Masks
+from tpworker.grammar import Compiler, grammar_of
 from tpworker.ipc.arrays import pack_int32
 from tpworker.ipc.masks import TURNS
-from tpworker.ipc.messages import Submit
-from tpworker.scheduler.guide import Guide
+from tpworker.ipc.messages import Failed, StepOutput, Submit
 from tpworker.scheduler.process import MasksUnwritten, StepTimeout
 from tpworker.structured_outputs import StructuredOutputs
 
@@ -203,117 +204,107 @@ def test_who_keeps_a_step_waiting_is_told(is_written: bool) -> None:
         world.scheduler.receive(Ready())  # type: ignore[arg-type]
 
 
-# ------------------------------------------------------------------------------------ a guide by itself
+# ---------------------------------------------------------------------------------- what is being compiled
 
 
-class FakeMatcher:
-    """Takes `tokens` in their order; then it has ended."""
+def test_the_bell_is_silent_when_all_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though the second was there before it rang for it: else a scheduler that is idle would not sleep."""
+    world = GuidedWorld()
+    guides, write, is_there, goes_on = world.scheduler.guides, os.eventfd_write, Event(), Event()
 
-    def __init__(self, tokens: list[int], error: str = "") -> None:
-        self.tokens = tokens
-        self.error = error
+    def late(fd: int, count: int) -> None:
+        if guides._compiled.qsize() == 2:
+            is_there.set()
+            assert goes_on.wait(60)
+        write(fd, count)
 
-    def consume_token(self, token: int) -> bool:
-        is_right = bool(self.tokens) and token == self.tokens.pop(0)
-        if not is_right:
-            self.error = f"no {token} here\nbacktrace"
-        return is_right
-
-    def is_stopped(self) -> bool:
-        return not self.tokens
-
-    def is_error(self) -> bool:
-        return bool(self.error)
-
-    def get_error(self) -> str:
-        return self.error
-
-
-def guide_of(matcher: FakeMatcher, late_ids: tuple[int, ...] = (), min_tokens: int = 0) -> Guide:
-    return Guide(matcher, late_ids, min_tokens)  # type: ignore[arg-type]
+    monkeypatch.setattr("tpworker.scheduler.guides.os.eventfd_write", late)
+    for request in range(2):
+        world.submit(guided(request, FORCED))
+    assert is_there.wait(60)
+    world.scheduler.take_compiled()
+    goes_on.set()
+    world.ripen()
+    assert len(world.scheduler.composer.waiting) == 2
+    assert not select.select([guides.bell], [], [], 0.05)[0]
+    world.run()
+    check(world, [guided(0, FORCED), guided(1, FORCED)])
 
 
-def settled(guide: Guide, *allowed: int) -> set[int]:
-    """What is left of a mask in which these tokens were allowed."""
-    memory = np.zeros((2, 4), np.int32)
-    for token in allowed:
-        memory.view(np.uint32)[1, token // 32] |= np.uint32(1 << token % 32)
-    guide.settle(Masks(memory.data, 4, 1), 1)
-    assert not memory[0].any()
-    return set(np.flatnonzero(np.unpackbits(memory[1].view(np.uint8), bitorder="little")).tolist())
+def test_who_is_aborted_when_compiled_and_not_in_the_queue_yet_is_forgotten() -> None:
+    world = GuidedWorld()
+    messages = [guided(number, None) for number in range(4)]
+    for message in (*messages, guided(4, FORCED)):
+        world.submit(message)
+    assert select.select([world.scheduler.guides.bell], [], [], 60)[0]
+    world.abort(4)
+    assert len(world.scheduler.composer.waiting) == 4
+    world.ripen()
+    assert len(world.scheduler.composer.waiting) == 4
+    world.run()
+    check(world, messages)
 
 
-ALL = set(range(128))
+def test_what_is_aborted_before_its_turn_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled, begins, goes_on, matcher = [], Event(), Event(), Compiler.matcher
+
+    def slow(self: Compiler, grammar: str) -> LLMatcher:
+        compiled.append(grammar)
+        begins.set()
+        assert goes_on.wait(60)
+        return matcher(self, grammar)
+
+    world = GuidedWorld()
+    first = guided(0, FORCED)
+    for message in (first, guided(1, ENDLESS)):
+        world.submit(message)
+    monkeypatch.setattr(Compiler, "matcher", slow)
+    assert begins.wait(60)
+    world.abort(1)
+    goes_on.set()
+    world.ripen()
+    assert compiled == [FORCED]
+    monkeypatch.undo()
+    world.run()
+    check(world, [first])
 
 
-def test_a_guide_takes_what_is_forced_before_it_is_committed() -> None:
-    guide = guide_of(FakeMatcher([31, 32, 7]))
-    assert guide.knows(0)
-    assert not guide.knows(1)
-    assert settled(guide, 31) == {31}
-    assert guide.knows(1)
-    assert settled(guide, 32) == {32}
-    assert list(guide.forced) == [31, 32]
-    assert settled(guide, 7, 9) == {7, 9}
-    assert not guide.knows(3)
-    assert guide.commit(31)
-    assert guide.commit(32)
-    assert not guide.commit(7), "it ends with it"
-    assert guide.has_ended
-    assert not guide.error
-
-
-def test_an_end_that_is_forced_comes_with_its_commit() -> None:
-    guide = guide_of(FakeMatcher([5, 6]))
-    settled(guide, 5)
-    settled(guide, 6)
-    assert guide.has_ended
-    assert guide.commit(5), "one more comes"
-    assert not guide.commit(6)
-
-
-def test_a_rank_that_chose_another_than_what_was_forced_is_told() -> None:
-    guide = guide_of(FakeMatcher([5, 6]))
-    settled(guide, 5)
-    assert not guide.commit(6)
-    assert guide.error == "token 6 was chosen, where its grammar leaves 5 alone"
-    assert not guide.commit(5)
-
-
-def test_a_token_that_the_grammar_does_not_take_is_told_in_a_line() -> None:
-    guide = guide_of(FakeMatcher([5, 6]))
-    assert not guide.commit(6)
-    assert guide.error == "its grammar does not take token 6: no 6 here"
-
-
-def test_nothing_that_could_come_next_is_an_error_and_leaves_a_token_to_choose() -> None:
-    guide = guide_of(FakeMatcher([5]))
-    assert settled(guide) == ALL
-    assert guide.error == "its grammar leaves no token that could come next"
-    assert not guide.commit(5)
-
-
-def test_a_mask_that_could_not_be_made_is_an_error() -> None:
-    guide = guide_of(FakeMatcher([5], "out of fuel\nbacktrace"))
-    assert settled(guide, 3, 4) == ALL
-    assert guide.error == "its grammar is too complex: out of fuel"
-
-
-@pytest.mark.parametrize(
-    ("min_tokens", "allowed", "left"),
-    [
-        (0, {3, 40, 96}, {3, 40, 96}),
-        (1, {3, 40, 96}, {3}),
-        (1, {40, 96}, {40, 96}),
-        (1, {3}, {3}),
-    ],
-)
-def test_an_end_is_late_unless_nothing_else_is_left(
-    min_tokens: int, allowed: set[int], left: set[int]
+@pytest.mark.parametrize("error", [BaseException("a panic"), ValueError("no " * 1000)])
+def test_what_goes_wrong_in_compiling_fails_a_request(
+    monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
-    guide = guide_of(FakeMatcher([3, 40]), (40, 96), min_tokens)
-    assert settled(guide, *allowed) == left
-    assert list(guide.forced) == (list(left) if len(left) == 1 else [])
-    if not guide.forced:
-        guide.commit(3)
-    assert settled(guide, 40, 96) == {40, 96}, "min_tokens are there"
+    """And the next one is compiled all the same."""
+
+    def raises(self: Compiler, grammar: str) -> LLMatcher:
+        raise error
+
+    world = GuidedWorld()
+    monkeypatch.setattr(Compiler, "matcher", raises)
+    world.submit(guided(0, FORCED))
+    world.ripen()
+    monkeypatch.undo()
+    (failed,) = world.scheduler._committed
+    assert isinstance(failed, Failed)
+    assert failed.reason.startswith(f"{type(error).__name__}: {str(error)[:7]}")
+    assert len(failed.reason) < 600
+    world.scheduler._committed.clear()
+    world.submit(guided(1, FORCED))
+    world.ripen()
+    world.run()
+    check(world, [guided(1, FORCED)])
+
+
+def test_an_output_whose_grammar_is_at_fault_does_not_end_well() -> None:
+    """Every token may be chosen then, one that ends the output too."""
+    world = start([guided(0, ENDLESS)], lookahead=0)
+    world.work()
+    guide = world.scheduler.composer.running[0].guide
+    assert guide is not None
+    guide.error = "it is too complex"
+    world.scheduler.take(replace(world.answers[0], tokens=pack_int32([EOS])))
+    failed, output = world.scheduler._committed
+    assert isinstance(failed, Failed)
+    assert failed.reason == guide.error
+    assert isinstance(output, StepOutput)
+    assert output.finished == ()
+    world.close()
