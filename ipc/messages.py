@@ -36,6 +36,7 @@ MAX_BARRED = 128
 MAX_BARRED_LENGTH = 16  # tokens
 NO_LOGPROBS = -1
 MAX_GRAMMAR = 1 << 20  # characters of a grammar
+MAX_TOKENIZER = 1 << 25  # characters of a tokenizer.json
 MAX_TOLD = 1 << 16  # tokens of one plan's chunks, of prompts whose logprobs are asked for
 LOGPROB_ROW_BYTES = 164
 """float32 [21]: the token's logprob and the likeliest ones', best first; int32 [20]: their ids, -1: none."""
@@ -55,7 +56,7 @@ NumLogprobs = Annotated[int, Within(-1, 20)]  # likeliest tokens told of beside 
 Name = Annotated[str, Within(1, 64)]
 Text = Annotated[str, Within(0, 1 << 16)]
 GrammarText = Annotated[str, Within(1, MAX_GRAMMAR)]  # as llguidance reads it: Lark, or its JSON
-TokenizerText = Annotated[str, Within(1, 1 << 25)]  # tokenizer.json
+TokenizerText = Annotated[str, Within(1, MAX_TOKENIZER)]  # tokenizer.json
 Int32s = Annotated[bytes, Within(0, 4 * MAX_SEQUENCE)]
 Float32s = Annotated[bytes, Within(0, 4 * MAX_SEQUENCE)]
 Int64s = Annotated[bytes, Within(0, 8 * MAX_SEQUENCE)]

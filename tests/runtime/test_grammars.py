@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -24,8 +25,12 @@ from tests.conftest import eventually, is_gone
 from tests.grammar.tokenizers import END, END_ID, THINK, TOOL, VOCAB_SIZE, bytes_alone
 from tpworker.errors import InvalidRequest, RuntimeStopped
 from tpworker.grammar import added_tokens, grammar_of
+from tpworker.ipc.arrays import pack_int32
+from tpworker.ipc.messages import Message, Vocabulary
 from tpworker.runtime import grammars as grammars_module
 from tpworker.runtime.grammars import Grammars
+from tpworker.runtime.intake import Intake
+from tpworker.sampling_params import SamplingParams
 from tpworker.structured_outputs import StructuredOutputs, Thinking
 from tpworker.text.tokenizer import Tokenizer
 
@@ -452,3 +457,45 @@ def test_added_tokens_are_those_of_its_json() -> None:
     assert TOKENIZER.added == added_tokens(TOKENIZER.to_json())
     assert {END, THINK, TOOL} <= set(TOKENIZER.added)
     assert TOOL not in TOKENIZER.special
+
+
+def test_a_tokenizer_that_is_too_large_to_be_sent_is_refused(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grammars_module, "MAX_TOKENIZER", len(TOKENIZER.to_json().encode()) - 1)
+
+    async def main() -> None:
+        told = await refused(make(), GOOD)
+        assert "its tokenizer.json is larger than 0 MiB, the limit" in told
+
+    run(main)
+
+
+def test_the_scheduler_is_told_the_vocabulary_once_and_before_any_grammar() -> None:
+    """Several ask for it at the same time, and who was the first may leave."""
+    spec = SimpleNamespace(vocab_size=VOCAB_SIZE, eos_ids=frozenset({END_ID}))
+    served: Any = SimpleNamespace(
+        tokenizer=TOKENIZER, model=SimpleNamespace(spec=spec), needed_tokenizer=lambda: TOKENIZER
+    )
+    sent: list[Message] = []
+    generation: Any = SimpleNamespace(number=3, send=sent.append)
+    params = SamplingParams(structured_outputs=OTHER)
+
+    async def main() -> None:
+        intake = Intake(10, 0, "fcfs")
+        intake.serve(served, generation)
+        try:
+            assert await intake._grammar(SamplingParams(), served) is None
+            assert sent == []
+            asked = [asyncio.ensure_future(intake._grammar(params, served)) for _ in range(6)]
+            while not intake._telling.locked():
+                await asyncio.sleep(0)
+            asked[0].cancel()
+            grammars = await asyncio.gather(*asked, return_exceptions=True)
+            assert grammars[1:] == [grammar_of(OTHER)] * 5
+            assert sent == [Vocabulary(3, TOKENIZER.to_json(), pack_int32([END_ID]))]
+        finally:
+            intake.abandon_prompts(lambda: RuntimeStopped("the test has ended"))
+            intake.close_processes()
+
+    run(main)

@@ -24,6 +24,7 @@ from tpworker.bounded.frames import pack
 from tpworker.bounded.pool import Bounds, Cause, Closed, Ended, NotReady, Pool
 from tpworker.errors import InvalidRequest, ModelError, RuntimeStopped
 from tpworker.grammar import grammar_of
+from tpworker.ipc.messages import MAX_TOKENIZER
 from tpworker.runtime.workers import Workers
 from tpworker.structured_outputs import PARAMETER, StructuredOutputs
 
@@ -223,9 +224,16 @@ def _digest(text: str) -> bytes:
 
 
 def _start(tokenizer: Tokenizer | None, vocab_size: int, eos_ids: list[int]) -> dict[str, Any]:
-    """What a process starts with. Not kept: it is large, and seldom needed."""
+    """What a process starts with. Not kept: it is large, and seldom needed.
+
+    Raises:
+        ModelError: it cannot be written, or not sent to the scheduler.
+    """
     assert tokenizer is not None
-    return {"tokenizer": tokenizer.to_json(), "vocab_size": vocab_size, "eos_ids": eos_ids}
+    text = tokenizer.to_json()
+    if len(text.encode()) > MAX_TOKENIZER:
+        raise ModelError(f"its tokenizer.json is larger than {MAX_TOKENIZER >> 20} MiB, the limit")
+    return {"tokenizer": text, "vocab_size": vocab_size, "eos_ids": eos_ids}
 
 
 def _stopped() -> RuntimeStopped:

@@ -66,6 +66,7 @@ class Intake:
         self._generation: Generation | None = None
         self._grammars: Grammars | None = None
         self._told_vocabulary: int | None = None  # to the scheduler of this generation
+        self._telling = asyncio.Lock()
 
     def serve(self, served: Served, generation: Generation) -> None:
         """Processes are ready: from now on requests are checked against what is served, and go to them."""
@@ -263,13 +264,18 @@ class Intake:
             return None
         assert self._grammars is not None, "a request before `serve`"
         grammar = await self._grammars.check(params.structured_outputs)
-        _, generation = self._serving()
-        if self._told_vocabulary != generation.number:
-            tokenizer = await self._tokenisers.run(served.needed_tokenizer().to_json, 0)
-            eos_ids = pack_int32(sorted(served.model.spec.eos_ids))
-            generation.send(Vocabulary(generation.number, tokenizer, eos_ids))
-            self._told_vocabulary = generation.number
+        await self._tell_vocabulary(served)
         return grammar
+
+    async def _tell_vocabulary(self, served: Served) -> None:
+        """Once, however many wait for it: it is large, and the scheduler reads all that it is sent."""
+        async with self._telling:
+            _, generation = self._serving()
+            if self._told_vocabulary != generation.number:
+                tokenizer = await self._tokenisers.run(served.needed_tokenizer().to_json, 0)
+                eos_ids = pack_int32(sorted(served.model.spec.eos_ids))
+                generation.send(Vocabulary(generation.number, tokenizer, eos_ids))
+                self._told_vocabulary = generation.number
 
     def _serving(self) -> tuple[Served, Generation]:
         assert self._served is not None, "a request before `serve`"
