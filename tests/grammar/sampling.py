@@ -11,6 +11,7 @@ from llguidance import LLMatcher
 from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 from tokenizers import Tokenizer
 
+from tests.grammar.tokenizers import added_tokens
 from tpworker.grammar import Compiler
 
 EOS_IDS = (2, 0)
@@ -50,6 +51,7 @@ class Sampler:
         self.tokenizer = Tokenizer.from_str(text)
         self.vocab_size = self.tokenizer.get_vocab_size()
         self.compiler = Compiler(text, self.vocab_size, EOS_IDS)
+        self.special_ids = added_tokens(text)
         self._letter, *_ = self._ids("q")
         self._ends_text, self._ends_others, self._leads_on = map(
             self._ids, (ENDS_TEXT, ENDS_OTHERS, LEADS_ON)

@@ -47,10 +47,10 @@ small = settings(
 
 def take(folder: Path, **outputs: Any) -> None:
     """Compiles it and goes some steps. What is wrong is said in one line; nothing else is raised."""
-    compiler = sampler_of(folder).compiler
+    sampler = sampler_of(folder)
     said = "taken"
     try:
-        compiler.try_out(grammar_of(StructuredOutputs(**outputs), special_ids=compiler.special_ids))
+        sampler.compiler.try_out(grammar_of(StructuredOutputs(**outputs), special_ids=sampler.special_ids))
     except (InvalidRequest, GrammarError) as error:
         said = str(error)
     assert 0 < len(said) < 1000

@@ -224,7 +224,7 @@ def test_it_ends_with_any_of_the_ends_and_with_nothing_beyond_the_tokenizer(real
 def test_special_tokens_are_no_text(real_model: Path) -> None:
     sampler = sampler_of(real_model)
     matcher = sampler.compiler.matcher(of(regex="(?s:.)*"))
-    special = set(sampler.compiler.special_ids.values())
+    special = set(sampler.special_ids.values())
     assert special & set(allowed_ids(matcher, sampler.vocab_size)) == set(EOS_IDS)
 
 
@@ -276,6 +276,20 @@ def test_a_grammar_may_have_several_originals_unless_it_takes_long(
     matchers += [made.matcher(slow) for _ in range(5)]
     assert compiled == [quick] * 3 + [slow]
     assert all(len(allowed_ids(matcher, sampler.vocab_size)) for matcher in matchers)
+
+
+def test_each_original_counts_for_what_is_kept(real_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = (real_model / "tokenizer.json").read_text()
+    made = Compiler(source, sampler_of(real_model).vocab_size, EOS_IDS, num_originals=3)
+    monkeypatch.setattr(compiler, "QUICK_SECONDS", 1e9)
+    a, b = of(regex="a"), of(regex="b")
+    monkeypatch.setattr(compiler, "MAX_COMPILED_TEXT", 3 * len(a))
+    for _ in range(4):
+        made.matcher(a)
+    assert list(made._compiled) == [a]
+    made.matcher(b)
+    assert list(made._compiled) == [b]
+    assert made._num_characters == len(b)
 
 
 def test_many_threads_get_matchers(compile_it: Compiler) -> None:
@@ -331,8 +345,8 @@ def test_what_is_held_may_spell_a_special_token(real_model: Path, held: dict[str
     sampler = sampler_of(real_model)
     if isinstance(behind := held.get("behind"), dict):
         held = held | {"behind": Thinking(**behind)}
-    grammar = grammar_of(StructuredOutputs(**held), special_ids=sampler.compiler.special_ids)
+    grammar = grammar_of(StructuredOutputs(**held), special_ids=sampler.special_ids)
     for seed in range(5):
         tokens = sampler.sample(grammar, seed)
         if "behind" not in held:
-            assert not set(tokens) & set(sampler.compiler.special_ids.values())
+            assert not set(tokens) & set(sampler.special_ids.values())

@@ -59,7 +59,7 @@ def made(request: pytest.FixtureRequest, real_model: Path, marks: tuple[str, str
 def grammar(made: Extended, marks: tuple[str, str], held: dict[str, object], is_open: bool) -> str:
     thinking = Thinking(start=marks[0], end=marks[1], is_open=is_open)
     outputs = StructuredOutputs(**held, behind=thinking)  # type: ignore[arg-type]
-    return grammar_of(outputs, special_ids=made.compiler.special_ids)
+    return grammar_of(outputs, special_ids=made.special_ids)
 
 
 @pytest.mark.parametrize("kind", HELD)

@@ -35,7 +35,7 @@ def older(*structures: dict[str, Any], triggers: list[str]) -> dict[str, Any]:
 
 def reaches(made: Extended, outputs: dict[str, Any], text: str) -> bool:
     """Whether it is an output, and a complete one."""
-    grammar = grammar_of(StructuredOutputs(**outputs), special_ids=made.compiler.special_ids)
+    grammar = grammar_of(StructuredOutputs(**outputs), special_ids=made.special_ids)
     matcher = made.compiler.matcher(grammar)
     return refused(matcher, made.vocab_size, made.ids(text)) is None and matcher.is_accepting()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
@@ -21,3 +22,8 @@ def bytes_alone() -> Any:
     backend.add_special_tokens([AddedToken(END, special=True), AddedToken(THINK, special=True)])
     backend.add_tokens([AddedToken(TOOL, special=False)])
     return backend
+
+
+def added_tokens(tokenizer_json: str) -> dict[str, int]:
+    """The ids of the added tokens in the text of a tokenizer.json, special or not, by their names."""
+    return {token["content"]: token["id"] for token in json.loads(tokenizer_json).get("added_tokens") or ()}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from tests.grammar.tokenizers import added_tokens
 from tpworker.grammar import Compiler
 
 EOS_IDS = (2, 0)
@@ -34,6 +35,7 @@ class Extended:
         self.tokenizer = Tokenizer.from_str(text)
         self.vocab_size = self.tokenizer.get_vocab_size() + num_wider
         self.compiler = Compiler(text, self.vocab_size, EOS_IDS)
+        self.special_ids = added_tokens(text)
 
     def ids(self, text: str) -> list[int]:
         found: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids

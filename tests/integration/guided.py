@@ -66,10 +66,7 @@ WORD = StructuredOutputs(regex="[a-z]*")
 KINDS = (
     Kind(WORD, re.compile("[a-z]*").fullmatch),
     Kind(StructuredOutputs(json=RECORD), _is_record),
-    Kind(
-        StructuredOutputs(regex="[a-f]{3,9}(-[0-9]{2}){1,3}"),
-        re.compile("[a-f]{3,9}(-[0-9]{2}){1,3}").fullmatch,
-    ),
+    Kind(StructuredOutputs(regex=_CODE), re.compile(_CODE).fullmatch),
     Kind(StructuredOutputs(choice=("yes", "no", "not at all")), {"yes", "no", "not at all"}.__contains__),
     Kind(StructuredOutputs(grammar='start: "(" start ")" | /[xyz]/'), re.compile(r"\(*[xyz]\)*").fullmatch),
 )

@@ -22,9 +22,9 @@ from tokenizers import pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tests.conftest import eventually, is_gone
-from tests.grammar.tokenizers import END, END_ID, THINK, TOOL, VOCAB_SIZE, bytes_alone
+from tests.grammar.tokenizers import END, END_ID, THINK, TOOL, VOCAB_SIZE, added_tokens, bytes_alone
 from tpworker.errors import InvalidRequest, RuntimeStopped
-from tpworker.grammar import added_tokens, grammar_of
+from tpworker.grammar import grammar_of
 from tpworker.ipc.arrays import pack_int32
 from tpworker.ipc.messages import Message, Vocabulary
 from tpworker.runtime import grammars as grammars_module

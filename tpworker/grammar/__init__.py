@@ -7,7 +7,6 @@ llguidance is imported on first use. Neither torch nor a library of models is.
 
 from tpworker.grammar.compiler import Compiler
 from tpworker.grammar.errors import GrammarError
-from tpworker.grammar.marks import added_tokens
 from tpworker.grammar.translation import grammar_of
 
-__all__ = ["Compiler", "GrammarError", "added_tokens", "grammar_of"]
+__all__ = ["Compiler", "GrammarError", "grammar_of"]

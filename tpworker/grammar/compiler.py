@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from tpworker.grammar.errors import GrammarError, cleaned
-from tpworker.grammar.marks import added_tokens
 from tpworker.grammar.where import place_in_schemas
 
 if TYPE_CHECKING:
@@ -29,7 +28,8 @@ takes 2 ms for each 1,000 of them."""
 
 MAX_COMPILED = 256
 MAX_COMPILED_TEXT = 1 << 20
-"""Characters of all grammars that are kept: 200 bytes of memory for each, in what is compiled of them."""
+"""Characters of all grammars that are kept, each as often as it is compiled: 200 bytes of memory for each, in
+what is compiled of them."""
 NUM_TRIES = 3
 QUICK_SECONDS = 0.02
 """What takes longer to compile is compiled once."""
@@ -96,8 +96,6 @@ class Compiler:
             self._tokenizer = llguidance.LLTokenizer(
                 tokenizer_json, n_vocab=vocab_size, eos_token=list(eos_ids)
             )
-            self.special_ids = added_tokens(tokenizer_json)
-            """The ids of added tokens by their names, for `grammar_of`."""
         except Exception as error:  # what it raises is no contract
             raise GrammarError(
                 f"llguidance cannot read the model's tokenizer: {cleaned(str(error))}"
@@ -184,12 +182,13 @@ class Compiler:
 
     def _keep(self, grammar: str, original: LLMatcher, is_quick: bool) -> None:
         if grammar not in self._compiled:
-            self._compiled[grammar] = _Originals(deque(maxlen=self._num_originals))
-            self._num_characters += len(grammar)
+            self._compiled[grammar] = _Originals(deque())
         originals = self._compiled[grammar]
-        originals.matchers.append(original)
+        if len(originals.matchers) < self._num_originals:  # else other threads were quicker
+            originals.matchers.append(original)
+            self._num_characters += len(grammar)
         originals.wants_another = is_quick and len(originals.matchers) < self._num_originals
         self._compiled.move_to_end(grammar)
         while len(self._compiled) > MAX_COMPILED or self._num_characters > MAX_COMPILED_TEXT:
-            dropped, _ = self._compiled.popitem(last=False)
-            self._num_characters -= len(dropped)
+            dropped, compiled = self._compiled.popitem(last=False)
+            self._num_characters -= len(dropped) * len(compiled.matchers)

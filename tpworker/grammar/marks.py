@@ -15,15 +15,6 @@ from collections.abc import Mapping
 ANY_TEXT = "/(?s:.*)/"
 
 
-def added_tokens(tokenizer_json: str) -> dict[str, int]:
-    """The ids of a tokenizer's added tokens, special or not, by their names.
-
-    Args:
-        tokenizer_json: the text of a tokenizer.json.
-    """
-    return {token["content"]: token["id"] for token in json.loads(tokenizer_json).get("added_tokens") or ()}
-
-
 def literal(text: str) -> str:
     """A text in Lark's syntax."""
     return json.dumps(text)

@@ -35,7 +35,7 @@ def grammar_of(outputs: StructuredOutputs, *, special_ids: Mapping[str, int] = _
     """The text that llguidance reads: Lark in its dialect, or its JSON of several grammars.
 
     Args:
-        special_ids: the ids of the tokenizer's added tokens by their names, see `added_tokens`. Needed where
+        special_ids: the ids of the tokenizer's added tokens by their names (`Tokenizer.added`). Needed where
             a mark, of thinking or of a structural tag, is one of them.
 
     Raises:
