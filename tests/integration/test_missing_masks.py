@@ -32,10 +32,10 @@ def spelling(folder: Path) -> Path:
     return folder
 
 
-def start(folder: Path, num_ranks: int, **options: Any) -> Runtime:
+def start(folder: Path, num_ranks: int, step_timeout: float = 1.5, **options: Any) -> Runtime:
     return Runtime(
         folder, device="cpu", dtype="float32", num_kv_blocks=64, tensor_parallel_size=num_ranks,
-        step_timeout=1.5, **options,
+        step_timeout=step_timeout, **options,
     )  # fmt: skip
 
 
@@ -76,7 +76,8 @@ def test_who_needs_no_masks_does_not_miss_them(spelling: Path, monkeypatch: pyte
     monkeypatch.setenv("FAULT", "not told")
 
     async def main() -> None:
-        async with start(spelling, 2, scheduler_module="tests.children.maskless_scheduler") as runtime:
+        module = "tests.children.maskless_scheduler"
+        async with start(spelling, 2, step_timeout=60.0, scheduler_module=module) as runtime:
             assert await length(runtime, FREE) == 60
 
     asyncio.run(asyncio.wait_for(main(), 60))

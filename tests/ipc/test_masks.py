@@ -215,7 +215,7 @@ import json, random, sys, time
 import numpy as np
 from tpworker.ipc.masks import TURNS, MaskBoard, MasksMissing
 
-fd, num_slots, vocab, steps, seed, answers = map(int, sys.argv[1:])
+fd, num_slots, vocab, steps, seed = map(int, sys.argv[1:])
 board = MaskBoard.attach(fd, num_slots, vocab)
 rows = np.frombuffer(board.memory, np.uint32).reshape(TURNS, num_slots, -1)
 draw, torn, error = random.Random(seed), [], None
@@ -224,7 +224,7 @@ try:
     while step < steps:
         if draw.random() < 0.02:
             time.sleep(draw.random() * 0.004)
-        board.wait(step, 5.0)
+        board.wait(step, 60.0)
         turn = rows[step % TURNS]
         if not (turn == step + 1).all():
             torn.append(step)
@@ -244,7 +244,7 @@ def readers(board: MaskBoard, count: int, steps: int, seed: int) -> Iterator[lis
     arguments = [board.fd, board.num_slots, VOCAB, steps]
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", READER, *map(str, arguments), str(seed + i), "0"],
+            [sys.executable, "-c", READER, *map(str, arguments), str(seed + i)],
             cwd=ROOT,
             pass_fds=[board.fd],
             stdout=subprocess.PIPE,
