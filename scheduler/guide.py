@@ -6,10 +6,18 @@ from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from tpworker.grammar.compiler import MAX_MASK_SECONDS
+
 if TYPE_CHECKING:
     from llguidance import LLMatcher
 
     from tpworker.grammar.bits import Masks
+
+
+_TOO_SLOW = (
+    "its grammar is too complex: a mask took more than "
+    f"{1000 * MAX_MASK_SECONDS:g} ms of processor time, the limit"
+)
 
 
 class Guide:
@@ -60,13 +68,15 @@ class Guide:
             self.error = f"its grammar does not take token {token}: {_first_line(self._matcher.get_error())}"
         self.has_ended = self._matcher.is_stopped()
 
-    def settle(self, masks: Masks, row: int) -> None:
-        """After its matcher has filled a mask: what else there is to say of it."""
+    def settle(self, masks: Masks, row: int, is_slow: bool) -> None:
+        """After its matcher has filled a mask, slowly or not: what else there is to say of it."""
         if self._num_consumed < self._min_tokens:
             masks.remove(row, self._late_ids)
         only = masks.only(row)
         if self._matcher.is_error():
             self.error = f"its grammar is too complex: {_first_line(self._matcher.get_error())}"
+        elif is_slow:
+            self.error = _TOO_SLOW
         elif only == -1:
             self.error = "its grammar leaves no token that could come next"
         elif only is not None:

@@ -171,10 +171,9 @@ class Guides:
                 masks.allow_all(first + slot)  # nobody wants the token, but there has to be one
             else:
                 guides.append((guide, first + slot))
-        if guides:
-            masks.fill([(guide.matcher, row) for guide, row in guides])
+        slow = masks.fill([(guide.matcher, row) for guide, row in guides])
         for guide, row in guides:
-            guide.settle(masks, row)
+            guide.settle(masks, row, row in slow)
         self._board.publish(plan.step)
 
     def let_go(self) -> None:

@@ -195,7 +195,7 @@ class Scheduler:
 
     def _fail(self, request: Request, reason: str) -> None:
         """Ends a request that cannot go on, for a reason of its own."""
-        logger.warning("request %d failed: %s", request.id, reason)
+        logger.debug("request %d failed: %s", request.id, reason)
         self._end(request)
         del self._open[request.id]
         self._committed.append(Failed(self.generation, request.id, reason))

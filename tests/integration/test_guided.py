@@ -141,3 +141,18 @@ def test_a_grammar_at_fault_fails_its_request_alone(folder: Path, oracle: Oracle
         assert "does not take token 12" in str(group.outputs[101].finish_reason)
         for number, expected in oracle.items():
             assert (group.outputs[number].tokens, group.outputs[number].finish_reason) == expected
+
+
+def test_a_mask_that_takes_too_long_fails_its_request_alone(
+    folder: Path, oracle: Oracle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tpworker.grammar.bits.MAX_MASK_SECONDS", -1.0)
+    with guided_group(folder, 2) as group:
+        run(group, requests())
+        for submit in requests():
+            output = group.outputs[submit.request]
+            if submit.grammar is None:
+                assert (output.tokens, output.finish_reason) == oracle[submit.request]
+            else:
+                assert "a mask took more than 50 ms of processor time" in str(output.finish_reason)
+        group.scheduler.composer.check_integrity()

@@ -10,6 +10,8 @@ from llguidance import LLExecutor, LLMatcher
 from llguidance.numpy import fill_next_token_bitmask, fill_next_token_bitmask_par
 from numpy.typing import NDArray
 
+from tpworker.grammar.compiler import MAX_MASK_SECONDS
+
 ALL = -1
 """A word of 32 tokens that may all be chosen."""
 SLOW_SECONDS = 0.0015
@@ -33,17 +35,31 @@ class Masks:
         self._executor = LLExecutor(num_threads) if num_threads > 1 else None
         self._num_in_parallel = 0  # times that are left of them
 
-    def fill(self, matchers: list[tuple[LLMatcher, int]]) -> None:
-        """Writes what each matcher allows next to its row. Other threads run meanwhile."""
-        if self._executor is not None and self._num_in_parallel and len(matchers) > 1:
-            self._num_in_parallel -= 1
-            fill_next_token_bitmask_par(self._executor, matchers, self._rows)
-            return
+    def fill(self, matchers: list[tuple[LLMatcher, int]]) -> list[int]:
+        """Writes what each matcher allows next to its row. Other threads run meanwhile.
+
+        Returns:
+            Rows that took more than MAX_MASK_SECONDS; not each time where several are slow.
+        """
         began = time.monotonic()
+        if self._executor is not None and self._num_in_parallel and len(matchers) > 1:
+            fill_next_token_bitmask_par(self._executor, matchers, self._rows)
+            is_too_slow = time.monotonic() - began > MAX_MASK_SECONDS
+            self._num_in_parallel = 0 if is_too_slow else self._num_in_parallel - 1  # whose fault is it?
+            return []
+        slow, last, last_busy = [], began, time.thread_time()
         for matcher, row in matchers:
             fill_next_token_bitmask(matcher, self._rows, row)
-        if time.monotonic() - began > SLOW_SECONDS:
+            now = time.monotonic()
+            if now - last > MAX_MASK_SECONDS:  # on a busy machine it may not have run all the while
+                busy = time.thread_time()
+                if busy - last_busy > MAX_MASK_SECONDS:
+                    slow.append(row)
+                last_busy = busy
+            last = now
+        if last - began > SLOW_SECONDS:
             self._num_in_parallel = NUM_IN_PARALLEL
+        return slow
 
     def allow_all(self, row: int) -> None:
         """Every token may be chosen, those too that there are not."""

@@ -26,6 +26,10 @@ MAX_ITEMS = 8_000
 """Ways in which an output may go on at one place, e.g. four for each property that may be left out. A mask
 takes 2 ms for each 1,000 of them."""
 
+MAX_MASK_SECONDS = 0.05
+"""Of processor time, for a mask while requests are served. Where a grammar is ambiguous (`s: s s | "a"`), masks
+take longer the longer the output is, without an end, and everybody waits for them."""
+
 MAX_COMPILED = 256
 MAX_COMPILED_TEXT = 1 << 20
 """Characters of all grammars that are kept, each as often as it is compiled: 200 bytes of memory for each, in

@@ -14,6 +14,10 @@ ANY_OBJECT = '{"type":"object"}'
 SPACE = r"[ \t\r\n]{0,64}"
 """Between two parts of a JSON text: a new line and fifteen levels of four spaces."""
 _SAY_NOTHING = (("uniqueItems", False), ("unevaluatedProperties", True), ("unevaluatedItems", True))
+_FORMATS = (
+    "date", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "time", "uri", "uuid",
+)  # fmt: skip
+"""Those that llguidance holds to. Others say nothing: to JSON Schema a format that is not known is a note."""
 _LISTS = ("allOf", "anyOf", "items", "oneOf", "prefixItems")
 _NAMED = ("$defs", "definitions", "dependentSchemas", "patternProperties", "properties")
 
@@ -83,12 +87,20 @@ def as_llguidance_takes_it(schema: Any) -> Any:
     """
 
     def without(one: dict[str, Any]) -> dict[str, Any]:
-        return {key: value for key, value in one.items() if (key, value) not in _SAY_NOTHING}
+        return {
+            key: value
+            for key, value in one.items()
+            if (key, value) not in _SAY_NOTHING and not (key == "format" and _is_note(value))
+        }
 
     schema = mapped(schema, without)
     if schema is True:
         schema = {}
     return {"x-guidance": {"whitespace_pattern": SPACE}, **schema} if isinstance(schema, dict) else schema
+
+
+def _is_note(value: Any) -> bool:
+    return isinstance(value, str) and value not in _FORMATS
 
 
 def as_held(schema: str) -> str:

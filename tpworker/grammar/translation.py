@@ -83,7 +83,7 @@ def _held(outputs: StructuredOutputs, marks: Marks) -> _Grammars:
 def _regex(regex: str) -> str:
     from llguidance import regex_to_lark
 
-    return f"/{regex_to_lark(regex)}/"
+    return f"/{regex_to_lark(regex, 'dws')}/"  # \d, \w and \s are ASCII's, as in a schema's pattern
 
 
 def _lark(grammar: str) -> str:
