@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 
 from tests.integration.conftest import VOCAB
+from tests.integration.guided import EOS, KINDS, VOCABULARY, text_of
 from tpworker.ipc.arrays import pack_float32, pack_int32, unpack_int32
 from tpworker.ipc.messages import LogitRules, Sampling, Submit
+from tpworker.sampling_params import MAX_STOP_IDS
 from tpworker.testing.in_process import InProcessGroup, Output
 
 LENGTH = 14  # tokens of an answer
@@ -28,12 +30,13 @@ def ids(seed: int, count: int) -> list[int]:
     return random.Random(seed).sample(range(VOCAB), count)
 
 
+STOP_IDS = ids(1, MAX_STOP_IDS - 1)
 FEATURES: dict[str, dict[str, Any]] = {
     "random": {"temperature": 0.8},
     "min_p": {"temperature": 1.2, "min_p": 0.2},
     "top_p": {"temperature": 1.1, "top_p": 0.8},
     "top_k": {"temperature": 1.3, "top_k": 7},
-    "min_tokens": {"min_tokens": 6, "stop_ids": pack_int32(ids(1, 16))},
+    "min_tokens": {"min_tokens": 6, "stop_ids": pack_int32(STOP_IDS)},
     "repetition": {"rules": {"repetition_penalty": 1.7}},
     "presence, frequency": {"rules": {"presence_penalty": 1.5, "frequency_penalty": 0.7}},
     "bias": {"rules": {"bias_ids": pack_int32(ids(2, 20)), "bias": pack_float32([4.0, -9.0] * 10)}},
@@ -42,7 +45,12 @@ FEATURES: dict[str, dict[str, Any]] = {
     "logprobs": {"num_logprobs": 4},
     "own logprobs": {"num_logprobs": 0},
     "prompt logprobs": {"num_prompt_logprobs": 3},
+    "schema": {"grammar": KINDS[1].grammar},
+    "expression": {"grammar": KINDS[2].grammar},
 }
+GRAMMARS = frozenset({"schema", "expression"})
+"""What an output is held to: one at a time, and without other lists of what may be chosen."""
+NOT_TOGETHER = (GRAMMARS, *({name, other} for name in GRAMMARS for other in ("allowed", "barred")))
 
 
 def sampling(*names: str, seed: int) -> Sampling:
@@ -50,8 +58,11 @@ def sampling(*names: str, seed: int) -> Sampling:
     fields: dict[str, Any] = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_tokens": 0, "stop_ids": b""}
     rules: dict[str, Any] = {}
     for name in names:
-        fields |= {key: value for key, value in FEATURES[name].items() if key != "rules"}
-        rules |= FEATURES[name].get("rules", {})
+        own = FEATURES[name]
+        fields |= {key: value for key, value in own.items() if key not in ("rules", "grammar")}
+        rules |= own.get("rules", {})
+    if GRAMMARS & set(names):
+        fields["stop_ids"] += pack_int32([EOS])  # as the runtime has it; a grammar is over before
     if rules:
         fields["rules"] = replace(PLAIN, **rules)
     return Sampling(seed=seed, max_tokens=LENGTH, **fields)
@@ -77,11 +88,14 @@ def test_a_prompt_may_fill_a_slot(folder: Path, num_ranks: int, names: tuple[str
 def requests() -> list[Submit]:
     """One a feature, one a pair of features, and plain ones between them."""
     draw = random.Random(9)
-    combinations = [(), *((name,) for name in FEATURES), *itertools.combinations(FEATURES, 2), ()]
+    pairs = [pair for pair in itertools.combinations(FEATURES, 2) if set(pair) not in NOT_TOGETHER]
+    combinations = [(), *((name,) for name in FEATURES), *pairs, ()]
     submits = []
     for number, names in enumerate(combinations):
         prompt = SHARED[: draw.choice([9, 27])] + [draw.randrange(VOCAB) for _ in range(draw.randint(1, 9))]
-        submits.append(Submit(0, number, pack_int32(prompt), 0, sampling(*names, seed=number)))
+        grammar = next((FEATURES[name]["grammar"] for name in names if name in GRAMMARS), None)
+        asked = sampling(*names, seed=number)
+        submits.append(Submit(0, number, pack_int32(prompt), 0, asked, grammar=grammar))
     return submits
 
 
@@ -102,6 +116,7 @@ def barred_words(alone: dict[int, Output]) -> list[Submit]:
 def oracle(folder: Path) -> dict[int, Output]:
     alone: dict[int, Output] = {}
     with InProcessGroup(folder, lookahead=0, prefix_caching=False) as group:
+        group.send(VOCABULARY)
         for submit in requests():
             alone[submit.request] = group.run([submit])[submit.request]
         for submit in barred_words(alone):
@@ -143,6 +158,20 @@ def test_every_feature_changes_something(oracle: dict[int, Output]) -> None:
         assert barred[0] != plain[0]
 
 
+def test_what_is_held_to_a_grammar_is_of_it_whatever_else_is_asked(oracle: dict[int, Output]) -> None:
+    fits = {kind.grammar: kind.fits for kind in KINDS}
+    reasons, lengths = set(), set()
+    for submit in requests():
+        output = oracle[submit.request]
+        if submit.grammar is not None:
+            reasons.add(output.finish_reason)
+            if output.tokens[-1] not in STOP_IDS and output.finish_reason == "stop":
+                lengths.add(len(output.tokens))
+                assert fits[submit.grammar](text_of(output.tokens)), text_of(output.tokens)
+    assert reasons == {"stop", "length"}
+    assert len(lengths) > 1
+
+
 @pytest.mark.parametrize("num_ranks", [1, 2])
 @pytest.mark.parametrize("lookahead", [0, 2])
 @pytest.mark.parametrize("case", ["prefix hits", "preemption", "captured sizes"])
@@ -159,6 +188,7 @@ def test_features_and_pairs_with_overlap(
         "captured sizes": {"prepare": True, "max_num_seqs": 7, "max_num_batched_tokens": 40},
     }[case]
     with InProcessGroup(folder, num_ranks, lookahead=lookahead, check_agreement=True, **options) as group:
+        group.send(VOCABULARY)
         group.run([*requests(), *barred_words(oracle)], timeout=180)
         compare(group, oracle)
         assert sum(output.num_cached for output in group.outputs.values()) > 0, "no prefix hit"
@@ -168,6 +198,7 @@ def test_features_and_pairs_with_overlap(
 def test_a_restart_goes_on_where_the_client_is(folder: Path, oracle: dict[int, Output]) -> None:
     """Counts, history and the rest follow from prompt and delivered tokens."""
     with InProcessGroup(folder, 2, lookahead=2) as group:
+        group.send(VOCABULARY)
         for submit in [*requests(), *barred_words(oracle)]:
             whole = oracle[submit.request]
             delivered = whole.tokens[: submit.request % len(whole.tokens)]

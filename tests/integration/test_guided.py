@@ -78,6 +78,36 @@ def test_batches_that_are_padded_change_nothing(folder: Path, oracle: Oracle) ->
         assert run(group, requests()) == oracle
 
 
+@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("lookahead", [0, 2])
+@pytest.mark.parametrize("num_kv_blocks", [26, 128])
+def test_choices_priorities_and_salts_change_nothing(
+    folder: Path, oracle: Oracle, num_ranks: int, lookahead: int, num_kv_blocks: int
+) -> None:
+    """Each twice, as choices of one request. Some are aborted, of these some before there is a guide."""
+    draw = random.Random(num_kv_blocks)
+    options = {"lookahead": lookahead, "num_kv_blocks": num_kv_blocks}
+    with guided_group(folder, num_ranks, **options) as group:
+        group.send(VOCABULARY)
+        for submit in requests():
+            first = 100 + 2 * submit.request
+            priority, salt = draw.choice([0, 0, 3, -2]), draw.choice(["", "a"])
+            for number in (first, first + 1):
+                group.send(replace(submit, request=number, group=first, priority=priority, salt=salt))
+            if submit.request % 3 == 1:
+                group.send(Abort(0, first + submit.request % 2))
+                group.outputs[first + submit.request % 2].finish_reason = "abort"
+            if submit.request % 5 == 0:
+                group.step(60.0)
+        group.wait()
+        for number, output in group.outputs.items():
+            if output.finish_reason != "abort":
+                assert (output.tokens, output.finish_reason) == oracle[(number - 100) // 2], number
+        assert any(output.num_cached for output in group.outputs.values())
+        assert (group.scheduler.composer.num_preemptions > 0) == (num_kv_blocks == 26)
+        group.scheduler.composer.check_integrity()
+
+
 def test_a_restart_goes_on_in_the_grammar(folder: Path, oracle: Oracle) -> None:
     """What had been delivered comes with the request, and its guide begins behind it."""
     submits = []
