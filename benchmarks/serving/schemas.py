@@ -29,7 +29,7 @@ from benchmarks.common.cpu import Others
 from benchmarks.common.options import positive
 from benchmarks.common.report import machine, quantile, save
 from benchmarks.serving.schema_suite import SUITE, Entry, kinds_of, read_suite
-from tpworker import Runtime, SamplingParams
+from tpworker import Runtime, SamplingParams, StructuredOutputs
 
 NUM_ROUNDS = 3
 """Into which the compared outputs are cut."""
@@ -186,7 +186,7 @@ async def _ask(
         seed=seed,
         max_tokens=max_tokens,
         ignore_eos=not is_held,
-        structured_outputs={"json": entry.schema} if is_held else None,  # type: ignore[arg-type]  # a mapping is one
+        structured_outputs=StructuredOutputs(json=entry.schema) if is_held else None,
     )
     text, tokens, reason = "", 0, "none"
     async for output in runtime.generate(entry.prompt, sampling):
