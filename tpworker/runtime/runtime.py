@@ -242,6 +242,7 @@ class Runtime(Facts):
             InvalidRequest: a parameter is out of range, or not supported.
             PromptTooLong: the prompt, or the prompt and max_tokens together, do not fit.
             QueueFull: as many requests wait as `max_queue` allows.
+            RequestFailed: what an output, of any choice, is held to cannot be followed to its end.
             RuntimeStopped: the runtime is not started, drains, was stopped, or started on another event loop.
             RuntimeFailed: a process has died, hung, diverged or raised; names it, with its traceback.
             TypeError: `sampling` is something else.
