@@ -219,6 +219,23 @@ def test_closed_it_takes_no_more(make: Make) -> None:
             pool.check()
 
 
+@pytest.mark.parametrize("use", [Pool.check, lambda pool: ask(pool, "echo")], ids=["check", "ask"])
+def test_closed_over_one_that_has_done_its_work_it_keeps_none(
+    make: Make, monkeypatch: pytest.MonkeyPatch, use: Callable[[Pool], Any]
+) -> None:
+    pool, give_back = make(), Pool._give_back
+
+    def late(self: Pool, process: Any) -> None:
+        self.close()
+        give_back(self, process)
+        assert process._channel.fileno() == -1
+
+    monkeypatch.setattr(Pool, "_give_back", late)
+    use(pool)
+    assert not pool._idle
+    assert not processes()
+
+
 def test_who_drops_it_leaves_nothing_behind() -> None:
     pool = Pool(MODULE, lambda: None, Bounds(**BOUNDS))
     ask(pool, "echo")

@@ -141,10 +141,7 @@ class Pool:
     def check(self) -> None:
         """Starts a process, if none is idle. Raises as `ask`."""
         with self._places:
-            process = self._take()
-            with self._lock:
-                self._busy.discard(process)
-                self._idle.append(process)
+            self._give_back(self._take())
 
     def close(self) -> None:
         """Ends the processes; whoever waits for one gets `Closed`. May be called more than once."""
@@ -163,14 +160,18 @@ class Pool:
                 if not process.is_used or error.cause in (Cause.TIME, Cause.SILENCE):
                     raise
                 continue  # somebody's doing while it was idle, or what earlier requests have left in it
-            with self._lock:
-                process.is_used = True
-                self._busy.discard(process)
-                if not self._closed:
-                    self._idle.append(process)
-                    return answer
-            process.end()
+            process.is_used = True
+            self._give_back(process)
             return answer
+
+    def _give_back(self, process: _Process) -> None:
+        """It does nothing from now on; unless the pool was closed meanwhile, the next one takes it."""
+        with self._lock:
+            self._busy.discard(process)
+            if not self._closed:
+                self._idle.append(process)
+                return
+        process.end()
 
     def _take(self) -> _Process:
         """A process that is ready and does nothing."""
