@@ -254,11 +254,11 @@ def test_what_is_aborted_before_its_turn_is_not_compiled(monkeypatch: pytest.Mon
         assert goes_on.wait(60)
         return matcher(self, grammar)
 
+    monkeypatch.setattr(Compiler, "matcher", slow)
     world = GuidedWorld()
     first = guided(0, FORCED)
     for message in (first, guided(1, ENDLESS)):
         world.submit(message)
-    monkeypatch.setattr(Compiler, "matcher", slow)
     assert begins.wait(60)
     world.abort(1)
     goes_on.set()
