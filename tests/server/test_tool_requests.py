@@ -207,11 +207,18 @@ def test_what_cannot_be(tooled: LiveServer, body: dict[str, Any], param: str, wo
 
 
 def test_tools_that_make_too_long_a_grammar(start: Start) -> None:
-    server = start(fake("ok", longest=1 << 20), tool_call_parser="hermes")
-    tools = [tool(parameters={"type": "object", "description": "x" * 200_000})]
-    error = error_of(server.post(CHAT, json=BODY | {"tools": tools, "tool_choice": "required"}))
-    assert error["param"] == "tools"
-    assert "characters; the limit is 131072: make their schemas smaller" in error["message"]
+    wide = {name: {"type": "array"} for name in map(str, range(40))}
+    shared = {"A": {"description": "x" * 5000}}  # which each of them refers to, for all that is known
+    for name, parameters in (
+        ("hermes", {"type": "object", "description": "x" * 200_000}),
+        ("glm45", {"type": "object", "properties": wide, "$defs": shared}),
+        ("glm45", {"type": "object", "properties": {key: {} for key in map(str, range(2500))}}),
+    ):
+        server = start(fake("ok", longest=1 << 20), tool_call_parser=name)
+        tools = [tool(parameters=parameters)]
+        error = error_of(server.post(CHAT, json=BODY | {"tools": tools, "tool_choice": "required"}))
+        assert error["param"] == "tools"
+        assert "more than 131072 characters, the limit: make their schemas smaller" in error["message"]
 
 
 @pytest.fixture(scope="module")

@@ -64,7 +64,7 @@ def as_json(text: str, types: frozenset[str]) -> str:
 
 def _types(value: Any) -> Iterator[str]:
     yield type_of(value)
-    if isinstance(value, int):
+    if type(value) is int:  # a truth is one of Python's integers, and none of JSON's numbers
         yield "number"
     elif isinstance(value, float) and value.is_integer():
         yield "integer"

@@ -18,7 +18,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from tpworker.errors import InvalidRequest
 from tpworker.parsing.schemas import Schema
+from tpworker.structured_outputs import MAX_GRAMMAR_TEXT
 
 ANY = r"/(.|\n)*/"
 _LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -37,6 +39,7 @@ class Lark:
     def __init__(self, special_ids: Mapping[str, int] | None) -> None:
         self._ids = special_ids or {}
         self._lines: list[str] = []
+        self._num_chars = 0  # of schemas, in rules or not yet
         self._spells_tokens = False
 
     def text(self, text: str) -> str:
@@ -53,11 +56,19 @@ class Lark:
         return literal(text)
 
     def json(self, schema: Schema) -> str:
-        """An expression for a value of a schema."""
+        """An expression for a value of a schema.
+
+        Raises:
+            InvalidRequest: with those before it that is too much. They may share definitions, which each of
+                them has anew, so a few of them are more than what a client has sent.
+        """
+        text = "%json " + json.dumps({**schema, "x-guidance": _LAYOUT})
+        self._num_chars += len(text)
+        check_length(self._num_chars)
         self._spells_tokens = self._spells_tokens or bool(
             self._names_in(json.dumps(schema, ensure_ascii=False))
         )
-        return "%json " + json.dumps({**schema, "x-guidance": _LAYOUT})
+        return text
 
     def _names_in(self, text: str) -> list[str]:
         return [name for name in self._ids if name and name in text]
@@ -100,6 +111,16 @@ class Lark:
         """The whole of it. Its first line is the rule `start`."""
         options = ['%llguidance {"no_forcing": true}'] if self._spells_tokens else []
         return "\n".join([f"start: {start}", *self._lines, *options]) + "\n"
+
+
+def check_length(num_chars: int) -> None:
+    """Raises InvalidRequest if a grammar of calls has more characters than it may."""
+    if num_chars > MAX_GRAMMAR_TEXT:
+        raise InvalidRequest(
+            f"the tools make a grammar of more than {MAX_GRAMMAR_TEXT} characters, the limit: make their "
+            "schemas smaller, or give fewer of them",
+            "tools",
+        )
 
 
 def literal(text: str) -> str:

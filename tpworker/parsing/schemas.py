@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-_DEEPEST = 16  # references and unions within each other
+_DEEPEST = 16  # references, one to the next, and sets of parts within each other
+_MOST = 256  # alternatives whose types are looked at
 _NAMES: dict[type, str] = {
     str: "string",
     bool: "boolean",
@@ -15,6 +16,7 @@ _NAMES: dict[type, str] = {
     dict: "object",
     type(None): "null",
 }
+JSON_TYPES = tuple(_NAMES.values())
 
 Schema = Mapping[str, Any]
 
@@ -53,29 +55,46 @@ def resolved(schema: Any, root: Schema) -> Schema:
     return {}
 
 
-def branches(schema: Any, root: Schema, depth: int = 0) -> Iterator[Schema]:
-    """The alternatives of a schema, each without alternatives on its top level."""
-    schema = resolved(schema, root)
-    union = schema.get("anyOf") or schema.get("oneOf")
-    if not isinstance(union, list) or depth == _DEEPEST:
-        yield schema
-        return
-    for branch in union:
-        yield from branches(branch, root, depth + 1)
+def branches(schema: Any, root: Schema) -> Iterator[Schema]:
+    """The alternatives of a schema, each once, and without alternatives on its top level. One that is within
+    itself is none of its own."""
+    seen: dict[int, Schema] = {}
+    waiting = [schema]
+    while waiting:
+        schema = resolved(waiting.pop(), root)
+        if id(schema) in seen:
+            continue
+        seen[id(schema)] = schema
+        union = schema.get("anyOf") or schema.get("oneOf")
+        if isinstance(union, list):
+            waiting += reversed(union)
+        else:
+            yield schema
 
 
 def types_of(schema: Any, root: Schema) -> frozenset[str]:
-    """The JSON types that a value may have; empty: it may be anything."""
-    types: set[str] = set()
-    for branch in branches(schema, root):
-        found = _types(branch, root)
-        if not found:
+    """The JSON types that a value may have; empty: it may be anything, or there is too much to tell."""
+    return _types_of(schema, root, {}, 0)
+
+
+_Known = dict[int, tuple[Schema, frozenset[str]]]
+"""By its id a schema without alternatives, and its types; of one that is within itself, none."""
+
+
+def _types_of(schema: Any, root: Schema, known: _Known, depth: int) -> frozenset[str]:
+    types: frozenset[str] = frozenset()
+    for count, branch in enumerate(branches(schema, root)):
+        if id(branch) not in known:
+            known[id(branch)] = branch, frozenset()
+            known[id(branch)] = branch, frozenset(_types(branch, root, known, depth))
+        found = known[id(branch)][1]
+        if not found or count == _MOST:
             return frozenset()
         types |= found
-    return frozenset(types)
+    return types
 
 
-def _types(branch: Schema, root: Schema) -> set[str]:
+def _types(branch: Schema, root: Schema, known: _Known, depth: int) -> set[str]:
     given = branch.get("type")
     if isinstance(given, str):
         return {given}
@@ -86,6 +105,7 @@ def _types(branch: Schema, root: Schema) -> set[str]:
     if "const" in branch:
         return {type_of(branch["const"])}
     parts = branch.get("allOf")
-    if isinstance(parts, list):
-        return next((set(found) for part in parts if (found := types_of(part, root))), set())
+    if isinstance(parts, list) and depth < _DEEPEST:
+        of_parts = (_types_of(part, root, known, depth + 1) for part in parts)
+        return next((set(found) for found in of_parts if found), set())
     return {"object"} if "properties" in branch else set()

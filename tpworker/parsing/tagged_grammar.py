@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+from tpworker.errors import InvalidRequest, shown
 from tpworker.parsing.lark import ANY, Lark, arguments_schema
-from tpworker.parsing.schemas import Schema, branches, properties_of, resolved, type_of, types_of
+from tpworker.parsing.schemas import (
+    JSON_TYPES,
+    Schema,
+    branches,
+    properties_of,
+    resolved,
+    type_of,
+    types_of,
+)
 
 _NOTES = {"type", "title", "description", "default", "examples"}
 _FIRST = {"object": r"\{", "array": r"\[", "integer": r"\-0-9", "number": r"\-0-9"}
@@ -60,6 +69,7 @@ def arguments_grammar(
 def _value(lark: Lark, schema: Any, root: Schema, before_end: str, end: str) -> str:
     """An expression for a value and its mark, as a rule."""
     kinds = [kind for branch in branches(schema, root) for kind in _kinds(branch, root)]
+    _check_types(kinds)
     literals = [text for kind in kinds for text in _literals(kind)]
     texts = [kind for kind in kinds if "const" not in kind and kind.get("type", "string") == "string"]
     is_free = any(_is_free(kind) for kind in texts)
@@ -79,10 +89,23 @@ def _value(lark: Lark, schema: Any, root: Schema, before_end: str, end: str) -> 
     return lark.rule("value", " | ".join(ways))
 
 
+def _check_types(kinds: Sequence[Schema]) -> None:
+    """Raises InvalidRequest where there can be no value. Of text llguidance is told no type to refuse."""
+    wrong = [kind["type"] for kind in kinds if "type" in kind and kind["type"] not in JSON_TYPES]
+    if wrong or not kinds:
+        why = f"type={shown(wrong[0])}" if wrong else "it allows no value"
+        raise InvalidRequest(
+            f"tools: in the schema of a parameter: {why}; a type should be one of {', '.join(JSON_TYPES)}, "
+            "or a list of them, and an enum have a value",
+            "tools",
+        )
+
+
 def _kinds(branch: Schema, root: Schema) -> Iterator[Schema]:
     """A branch of a schema, once for each of its types, and once for each of its values if they are given."""
     merged: dict[str, Any] = dict(branch)
-    for part in branch.get("allOf") or ():
+    parts = branch.get("allOf")
+    for part in parts if isinstance(parts, list) else ():
         merged = {**resolved(part, root), **merged}
     values = [merged["const"]] if "const" in merged else merged.get("enum")
     types = types_of(branch, root)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from tpworker.errors import InvalidRequest
 from tpworker.grammar.schemas import ANY_OBJECT, as_held
 from tpworker.parsing import ToolFormat
+from tpworker.parsing.lark import check_length
 from tpworker.server.dialect import Dialect
 from tpworker.server.hidden import hidden_names
 from tpworker.server.requests.held import Held
 from tpworker.server.requests.spoken import SpokenRequest
 from tpworker.server.speech import Speech
-from tpworker.structured_outputs import MAX_GRAMMAR_TEXT
 
 _BEGIN_AS_JSON = frozenset({"llama3_json"})
 """Formats whose calls have no mark before them. llguidance's lexer takes the longest it can: what begins as a
@@ -74,12 +74,7 @@ def _grammar(asked: SpokenRequest, tools: ToolFormat, dialect: Dialect) -> str |
     )
     if held is not None:
         grammar = _calls_or_answer(grammar, held)
-    if len(grammar) > MAX_GRAMMAR_TEXT:
-        raise InvalidRequest(
-            f"the tools make a grammar of {len(grammar)} characters; the limit is {MAX_GRAMMAR_TEXT}: make "
-            "their schemas smaller, or give fewer of them",
-            "tools",
-        )
+    check_length(len(grammar))
     return grammar
 
 
