@@ -224,3 +224,25 @@ def test_effort_switches_thinking(start: Start) -> None:
     answer = whole(server, tools=None, reasoning={"effort": "none", "summary": "auto"})
     assert answer["reasoning"] == {"effort": "none", "summary": None}
     assert server.runtime.requests[-1][0] == "[user]Hi<|assistant|>\n<think></think>\n"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        (r'"text": {"format": {"type": "text", "name": "a\ud800", "x": NaN}}', {"name": "a?", "x": None}),
+        (
+            r'"tool_choice": {"type": "function", "name": "weather", "x": ["\udfff", 1e999]}',
+            {"x": ["?", None]},
+        ),
+    ],
+)
+def test_what_is_repeated_is_json(start: Start, stream: bool, asked: str, told: dict[str, Any]) -> None:
+    """What changes nothing is not checked, but must not break the answer either."""
+    server = start(fake(hermes(("weather", PARIS))))
+    content = f'{{"input": "Hi", "tools": {json.dumps([FLAT])}, "stream": {json.dumps(stream)}, {asked}}}'
+    response = server.post(RESPONSES, content=content, headers={"content-type": "application/json"})
+    assert response.status_code == 200
+    answer = events_of(response.text)[-1][1]["response"] if stream else response.json()
+    repeated = answer["text"]["format"] if "format" in asked else answer["tool_choice"]
+    assert told.items() <= repeated.items()

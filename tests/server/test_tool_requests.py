@@ -169,7 +169,7 @@ DEEP: Any = json.loads("[" * 300 + "]" * 300)
         ({"tools": [tool(parameters={"a": DEEP})]}, "tools[0].function.parameters", "deeper than 100 levels"),
         ({"tools": [tool(strict="yes")]}, "tools[0].function.strict", "'yes'"),
         ({"tools": [tool(name=f"f{i}") for i in range(129)]}, "tools", "129 tools are more than the 128"),
-        ({"tools": [tool(description="x" * 300_000)]}, "tools", "characters as JSON; the limit is 262144"),
+        ({"tools": [tool(description="x" * 300_000)]}, "tools", "more than 262144 characters as JSON"),
         ({"tools": None, "tool_choice": "required"}, "tool_choice", "there are no tools"),
         ({"tools": None, "tool_choice": NAMED}, "tool_choice", "there are no tools"),
         ({"tool_choice": "any"}, "tool_choice", "tool_choice='any': it should be"),

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tpworker.outputs import RequestOutput
@@ -70,30 +70,28 @@ class ResponsesFormat(Format):
             return []
         if isinstance(choice, ReadChoice):
             return [self._tell(one, choice.reader) for one in choice.reader.feed(text)]
-        return [self._said(Item.message, text)]
+        return [self._said(Item.message, "message", text)]
 
     def _tell(self, event: Event, reader: Reader) -> str:
         """The events for one thing that is said."""
         match event:
             case Content():
-                return self._said(Item.message, event.text)
+                return self._said(Item.message, "message", event.text)
             case Reasoning():
-                return self._said(Item.reasoning, event.text)
+                return self._said(Item.reasoning, "reasoning", event.text)
             case CallBegan():
                 return self._begin(Item.call(event.name, reader.call_ids[event.index]))
             case CallArguments():
                 return self._delta(self._items[-1], event.text)
 
-    def _said(self, make: Any, text: str) -> str:
+    def _said(self, make: Callable[[], Item], kind: str, text: str) -> str:
         """More text of a kind: of the last item, or of one that begins with it.
 
         Args:
             make: makes one.
         """
-        item = make()
-        if self._items and self._items[-1].kind == item.kind:
-            return self._delta(self._items[-1], text)
-        return self._begin(item) + self._delta(item, text)
+        begun = "" if self._items and self._items[-1].kind == kind else self._begin(make())
+        return begun + self._delta(self._items[-1], text)
 
     def _begin(self, item: Item) -> str:
         """The events with which an item begins, behind those with which the one before it ends."""

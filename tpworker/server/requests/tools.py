@@ -159,12 +159,12 @@ def check_tools(tools: Sequence[Tool | FlatTool]) -> None:
             )
         seen.add(name)
         num_chars += len(json.dumps(tool.function.for_template()))
-    if num_chars > MAX_TOOLS_CHARS:
-        raise InvalidRequest(
-            f"the tools have {num_chars} characters as JSON; the limit is {MAX_TOOLS_CHARS}: describe them "
-            "in fewer words, or give fewer of them",
-            "tools",
-        )
+        if num_chars > MAX_TOOLS_CHARS:  # at once: a body may have many times as much
+            raise InvalidRequest(
+                f"the tools have more than {MAX_TOOLS_CHARS} characters as JSON, the limit: describe them in "
+                "fewer words, or give fewer of them",
+                "tools",
+            )
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from typing import Any
 
@@ -58,4 +59,11 @@ def _repeated(body: ResponsesRequest) -> dict[str, Any]:
         repeated["text"] = {"format": body.text.format}
     if body.reasoning is not None:
         repeated["reasoning"] = {"effort": body.reasoning.effort, "summary": None}
-    return repeated
+    return _as_json(repeated)
+
+
+def _as_json(repeated: dict[str, Any]) -> dict[str, Any]:
+    """The same, as JSON can have it: what changes nothing is not checked, and may be no text or number."""
+    text = json.dumps(repeated, ensure_ascii=False).encode(errors="replace")
+    told: dict[str, Any] = json.loads(text, parse_constant=lambda name: None)
+    return told
