@@ -71,6 +71,50 @@ def test_an_answer_goes_back_with_its_result(start: Start) -> None:
     )
 
 
+SHORT_IDS = (
+    "{% for t in tools or [] %}[TOOL_CALLS]{% endfor %}{% for m in messages %}[{{ m.role }}]"
+    "{% for c in m.tool_calls or [] %}{% if not c.id is defined or c.id|length != 9 %}"
+    "{{ raise_exception('ids have 9 characters') }}{% endif %}{{ c.id }}{% endfor %}"
+    "{{ m.tool_call_id }}{% endfor %}"
+)
+
+
+def test_a_template_that_wants_short_ids_gets_them(start: Start) -> None:
+    """Mistral's do. A conversation goes on with what was answered, and with the ids of other servers."""
+    server = start(fake('[TOOL_CALLS][{"name": "weather", "arguments": {}}]', SHORT_IDS))
+    for body in ({}, {"stream": True}):
+        answer = chunks(server) if body else None
+        message = gathered(answer)[0] if answer else whole(server)["choices"][0]["message"]
+        (call,) = message["tool_calls"]
+        assert re.fullmatch("[A-Za-z0-9]{9}", call["id"])
+        for given in (call["id"], "call_" + "x" * 24, "call_" + "y" * 24, "a-b.c_d e", "é" * 9, "\ud800"):
+            told = {"role": "assistant", "content": None, "tool_calls": [{**call, "id": given}]}
+            result = {"role": "tool", "tool_call_id": given, "content": "sun"}
+            content = json.dumps(BODY | {"messages": [USER, told, result]})
+            response = server.post(CHAT, content=content, headers={"content-type": "application/json"})
+            assert response.status_code == 200, response.text
+            prompt = server.runtime.requests[-1][0]
+            (mine, others) = re.findall(r"\](\w{9})(?=\[|$)", prompt)
+            assert mine == others
+            assert (mine == given) == (given == call["id"])
+
+
+ONE_CALL = (
+    "{% for m in messages %}{% if 'tool_calls' in m and not m.tool_calls|length == 1 %}"
+    "{{ raise_exception('one call at once') }}{% endif %}[{{ m.role }}]{% endfor %}{{ tools }}<|python_tag|>"
+)
+
+
+def test_a_template_that_takes_one_call_a_turn_gets_no_more(start: Start) -> None:
+    """Llama 3's do: a conversation with several calls in one turn could not go on."""
+    call = '{"name": "weather", "parameters": {}}'
+    server = start(fake(f"{call}; {call}", ONE_CALL))
+    assert len(calls_of(both(server)[0])) == 1
+    whole(server, tool_choice="required")
+    grammar = server.runtime.requests[-1][1].structured_outputs.grammar
+    assert '"; "' not in grammar
+
+
 PLAIN = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
 
 

@@ -23,6 +23,10 @@ SWITCHES = ("enable_thinking", "thinking")
 EFFORT = "reasoning_effort"
 PLAIN_FORMAT = "hermes"
 """In which tools are told where the template shows none."""
+_ID_LENGTH = re.compile(r"\bid *\| *length *!= *(\d{1,2})\b")
+"""Mistral's: `tool_call.id | length != 9`, or it raises."""
+_ONE_CALL = re.compile(r"\btool_calls *\| *length *== *1\b")
+"""Llama 3's: `not message.tool_calls | length == 1`, and it raises."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,10 @@ class Dialect:
     """Whether the template shows the tools that it is given."""
     shows_calls: bool = False
     """Whether it shows the calls of earlier turns, and what came of them."""
+    id_length: int | None = None
+    """Letters and digits of which the ids of calls consist; None: of whatever they do."""
+    takes_one_call: bool = False
+    """Whether no turn of the assistant's may have several calls."""
     knows: frozenset[str] = frozenset()
     """Which of SWITCHES and EFFORT it reads."""
     special: frozenset[str] = frozenset()
@@ -66,6 +74,8 @@ class Dialect:
             reasoning,
             shows_tools="tools" in names,
             shows_calls="tool_calls" in names,
+            id_length=_id_length(template or ""),
+            takes_one_call=bool(_ONE_CALL.search(template or "")),
             knows=names & {*SWITCHES, EFFORT},
             special=frozenset(tokenizer.special),
             added=tokenizer.added,
@@ -96,3 +106,8 @@ class Dialect:
                 "tools",
             )
         return self.tools
+
+
+def _id_length(template: str) -> int | None:
+    found = _ID_LENGTH.search(template)
+    return None if found is None else int(found[1]) or None

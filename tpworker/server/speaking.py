@@ -43,7 +43,8 @@ def speech_for(asked: SpokenRequest, dialect: Dialect, prompt: str) -> Speech:
         tells_thinking=asked.include_reasoning is not False,
         tools=tools,
         functions=asked.functions if tools is not None else (),
-        most_calls=None if _is_parallel(asked) else 1,
+        most_calls=None if _is_parallel(asked, dialect) else 1,
+        id_length=dialect.id_length,
         grammar=grammar,
         hidden=hidden_names(dialect.special - marks) if shows_special else None,
         end_id=None if behind is None else dialect.added.get(behind.end),
@@ -69,7 +70,7 @@ def _grammar(asked: SpokenRequest, tools: ToolFormat, dialect: Dialect) -> str |
     grammar = tools.grammar(
         functions,
         is_required=is_required or held is not None,
-        is_parallel=_is_parallel(asked),
+        is_parallel=_is_parallel(asked, dialect),
         special_ids=dialect.added,
     )
     if held is not None:
@@ -78,9 +79,10 @@ def _grammar(asked: SpokenRequest, tools: ToolFormat, dialect: Dialect) -> str |
     return grammar
 
 
-def _is_parallel(asked: SpokenRequest) -> bool:
+def _is_parallel(asked: SpokenRequest, dialect: Dialect) -> bool:
     """Whether there may be several calls."""
-    return asked.parallel_tool_calls is not False and not asked.choice.is_named
+    is_free = asked.parallel_tool_calls is not False and not asked.choice.is_named
+    return is_free and not dialect.takes_one_call
 
 
 def _calls_or_answer(calls: str, held: Held) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
-import string
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -18,12 +16,10 @@ from tpworker.parsing import (
     Reasoning,
     ToolFormat,
 )
+from tpworker.server.call_ids import new_call_id
 from tpworker.server.hidden import HiddenNames, Hiding
 from tpworker.server.telling import Choice
 from tpworker.structured_outputs import Thinking
-
-_ID_LETTERS = string.ascii_letters + string.digits
-_ID_LENGTH = 24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +38,8 @@ class Speech:
     """Those that may be called."""
     most_calls: int | None = None
     """More are dropped; None: as many as there are."""
+    id_length: int | None = None
+    """Of the ids of calls; None: as OpenAI's API has them."""
     grammar: str | None = None
     """What the calls hold the output to."""
     hidden: HiddenNames | None = None
@@ -99,18 +97,13 @@ class Reader:
                     if self._speech.most_calls is not None and index >= self._speech.most_calls:
                         continue
                     if isinstance(event, CallBegan):
-                        self.call_ids.append(new_call_id())
+                        self.call_ids.append(new_call_id(self._speech.id_length))
             joined = _joined(told[-1], event) if told else None
             if joined is None:
                 told.append(event)
             else:
                 told[-1] = joined
         return told
-
-
-def new_call_id() -> str:
-    """Of a call, as OpenAI's API has them."""
-    return "call_" + "".join(secrets.choice(_ID_LETTERS) for _ in range(_ID_LENGTH))
 
 
 def _joined(first: Event, second: Event) -> Event | None:

@@ -12,6 +12,7 @@ from pydantic.config import JsonDict
 
 from tpworker.chat.variables import NAMES, check_variables
 from tpworker.errors import InvalidRequest
+from tpworker.server.call_ids import with_ids_of
 from tpworker.server.dialect import Dialect
 from tpworker.server.plain_tools import in_plain_words, told_of, told_to_user
 from tpworker.server.requests.fields import Body, bounds, check_depth
@@ -204,6 +205,8 @@ class Conversation(Body):
         tools = [tool.function.for_template() for tool in self.tools or ()] or None
         if not dialect.shows_calls:
             messages = in_plain_words(messages)
+        elif dialect.id_length is not None:
+            messages = with_ids_of(dialect.id_length, messages)
         render = partial(
             tokenizer.apply_chat_template,
             add_generation_prompt=self.add_generation_prompt is not False,
