@@ -71,6 +71,28 @@ def test_an_answer_goes_back_with_its_result(start: Start) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("arguments", "city"),
+    [
+        (r"\ud83d\ude00", "\U0001f600"),
+        (r"\ud83d", "\ufffd"),
+        (r"a\ude00\u00e9", "a\ufffdé"),
+        (r"\\ud83d", r"\ud83d"),
+    ],
+)
+def test_half_an_escape_of_a_models_goes_back(start: Start, arguments: str, city: str) -> None:
+    """The parser passes on what a model writes within a string, and that may be half of an emoji."""
+    template = (
+        "{% for m in messages %}{{ (m.tool_calls or [])[0].function.arguments.city }}{% endfor %}{{ tools }}"
+    )
+    server = start(fake("ok", template), tool_call_parser="hermes")
+    function = {"name": "weather", "arguments": f'{{"city": "{arguments}"}}'}
+    told = {"role": "assistant", "tool_calls": [{"id": "a", "type": "function", "function": function}]}
+    response = server.post(CHAT, json={"messages": [told]})
+    assert response.status_code == 200, response.text
+    assert server.runtime.requests[-1][0] == f"{city}None"
+
+
 SHORT_IDS = (
     "{% for t in tools or [] %}[TOOL_CALLS]{% endfor %}{% for m in messages %}[{{ m.role }}]"
     "{% for c in m.tool_calls or [] %}{% if not c.id is defined or c.id|length != 9 %}"

@@ -51,9 +51,17 @@ def arguments_of(arguments: Any, check: Any) -> Any:
     try:
         read = json.loads(arguments.strip() or "{}", parse_constant=_no_constant, parse_int=_number)
         check_depth(read)
+        if "\\u" in arguments:
+            read = _in_unicode(read)
     except (ValueError, RecursionError):
         read = None
     return read if isinstance(read, dict) else {BROKEN: arguments}
+
+
+def _in_unicode(value: Any) -> Any:
+    """A value of JSON in which halves of surrogate pairs are U+FFFD: a model may write one of two escapes."""
+    text = json.dumps(value, ensure_ascii=False)
+    return json.loads(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
 
 
 def _no_constant(name: str) -> Any:
