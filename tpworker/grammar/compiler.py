@@ -27,8 +27,8 @@ MAX_ITEMS = 8_000
 takes 2 ms for each 1,000 of them."""
 
 MAX_MASK_SECONDS = 0.05
-"""Of processor time, for a mask while requests are served. Where a grammar is ambiguous (`s: s s | "a"`), they
-take longer the longer the output is, without an end, and everybody waits for them."""
+"""Of processor time, for a mask while requests are served. Where a grammar is ambiguous (`s: s s | "a"`) they
+take longer the longer the output is, without an end, and everybody waits."""
 
 MAX_COMPILED = 256
 MAX_COMPILED_TEXT = 1 << 20
