@@ -14,9 +14,13 @@ if TYPE_CHECKING:
     from tpworker.grammar.bits import Masks
 
 
+MAX_SLOW = 3
+"""Masks of one request that take longer than a mask may; then it ends."""
+
 _TOO_SLOW = (
     "its grammar is too complex: a mask took more than "
-    f"{1000 * MAX_MASK_SECONDS:g} ms of processor time, the limit"
+    f"{1000 * MAX_MASK_SECONDS:g} ms of processor time, the limit, {MAX_SLOW} times: write rules that match a "
+    "text in one way, e.g. item* in place of s: s s"
 )
 
 
@@ -29,13 +33,23 @@ class Guide:
         min_tokens: that the output has, as far as the grammar has so many to say.
     """
 
-    __slots__ = ("_late_ids", "_matcher", "_min_tokens", "_num_consumed", "error", "forced", "has_ended")
+    __slots__ = (
+        "_late_ids",
+        "_matcher",
+        "_min_tokens",
+        "_num_consumed",
+        "_num_slow",
+        "error",
+        "forced",
+        "has_ended",
+    )
 
     def __init__(self, matcher: LLMatcher, late_ids: Sequence[int], min_tokens: int) -> None:
         self._matcher = matcher
         self._late_ids = late_ids
         self._min_tokens = min_tokens
         self._num_consumed = 0
+        self._num_slow = 0
         self.forced: deque[int] = deque()
         """Tokens that were consumed before they were committed: there is no other in their place."""
         self.has_ended = False
@@ -70,12 +84,13 @@ class Guide:
 
     def settle(self, masks: Masks, row: int, is_slow: bool) -> None:
         """After its matcher has filled a mask, slowly or not: what else there is to say of it."""
+        self._num_slow += is_slow
         if self._num_consumed < self._min_tokens:
             masks.remove(row, self._late_ids)
         only = masks.only(row)
         if self._matcher.is_error():
             self.error = f"its grammar is too complex: {_first_line(self._matcher.get_error())}"
-        elif is_slow:
+        elif self._num_slow == MAX_SLOW:
             self.error = _TOO_SLOW
         elif only == -1:
             self.error = "its grammar leaves no token that could come next"
