@@ -134,13 +134,33 @@ def test_numbers_that_are_not_finite_or_too_large_are_refused(value: Any) -> Non
 
 
 @pytest.mark.parametrize("value", [5, None, np.array(5), torch.tensor(5), 5.0])
-@pytest.mark.parametrize("name", ["stop", "stop_token_ids", "bad_words", "allowed_token_ids"])
+@pytest.mark.parametrize(
+    "name", ["stop", "shown_special_tokens", "stop_token_ids", "bad_words", "allowed_token_ids"]
+)
 def test_what_is_no_sequence_is_refused_as_everything_is(name: str, value: Any) -> None:
     if name == "allowed_token_ids" and value is None:
         return  # all are
     with pytest.raises(InvalidRequest, match=rf"{name}=.*must be a") as caught:
         SamplingParams(**{name: value})
     assert caught.value.parameter == name
+
+
+@pytest.mark.parametrize(
+    ("names", "others"),
+    [
+        ([""], {}),
+        ([5], {}),
+        (["a"] * 65, {}),
+        (["a"], {"detokenize": False}),
+        (["a"], {"skip_special_tokens": False}),
+    ],
+)
+def test_special_tokens_that_cannot_be_shown(names: Any, others: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest, match=r"shown_special_tokens=.*must be") as caught:
+        SamplingParams(shown_special_tokens=names, **others)
+    assert caught.value.parameter == "shown_special_tokens"
+    assert SamplingParams(shown_special_tokens="a").shown_special_tokens == ("a",)
+    assert len(SamplingParams(shown_special_tokens=["a"] * 64).shown_special_tokens) == 64
 
 
 def test_what_they_come_to_crosses_to_the_processes() -> None:

@@ -15,6 +15,7 @@ from tpworker.values import MAX_SEED, FrozenDict, is_utf8, number, plain
 
 MAX_STOP_IDS = 16  # per request, the model's end-of-sequence ids included: one row of a device table
 MAX_STOP_STRINGS = 16
+MAX_SHOWN = 64  # special tokens
 MAX_CHOICES = 128
 MAX_PRIORITY = 2**31 - 1
 MAX_SALT = 256  # characters
@@ -97,6 +98,8 @@ class SamplingParams:
     """False: outputs carry token ids only, and `stop` must be empty."""
     skip_special_tokens: bool = True
     """False: special tokens are part of the text, by their names; the token that ends the output is not."""
+    shown_special_tokens: Sequence[str] = field(default=())
+    """Names of special tokens that are part of the text where others are not, as the marks of a format."""
     include_stop_str_in_output: bool = False
     """The text ends with the stop string that ended it, or with the token, if that is text."""
     structured_outputs: StructuredOutputs | None = None
@@ -117,6 +120,7 @@ class SamplingParams:
     def _check_lists(self, checks: _Checks) -> None:
         """First, so that the others find tuples."""
         checks.listed("stop", "a string, or a sequence of strings")
+        checks.listed("shown_special_tokens", "a string, or a sequence of strings")
         checks.listed("bad_words", "a string, or a sequence of strings")
         checks.ids("stop_token_ids")
         if self.allowed_token_ids is not None:
@@ -139,6 +143,17 @@ class SamplingParams:
             f"at most {MAX_STOP_STRINGS} strings, none of them empty",
         )
         checks.that("stop", self.detokenize or not self.stop, "empty when detokenize is false")
+        shown = self.shown_special_tokens
+        checks.that(
+            "shown_special_tokens",
+            len(shown) <= MAX_SHOWN and all(isinstance(s, str) and s for s in shown),
+            f"at most {MAX_SHOWN} strings, none of them empty",
+        )
+        checks.that(
+            "shown_special_tokens",
+            (self.detokenize and self.skip_special_tokens) or not shown,
+            "empty when detokenize or skip_special_tokens is false",
+        )
         is_plain = self.skip_special_tokens and not self.include_stop_str_in_output
         name = "include_stop_str_in_output" if self.skip_special_tokens else "skip_special_tokens"
         checks.that(name, self.detokenize or is_plain, "left out when detokenize is false")

@@ -307,6 +307,7 @@ class FakeRuntime(Facts):
             sampling.stop,
             min_tokens=sampling.min_tokens,
             skip_special_tokens=sampling.skip_special_tokens,
+            shown_special_tokens=sampling.shown_special_tokens,
             include_stop=sampling.include_stop_str_in_output,
         )
         for position, token_id in enumerate(script[:limit]):

@@ -117,7 +117,7 @@ def test_special_tokens_as_marks(start: Start) -> None:
     server = start(thinker("<think>Hm.<pad></think><pad>Yes.", special=marks))
     message, _ = both(server)
     assert (message["reasoning"], message["content"]) == ("Hm.", "Yes.")
-    assert server.runtime.requests[-1][1].skip_special_tokens is False
+    assert server.runtime.requests[-1][1].shown_special_tokens == ("</think>", "<think>")
     message, _ = both(server, separate_reasoning=False)
     assert message["content"] == "<think>Hm.</think>Yes."
 

@@ -250,11 +250,11 @@ def test_marks_that_are_special_tokens_are_found_and_others_are_no_text(start: S
     server = start(fake(text, special=special), tool_call_parser="mistral")
     message, _ = both(server)
     assert (message["content"].strip(), parsed(calls_of(message))) == ("We[OT]ll.", [("time", {})])
-    assert server.runtime.requests[-1][1].skip_special_tokens is False
+    assert server.runtime.requests[-1][1].shown_special_tokens == ("[TOOL_CALLS]",)
     assert whole(server, tools=None)["choices"][0]["message"]["content"] == (
         'We[OT]ll. [{"name": "time", "arguments": {}}]'
     )
-    assert server.runtime.requests[-1][1].skip_special_tokens is True
+    assert server.runtime.requests[-1][1].shown_special_tokens == ()
     assert both(server, skip_special_tokens=False)[0]["content"].strip() == "[OTHER]We[OT]ll<pad>."
 
 
@@ -267,7 +267,7 @@ def test_marks_that_are_none_leave_special_tokens_out(start: Start) -> None:
     server = start(fake("<pad>" + hermes(("time", {})), special=["<pad>"]), tool_call_parser="hermes")
     message, _ = both(server)
     assert (message["content"], calls_of(message)) == (None, [("time", "{}")])
-    assert server.runtime.requests[-1][1].skip_special_tokens is True
+    assert server.runtime.requests[-1][1].shown_special_tokens == ()
 
 
 # ---------------------------------------------------------------------------- what it is held to

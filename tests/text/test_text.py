@@ -330,6 +330,20 @@ def test_special_tokens_may_be_text_behind_a_prompt_too() -> None:
     assert TextStream(BYTE_LEVEL).push([special(START)]).text == ""  # the pieces are not shared
 
 
+@pytest.mark.parametrize("stop", [(), (END,), (START + "x",)])
+def test_some_special_tokens_may_be_text(stop: Sequence[str]) -> None:
+    """Others are none, while the characters of their names are: a model may write about them."""
+    spelt = [*BYTE_LEVEL.encode(END[:1]), *BYTE_LEVEL.encode(END[1:])]
+    assert special(END) not in spelt
+    ids = [special(START), *spelt, *BYTE_LEVEL.encode("é"), special(END), *BYTE_LEVEL.encode("b")]
+    shown = stop[:1] != (END,)  # which stands for its characters, too
+    for cut_ids in ([ids], [[i] for i in ids]):
+        stream = TextStream(BYTE_LEVEL, stop, shown_special_tokens=[START, "no such"])
+        assert stream_text(stream, cut_ids) == (f"{START}{END}éb" if shown else START)
+    stream = TextStream(BYTE_LEVEL, [END], shown_special_tokens=[START])
+    assert stream.push([special(START), special(END)]) == (START, END, 2)
+
+
 @pytest.mark.parametrize(
     ("min_tokens", "text", "stopped"),
     [

@@ -200,6 +200,7 @@ class Intake:
                 min_tokens=params.min_tokens,
                 prompt=unpack_int32(tokens),
                 skip_special_tokens=params.skip_special_tokens,
+                shown_special_tokens=params.shown_special_tokens,
                 include_stop=params.include_stop_str_in_output,
             )
 

@@ -34,7 +34,7 @@ class Dialect:
     """See above; of one model, with the options of its server."""
 
     tools: ToolFormat | None = None
-    """None: calls are not looked for (`--tool-call-parser none`)."""
+    """None: tools are not taken (`--tool-call-parser none`), or there is no template."""
     reasoning: ReasoningFormat | None = None
     """None: the model does not think, or its thinking is left in the text."""
     shows_tools: bool = False

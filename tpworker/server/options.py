@@ -25,7 +25,7 @@ class FrontOptions:
     """Streams tell the token counts where nobody asks for them, too."""
     tool_call_parser: str = AUTO
     """The format of the model's calls of tools, a name of `tpworker.parsing.TOOL_FORMATS`; `auto`: as the
-    model's files say; `none`: calls are text."""
+    model's files say; `none`: tools are refused, unless `tool_choice` is none, too."""
     reasoning_parser: str = AUTO
     """The same of its thinking, of `REASONING_FORMATS`."""
 

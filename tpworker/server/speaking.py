@@ -7,7 +7,6 @@ from tpworker.grammar.schemas import ANY_OBJECT, as_held
 from tpworker.parsing import ToolFormat
 from tpworker.parsing.lark import check_length
 from tpworker.server.dialect import Dialect
-from tpworker.server.hidden import hidden_names
 from tpworker.server.requests.held import Held
 from tpworker.server.requests.spoken import SpokenRequest
 from tpworker.server.speech import Speech
@@ -36,7 +35,6 @@ def speech_for(asked: SpokenRequest, dialect: Dialect, prompt: str) -> Speech:
         tools = dialect.check_tools()
         marks |= tools.special
         grammar = _grammar(asked, tools, dialect)
-    shows_special = marks & dialect.special and asked.skip_special_tokens is not False
     return Speech(
         behind=behind,
         splits=asked.separate_reasoning is not False,
@@ -46,7 +44,7 @@ def speech_for(asked: SpokenRequest, dialect: Dialect, prompt: str) -> Speech:
         most_calls=None if _is_parallel(asked, dialect) else 1,
         id_length=dialect.id_length,
         grammar=grammar,
-        hidden=hidden_names(dialect.special - marks) if shows_special else None,
+        shown=tuple(sorted(marks & dialect.special)),
         end_id=None if behind is None else dialect.added.get(behind.end),
     )
 

@@ -17,7 +17,6 @@ from tpworker.parsing import (
     ToolFormat,
 )
 from tpworker.server.call_ids import new_call_id
-from tpworker.server.hidden import HiddenNames, Hiding
 from tpworker.server.telling import Choice
 from tpworker.structured_outputs import Thinking
 
@@ -42,8 +41,8 @@ class Speech:
     """Of the ids of calls; None: as OpenAI's API has them."""
     grammar: str | None = None
     """What the calls hold the output to."""
-    hidden: HiddenNames | None = None
-    """Special tokens that are not told, though the output has them in its text; None: it has none."""
+    shown: Sequence[str] = ()
+    """Special tokens that are part of the output's text: its marks."""
     end_id: int | None = None
     """The token that ends thinking, if it is one; None: what is thought cannot be counted."""
 
@@ -55,7 +54,7 @@ class Speech:
     @property
     def is_plain(self) -> bool:
         """Whether all of an output is what is said, as it comes."""
-        return self.thinking is None and self.tools is None and self.hidden is None
+        return self.thinking is None and self.tools is None
 
 
 PLAIN = Speech()
@@ -68,22 +67,17 @@ class Reader:
     def __init__(self, speech: Speech) -> None:
         self._speech = speech
         self._parser = OutputParser(speech.thinking, speech.tools, speech.functions)
-        self._hiding = None if speech.hidden is None else Hiding(speech.hidden)
         self.call_ids: list[str] = []
         """Of the calls that have begun, for clients to refer to."""
         self.has_thought = speech.thinking is not None and speech.thinking.is_open
 
     def feed(self, text: str) -> list[Event]:
         """What more text says."""
-        if self._hiding is not None:
-            text = self._hiding.feed(text)
         return self._told(self._parser.feed(text)) if text else []
 
     def finish(self) -> list[Event]:
         """What was held back: the output ends here."""
-        last = "" if self._hiding is None else self._hiding.finish()
-        events = self._parser.feed(last) if last else []
-        return self._told([*events, *self._parser.finish()])
+        return self._told(self._parser.finish())
 
     def _told(self, events: Sequence[Event]) -> list[Event]:
         told: list[Event] = []

@@ -158,6 +158,7 @@ class TextStream:
         min_tokens: int = 0,
         prompt: Sequence[int] = (),
         skip_special_tokens: bool = True,
+        shown_special_tokens: Collection[str] = (),
         include_stop: bool = False,
     ) -> None:
         """
@@ -168,13 +169,17 @@ class TextStream:
             min_tokens: a stop string that is complete within so many tokens is text.
             prompt: what comes before; the end of it counts.
             skip_special_tokens: whether special tokens are no text. Else their names are characters, as any.
+            shown_special_tokens: names of some that are text all the same.
             include_stop: whether the stop string that ends the text is the end of it; of a special token in
                 one the name only if those are text.
         """
-        vocabulary = tokenizer if skip_special_tokens else tokenizer.with_special
+        special = dict(tokenizer.special) if skip_special_tokens else {}
+        shown = [special.pop(name, None) for name in shown_special_tokens]
+        if shown:
+            hidden_ids = {*hidden_ids, *special.values()}
+        vocabulary = tokenizer if skip_special_tokens and not shown else tokenizer.with_special
         self._detokenizer = Detokenizer(vocabulary, hidden_ids, prompt)
         self._characters = self._detokenizer.push
-        special = tokenizer.special if skip_special_tokens else {}
         self._stops = StopStrings(stop, special, include_stop) if stop else None
         self._min_tokens = min_tokens
         self._num_tokens = 0

@@ -299,7 +299,8 @@ class GenerationRequest(HeldOutput):
             stop_token_ids=self.stop_token_ids or (),
             ignore_eos=bool(self.ignore_eos),
             detokenize=detokenize,
-            skip_special_tokens=self.skip_special_tokens is not False and speech.hidden is None,
+            skip_special_tokens=self.skip_special_tokens is not False,
+            shown_special_tokens=speech.shown if self.skip_special_tokens is not False else (),
             structured_outputs=self._structured(speech),
             include_stop_str_in_output=bool(self.include_stop_str_in_output),
         )
