@@ -19,8 +19,8 @@ MAX_SLOW = 3
 
 _TOO_SLOW = (
     "its grammar is too complex: a mask took more than "
-    f"{1000 * MAX_MASK_SECONDS:g} ms of processor time, the limit, {MAX_SLOW} times: write rules that match a "
-    "text in one way, e.g. item* in place of s: s s"
+    f"{1000 * MAX_MASK_SECONDS:g} ms of processor time, the limit, {MAX_SLOW} times: write rules that match "
+    "a text in one way, e.g. item* in place of s: s s"
 )
 
 
