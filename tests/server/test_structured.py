@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,9 @@ import pytest
 from tests.server.conftest import MODEL, LiveServer
 from tests.server.fake_runtime import FakeRuntime
 from tests.server.test_refusals import CHAT, COMPLETIONS, USER, error_of
+from tests.server.test_responses import RESPONSES
 from tpworker.errors import InvalidRequest
+from tpworker.server.requests.held import Held
 from tpworker.structured_outputs import StructuredOutputs
 
 Start = Callable[..., LiveServer]
@@ -92,6 +95,26 @@ def test_the_clients_own_schemas(start: Start) -> None:
     assert held is not None
     assert held.json is not None
     assert json.loads(str(held.json))["properties"]["x"]["type"] == "integer"
+
+
+@pytest.mark.parametrize("path", [*BASES, RESPONSES])
+def test_a_large_schema_holds_nobody_up(
+    server: LiveServer, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    """It is gone through value by value: not by the thread that serves all others."""
+    threads: list[threading.Thread] = []
+    outputs_of = Held.outputs
+
+    def outputs(held: Held, *behind: Any) -> StructuredOutputs:
+        threads.append(threading.current_thread())
+        return outputs_of(held, *behind)
+
+    monkeypatch.setattr(Held, "outputs", outputs)
+    loop = server.call(threading.current_thread)
+    response = server.post(path, json=(BASES | {RESPONSES: {"input": "a"}})[path] | {"guided_json": SCHEMA})
+    assert response.status_code == 200
+    assert threads
+    assert loop not in threads
 
 
 def test_what_is_not_known_of_it_is_told(server: LiveServer) -> None:

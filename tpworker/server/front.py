@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from tpworker.errors import InvalidRequest, RuntimeFailed, RuntimeStopped
+from tpworker.sampling_params import SamplingParams
 from tpworker.server.answer import Answer
 from tpworker.server.dialect import Dialect
 from tpworker.server.errors import ModelNotFound
@@ -13,7 +14,6 @@ from tpworker.server.formats import Format
 from tpworker.server.metrics import Metrics, Timing
 from tpworker.server.options import FrontOptions
 from tpworker.server.requests import GenerationRequest, Prompt
-from tpworker.server.speech import PLAIN, Speech
 
 if TYPE_CHECKING:
     from tpworker.runtime.runtime import Runtime
@@ -96,16 +96,15 @@ class Front:
         prompts: Sequence[Prompt],
         answer_format: Format,
         timing: Timing,
-        speech: Speech = PLAIN,
+        sampling: SamplingParams,
     ) -> Answer:
         """The answer to prompts.
 
         Args:
             answer_format: how it is written.
             timing: from `admit`.
-            speech: how outputs are read.
+            sampling: the body's.
         """
-        sampling = body.sampling(self.runtime.has_tokenizer, speech)
         name = answer_format.request_id
         ids = [name] if len(prompts) == 1 else [f"{name}-{index}" for index in range(len(prompts))]
         streams = [

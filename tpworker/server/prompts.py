@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from tpworker.errors import InvalidRequest
+from tpworker.sampling_params import SamplingParams
 from tpworker.server.dialect import Dialect
 from tpworker.server.requests import CompletionRequest, Conversation, GenerationRequest, SpokenRequest
 from tpworker.server.speaking import speech_for
@@ -46,17 +47,18 @@ def spoken_prompt(
     conversation: Conversation,
     dialect: Dialect,
     variables: Mapping[str, Any],
-) -> tuple[list[int], Speech]:
-    """The token ids of a conversation, and how what comes of it is read.
+) -> tuple[list[int], Speech, SamplingParams]:
+    """The token ids of a conversation, how what comes of it is read, and how that is generated.
 
     Raises:
-        InvalidRequest: as `chat_prompt`, or tools are not taken.
+        InvalidRequest: as `chat_prompt`, or tools are not taken, or a parameter is out of range.
     """
     ids, text = chat_prompt(runtime, body, conversation, dialect, variables)
     try:
-        return ids, speech_for(body, dialect, text)
+        speech = speech_for(body, dialect, text)
     except InvalidRequest as error:
         raise body.in_its_words(error) from error
+    return ids, speech, body.sampling(runtime.has_tokenizer, speech)
 
 
 def completion_prompts(runtime: Runtime, body: CompletionRequest) -> list[list[int]]:

@@ -37,9 +37,14 @@ def add_generation(app: FastAPI, front: Front) -> None:
             count = len(prompts) * body.num_choices
             preparing = runtime.prepare(work, count, body.num_chars, body.blamed_for_many)
             ids, echo = await unless_left(request, preparing)
+        reading = partial(body.sampling, runtime.has_tokenizer)
+        if body.held is None:
+            sampling = reading()
+        else:  # a schema may be large
+            sampling = await unless_left(request, runtime.prepare(reading, 0, body.num_chars))
         telling = replace(body.telling(front.force_usage), echo=echo)
         answer_format = CompletionFormat(front.model_names[0], telling, ids, front.tokenizer)
-        return front.answer(body, ids or prompts, answer_format, timing)
+        return front.answer(body, ids or prompts, answer_format, timing, sampling)
 
     @app.post("/v1/chat/completions", responses=documented(*GENERATES, ok=ChatCompletion, streams=True))
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
@@ -51,7 +56,7 @@ def add_generation(app: FastAPI, front: Front) -> None:
         # In a thread: a template is a program, and its text may be long.
         work = partial(spoken_prompt, runtime, body, body, dialect, variables)
         preparing = runtime.prepare(work, body.num_choices, body.num_chars, body.blamed_for_many)
-        ids, speech = await unless_left(request, preparing)
+        ids, speech, sampling = await unless_left(request, preparing)
         form: Callable[..., Format] = ChatFormat if speech.is_plain else partial(SpokenFormat, speech=speech)
         answer_format = form(front.model_names[0], body.telling(front.force_usage), [ids], front.tokenizer)
-        return front.answer(body, [ids], answer_format, timing, speech)
+        return front.answer(body, [ids], answer_format, timing, sampling)

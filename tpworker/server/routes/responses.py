@@ -33,9 +33,9 @@ def add_responses(app: FastAPI, front: Front) -> None:
         variables = body.variables(dialect, body.chat_template_kwargs or {})
         work = partial(spoken_prompt, runtime, body, conversation, dialect, variables)
         preparing = runtime.prepare(work, num_chars=conversation.num_chars)
-        ids, speech = await unless_left(request, preparing)
+        ids, speech, sampling = await unless_left(request, preparing)
         answer_format = ResponsesFormat(front.model_names[0], _repeated(body), speech)
-        return front.answer(body, [ids], answer_format, timing, speech)
+        return front.answer(body, [ids], answer_format, timing, sampling)
 
 
 def _repeated(body: ResponsesRequest) -> dict[str, Any]:
