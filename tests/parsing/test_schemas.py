@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tpworker.errors import InvalidRequest
-from tpworker.parsing import TOOL_FORMATS, CallArguments, Function, OutputParser
+from tpworker.parsing import TOOL_FORMATS, CallArguments, CallBegan, Function, OutputParser
 from tpworker.parsing.argument_values import as_json
 from tpworker.parsing.schemas import branches, types_of
 
 A = {"$ref": "#/$defs/A"}
-TAGGED = ["glm45", "qwen3_coder"]
+WRITTEN = {
+    "glm45": "<tool_call>f\n<arg_key>x</arg_key>\n<arg_value>1</arg_value>\n</tool_call>",
+    "qwen3_coder": "<tool_call>\n<function=f>\n<parameter=x>\n1\n</parameter>\n</function>\n</tool_call>",
+}
+TAGGED = tuple(WRITTEN)
 
 
 def root(a: Any) -> dict[str, Any]:
@@ -50,12 +57,8 @@ def test_long_ways_have_an_end() -> None:
 @pytest.mark.parametrize("name", TAGGED)
 @pytest.mark.parametrize("a", [{"anyOf": [A] * 9}, {"type": "string", "anyOf": [A] * 9}, {"allOf": [A] * 9}])
 def test_calls_with_such_schemas_are_read(name: str, a: Any) -> None:
-    written = {
-        "glm45": "<tool_call>f\n<arg_key>x</arg_key>\n<arg_value>1</arg_value>\n</tool_call>",
-        "qwen3_coder": "<tool_call>\n<function=f>\n<parameter=x>\n1\n</parameter>\n</function>\n</tool_call>",
-    }
     parser = OutputParser(None, TOOL_FORMATS[name], [Function("f", root(a))])
-    *_, arguments = [*parser.feed(written[name]), *parser.finish()]
+    *_, arguments = [*parser.feed(WRITTEN[name]), *parser.finish()]
     assert arguments == CallArguments(0, '{"x": 1}')
 
 
@@ -83,6 +86,33 @@ def test_what_has_no_value_is_refused(name: str, schema: Any, why: str) -> None:
 def test_what_is_no_schema_says_nothing(name: str, schema: Any) -> None:
     function = Function("f", {"type": "object", "properties": {"x": schema}})
     assert TOOL_FORMATS[name].grammar([function], is_required=True, is_parallel=True)
+
+
+SCALARS = st.sampled_from(
+    [None, True, 0, -1, 1.5, "", "string", "object", "integer", "#", "#/$defs/A", "#/x"]
+)
+WORDS = (
+    "type", "enum", "const", "anyOf", "oneOf", "allOf", "$ref", "$defs", "A", "x", "properties", "required",
+    "additionalProperties", "items", "pattern", "minLength", "maxLength",
+)  # fmt: skip
+ANYTHING = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(WORDS), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.sampled_from(TAGGED), st.dictionaries(st.sampled_from(WORDS), ANYTHING, max_size=4), st.booleans())
+def test_no_schema_is_a_bug(name: str, parameters: dict[str, Any], is_parameter: bool) -> None:
+    if is_parameter:
+        parameters = {"properties": {"x": parameters}, "$defs": {"A": parameters}}
+    function = Function("f", parameters)
+    with suppress(InvalidRequest):
+        assert TOOL_FORMATS[name].grammar([function], is_required=True, is_parallel=True)
+    parser = OutputParser(None, TOOL_FORMATS[name], [function])
+    began, *_ = [*parser.feed(WRITTEN[name]), *parser.finish()]
+    assert began == CallBegan(0, "f")
 
 
 @pytest.mark.parametrize(
