@@ -40,8 +40,8 @@ HERMES: list[tuple[str, list[tuple[str, str]], str]] = [
     ),
     (
         '<tool_call>{"name": "x", '
-        '"arguments": "\\ud83d\\ude00 \\ud83d \\ude00 \\ud83d\\n \\u12"}</tool_call>',
-        [("x", "😀 \ufffd \ufffd \ufffd\n \\u12")],
+        '"arguments": "\\ud83d\\ude00 \\ud83d \\ude00 \\ud83d\\n \\u12 \\ud83d\\u00z"}</tool_call>',
+        [("x", "😀 \ufffd \ufffd \ufffd\n \\u12 \ufffd\\u00z")],
         "",
     ),
     ('<tool_call>{"name": "\\ud800", "arguments": {}}</tool_call>', [("\ufffd", "{}")], ""),
@@ -74,6 +74,11 @@ GLM: list[tuple[str, list[tuple[str, str]], str]] = [
     ("<tool_call>pi", [], "<tool_call>pi"),
     ("<tool_call>ping", [], "<tool_call>ping"),
     ("<tool_call>ping<b>", [], "<tool_call>ping<b>"),
+    # What is written about the mark is no name.
+    ("Write `<tool_call>`\nfirst", [], "Write `<tool_call>`\nfirst"),
+    ("“<tool_call>”\n", [], "“<tool_call>”\n"),
+    ("(<tool_call>)\n", [], "(<tool_call>)\n"),
+    ("<tool_call>get.a-b_c2\n</tool_call>", [("get.a-b_c2", "{}")], ""),
     ("<tool_call>ping</tool_call>", [("ping", "{}")], ""),
     ("<tool_call> ping </tool_call>", [("ping", "{}")], ""),
     ("<tool_call>ping\n", [("ping", "")], ""),

@@ -104,9 +104,11 @@ def _escape(reader: Reader, sink: Sink) -> Reading[None]:
         if letter != "u":
             break
         reader.take()
-        code = yield from _hex(reader, sink)
-        if code is None:
+        digits = yield from _hex(reader)
+        if len(digits) < 4:
+            sink(("" if first is None else _REPLACEMENT) + "\\u" + digits)
             return
+        code = int(digits, 16)
         if first is not None and 0xDC00 <= code < 0xE000:
             sink(chr(0x10000 + ((first - 0xD800) << 10) + (code - 0xDC00)))
             return
@@ -126,15 +128,12 @@ def _escape(reader: Reader, sink: Sink) -> Reading[None]:
         sink(_ESCAPES.get(letter, "\\" + letter))
 
 
-def _hex(reader: Reader, sink: Sink) -> Reading[int | None]:
-    """Takes four digits; None: they are not there, and what is there is text."""
+def _hex(reader: Reader) -> Reading[str]:
+    """Takes four hexadecimal digits, or as many as there are."""
     digits = ""
     while len(digits) < 4 and (yield from reader.peek()) in _HEX_DIGITS:
         digits += reader.take()
-    if len(digits) == 4:
-        return int(digits, 16)
-    sink("\\u" + digits)
-    return None
+    return digits
 
 
 def scalar(reader: Reader) -> Reading[str]:

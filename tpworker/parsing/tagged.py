@@ -43,7 +43,7 @@ class Tags:
 GLM = Tags("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>", END, has_lines=False)
 QWEN_CODER = Tags("<parameter=", ">", "", "</parameter>", "</function>", has_lines=True)
 _KEY = re.compile(r"[^<>\n]+")
-_NAME = re.compile(r"[^\s<>{]+")
+_NAME = re.compile(r"[\w.\-]+")  # what is written about a mark is none
 _FUNCTION = "<function="
 
 
