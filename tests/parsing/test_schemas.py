@@ -82,6 +82,15 @@ def test_what_has_no_value_is_refused(name: str, schema: Any, why: str) -> None:
 
 
 @pytest.mark.parametrize("name", TAGGED)
+@pytest.mark.parametrize("key", ["", "a<b", "a>", "a\nb"])
+def test_a_name_that_could_not_be_read_back_is_refused(name: str, key: str) -> None:
+    function = Function("f", {"type": "object", "properties": {key: {}}})
+    with pytest.raises(InvalidRequest, match="a parameter is named") as refused:
+        TOOL_FORMATS[name].grammar([function], is_required=True, is_parallel=True)
+    assert refused.value.parameter == "tools"
+
+
+@pytest.mark.parametrize("name", TAGGED)
 @pytest.mark.parametrize("schema", [{"allOf": 5}, {"type": "string", "anyOf": 5}, 5, None, [], {"enum": 5}])
 def test_what_is_no_schema_says_nothing(name: str, schema: Any) -> None:
     function = Function("f", {"type": "object", "properties": {"x": schema}})

@@ -15,7 +15,7 @@ from tpworker.parsing.lark import Lark
 from tpworker.parsing.marked import END, START, MarkedFormat
 from tpworker.parsing.reader import SPACE, Marks, Reader, Reading
 from tpworker.parsing.schemas import Schema, property_of, types_of
-from tpworker.parsing.tagged_grammar import arguments_grammar
+from tpworker.parsing.tagged_grammar import KEY, arguments_grammar
 from tpworker.parsing.writer import Writer
 
 
@@ -42,7 +42,6 @@ class Tags:
 
 GLM = Tags("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>", END, has_lines=False)
 QWEN_CODER = Tags("<parameter=", ">", "", "</parameter>", "</function>", has_lines=True)
-_KEY = re.compile(r"[^<>\n]+")
 _NAME = re.compile(r"[\w.\-]+")  # what is written about a mark is none
 _FUNCTION = "<function="
 
@@ -63,7 +62,7 @@ class TaggedFormat(MarkedFormat):
             reader.record()
             yield from reader.run(SPACE)
             if (yield from reader.accept(tags.key)):
-                key = yield from reader.run(_KEY)
+                key = yield from reader.run(KEY)
                 if not (yield from self._begin_value(reader)):
                     break
                 reader.recorded()

@@ -23,6 +23,8 @@ _NOTES = {"type", "title", "description", "default", "examples"}
 _FIRST = {"object": r"\{", "array": r"\[", "integer": r"\-0-9", "number": r"\-0-9"}
 """How JSON of these types begins. Nothing else that is a value of a tag does: llguidance chooses by it."""
 _BOUNDS = ("pattern", "minLength", "maxLength")
+KEY = re.compile(r"[^<>\n]+")
+"""The name of a parameter, between its tags."""
 _ANCHOR = re.compile(r"(?<!\\)(?:\\\\)*\$\Z")
 
 
@@ -54,6 +56,12 @@ def arguments_grammar(
     required = required if isinstance(required, list) else []
     parts = []
     for name, value in named.items():
+        if not KEY.fullmatch(name):
+            raise InvalidRequest(
+                f"tools: a parameter is named {shown(name)}: in the model's format names have one character "
+                "at least, and no <, > or line break: rename it",
+                "tools",
+            )
         value = _value(lark, value, schema, before_end, end)
         key = f"{lark.text(before_key)} {lark.characters(name)} {lark.text(before_value)}"
         part = f"{key} {value} {lark.text(behind)}"
@@ -61,7 +69,7 @@ def arguments_grammar(
     others = resolved(schema, schema).get("additionalProperties", True)
     if not named and others is not False:
         value = _value(lark, others, schema, before_end, end)
-        key = f"{lark.text(before_key)} /[^<>\\n]+/ {lark.text(before_value)}"
+        key = f"{lark.text(before_key)} /{KEY.pattern}/ {lark.text(before_value)}"
         parts.append(lark.rule("argument", f"{key} {value} {lark.text(behind)}") + "*")
     return " ".join(parts)
 
