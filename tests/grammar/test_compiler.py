@@ -57,6 +57,10 @@ REFUSED_SCHEMAS: list[tuple[dict[str, Any], str]] = [
         "in a regular expression at character 2 of 'a(b': unclosed group, at #/properties/p",
     ),
     ({"type": "string", "minLength": 5, "maxLength": 2}, "minLength (5) is greater than maxLength (2), at #"),
+    (
+        {"type": "string", "format": "uuid", "maxLength": 5},
+        "no string can have its pattern, its format and its",
+    ),
     ({"oneOf": [{"type": "string"}, {"pattern": "a"}]}, "oneOf is supported where no two of its schemas"),
     ({"$ref": "#"}, "no output can match it"),
 ]

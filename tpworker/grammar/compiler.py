@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from tpworker.grammar.errors import GrammarError, cleaned
-from tpworker.grammar.where import place_in_schemas
+from tpworker.grammar.exactness import inexact
+from tpworker.grammar.where import place_in_schemas, schemas_in
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
@@ -139,11 +140,13 @@ class Compiler:
         memory of the machine. So a grammar is tried in a process that can be ended first.
 
         Raises:
-            GrammarError: it cannot be compiled, or its masks cannot be made.
+            GrammarError: it cannot be compiled, its masks cannot be made, or they would not hold an output
+                to the numbers of a schema.
         """
         import numpy as np
         from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 
+        self._check_exactness(grammar)
         mask = allocate_token_bitmask(1, self.vocab_size)
         chance = np.random.default_rng(0)
         for _ in range(NUM_TRIES):
@@ -162,6 +165,22 @@ class Compiler:
                     break
                 if not matcher.consume_token(int(chance.choice(allowed))):
                     raise GrammarError(cleaned(matcher.get_error()))
+
+    @staticmethod
+    def _check_exactness(grammar: str) -> None:
+        """Before it is compiled: the least 64-bit integer, as a constant, ends the process."""
+        try:
+            schemas = list(schemas_in(grammar))
+        except (
+            ValueError,
+            TypeError,
+            LookupError,
+            AttributeError,
+        ):  # no JSON of grammars: llguidance says so
+            return
+        for schema in schemas:
+            if wrong := inexact(schema):
+                raise GrammarError(wrong)
 
     def _compile(self, grammar: str) -> LLMatcher:
         matcher = with_stack(STACK_BYTES, lambda: self._new(grammar))

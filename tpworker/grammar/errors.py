@@ -26,6 +26,7 @@ _MEANINGS = (
     ("checking relevance of lexemes", "it is too large: make it smaller, or its repetitions and patterns"),
     ("initial lexer configuration", "it is too large: make it smaller, or its repetitions and patterns"),
     ("Unable to determine if regex is empty", "its patterns together are too complex: give one"),
+    ("Regex is empty", "no string can have its pattern, its format and its length together"),
     ("oneOf constraints", "oneOf is supported where no two of its schemas can match alike: write anyOf"),
     ("retrieving it failed", "a $ref, or $schema, names another document: put its parts into $defs"),
     ("forced bytes", "no output can match it, or none that the model's tokens can write"),

@@ -18,6 +18,7 @@ _FORMATS = (
     "date", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "time", "uri", "uuid",
 )  # fmt: skip
 """Those that llguidance holds to. Others say nothing: to JSON Schema a format that is not known is a note."""
+_LEAST, _NEXT = -(1 << 63), -(1 << 63) + 1024
 _LISTS = ("allOf", "anyOf", "items", "oneOf", "prefixItems")
 _NAMED = ("$defs", "definitions", "dependentSchemas", "patternProperties", "properties")
 
@@ -82,16 +83,19 @@ def compact(schema: Any) -> str:
 def as_llguidance_takes_it(schema: Any) -> Any:
     """A schema without the keywords that llguidance refuses and that say nothing as they are here.
 
+    The least 64-bit integer is no bound that it takes: the next float stands in its place.
+
     How much white space stands between two parts is bounded, unless the schema says it: a model that has
     begun with it may else never come to an end.
     """
 
     def without(one: dict[str, Any]) -> dict[str, Any]:
-        return {
+        kept = {
             key: value
             for key, value in one.items()
             if (key, value) not in _SAY_NOTHING and not (key == "format" and _is_note(value))
         }
+        return kept | {key: _NEXT for key in ("minimum", "exclusiveMinimum") if kept.get(key) == _LEAST}
 
     schema = mapped(schema, without)
     if schema is True:

@@ -23,7 +23,7 @@ def place_in_schemas(grammar: str, is_refused: Callable[[str], bool]) -> str:
         is_refused: whether a grammar's text cannot be compiled.
     """
     search = _Search(is_refused)
-    for schema in _schemas(grammar):
+    for schema in schemas_in(grammar):
         if not isinstance(schema, dict):
             continue
         search.begin(schema)
@@ -70,7 +70,7 @@ class _Search:
             yield ref[1:]
 
 
-def _schemas(grammar: str) -> Iterator[Any]:
+def schemas_in(grammar: str) -> Iterator[Any]:
     """The schemas in a grammar's text, or in those that it consists of."""
     texts = [grammar]
     if grammar[:1] == "{":
