@@ -311,3 +311,14 @@ def test_a_plain_chat_is_not_read(start: Start, monkeypatch: pytest.MonkeyPatch)
     assert gathered(chunks(server, tools=None))[0] == {"content": "ok"}
     assert whole(server, tools=None)["choices"][0]["message"]["content"] == "ok"
     assert server.post(CHAT, json=BODY).status_code == 500  # that this can fail
+
+
+def test_schemas_of_tools_may_say_what_says_nothing(tooled: LiveServer) -> None:
+    """As those of answers may; llguidance refuses both."""
+    taken = {"type": "integer", "minimum": -(1 << 63)}
+    parameters = {"properties": {"a": taken, "b": {"type": "array", "uniqueItems": False}}}
+    body = BODY | {"tools": [tool(parameters=parameters)], "tool_choice": "required"}
+    assert tooled.post(CHAT, json=body).status_code == 200
+    grammar = tooled.runtime.requests[-1][1].structured_outputs.grammar
+    assert '"a": {"type": "integer", "minimum": -9223372036854774784}' in grammar
+    assert '"b": {"type": "array"}' in grammar

@@ -81,12 +81,21 @@ def compact(schema: Any) -> str:
 
 
 def as_llguidance_takes_it(schema: Any) -> Any:
+    """A schema as `supported`, in which white space comes to an end.
+
+    How much of it stands between two parts is bounded, unless the schema says it: a model that has begun with
+    it may else never go on.
+    """
+    schema = supported(schema)
+    if schema is True:
+        schema = {}
+    return {"x-guidance": {"whitespace_pattern": SPACE}, **schema} if isinstance(schema, dict) else schema
+
+
+def supported(schema: Any) -> Any:
     """A schema without the keywords that llguidance refuses and that say nothing as they are here.
 
     The least 64-bit integer is no bound that it takes: the next float stands in its place.
-
-    How much white space stands between two parts is bounded, unless the schema says it: a model that has
-    begun with it may else never come to an end.
     """
 
     def without(one: dict[str, Any]) -> dict[str, Any]:
@@ -97,10 +106,7 @@ def as_llguidance_takes_it(schema: Any) -> Any:
         }
         return kept | {key: _NEXT for key in ("minimum", "exclusiveMinimum") if kept.get(key) == _LEAST}
 
-    schema = mapped(schema, without)
-    if schema is True:
-        schema = {}
-    return {"x-guidance": {"whitespace_pattern": SPACE}, **schema} if isinstance(schema, dict) else schema
+    return mapped(schema, without)
 
 
 def _is_note(value: Any) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from tpworker.errors import InvalidRequest
-from tpworker.grammar.schemas import ANY_OBJECT, as_held
+from tpworker.grammar.schemas import ANY_OBJECT, as_held, supported
 from tpworker.parsing import ToolFormat
 from tpworker.parsing.lark import check_length
 from tpworker.server.dialect import Dialect
@@ -66,7 +68,7 @@ def _grammar(asked: SpokenRequest, tools: ToolFormat, dialect: Dialect) -> str |
             held.name,
         )
     grammar = tools.grammar(
-        functions,
+        [replace(function, parameters=supported(dict(function.parameters))) for function in functions],
         is_required=is_required or held is not None,
         is_parallel=_is_parallel(asked, dialect),
         special_ids=dialect.added,
