@@ -14,6 +14,8 @@ import pytest
 from tests.server.conftest import MODEL, LiveServer
 from tests.server.fake_runtime import FakeRuntime
 from tests.server.test_refusals import error_of
+from tpworker.errors import RequestFailed
+from tpworker.server.errors import describe
 
 Start = Callable[..., LiveServer]
 COMPLETIONS = "/v1/completions"
@@ -219,3 +221,11 @@ def test_an_aborted_request_is_no_answer(start: Start, stream: bool) -> None:
     response = server.post(COMPLETIONS, json={"prompt": "a", "stream": stream})
     assert response.status_code == 503
     assert "shutting down" in error_of(response)["message"]
+
+
+def test_a_request_that_fails_for_its_own_reason_is_not_to_be_tried_again() -> None:
+    """Clients try again after a 500, and the same would happen."""
+    told = describe(RequestFailed("request 'a' failed: its grammar is too complex"))
+    assert told is not None
+    assert (told.status, told.code) == (400, "request_failed")
+    assert told.message == "request 'a' failed: its grammar is too complex"

@@ -56,8 +56,8 @@ def describe(error: Exception) -> ApiError | None:
             return ApiError(400, str(error), param=error.parameter)
         case QueueFull():
             return ApiError(429, str(error), "rate_limit_error", code="queue_full", headers=RETRY)
-        case RequestFailed():
-            return ApiError(500, str(error), "server_error", code="request_failed")
+        case RequestFailed():  # for a reason of its own: not to be tried again
+            return ApiError(400, str(error), code="request_failed")
         case RuntimeStopped():
             return ApiError(503, str(error), "service_unavailable", code="unavailable", headers=RETRY)
         case RuntimeFailed():
