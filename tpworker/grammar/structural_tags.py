@@ -17,7 +17,8 @@ from typing import Any, NoReturn
 
 from tpworker.errors import InvalidRequest, shown
 from tpworker.grammar.marks import ANY_TEXT, Marks
-from tpworker.grammar.schemas import as_llguidance_takes_it, compact
+from tpworker.grammar.schemas import compact
+from tpworker.grammar.supported import as_llguidance_takes_it
 from tpworker.structured_outputs import PARAMETER
 
 

@@ -9,8 +9,8 @@ from typing import NamedTuple
 from tpworker.errors import InvalidRequest
 from tpworker.grammar.gbnf import is_gbnf, lark_of_gbnf
 from tpworker.grammar.marks import Marks, literal
-from tpworker.grammar.schemas import ANY_OBJECT, as_held
 from tpworker.grammar.structural_tags import StructuralTags
+from tpworker.grammar.supported import ANY_OBJECT, as_held
 from tpworker.ipc.messages import MAX_GRAMMAR
 from tpworker.structured_outputs import PARAMETER, StructuredOutputs, Thinking
 

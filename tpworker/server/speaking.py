@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from tpworker.errors import InvalidRequest
-from tpworker.grammar.schemas import ANY_OBJECT, as_held, supported
+from tpworker.grammar.supported import ANY_OBJECT, as_held, supported
 from tpworker.parsing import ToolFormat
 from tpworker.parsing.lark import check_length
 from tpworker.server.dialect import Dialect
