@@ -35,17 +35,17 @@ class Guide:
 
     __slots__ = (
         "_late_ids",
-        "_matcher",
         "_min_tokens",
         "_num_consumed",
         "_num_slow",
         "error",
         "forced",
         "has_ended",
+        "matcher",
     )
 
     def __init__(self, matcher: LLMatcher, late_ids: Sequence[int], min_tokens: int) -> None:
-        self._matcher = matcher
+        self.matcher = matcher
         self._late_ids = late_ids
         self._min_tokens = min_tokens
         self._num_consumed = 0
@@ -56,10 +56,6 @@ class Guide:
         """Nothing may follow what has been consumed."""
         self.error = ""
         """Why it cannot go on."""
-
-    @property
-    def matcher(self) -> LLMatcher:
-        return self._matcher
 
     def knows(self, index: int) -> bool:
         """Whether all tokens before the output's token `index` are known."""
@@ -78,9 +74,9 @@ class Guide:
 
     def _consume(self, token: int) -> None:
         self._num_consumed += 1
-        if not self._matcher.consume_token(token):  # a mask may be wrong where the tokenizer lacks some bytes
-            self.error = f"its grammar does not take token {token}: {_first_line(self._matcher.get_error())}"
-        self.has_ended = self._matcher.is_stopped()
+        if not self.matcher.consume_token(token):  # a mask may be wrong where the tokenizer lacks some bytes
+            self.error = f"its grammar does not take token {token}: {_first_line(self.matcher.get_error())}"
+        self.has_ended = self.matcher.is_stopped()
 
     def settle(self, masks: Masks, row: int, is_slow: bool) -> None:
         """After its matcher has filled a mask, slowly or not: what else there is to say of it."""
@@ -88,8 +84,8 @@ class Guide:
         if self._num_consumed < self._min_tokens:
             masks.remove(row, self._late_ids)
         only = masks.only(row)
-        if self._matcher.is_error():
-            self.error = f"its grammar is too complex: {_first_line(self._matcher.get_error())}"
+        if self.matcher.is_error():
+            self.error = f"its grammar is too complex: {_first_line(self.matcher.get_error())}"
         elif self._num_slow == MAX_SLOW:
             self.error = _TOO_SLOW
         elif only == -1:

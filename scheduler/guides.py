@@ -122,7 +122,9 @@ class Guides:
         num_threads = max(1, min(MOST_THREADS, usable_cores() // 2))
         self._masks = Masks(board.memory, board.num_words, num_threads)
         eos_ids = unpack_int32(vocabulary.eos_ids).tolist()
-        return Compiler(vocabulary.tokenizer, 32 * board.num_words, eos_ids, num_threads)
+        compiler = Compiler(vocabulary.tokenizer, 32 * board.num_words, eos_ids, num_threads)
+        self._vocabulary = None  # some megabytes, read once
+        return compiler
 
     @staticmethod
     def _guide(request: Request, compiler: Compiler) -> Guide:
