@@ -84,7 +84,8 @@ class MaskBoard:
 
     @property
     def memory(self) -> memoryview:
-        """int32 [TURNS, num_slots, num_words], writable. Step N has those of turn N % TURNS."""
+        """The bytes of int32 [TURNS, num_slots, num_words], writable, as words of `SharedWords`. Step N has
+        the masks of turn N % TURNS."""
         return self._memory.words[_MASKS:]
 
     # ------------------------------------------------------------------------------- scheduler

@@ -231,18 +231,24 @@ def test_special_tokens_are_no_text(real_model: Path) -> None:
     assert special & set(allowed_ids(matcher, sampler.vocab_size)) == set(EOS_IDS)
 
 
-def test_what_was_compiled_lately_is_kept_within_bounds(
-    real_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    compiler_of_test = Extended(real_model, (), False).compiler
+def compiled_by(made: Compiler, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What it compiles from now on, each time."""
     compiled: list[str] = []
-    compile_new = compiler_of_test._compile
+    compile_new = made._compile
 
     def counted(grammar: str) -> Any:
         compiled.append(grammar)
         return compile_new(grammar)
 
-    monkeypatch.setattr(compiler_of_test, "_compile", counted)
+    monkeypatch.setattr(made, "_compile", counted)
+    return compiled
+
+
+def test_what_was_compiled_lately_is_kept_within_bounds(
+    real_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler_of_test = Extended(real_model, (), False).compiler
+    compiled = compiled_by(compiler_of_test, monkeypatch)
     monkeypatch.setattr(compiler, "MAX_COMPILED", 3)
     a, b, c, d = (of(regex=letter) for letter in "abcd")
     for grammar in (a, b, c, a, d, a, b):  # with d, b has to go; a was asked for since
@@ -263,14 +269,7 @@ def test_a_grammar_may_have_several_originals_unless_it_takes_long(
     sampler = sampler_of(real_model)
     source = (real_model / "tokenizer.json").read_text()
     made = Compiler(source, sampler.vocab_size, EOS_IDS, num_originals=3)
-    compiled: list[str] = []
-    compile_new = made._compile
-
-    def counted(grammar: str) -> Any:
-        compiled.append(grammar)
-        return compile_new(grammar)
-
-    monkeypatch.setattr(made, "_compile", counted)
+    compiled = compiled_by(made, monkeypatch)
     monkeypatch.setattr(compiler, "QUICK_SECONDS", 1e9)
     quick, slow = of(regex="a"), of(regex="b")
     matchers = [made.matcher(quick) for _ in range(5)]
