@@ -27,7 +27,16 @@ from typing import Annotated, NoReturn, TypeVar
 import setproctitle
 
 from tpworker.ipc.codec import MessageError, Within, pack_dataclass, unpack_dataclass
-from tpworker.ipc.messages import MAX_BLOCKS, MAX_RANKS, MAX_SEQUENCE, MAX_SLOTS, Generation, Name, Rank
+from tpworker.ipc.messages import (
+    MAX_BLOCKS,
+    MAX_RANKS,
+    MAX_SEQUENCE,
+    MAX_SLOTS,
+    Generation,
+    Name,
+    NumDrafts,
+    Rank,
+)
 from tpworker.ipc.streams import leave, make_output_safe
 
 RANK_NAME = "tpworker-rank{}"
@@ -43,6 +52,7 @@ Path = Annotated[str, Within(1, 4096)]
 Seconds = Annotated[float, Within(0, 1e9)]
 
 MAX_VOCAB = 1 << 24
+MAX_LOOKUP = 16  # tokens of an n-gram that is looked up
 
 _MAX_BOOT_BYTES = 1 << 16  # what fits into a pipe: the parent never waits when it writes one
 _MAX_SUMMARY = 2_000  # characters; up to 4 bytes each, and a whole report fits into a pipe
@@ -67,6 +77,7 @@ class SchedulerSettings:
     prefix_caching: bool
     step_timeout: Seconds
     start_timeout: Seconds
+    num_drafts: NumDrafts = 0  # of a slot, at most; 0: no speculation
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +98,10 @@ class RankSettings:
     check_ranks_agree: bool
     step_timeout: Seconds
     start_timeout: Seconds
+    speculative_method: Annotated[str, Within(0, 16)] = ""  # '', 'ngram' or 'mtp'
+    num_drafts: NumDrafts = 0
+    prompt_lookup_max: Annotated[int, Within(1, MAX_LOOKUP)] = 1  # tokens, of n-grams
+    prompt_lookup_min: Annotated[int, Within(1, MAX_LOOKUP)] = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from typing import Annotated
 
 from tpworker.ipc.codec import Within
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 
 MAX_STEP = 2**62
 MAX_RANKS = 64
@@ -35,6 +35,7 @@ MAX_BIAS = 1024
 MAX_BARRED = 128
 MAX_BARRED_LENGTH = 16  # tokens
 NO_LOGPROBS = -1
+MAX_DRAFTS = 8  # of a slot, in one step
 MAX_GRAMMAR = 1 << 20  # characters of a grammar
 MAX_TOKENIZER = 1 << 25  # characters of a tokenizer.json
 MAX_TOLD = 1 << 16  # tokens of one plan's chunks, of prompts whose logprobs are asked for
@@ -53,6 +54,7 @@ Priority = Annotated[int, Within(-(2**31), 2**31 - 1)]
 Salt = Annotated[str, Within(0, 256)]
 Nanoseconds = Annotated[int, Within(0, 2**63 - 1)]
 NumLogprobs = Annotated[int, Within(-1, 20)]  # likeliest tokens told of beside the token itself
+NumDrafts = Annotated[int, Within(0, MAX_DRAFTS)]
 Name = Annotated[str, Within(1, 64)]
 Text = Annotated[str, Within(0, 1 << 16)]
 GrammarText = Annotated[str, Within(1, MAX_GRAMMAR)]  # as llguidance reads it: Lark, or its JSON
@@ -203,7 +205,8 @@ class Admission:
 
     `tokens` is all that is known of its sequence: the prompt, and after a preemption or a restart what
     was generated before. KV of the first `num_cached` of them is in `blocks` already (prefix cache).
-    `num_prompt` tells prompt from output: `min_tokens` counts from there.
+    `num_prompt` tells prompt from output: `min_tokens` counts from there. It ends at `max_length` tokens, of
+    both, which a step that yields several must not overrun.
     """
 
     slot: Slot
@@ -213,6 +216,7 @@ class Admission:
     blocks: Int32s
     sampling: Sampling
     is_guided: bool = False  # its tokens are chosen under masks, see masks.py
+    max_length: Length = MAX_SEQUENCE
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,8 +248,11 @@ class BatchPlan:
     """One step: what has changed since the plan before, and what to compute.
 
     Applied in this order: releases, admissions, grants; then one forward over the slots of `decode`
-    (one token each, from device state) and the chunks. `decode` lists slots as int32 bytes, None means
-    'the same as in the plan before'. Sampled tokens are in the order: decode slots, sampling chunks.
+    (from device state: the last token of each, and its next `num_drafts` drafts) and the chunks. `decode`
+    lists slots as int32 bytes, None means 'the same as in the plan before'. Sampled tokens are in the order:
+    decode slots, sampling chunks. A decode slot gets one token, and one more for each draft that was right,
+    up to the first that was wrong; none, where its sequence has ended. Of all slots that are sampled, as many
+    drafts are made for the step after.
     """
 
     generation: Generation
@@ -255,6 +262,7 @@ class BatchPlan:
     grants: tuple[Grant, ...] = ()
     chunks: tuple[Chunk, ...] = ()
     decode: Int32s | None = None
+    num_drafts: NumDrafts = 0
 
 
 # --------------------------------------------------------------------------------------- results
@@ -276,6 +284,7 @@ class StepTiming:
 class StepResult:
     """The sampled tokens of one step, int32, in the order that `BatchPlan` tells.
 
+    `counts` says how many each slot got, and `proposed` how many drafts it had; empty: one each, and none.
     `logprobs` has a row of LOGPROB_ROW_BYTES for each of them, if any of their requests asks for logprobs;
     `prompt_logprobs` those of prompt tokens, see `Chunk`.
     """
@@ -286,13 +295,15 @@ class StepResult:
     timing: StepTiming
     logprobs: LogprobRows = b""
     prompt_logprobs: LogprobRows = b""
+    counts: Int32s = b""
+    proposed: Int32s = b""
 
 
 @dataclass(frozen=True, slots=True)
 class Finish:
     """The request ended with the token at `index` of this `StepOutput`. Part of `StepOutput`."""
 
-    index: Annotated[int, Within(0, MAX_SLOTS)]
+    index: Annotated[int, Within(0, MAX_SLOTS * (1 + MAX_DRAFTS))]
     reason: Annotated[str, Within(1, 16)]  # 'stop' (a stop id) or 'length'
 
 
@@ -315,21 +326,27 @@ class PromptLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class SchedulerLoad:
-    """What only the scheduler knows, as of a `StepOutput`; the last three count since its start."""
+    """What only the scheduler knows, as of a `StepOutput`; all but `free_blocks` and `num_drafts` count since
+    its start."""
 
     free_blocks: Count
     preemptions: Count
     prompt_tokens: Count
     cached_tokens: Count
+    drafts: tuple[Count, ...] = ()  # by position: how many there were at the first, the second, …
+    accepted: tuple[Count, ...] = ()  # and how many of them were right, all before them too
+    num_drafts: NumDrafts = 0  # of this step's plan
 
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
     """One message a step from scheduler to runtime: every token committed, and what ended.
 
-    `requests` (int64), `positions` and `tokens` (int32) run in parallel. A position counts a request's
-    output tokens from 0, over restarts and preemptions too: the runtime drops what it already has.
-    `logprobs` has a row for those tokens whose index stands in `logprobs_of` (int32).
+    `requests` (int64), `positions` and `tokens` (int32) run in parallel; several tokens of a request follow
+    each other. A position counts a request's output tokens from 0, over restarts and preemptions too: the
+    runtime drops what it already has. `logprobs` has a row for those tokens whose index stands in
+    `logprobs_of` (int32). `proposed` (int32) is as long as `tokens`, or empty: none; it has the drafts that a
+    request had in this step at its first token, 0 at the others.
     """
 
     generation: Generation
@@ -346,6 +363,7 @@ class StepOutput:
     logprobs_of: Int32s = b""
     logprobs: LogprobRows = b""
     prompt_logprobs: tuple[PromptLogprobs, ...] = ()
+    proposed: Int32s = b""
 
 
 Message = (
