@@ -97,9 +97,9 @@ class MeasuringRunner(Runner):
 
     def _note(self, step: int, size: int) -> None:
         if size not in self.noted:
-            positions = torch.empty_like(self._slots.position)
+            positions = torch.empty_like(self._slots.state.position)
             self.noted[size] = Noted(step + 1, list(self._decode), positions)
-            self._device.compute.run(lambda: positions.copy_(self._slots.position))
+            self._device.compute.run(lambda: positions.copy_(self._slots.state.position))
         else:
             self.noted[size].num_steps = step + 1 - self.noted[size].first_step
 
@@ -147,9 +147,9 @@ class MeasuringRunner(Runner):
             with an event behind each, as where they are served.
         """
         table = self._slots
-        device = table.block_table.device
-        entries = torch.arange(table.block_table.numel(), device=device) % (self._cache.num_blocks - 1)
-        table.block_table.copy_((entries + 1).view_as(table.block_table))
+        device = table.state.block_table.device
+        entries = torch.arange(table.state.block_table.numel(), device=device) % (self._cache.num_blocks - 1)
+        table.state.block_table.copy_((entries + 1).view_as(table.state.block_table))
         self._batch_slots.fill_(table.num_slots)
         self._batch_slots[: len(noted.slots)] = torch.tensor(noted.slots, device=device)
         spread = max(0, noted.num_steps - REPLAYS - WARM_REPLAYS)
@@ -170,7 +170,7 @@ class MeasuringRunner(Runner):
     def _begin_at(self, positions: Tensor, slots: list[int]) -> float:
         """Puts the sequences where they were; returns their mean length in the first step that is timed."""
         positions[-1] = 0  # the null slot
-        self._slots.position.copy_(positions)
+        self._slots.state.position.copy_(positions)
         return 1 + positions[slots].double().mean().item() + WARM_REPLAYS
 
     def _times(self, size: int, count: int, replays: int) -> list[float]:

@@ -203,13 +203,15 @@ def test_captured_mixed_steps_give_what_eager_ones_give(folder: Path) -> None:
         same += sum(a == b for a, b in zip(*rows, strict=True))
         total += len(rows[0])
         with torch.inference_mode():
-            assert torch.equal(captured._slots.position, eager._slots.position)
-            assert captured._slots.position[-1] == 0
+            assert torch.equal(captured._slots.state.position, eager._slots.state.position)
+            assert captured._slots.state.position[-1] == 0
             if plan.chunks and launched[0].num_sampled:
                 expected = seen[-1].float()
                 error = (captured._hidden[: len(expected)].float() - expected).abs().max()
                 assert error < 0.05 * expected.abs().max()
-            captured._slots.last_token.copy_(eager._slots.last_token)  # one that differs would spread
+            captured._slots.state.last_token.copy_(
+                eager._slots.state.last_token
+            )  # one that differs would spread
             ours = captured._cache.keys + captured._cache.values
             theirs = eager._cache.keys + eager._cache.values
             for mine, other in zip(ours, theirs, strict=True):

@@ -27,6 +27,11 @@ from tpworker.model.logit_rules import adjust, count_tokens
 VOCAB = 70  # neither a multiple of 32 nor of the number of ranks
 
 
+def no_drafts(count: int) -> Tensor:
+    """For so many slots."""
+    return torch.zeros(count, 0, dtype=torch.int64)
+
+
 def bias_of(bias: dict[int, float]) -> dict[str, bytes]:
     return {"bias_ids": pack_int32(bias), "bias": pack_float32(bias.values())}
 
@@ -55,7 +60,7 @@ def adjusted(
         here = logits[:, start : start + local]
         part[:, : here.shape[1]] = here
         before = part.clone()
-        found.append(adjust(part, slots, positions, state.tables))
+        found.append(adjust(part, slots, positions, state.tables, no_drafts(count)))
         same_bits = torch.equal(part.view(torch.int32), before.view(torch.int32))
         assert same_bits, "the logits were changed"
         assert found[-1].dtype == torch.float32
@@ -235,7 +240,7 @@ def test_rows_without_rules_stay_bit_by_bit(dtype: torch.dtype) -> None:
     logits[1, :6] = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-7], dtype=dtype)
     state = of_rows([COMBINED["all"]] * 4, sequences(4, 20), 10, 0, VOCAB)
     state.tables.uses[1] = 0
-    found = adjust(logits, torch.tensor([0, 1, 2, 1]), torch.full((4,), 20), state.tables)
+    found = adjust(logits, torch.tensor([0, 1, 2, 1]), torch.full((4,), 20), state.tables, no_drafts(4))
     same = torch.equal
     assert same(found[1].view(torch.int32), logits[1].float().view(torch.int32))
     assert same(found[3], logits[3].float())
@@ -257,9 +262,13 @@ def test_rows_are_adjusted_by_their_own_slots() -> None:
     rules = [*COMBINED.values(), None, replace(NO_RULES, **words_of([2, 9], [4, 9], [6, 9]))]
     logits, known = logits_of(len(rules), VOCAB), sequences(len(rules), 20)
     state = of_rows(rules, known, 9, 0, VOCAB)
-    together = adjust(logits, torch.arange(len(rules)), torch.full((len(rules),), 20), state.tables)
+    together = adjust(
+        logits, torch.arange(len(rules)), torch.full((len(rules),), 20), state.tables, no_drafts(len(rules))
+    )
     order = torch.tensor([3, 0, 5, 4, 1, 2])
-    shuffled = adjust(logits[order], order, torch.full((len(rules),), 20), state.tables)
+    shuffled = adjust(
+        logits[order], order, torch.full((len(rules),), 20), state.tables, no_drafts(len(rules))
+    )
     assert torch.equal(shuffled, together[order])
     for row, rule in enumerate(rules):
         alone = adjusted(logits[row : row + 1], [rule], known[row : row + 1], 9)
@@ -308,5 +317,5 @@ def test_padding_may_be_counted_in_the_null_slot() -> None:
 def test_no_rows() -> None:
     state = of_rows([COMBINED["all"]], [[3]], 1, 0, VOCAB)
     none = torch.zeros(0, dtype=torch.int64)
-    assert adjust(torch.zeros(0, VOCAB), none, none, state.tables).shape == (0, VOCAB)
+    assert adjust(torch.zeros(0, VOCAB), none, none, state.tables, no_drafts(0)).shape == (0, VOCAB)
     count_tokens(none, none, none, state.tables)

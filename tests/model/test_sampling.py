@@ -61,9 +61,12 @@ def through_slots(rows: SamplingRows, mode: SamplingMode, device: torch.device |
     table = SlotTable(count, 1, device or torch.device("cpu"))
     for field in fields(rows):
         column = getattr(rows, field.name)
+        if field.name == "position":  # of the token to come, behind the one where a slot stands
+            table.state.position[:count] = column - 1
+            continue
         there = getattr(table, field.name)[:count]
         (there[:, : column.shape[1]] if column.dim() == 2 else there).copy_(column)
-    gathered = table.sampling_rows(torch.arange(count, device=device), mode)
+    gathered = table.sampling_rows(torch.arange(count, device=device), 1, mode)
     if mode == GREEDY:
         assert not any(len(getattr(gathered, field.name)) for field in fields(gathered))
     return gathered

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from tpworker.ipc.drafting import MOST_ROWS
 from tpworker.model.sampling import SamplingMode
 from tpworker.rank.device import CpuDevice
-from tpworker.rank.graphs import GREEDY, MODES, MOST_TOKENS, RowGraphs, TokenGraphs, ladder, token_ladder
+from tpworker.rank.graphs import GREEDY, MODES, MOST_TOKENS, SlotGraphs, TokenGraphs, ladder, token_ladder
 
 
 def test_the_ladder_ends_at_the_largest_batch() -> None:
@@ -19,11 +20,11 @@ def test_the_ladder_ends_at_the_largest_batch() -> None:
 
 def test_a_batch_takes_the_next_larger_size_and_a_mode_that_does_what_it_needs() -> None:
     device = CpuDevice()
-    done: list[tuple[int, SamplingMode]] = []
-    graphs = RowGraphs(20)
-    assert graphs.find(3, GREEDY) is None
-    graphs.capture(device, lambda size, mode: done.append((size, mode)))
-    assert [size for size, _ in done] == [], "the CPU has nothing to capture"
+    done: list[tuple[int, int, SamplingMode]] = []
+    graphs = SlotGraphs(20, (0,))
+    assert graphs.find(3, 0, GREEDY) is None
+    graphs.capture(device, lambda *kind: done.append(kind))
+    assert done == [], "the CPU has nothing to capture"
     for count, size in [(0, 1), (1, 1), (3, 4), (4, 4), (9, 16), (17, 20), (20, 20)]:
         for random, truncate, suppress in [
             (False,) * 3,
@@ -32,11 +33,11 @@ def test_a_batch_takes_the_next_larger_size_and_a_mode_that_does_what_it_needs()
             (False, False, True),
         ]:
             mode = SamplingMode(random, truncate, suppress)
-            replay = graphs.find(count, mode)
+            replay = graphs.find(count, 0, mode)
             assert replay is not None
             replay()
-            taken_size, taken = done[-1]
-            assert taken_size == size
+            taken_size, drafts, taken = done[-1]
+            assert (taken_size, drafts) == (size, 0)
             assert taken in MODES
             needed = zip(
                 (random, truncate, suppress), (taken.random, taken.truncate, taken.suppress), strict=True
@@ -44,6 +45,27 @@ def test_a_batch_takes_the_next_larger_size_and_a_mode_that_does_what_it_needs()
             assert all(has >= needs for needs, has in needed)
             if not (truncate or suppress):
                 assert taken == mode, "sorting a vocabulary for nothing"
+    device.close()
+
+
+def test_steps_with_drafts_are_captured_for_as_many_slots_as_may_have_them() -> None:
+    device = CpuDevice()
+    done: list[tuple[int, int, SamplingMode]] = []
+    graphs = SlotGraphs(256, (0, 1, 2, 4))
+    graphs.capture(device, lambda *kind: done.append(kind))
+    for drafts in (1, 2, 4):
+        most = min(256, MOST_ROWS // (1 + drafts))
+        for count in (1, 3, 100, most):
+            for mode in (GREEDY, SamplingMode(True, False, False), SamplingMode(True, True, True)):
+                replay = graphs.find(count, drafts, mode)
+                assert replay is not None
+                replay()
+                size, taken_drafts, taken = done[-1]
+                assert count <= size <= most
+                assert taken_drafts == drafts
+                assert taken.random >= mode.random
+                assert taken.truncate >= mode.truncate
+    assert set(graphs.kinds()) == set(graphs._replays)
     device.close()
 
 

@@ -109,9 +109,9 @@ def test_chunks_of_any_length_tell_of_every_prompt_token_once() -> None:
 
 def test_positions_and_tokens_come_from_the_slot_table() -> None:
     table = SlotTable(NULL, 3, torch.device("cpu"))
-    table.position[:6] = torch.tensor([2, 7, 99, 1, 9, 0])
-    table.last_token[:6] = torch.tensor([60, 61, 62, 63, 64, 65])
-    table.block_table[:, 0] = torch.arange(7)
+    table.state.position[:6] = torch.tensor([2, 7, 99, 1, 9, 0])
+    table.state.last_token[:6] = torch.tensor([60, 61, 62, 63, 64, 65])
+    table.state.block_table[:, 0] = torch.arange(7)
     found = inputs(MixedShape.padded(10, NULL))
     batch = found.begin(table, 0, 10)
     assert batch.token_ids.tolist() == [64, 61, 12, 13, 14, 50, 51, 31, 0, 0]
@@ -119,5 +119,5 @@ def test_positions_and_tokens_come_from_the_slot_table() -> None:
     assert batch.lengths.tolist() == [10, 8, 5, 2, 2, 0, 0]
     assert batch.block_tables[:, 0].tolist() == [4, 1, 0, 5, 3, NULL, NULL]
     assert batch.query_starts.tolist() == found.starts.tolist()
-    assert table.position.tolist() == [5, 8, 99, 2, 10, 2, 0], "and padding stays where it is"
+    assert table.state.position.tolist() == [5, 7, 99, 1, 9, 1, 0], "and padding stays where it is"
     assert batch.query_starts.dtype == batch.lengths.dtype == torch.int32

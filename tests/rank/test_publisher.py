@@ -34,7 +34,7 @@ class Rig:
         address = new_address("test")
         self.results = Channel.bind(address)
         self.publisher = Publisher(
-            0, self.device, ROWS, 4, 8, self.pool, self.board.row("rank"),
+            0, self.device, ROWS, 5, 4, 8, self.pool, self.board.row("rank"),
             (lambda: Channel.connect(address, "rank", 0)) if sends else None, self.errors.append,
         )  # fmt: skip
         if sends:

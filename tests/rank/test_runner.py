@@ -78,8 +78,8 @@ def test_launching_waits_for_nothing(rig: Rig) -> None:
     gate.set()
     rows = [rig.row(step) for step in launched]
     assert [row[0] for row in rows] == [0, 1, 2]
-    assert rig.slots.position[2] == 5, "a prompt of 3, and two decode steps"
-    assert rig.slots.last_token[2] == rows[2][1]
+    assert rig.slots.state.position[2] == 5, "a prompt of 3, and two decode steps"
+    assert rig.slots.state.last_token[2] == rows[2][1]
 
 
 def test_a_decode_step_goes_on_from_device_state_alone(rig: Rig) -> None:
@@ -118,10 +118,10 @@ def test_a_chunk_in_the_middle_samples_nothing(rig: Rig) -> None:
     )  # fmt: skip
     launched = rig.launch(plan)
     assert rig.row(launched) == [0]
-    assert rig.slots.position[1] == 3
+    assert rig.slots.state.position[1] == 3
     rest = rig.launch(BatchPlan(0, 1, chunks=(Chunk(1, 3, 2, True),)))
     assert len(rig.row(rest)) == 2
-    assert rig.slots.position[1] == 5
+    assert rig.slots.state.position[1] == 5
 
 
 def test_the_ring_goes_round(rig: Rig) -> None:
@@ -157,9 +157,9 @@ def test_captured_mixed_steps_give_what_exact_ones_give(rig: Rig) -> None:
     for plan in plans:
         assert prepared.row(prepared.launch(plan)) == rig.row(rig.launch(plan))
         for name in ("position", "last_token"):
-            ours, theirs = getattr(prepared.slots, name), getattr(rig.slots, name)
+            ours, theirs = getattr(prepared.slots.state, name), getattr(rig.slots.state, name)
             assert torch.equal(ours[:-1], theirs[:-1]), name
-        assert prepared.slots.position[-1] == 0, "padding stays where it is"
+        assert prepared.slots.state.position[-1] == 0, "padding stays where it is"
     assert sizes == [16, 20, 16, 16]
     cache = prepared.runner._cache
     assert all(bool(values.isfinite().all()) for values in cache.keys + cache.values)

@@ -36,37 +36,39 @@ def apply(table: SlotTable, admitted: list[Admission], grants: list[Grant]) -> N
 
 def test_an_admission_fills_its_row_and_no_other() -> None:
     table = SlotTable(4, 8, torch.device("cpu"))
-    before = {
-        f: getattr(table, f).clone() for f in ("position", "seed", "block_table", "temperature", "stop_ids")
-    }
+    columns = {
+        "seed": table.seed, "temperature": table.temperature, "stop_ids": table.stop_ids,
+        **{name: getattr(table.state, name) for name in ("position", "block_table", "end", "drafts")},
+    }  # fmt: skip
+    before = {name: tensor.clone() for name, tensor in columns.items()}
     wanted = sampling(
         temperature=0.5, top_p=0.25, top_k=3, seed=-(2**63), min_tokens=6, stop_ids=pack_int32([2, 9])
     )
     apply(table, [admission(2, sampling=wanted)], [])
-    assert table.position[2] == 4
-    assert table.block_table[2].tolist() == [5, 6, 0, 0, 0, 0, 0, 0]
+    assert table.state.position[2] == 4
+    assert table.state.block_table[2].tolist() == [5, 6, 0, 0, 0, 0, 0, 0]
     assert (table.temperature[2], table.top_p[2], table.top_k[2]) == (0.5, 0.25, 3)
     assert table.seed[2] == -(2**63)
     assert table.min_length[2] == 16
     assert table.stop_ids[2].tolist() == [2, 9] + [-1] * (MAX_STOP_IDS - 2)
     for name, tensor in before.items():
         others = [0, 1, 3, 4]
-        assert torch.equal(getattr(table, name)[others], tensor[others]), name
+        assert torch.equal(columns[name][others], tensor[others]), name
 
 
 def test_grants_append() -> None:
     table = SlotTable(4, 8, torch.device("cpu"))
     apply(table, [admission(1)], [])
     apply(table, [], [Grant(1, 2, pack_int32([7, 8])), Grant(3, 0, pack_int32([9]))])
-    assert table.block_table[1, :5].tolist() == [5, 6, 7, 8, 0]
-    assert table.block_table[3, 0] == 9
-    assert table.position[3] == 0
+    assert table.state.block_table[1, :5].tolist() == [5, 6, 7, 8, 0]
+    assert table.state.block_table[3, 0] == 9
+    assert table.state.position[3] == 0
 
 
 def test_nothing_to_apply() -> None:
     table = SlotTable(4, 8, torch.device("cpu"))
     apply(table, [], [])
-    assert not table.block_table.any()
+    assert not table.state.block_table.any()
 
 
 def test_a_slot_forgets_who_had_it_before() -> None:
@@ -110,10 +112,20 @@ def test_the_mode_is_what_any_row_needs() -> None:
 def test_sampling_rows_are_gathered() -> None:
     table = SlotTable(4, 8, torch.device("cpu"))
     apply(table, [admission(slot, sampling=sampling(seed=slot)) for slot in range(4)], [])
-    table.position[1:4] = torch.tensor([20, 30, 10])
-    rows = table.sampling_rows(torch.tensor([3, 1]), SamplingMode(True, True, True))
+    table.state.position[1:4] = torch.tensor([20, 30, 10])
+    rows = table.sampling_rows(torch.tensor([3, 1]), 1, SamplingMode(True, True, True))
     assert rows.seed.tolist() == [3, 1]
-    assert rows.position.tolist() == [10, 20]
+    assert rows.position.tolist() == [11, 21]
+
+
+def test_sampling_rows_of_drafts_stand_one_behind_the_other() -> None:
+    table = SlotTable(4, 8, torch.device("cpu"), num_drafts=2)
+    apply(table, [admission(slot, sampling=sampling(seed=slot)) for slot in range(4)], [])
+    table.state.position[1:4] = torch.tensor([20, 30, 10])
+    rows = table.sampling_rows(torch.tensor([3, 1]), 3, SamplingMode(True, True, True))
+    assert rows.seed.tolist() == [3, 3, 3, 1, 1, 1]
+    assert rows.position.tolist() == [11, 12, 13, 21, 22, 23]
+    assert len(rows.stop_ids) == len(rows.top_p) == 6
 
 
 GREEDY: dict[str, Any] = {"temperature": 0.0}
@@ -145,7 +157,7 @@ def test_from_admissions_to_tokens(batch: str, vocab_size: int) -> None:
     count = len(kinds)
     table = SlotTable(count, 8, torch.device("cpu"))
     apply(table, [admission(slot, sampling=kind) for slot, kind in enumerate(kinds)], [])
-    table.position[:count] = 12  # below the prompt of 10 and its min_tokens
+    table.state.position[:count] = 11  # below the prompt of 10 and its min_tokens
     mode = table.sampling_mode(range(count))
     is_truncated, is_suppressed = batch.startswith("truncated"), batch.endswith("suppressed")
     assert mode == SamplingMode(not batch.startswith("greedy"), is_truncated, is_suppressed)
@@ -157,7 +169,7 @@ def test_from_admissions_to_tokens(batch: str, vocab_size: int) -> None:
     halves[0], halves[1, :, : vocab_size - local] = logits[:, :local], logits[:, local:]
 
     def main(collectives: Collectives) -> list[int]:
-        rows = table.sampling_rows(torch.arange(count), mode)
+        rows = table.sampling_rows(torch.arange(count), 1, mode)
         rank = collectives.rank
         return sample(torch_operations, halves[rank].clone(), rows, mode, rank * local, collectives).tolist()
 

@@ -166,6 +166,25 @@ class HostMasks:
     wait: Callable[[int], None]  # for the host: returns when a step's masks are written
 
 
+NO_TOKEN = -(2**62)
+"""In a row of the token ring: the slot did not get this one."""
+
+
+@dataclass(frozen=True, slots=True)
+class SlotState:
+    """Where sequences stand: N slots, the null slot the last; at most k drafts a slot (k may be 0)."""
+
+    last_token: Tensor  # int64 [N], the last token of the sequence, which no step has been fed yet
+    position: Tensor  # int64 [N], where that stands: KV of so many tokens is computed
+    end: Tensor  # int64 [N], the length at which the sequence ends
+    most_drafts: Tensor  # int64 [N], how many may be made for it; 0 of the null slot
+    drafts: Tensor  # int64 [N, k], guesses at the tokens behind the last one; -1: none, and none behind it
+    history: (
+        Tensor  # int32 [N, L], the token at each position up to `position`; L is 0 where none looks it up
+    )
+    block_table: Tensor  # int32 [N, B]; with drafts 0, the null block, beyond what is granted
+
+
 class Routing(Protocol):
     """How a mixture's router chooses; `model.families.MoeSpec` says what each means."""
 

@@ -5,7 +5,8 @@
 
 Which of them serves is decided once, where a rank is put together (model/operations.py); nothing that runs a
 step asks where its tensors are. T tokens, R rows to sample, S sequences; D is the hidden size, H and K are
-this rank's query and key-value heads.
+this rank's query and key-value heads. Where slots have drafts, they have W rows each ('width'), the last
+token's and W - 1 drafts': row s * W + i is the i-th of the s-th slot.
 """
 
 from __future__ import annotations
@@ -15,7 +16,15 @@ from typing import Protocol
 
 from torch import Tensor
 
-from tpworker.kernels.operands import HostMasks, LogitTables, Matrix, Places, Routing, SamplingRows
+from tpworker.kernels.operands import (
+    HostMasks,
+    LogitTables,
+    Matrix,
+    Places,
+    Routing,
+    SamplingRows,
+    SlotState,
+)
 
 
 class Operations(Protocol):
@@ -129,7 +138,9 @@ class Operations(Protocol):
         """Logits [R, vocab_local] of the weights' dtype as the operations below take them."""
         ...
 
-    def adjust(self, logits: Tensor, slots: Tensor, positions: Tensor, tables: LogitTables) -> Tensor:
+    def adjust(
+        self, logits: Tensor, slots: Tensor, positions: Tensor, tables: LogitTables, drafts: Tensor
+    ) -> Tensor:
         """What the slots' rules make of the logits, in this order.
 
             + bias; repetition penalty (divides what is above 0, multiplies the rest) of what is in prompt or
@@ -138,8 +149,11 @@ class Operations(Protocol):
 
         Args:
             logits: [R, V] of a float dtype; stays as it is.
-            slots: int64 [R], each with other tokens of its own, but for the null slot.
-            positions: int64 [R], of the tokens to be chosen: those before them are in the history.
+            slots: int64 [S], all different but for the null slot, with R / S rows each.
+            positions: int64 [R], of the tokens to be chosen: of a slot's first row, those before are in the
+                history.
+            drafts: int64 [S, R / S - 1]. Row i of a slot is adjusted as if the first i drafts stood behind
+                its sequence; where one is -1, it need not mean anything.
 
         Returns:
             float32 [R, V]; of a slot that uses no rule, the same values.
@@ -162,7 +176,8 @@ class Operations(Protocol):
         """Put chosen tokens into `counts`, where they are this rank's, and into `history`.
 
         Args:
-            slots, positions: as `adjust`.
+            slots: int64 [R]; the null slot's for those that are not to be counted.
+            positions: int64 [R], where the tokens stand.
             tokens: int64 [R]; those below 0 are ~token.
         """
         ...
@@ -211,16 +226,17 @@ class Operations(Protocol):
     # --------------------------------------------------------------------------------- slot table
 
     def begin_decode(
-        self, slots: Tensor, last_token: Tensor, position: Tensor, block_table: Tensor
+        self, slots: Tensor, width: int, state: SlotState
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The input of a decode step, and its slots moved on by one token.
+        """The input of a decode step: the last token of each slot, and W - 1 drafts.
 
         Args:
-            slots: int64 [R], all different but for the null slot, the table's last, which stays where it is.
-            last_token, position, block_table: of the slot table; positions are changed.
+            slots: int64 [S], all different but for the null slot.
+            width: W.
 
         Returns:
-            Token ids and positions int64 [R], lengths int32 [R], block tables int32 [R, max_blocks].
+            Token ids and positions int64 [R], R = S W (0 for a draft that is missing), lengths int32 [S], W
+            tokens behind where the slots stand, block tables int32 [S, max_blocks].
         """
         ...
 
@@ -228,17 +244,15 @@ class Operations(Protocol):
         self,
         slots: Tensor,
         counts: Tensor,
+        moves: Tensor,
         starts: Tensor,
         tokens: Tensor,
-        last_token: Tensor,
-        position: Tensor,
-        block_table: Tensor,
+        state: SlotState,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """The input of a step with chunks, and its slots moved on behind these tokens.
+        """The input of a step with chunks. Slots that have chunks are moved on; they lose their drafts.
 
         Args:
-            slots, counts, starts, tokens: see `MixedInputs`.
-            last_token, position, block_table: of the slot table; positions are changed.
+            slots, counts, moves, starts, tokens: see `MixedInputs`.
 
         Returns:
             Token ids int64 [T], positions int64 [T] (of padding 0), lengths int32 [S], query starts int32
@@ -247,15 +261,37 @@ class Operations(Protocol):
         ...
 
     def finish_step(
-        self, slots: Tensor, tokens: Tensor, last_token: Tensor, counter: Tensor, ring: Tensor
-    ) -> None:
-        """Count a step, keep its tokens for the next one, and write the row of the ring that the count says.
+        self, slots: Tensor, tokens: Tensor, width: int, state: SlotState, counter: Tensor, ring: Tensor
+    ) -> Tensor:
+        """Count a step, move its slots on behind the tokens that they get, and write a row of the ring.
+
+        A slot gets its first token, and one more for each draft that is what was chosen in its place, up to
+        the first that is not; and none at `end` or behind it. Its drafts are gone then.
 
         Args:
-            slots: int64 [R]; the null slot may be among them more than once.
-            tokens: int64 [R]; those below 0 are ~token, see `sampling.sample`.
-            last_token: of the slot table.
+            slots: int64 [S]; the null slot, which stays as it is, may be among them more than once.
+            tokens: int64 [R], R = S W, chosen behind the tokens that `begin_decode` gives; those below 0 are
+                ~token, see `sampling.sample`, and no draft's.
             counter: int64 [1], the number of the step before, which becomes this one's.
-            ring: int64 [ring rows, 1 + num_slots]; the row gets the step's number and its tokens as they are.
+            ring: int64 [ring rows, n]; the row that the counter says gets the step's number, the R tokens as
+                they are, NO_TOKEN for those that are nobody's, and where W > 1 the number of drafts of each
+                slot, [S].
+
+        Returns:
+            int64 [S], how many tokens each slot got.
+        """
+        ...
+
+    def look_up(self, slots: Tensor, num_drafts: int, longest: int, shortest: int, state: SlotState) -> None:
+        """Make drafts of what stood behind the last tokens of a sequence before (prompt look-up).
+
+        Of the last n tokens of a sequence that stand in it a second time, earlier, the largest n; of several
+        places with so many, the last. Drafts are what stands behind, and where that ends they go on with
+        themselves.
+
+        Args:
+            slots: int64 [S], as `finish_step` left them.
+            num_drafts: to make; the slot's `most_drafts`, if that is less.
+            longest, shortest: bounds of n; where it is below, there are no drafts (-1).
         """
         ...

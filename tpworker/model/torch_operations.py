@@ -10,6 +10,7 @@ from tpworker.model.linear import Linear as linear
 from tpworker.model.logit_rules import adjust, count_tokens, take_masks
 from tpworker.model.logprobs import logprob_parts
 from tpworker.model.moe import choose, experts
+from tpworker.model.ngram import look_up
 from tpworker.model.sampling import best_tokens, sample_truncated
 from tpworker.model.slot_ops import begin_decode, begin_mixed, finish_step
 
@@ -25,6 +26,7 @@ __all__ = [
     "gelu_mul",
     "linear",
     "logprob_parts",
+    "look_up",
     "norm_rotate_store",
     "places",
     "ready_logits",

@@ -3,8 +3,8 @@
 A batch that is between two sizes is padded with the null slot, and what a batch's sampling needs is rounded
 up to a mode that has been captured: rows are not affected by what they do not need.
 
-    decode step    one graph, by number of slots and sampling mode
-    mixed step     two: the forward, by number of tokens; then sampling, by number of rows and mode
+    decode step    one graph, by number of slots, of drafts, and sampling mode
+    mixed step     two: the forward, by number of tokens; then sampling, as decode steps
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import bisect
 from collections.abc import Callable
 from functools import partial
 
+from tpworker.ipc.drafting import MOST_ROWS
 from tpworker.model.sampling import SamplingMode
 from tpworker.rank.device import Device
 
@@ -24,6 +25,10 @@ MODES = (
     GREEDY,
 )
 """Those that are captured, the one that needs most memory first."""
+
+
+_MODES_OF_DRAFTS = (MODES[0], MODES[1], GREEDY)
+"""The same for steps with drafts: captures take time, and memory."""
 
 
 def ladder(most: int) -> list[int]:
@@ -49,35 +54,48 @@ def token_ladder(most: int) -> list[int]:
     return [*(size for size in sizes if size < most), most]
 
 
-class RowGraphs:
-    """Replays by number of rows and sampling mode; none before `capture`.
+class SlotGraphs:
+    """Replays by number of slots that are sampled, of drafts, and sampling mode; none before `capture`.
 
     Args:
-        most: rows, which is to say slots, in the largest batch.
+        num_slots: in the largest batch.
+        choices: how many drafts steps may have.
     """
 
-    def __init__(self, most: int) -> None:
-        self._sizes = ladder(most)
-        self._replays: dict[tuple[int, SamplingMode], Callable[[], None]] = {}
+    def __init__(self, num_slots: int, choices: tuple[int, ...]) -> None:
+        self._sizes = {
+            drafts: ladder(min(num_slots, MOST_ROWS // (1 + drafts)) if drafts else num_slots)
+            for drafts in choices
+        }
+        self._replays: dict[tuple[int, int, SamplingMode], Callable[[], None]] = {}
 
-    def capture(self, device: Device, step: Callable[[int, SamplingMode], None]) -> None:
-        """Captures `step(size, mode)`, which samples for the first `size` slots of a batch, for all of them.
+    def kinds(self) -> list[tuple[int, int, SamplingMode]]:
+        """Number of slots, of drafts, and mode of all that is captured, in the order of captures."""
+        return [
+            (size, drafts, mode)
+            for drafts, sizes in sorted(self._sizes.items(), reverse=True)
+            for mode in (_MODES_OF_DRAFTS if drafts else MODES)
+            for size in reversed(sizes)
+        ]
+
+    def capture(self, device: Device, step: Callable[[int, int, SamplingMode], None]) -> None:
+        """Captures `step(size, drafts, mode)`, which samples for the first `size` slots of a batch, for all.
 
         The largest comes first: all share one pool of memory, and the others fit into what it has left.
         """
-        for mode in MODES:
-            for size in reversed(self._sizes):
-                self._replays[size, mode] = device.capture(partial(step, size, mode))
+        for kind in self.kinds():
+            self._replays[kind] = device.capture(partial(step, *kind))
 
-    def find(self, count: int, mode: SamplingMode) -> Callable[[], None] | None:
-        """What replays a step of `count` rows; None if nothing was captured."""
+    def find(self, count: int, drafts: int, mode: SamplingMode) -> Callable[[], None] | None:
+        """What replays a step of `count` slots; None if nothing was captured."""
         if not self._replays:
             return None
         if mode.adjust or mode.logprobs:  # and what is guided is adjusted
             mode = MODES[0]
-        elif mode.truncate or mode.suppress:
+        elif mode.truncate or mode.suppress or (drafts and mode.random):
             mode = MODES[1]
-        return self._replays[self._sizes[bisect.bisect_left(self._sizes, count)], mode]
+        sizes = self._sizes[drafts]
+        return self._replays[sizes[bisect.bisect_left(sizes, count)], drafts, mode]
 
 
 class TokenGraphs:

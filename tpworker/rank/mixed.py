@@ -5,6 +5,9 @@
     tokens of chunks, slots, counts          what decodes takes its token from the slot table; all take their
                                              positions from it: a chunk begins where its slot stands
 
+What decodes has W tokens: the last one, and W - 1 drafts. So all slots that are sampled have W rows. Of those
+at the end of a prompt the first counts; the others are the same once more, behind drafts that do not exist.
+
 Sizes are a step's own, or rounded up to those of a captured graph. Then padding tokens make up a sequence of
 the null slot, the last one, of length 0; and rows that are missing are sampled for the null slot.
 """
@@ -22,12 +25,13 @@ from torch import Tensor
 
 from tpworker.ipc.messages import Chunk
 from tpworker.model.batch import Batch
+from tpworker.rank.sampler import most_rows
 from tpworker.rank.slots import SlotTable
 
 
 @dataclass(frozen=True, slots=True)
 class MixedShape:
-    """T tokens of S sequences; R rows are picked for sampling, for P slots."""
+    """T tokens of S sequences; R = P W rows are picked for sampling, for P slots."""
 
     num_tokens: int
     num_sequences: int
@@ -35,23 +39,29 @@ class MixedShape:
     num_places: int
 
     @classmethod
-    def exact(cls, num_decodes: int, chunks: Sequence[Chunk]) -> MixedShape:
-        """Of a step with so many decoding sequences, and these chunks."""
-        num_rows = num_decodes + sum(chunk.sample for chunk in chunks)
-        num_tokens = num_decodes + sum(chunk.length for chunk in chunks)
-        return cls(num_tokens, num_decodes + len(chunks), num_rows, num_rows)
+    def exact(cls, num_decodes: int, chunks: Sequence[Chunk], width: int = 1) -> MixedShape:
+        """Of a step with so many decoding sequences, `width` tokens each, and these chunks."""
+        num_places = num_decodes + sum(chunk.sample for chunk in chunks)
+        num_tokens = num_decodes * width + sum(chunk.length for chunk in chunks)
+        return cls(num_tokens, num_decodes + len(chunks), num_places * width, num_places)
 
     @classmethod
-    def padded(cls, num_tokens: int, num_slots: int) -> MixedShape:
-        """For any step of up to `num_tokens` tokens: as many sequences as it can have, and one of padding."""
-        num_rows = min(num_tokens, num_slots)
-        return cls(num_tokens, num_rows + 1, num_rows, num_slots)
+    def padded(cls, num_tokens: int, num_slots: int, num_drafts: int = 0) -> MixedShape:
+        """For any step of up to `num_tokens` tokens: as many sequences as it can have, and one of padding.
+
+        Args:
+            num_drafts: most that slots have.
+        """
+        num_sequences = min(num_tokens, num_slots)
+        num_rows = min(num_sequences * (1 + num_drafts), most_rows(num_slots, num_drafts))
+        return cls(num_tokens, num_sequences + 1, num_rows, num_slots)
 
     @property
     def sections(self) -> list[int]:
         """The length of each field of `MixedInputs`; they are packed one behind the other."""
         tokens, sequences = self.num_tokens, self.num_sequences
-        return [self.num_places, self.num_rows, tokens, tokens, sequences, sequences, sequences + 1]
+        of_sequences = [sequences, sequences, sequences, sequences + 1]
+        return [self.num_places, self.num_rows, tokens, tokens, *of_sequences]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +70,11 @@ class MixedInputs:
 
     sampled_slots: Tensor  # [P], in the order of the plan: decoding slots, then chunks that end their prompts
     sample_rows: Tensor  # [R], their last tokens
-    tokens: Tensor  # [T]; -1: the slot's last token
+    tokens: Tensor  # [T]; -1: the slot's last token; -2: its first draft, and so on
     sequence_of: Tensor  # [T]
     slots: Tensor  # [S]
     counts: Tensor  # [S], tokens of each sequence; padding counts for nothing
+    moves: Tensor  # [S], so far its slot is moved on: to the last token that is known, or the next chunk
     starts: Tensor  # [S + 1], its first token, and T
 
     @classmethod
@@ -72,21 +83,15 @@ class MixedInputs:
         sections = shape.sections
         return cls(*packed[: sum(sections)].split_with_sizes(sections))
 
-    def begin(self, table: SlotTable, num_decodes: int, max_query: int) -> Batch:
+    def begin(self, table: SlotTable, num_decodes: int, max_query: int, width: int = 1) -> Batch:
         """The step's batch, from what the slot table says; its slots then stand behind these tokens.
 
         Args:
-            num_decodes: so many sequences, the first, are known on the host to have one token each.
+            num_decodes: so many sequences, the first, are known on the host to have `width` tokens each.
             max_query: no sequence has more tokens.
         """
         token_ids, positions, lengths, query_starts, block_tables = table.operations.begin_mixed(
-            self.slots,
-            self.counts,
-            self.starts,
-            self.tokens,
-            table.last_token,
-            table.position,
-            table.block_table,
+            self.slots, self.counts, self.moves, self.starts, self.tokens, table.state
         )
         return Batch(
             token_ids=token_ids,
@@ -96,6 +101,7 @@ class MixedInputs:
             lengths=lengths,
             query_starts=query_starts,
             num_decodes=num_decodes,
+            width=width,
             max_query=max_query,
             sample_rows=self.sample_rows,
         )
@@ -115,7 +121,7 @@ class PromptRows(Generic[_A]):
     @classmethod
     def of(
         cls,
-        num_decodes: int,
+        first: int,
         chunks: Sequence[Chunk],
         prompts: Mapping[int, NDArray[np.int32]],
         told: Mapping[int, int],
@@ -123,11 +129,12 @@ class PromptRows(Generic[_A]):
         """Those of a step.
 
         Args:
-            num_decodes, chunks: as `pack`; chunks follow the decoding slots' tokens.
+            first: tokens of decoding slots, which come first.
+            chunks: as `pack`.
             prompts: by slot, all tokens of those that have chunks.
             told: the length of the prompt, of slots of which it is asked.
         """
-        first, before, tokens = num_decodes, [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+        before, tokens = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
         for chunk in chunks:
             if chunk.slot in told:
                 following = prompts[chunk.slot][chunk.start + 1 : told[chunk.slot]][: chunk.length]
@@ -144,11 +151,12 @@ def pack(
     prompts: Mapping[int, NDArray[np.int32]],
     shape: MixedShape,
     null_slot: int,
+    width: int = 1,
 ) -> NDArray[np.int64]:
     """A step's `MixedInputs`, one behind the other.
 
     Args:
-        decode: slots with one token each.
+        decode: slots with `width` tokens each.
         chunks: behind them, in this order.
         prompts: by slot, all tokens of those that have chunks.
         shape: with room for all that.
@@ -158,13 +166,15 @@ def pack(
     ends = list(accumulate(sections))
     packed = np.empty(ends[-1], np.int64)
     fields = (packed[end - length : end] for length, end in zip(sections, ends, strict=True))
-    sampled_slots, sample_rows, tokens, sequence_of, slots, counts, starts = fields
+    sampled_slots, sample_rows, tokens, sequence_of, slots, counts, moves, starts = fields
 
     slots[:num_sequences] = [*decode, *(chunk.slot for chunk in chunks)]
     slots[num_sequences:] = null_slot
-    counts[:num_decodes] = 1
+    counts[:num_decodes] = width
     counts[num_decodes:num_sequences] = [chunk.length for chunk in chunks]
     counts[num_sequences:] = 0
+    moves[:] = 0
+    moves[num_decodes:num_sequences] = [chunk.length - chunk.sample for chunk in chunks]
     starts[0] = 0
     counts.cumsum(out=starts[1:])
     num_tokens = int(starts[-1])
@@ -172,7 +182,7 @@ def pack(
 
     sequence_of[:num_tokens] = np.arange(num_sequences).repeat(counts[:num_sequences])
     sequence_of[num_tokens:] = shape.num_sequences - 1
-    tokens[:num_decodes] = -1
+    tokens[: num_decodes * width] = np.tile(np.arange(-1, -1 - width, -1), num_decodes)
     for chunk, start in zip(chunks, starts[num_decodes:].tolist(), strict=False):
         tokens[start : start + chunk.length] = prompts[chunk.slot][chunk.start : chunk.start + chunk.length]
     tokens[num_tokens:] = 0
@@ -180,6 +190,8 @@ def pack(
     sampled = [*range(num_decodes), *(i for i, chunk in enumerate(chunks, num_decodes) if chunk.sample)]
     sampled_slots[: len(sampled)] = slots[sampled]
     sampled_slots[len(sampled) :] = null_slot
-    sample_rows[: len(sampled)] = starts[:-1][sampled] + counts[sampled] - 1
-    sample_rows[len(sampled) :] = shape.num_tokens - 1
+    rows = starts[:-1][sampled, None] + np.minimum(np.arange(width), counts[sampled, None] - 1)
+    rows[num_decodes:] = (starts[:-1] + counts - 1)[sampled[num_decodes:], None]
+    sample_rows[: rows.size] = rows.flat
+    sample_rows[rows.size :] = shape.num_tokens - 1
     return packed

@@ -38,6 +38,7 @@ from tpworker.model.tp import Collectives, Shard
 from tpworker.model.weights import DecoderWeights
 from tpworker.rank.collectives import LIBRARY_SECONDS, connect
 from tpworker.rank.device import CpuDevice, Device, StreamBroken
+from tpworker.rank.drafter import Drafter, NgramDrafter
 from tpworker.rank.loop import RankLoop
 from tpworker.rank.publisher import Publisher
 from tpworker.rank.runner import Runner
@@ -111,12 +112,11 @@ def assemble(
         spec, shard, weights, dtype = load_shard(boot, device, row)
         row.enter(Phase.MEETING)
         collectives = meeting.result()
-        decoder = Decoder(spec, weights, shard, collectives, settings.max_model_len)
+        # Drafts may be fed behind the end of the longest sequence, though to no effect.
+        most_positions = settings.max_model_len + settings.num_drafts
+        decoder = Decoder(spec, weights, shard, collectives, most_positions)
         row.enter(Phase.ALLOCATING)
-        max_blocks = -(-settings.max_model_len // settings.block_size)
-        vocab = (shard.vocab_start, shard.vocab.local)
-        masks = host_masks(boot, device, spec.vocab_size)
-        slots = SlotTable(settings.max_num_seqs, max_blocks, device.torch_device, vocab, masks)
+        slots = make_slots(boot, device, spec, shard, most_positions)
         cache = agree_on_cache(boot, plans, decoder, dtype, device)
         return runner_class(
             decoder,
@@ -127,7 +127,31 @@ def assemble(
             ring_rows(settings),
             settings.check_ranks_agree,
             settings.max_num_batched_tokens,
+            make_drafter(settings, slots),
         )
+
+
+def make_slots(
+    boot: RankBoot, device: Device, spec: ModelSpec, shard: Shard, most_positions: int
+) -> SlotTable:
+    """An empty slot table for sequences of so many tokens."""
+    settings, vocab = boot.settings, (shard.vocab_start, shard.vocab.local)
+    return SlotTable(
+        settings.max_num_seqs,
+        -(-most_positions // settings.block_size),
+        device.torch_device,
+        vocab,
+        host_masks(boot, device, spec.vocab_size),
+        settings.num_drafts,
+        settings.max_model_len if settings.speculative_method == "ngram" else 0,
+    )
+
+
+def make_drafter(settings: RankSettings, slots: SlotTable) -> Drafter | None:
+    """What makes drafts, if anything does."""
+    if settings.speculative_method == "ngram":
+        return NgramDrafter(slots, settings.prompt_lookup_max, settings.prompt_lookup_min)
+    return None
 
 
 def host_masks(boot: RankBoot, device: Device, vocab_size: int) -> HostMasks:
@@ -176,7 +200,8 @@ def connect_loop(
         boot.generation,
         device,
         ring_rows(settings),
-        settings.max_num_seqs,
+        runner.sampler.ring.shape[1],
+        runner.sampler.most_rows,
         settings.max_num_batched_tokens,
         runner.staging,
         row,

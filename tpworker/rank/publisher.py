@@ -23,12 +23,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tpworker.ipc.board import Field, Row
 from tpworker.ipc.channels import Channel
 from tpworker.ipc.messages import MAX_TOLD, StepResult, StepTiming
-from tpworker.kernels.operands import LOGPROB_ROW, MOST_LOGPROBS
+from tpworker.kernels.operands import LOGPROB_ROW, MOST_LOGPROBS, NO_TOKEN
 from tpworker.rank.device import Device, Event
 from tpworker.rank.runner import Launched
 from tpworker.rank.staging import StagingPool
@@ -40,7 +41,7 @@ logger = logging.getLogger(__name__)
 class _Published:
     launched: Launched
     copied: Event
-    buffer: Tensor | None  # int64 [1 + num_sampled] on the host; None on the ranks that do not send
+    buffer: Tensor | None  # int64 [n], the ring's row on the host; None on the ranks that do not send
     logprobs: Tensor | None = None  # float32 [n, LOGPROB_ROW] on the host; None: nobody asks for them
     prompt_logprobs: Tensor | None = None
 
@@ -51,7 +52,8 @@ class Publisher:
     Args:
         generation: for the messages.
         device: whose copy stream is used.
-        ring_rows, num_slots: shape of the token ring.
+        ring_rows, ring_length: shape of the token ring.
+        num_rows: that a step samples at most.
         max_tokens: of a step.
         staging: gets the buffers back.
         row: of the status board.
@@ -64,7 +66,8 @@ class Publisher:
         generation: int,
         device: Device,
         ring_rows: int,
-        num_slots: int,
+        ring_length: int,
+        num_rows: int,
         max_tokens: int,
         staging: StagingPool,
         row: Row,
@@ -80,12 +83,12 @@ class Publisher:
         self._rows_in_use = 0
         self._rows_freed = 0
         self._has_told_of_nan = False
-        num_bytes = 8 * ring_rows * (1 + num_slots)
+        num_bytes = 8 * ring_rows * ring_length
         self._buffers = device.host_buffer(num_bytes).view(torch.int64).view(ring_rows, -1).unbind(0)
-        num_rows = num_slots + min(max_tokens, MAX_TOLD)
-        logprobs = device.host_buffer(4 * ring_rows * num_rows * LOGPROB_ROW).view(torch.float32)
-        self._logprobs = logprobs.view(ring_rows, num_rows, LOGPROB_ROW)
-        self._num_slots = num_slots
+        num_told = num_rows + min(max_tokens, MAX_TOLD)
+        logprobs = device.host_buffer(4 * ring_rows * num_told * LOGPROB_ROW).view(torch.float32)
+        self._logprobs = logprobs.view(ring_rows, num_told, LOGPROB_ROW)
+        self._num_rows = num_rows
         self._queue: queue.SimpleQueue[_Published | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="publisher", daemon=True)
         self._thread.start()
@@ -98,12 +101,12 @@ class Publisher:
             in_use = self._rows_in_use - self._rows_freed
             assert in_use < len(self._buffers), "a ring row would be rewritten before it was sent"
             self._rows_in_use += 1
-            buffer = self._buffers[launched.step % len(self._buffers)][: 1 + launched.num_sampled]
+            buffer = self._buffers[launched.step % len(self._buffers)][: len(launched.ring_row)]
             copies = self._device.copies
             copies.wait(launched.done)
             copies.run(lambda: _copy(buffer, launched.ring_row))
             logprobs = self._copy_logprobs(launched, launched.logprobs, 0)
-            prompt_logprobs = self._copy_logprobs(launched, launched.prompt_logprobs, self._num_slots)
+            prompt_logprobs = self._copy_logprobs(launched, launched.prompt_logprobs, self._num_rows)
             copied = copies.record()
         self._queue.put(_Published(launched, copied, buffer, logprobs, prompt_logprobs))
 
@@ -141,17 +144,24 @@ class Publisher:
         timing = StepTiming(launched.launched_ns, launched.started.time_ns(), launched.done.time_ns())
         row = buffer.numpy()
         assert row[0] == launched.step, f"the ring row of step {launched.step} holds step {row[0]}"
-        tokens = row[1:]
+        num_rows = launched.num_sampled * launched.width
+        tokens, proposed = row[1 : 1 + num_rows], row[1 + num_rows :]
+        is_taken, counts = tokens != NO_TOKEN, b""
+        if launched.width > 1 or not is_taken.all():
+            counts = _int32s(is_taken.reshape(-1, launched.width).sum(axis=1))
+            tokens = tokens[is_taken]
         if (tokens < 0).any():  # ~token, see `sampling.sample`
             tokens = tokens ^ (tokens >> 63)
             self._tell_of_nan()
         return StepResult(
             self._generation,
             launched.step,
-            tokens.astype("<i4").tobytes(),
+            _int32s(tokens),
             timing,
-            _packed(item.logprobs),
+            _packed(item.logprobs, is_taken),
             _packed(item.prompt_logprobs),
+            counts,
+            _int32s(proposed) if proposed.any() else b"",
         )
 
     def _tell_of_nan(self) -> None:
@@ -163,11 +173,15 @@ class Publisher:
             )
 
 
-def _packed(rows: Tensor | None) -> bytes:
-    """Logprob rows as they travel: the ids as int32."""
+def _int32s(values: NDArray[np.int64]) -> bytes:
+    return values.astype("<i4").tobytes()
+
+
+def _packed(rows: Tensor | None, is_taken: NDArray[np.bool_] | None = None) -> bytes:
+    """Logprob rows as they travel, all or those that are taken: the ids as int32."""
     if rows is None:
         return b""
-    values = rows.numpy()
+    values = rows.numpy() if is_taken is None else rows.numpy()[is_taken]
     packed = np.empty(values.shape, np.dtype("<f4"))
     ids = 1 + MOST_LOGPROBS
     packed[:, :ids] = values[:, :ids]

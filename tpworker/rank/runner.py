@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tpworker.ipc.arrays import pack_int32
+from tpworker.ipc.drafting import draft_choices
 from tpworker.ipc.messages import NO_LOGPROBS, Admission, BatchPlan, Chunk, LogitRules, Sampling
 from tpworker.model.attention import PagedAttention
 from tpworker.model.batch import Batch
@@ -36,7 +37,8 @@ from tpworker.model.kv_cache import KVCache
 from tpworker.model.sampling import SamplingMode
 from tpworker.model.tp import Collectives
 from tpworker.rank.device import Device, Event
-from tpworker.rank.graphs import GREEDY, MODES, MOST_TOKENS, RowGraphs, TokenGraphs, ladder, token_ladder
+from tpworker.rank.drafter import Drafter
+from tpworker.rank.graphs import GREEDY, MOST_TOKENS, SlotGraphs, TokenGraphs, token_ladder
 from tpworker.rank.mixed import MixedInputs, MixedShape, PromptRows, pack
 from tpworker.rank.sampler import Sampler
 from tpworker.rank.slots import SlotDeltas, SlotTable
@@ -58,13 +60,14 @@ class Launched:
     """A step on its way."""
 
     step: int
-    num_sampled: int
-    ring_row: Tensor  # int64 [1 + num_sampled]: the step's number, its tokens as `sample` gives them
+    num_sampled: int  # slots
+    ring_row: Tensor  # int64 [n], see `Operations.finish_step`
     started: Event
     done: Event
     launched_ns: int
     staging: StagingBuffer
-    logprobs: Tensor | None = None  # float32 [num_sampled, LOGPROB_ROW]; None: nobody asks for them
+    width: int = 1  # rows of each slot
+    logprobs: Tensor | None = None  # float32 [num_sampled * width, LOGPROB_ROW]; None: nobody asks for them
     prompt_logprobs: Tensor | None = None  # float32 [n, LOGPROB_ROW]
 
 
@@ -89,6 +92,7 @@ class _Step:
     decode_slots: StagedArray | None  # int64 [num_slots], filled up with the null slot, where it has changed
     num_decodes: int
     num_sampled: int
+    num_drafts: int
     mixed: _Mixed | None
     mode: SamplingMode
 
@@ -105,6 +109,7 @@ class Runner:
         ring_rows: rows of the token ring, at least lookahead + 2.
         check_agreement: debug mode: after every step, compare hidden states and tokens of all ranks.
         max_tokens: of a step.
+        drafter: makes drafts; None: there are none.
     """
 
     def __init__(
@@ -117,6 +122,7 @@ class Runner:
         ring_rows: int,
         check_agreement: bool = False,
         max_tokens: int = MOST_TOKENS,
+        drafter: Drafter | None = None,
     ) -> None:
         self.sampler = Sampler(decoder, slots, collectives, ring_rows, max_tokens, check_agreement)
         self.staging = StagingPool(device, ring_rows)
@@ -124,19 +130,27 @@ class Runner:
         self._cache = cache
         self._slots = slots
         self._device = device
+        self._drafter = drafter
+        self._num_drafts = slots.state.drafts.shape[1]  # of a slot, at most
+        choices = draft_choices(self._num_drafts)
         self._batch_slots = torch.full((slots.num_slots,), slots.num_slots, device=device.torch_device)
-        self._rows = torch.arange(slots.num_slots + 1, device=device.torch_device)
-        self._starts = self._rows.int()
-        most = MixedShape.padded(MOST_TOKENS, slots.num_slots)
+        rows = torch.arange(slots.num_slots + 1, device=device.torch_device)
+        # By the tokens that each sequence has: which sequence a row is of, and where each begins.
+        self._sequence_of = {1 + drafts: rows.repeat_interleave(1 + drafts) for drafts in choices}
+        self._starts = {1 + drafts: (rows * (1 + drafts)).int() for drafts in choices}
+        most = self._padded(MOST_TOKENS)
         self._mixed_inputs = torch.full((sum(most.sections),), slots.num_slots, device=device.torch_device)
-        self._hidden = decoder.weights.embed.new_zeros(slots.num_slots, decoder.spec.hidden_size)
-        self._graphs = RowGraphs(slots.num_slots)
+        self._hidden = decoder.weights.embed.new_zeros(self.sampler.most_rows, decoder.spec.hidden_size)
+        self._graphs = SlotGraphs(slots.num_slots, choices)
         self._forwards = TokenGraphs()
-        self._samplings = RowGraphs(slots.num_slots)
+        self._samplings = SlotGraphs(slots.num_slots, choices)
         self._prompts: dict[int, NDArray[np.int32]] = {}
         self._told_prompts: dict[int, int] = {}  # of slots whose prompts' logprobs are asked for: the length
         self._decode: list[int] = []
         self._decode_mode = SamplingMode(False, False, False)
+
+    def _padded(self, num_tokens: int) -> MixedShape:
+        return MixedShape.padded(num_tokens, self._slots.num_slots, self._num_drafts)
 
     # ------------------------------------------------------------------------------- beforehand
 
@@ -150,8 +164,8 @@ class Runner:
             max_tokens: of a step.
             capturing: called when most kernels are loaded.
         """
-        width = self._slots.block_table.shape[1]
-        length = min(max_tokens, max(1, (width - 1) * self._cache.block_size))  # of one sequence
+        num_blocks = self._slots.state.block_table.shape[1]
+        length = min(max_tokens, max(1, (num_blocks - 1) * self._cache.block_size))  # of one sequence
         if not self.sampler.check_agreement:  # which looks at values
             self._device.compile_ahead(partial(self._rehearse, max_tokens))
         self._run_once(length)
@@ -178,11 +192,10 @@ class Runner:
         mixed, decode = self._can_capture()
         brief = copy.copy(self)
         brief._decoder = self._decoder.excerpt()
-        for size in ladder(self._slots.num_slots):
-            if decode:
-                brief._decode_step(size, GREEDY)
-            for mode in MODES:
-                brief._sample_padded(size, mode)
+        for kind in self._graphs.kinds():
+            if decode and kind[-1] == GREEDY:
+                brief._decode_step(*kind)
+            brief._sample_padded(*kind)
         for size in token_ladder(max_tokens) if mixed else ():
             brief._forward_padded(size)
 
@@ -207,8 +220,7 @@ class Runner:
 
     def _put_padding(self, size: int) -> None:
         """The input of a mixed step that has nothing but padding."""
-        shape = MixedShape.padded(size, self._slots.num_slots)
-        packed = torch.from_numpy(pack((), (), {}, shape, self._slots.num_slots))
+        packed = torch.from_numpy(pack((), (), {}, self._padded(size), self._slots.num_slots))
 
         def copy() -> None:
             self._mixed_inputs[: len(packed)].copy_(packed)
@@ -218,8 +230,7 @@ class Runner:
     def _begin(self) -> None:
         """As if there had been no step."""
         self.sampler.begin()
-        self._slots.last_token.zero_()
-        self._slots.position.zero_()
+        self._slots.begin()
 
     # --------------------------------------------------------------------------- launch thread
 
@@ -234,16 +245,17 @@ class Runner:
         started = compute.record_start()
         compute.run(lambda: self._run(step))
         prompt_rows = step.mixed and step.mixed.prompt_rows
-        sampler, count = self.sampler, step.num_sampled
+        sampler, count, width = self.sampler, step.num_sampled, 1 + step.num_drafts
         return Launched(
             plan.step,
             count,
-            sampler.ring_row(plan.step, count),
+            sampler.ring_row(plan.step, count, width),
             started,
             compute.record(),
             launched_ns,
             step.staging,
-            sampler.logprob_row(plan.step, count) if step.mode.logprobs else None,
+            width,
+            sampler.logprob_row(plan.step, count * width) if step.mode.logprobs else None,
             sampler.prompt_logprob_row(plan.step, prompt_rows.count) if prompt_rows else None,
         )
 
@@ -274,22 +286,24 @@ class Runner:
             decode_slots,
             len(self._decode),
             len(self._decode) + len(sampled),
+            plan.num_drafts,
             self._stage_mixed(plan, staging) if plan.chunks else None,
             self._slots.sampling_mode(self._decode + sampled) if sampled else self._decode_mode,
         )
 
     def _stage_mixed(self, plan: BatchPlan, staging: StagingBuffer) -> _Mixed:
-        shape = MixedShape.exact(len(self._decode), plan.chunks)
+        width = 1 + plan.num_drafts
+        shape = MixedShape.exact(len(self._decode), plan.chunks, width)
         size = self._forwards.size_for(shape.num_tokens)
         prompt_rows = None
         if self._told_prompts:
-            rows = PromptRows.of(len(self._decode), plan.chunks, self._prompts, self._told_prompts)
+            rows = PromptRows.of(len(self._decode) * width, plan.chunks, self._prompts, self._told_prompts)
             if rows.count:
                 prompt_rows = PromptRows(staging.put(rows.before), staging.put(rows.tokens), rows.count)
                 size = None  # captured ones keep no hidden states but those to sample from
         if size is not None:
-            shape = MixedShape.padded(size, self._slots.num_slots)
-        packed = pack(self._decode, plan.chunks, self._prompts, shape, self._slots.num_slots)
+            shape = self._padded(size)
+        packed = pack(self._decode, plan.chunks, self._prompts, shape, self._slots.num_slots, width)
         for chunk in plan.chunks:
             if chunk.sample:  # the prompt is on the device now
                 del self._prompts[chunk.slot]
@@ -305,34 +319,42 @@ class Runner:
             self._batch_slots.copy_(step.decode_slots.get())
         if step.mixed is not None:
             self._mixed_step(step, step.mixed)
-        elif (replay := self._graphs.find(step.num_decodes, step.mode)) is not None:
+        elif (replay := self._graphs.find(step.num_decodes, step.num_drafts, step.mode)) is not None:
             replay()
         else:
-            self._decode_step(step.num_decodes, step.mode)
+            self._decode_step(step.num_decodes, step.num_drafts, step.mode)
 
-    def _decode_step(self, count: int, mode: SamplingMode) -> None:
+    def _decode_step(self, count: int, num_drafts: int, mode: SamplingMode) -> None:
         """Decodes the first `count` slots of the batch, of which the last ones may be the null slot."""
-        table = self._slots
+        table, width = self._slots, 1 + num_drafts
         slots = self._batch_slots[:count]
-        token_ids, positions, lengths, block_tables = table.begin_decode(slots)
+        token_ids, positions, lengths, block_tables = table.operations.begin_decode(slots, width, table.state)
         batch = Batch(
             token_ids=token_ids,
             positions=positions,
-            sequence_of=self._rows[:count],
+            sequence_of=self._sequence_of[width][: count * width],
             block_tables=block_tables,
             lengths=lengths,
-            query_starts=self._starts[: count + 1],
+            query_starts=self._starts[width][: count + 1],
             num_decodes=count,
-            max_query=1,
+            max_query=width,
             sample_rows=None,
+            width=width,
         )
-        self.sampler.finish_step(slots, self._decoder.forward(batch, self._cache), mode)
+        hidden = self._decoder.forward(batch, self._cache)
+        self.sampler.finish_step(slots, hidden, mode, width)
+        self._draft(slots, num_drafts)
+
+    def _draft(self, slots: Tensor, num_drafts: int) -> None:
+        if self._drafter is not None and num_drafts and len(slots):
+            self._drafter.draft(slots, num_drafts)
 
     def _mixed_step(self, step: _Step, mixed: _Mixed) -> None:
         packed = mixed.packed.get()
         if mixed.size is None:
             inputs = MixedInputs.of(packed, mixed.shape)
-            batch = inputs.begin(self._slots, step.num_decodes, mixed.longest)
+            width = 1 + step.num_drafts
+            batch = inputs.begin(self._slots, step.num_decodes, max(mixed.longest, width), width)
             if mixed.prompt_rows is not None:
                 batch.sample_rows = None  # all of them
             hidden = self._decoder.forward(batch, self._cache)
@@ -340,21 +362,24 @@ class Runner:
                 before, tokens = mixed.prompt_rows.before.get(), mixed.prompt_rows.tokens.get()
                 self.sampler.tell_of_prompt(step.number, hidden[before], tokens)
                 hidden = hidden[inputs.sample_rows]
-            self.sampler.finish_step(inputs.sampled_slots, hidden, step.mode)
+            self.sampler.finish_step(inputs.sampled_slots, hidden, step.mode, width)
+            self._draft(inputs.sampled_slots, step.num_drafts)
             return
         self._mixed_inputs[: len(packed)].copy_(packed)
         self._forwards.replay(mixed.size)
         if not step.num_sampled:  # chunks in the middle of their prompts
-            self._sample_padded(0, step.mode)
-        elif (replay := self._samplings.find(step.num_sampled, step.mode)) is not None:
+            self._sample_padded(0, 0, step.mode)
+        elif (replay := self._samplings.find(step.num_sampled, step.num_drafts, step.mode)) is not None:
             replay()
 
     def _forward_padded(self, size: int) -> None:
         """The forward of what is in `_mixed_inputs`; leaves hidden states of the rows to sample."""
-        inputs = MixedInputs.of(self._mixed_inputs, MixedShape.padded(size, self._slots.num_slots))
+        inputs = MixedInputs.of(self._mixed_inputs, self._padded(size))
         hidden = self._decoder.forward(inputs.begin(self._slots, 0, size), self._cache)
         self._hidden[: len(hidden)].copy_(hidden)
 
-    def _sample_padded(self, count: int, mode: SamplingMode) -> None:
+    def _sample_padded(self, count: int, num_drafts: int, mode: SamplingMode) -> None:
         """Samples from what `_forward_padded` has left, for the first `count` slots of its input."""
-        self.sampler.finish_step(self._mixed_inputs[:count], self._hidden[:count], mode)
+        slots, width = self._mixed_inputs[:count], 1 + num_drafts
+        self.sampler.finish_step(slots, self._hidden[: count * width], mode, width)
+        self._draft(slots, num_drafts)

@@ -27,7 +27,7 @@ _ALIGNMENT = 16  # gathered lengths are multiples of it: no odd tail for vector 
 
 @dataclass(frozen=True, slots=True)
 class _DecodeGroup:
-    """Decoding sequences s that see about as many positions, with L gathered ones each."""
+    """Tokens s of decoding sequences that see about as many positions, with L gathered ones each."""
 
     rows: slice  # of the ordered queries
     keys: Tensor  # int64 [s * K * L], rows of the cache seen as [blocks * block_size * K, head_dim]
@@ -46,8 +46,8 @@ class _Chunk:
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    num_decodes: int
-    order: Tensor | None  # int64 [num_decodes], decoding sequences by what they see; None: as they are
+    num_rows: int  # of decoding sequences
+    order: Tensor | None  # int64 [num_rows], these by what they see; None: as they are
     groups: list[_DecodeGroup]
     chunks: list[_Chunk]
 
@@ -83,32 +83,34 @@ class PagedAttention:
         # A sequence of length 0 only pads the batch. One that decodes attends to the null block and harms
         # nobody; a chunk is left out.
         real_lengths: list[int] = batch.lengths.tolist()
-        lengths = [max(1, length) for length in real_lengths]
         starts: list[int] = batch.query_starts.tolist()
-        num_decodes = batch.num_decodes
+        num_decodes, width = batch.num_decodes, batch.width
+        # Each token of a decoding sequence is taken for the last one of a sequence of its own.
+        ends = range(1 - width, 1)
+        lengths = [max(1, length + end) for length in real_lengths[:num_decodes] for end in ends]
+        tables = batch.block_tables[:num_decodes].to(torch.int64).repeat_interleave(width, dim=0)
         seen = [self._seen(length, 1) for length in lengths]
-        order = sorted(range(num_decodes), key=lambda sequence: seen[sequence])
-        in_order = order == list(range(num_decodes))
+        order = sorted(range(len(seen)), key=lambda row: seen[row])
+        in_order = order == list(range(len(seen)))
         order_tensor = None if in_order else torch.tensor(order, device=batch.lengths.device)
-        tables = batch.block_tables[:num_decodes].to(torch.int64)
         if order_tensor is not None:
             tables = tables.index_select(0, order_tensor)
         groups = [
             self._decode_group(
                 rows,
                 tables[rows],
-                [lengths[s] for s in order[rows]],
-                [seen[s] for s in order[rows]],
+                [lengths[row] for row in order[rows]],
+                [seen[row] for row in order[rows]],
                 block_size,
             )
-            for rows in self._partition([seen[sequence] for sequence in order])
+            for rows in self._partition([seen[row] for row in order])
         ]
         chunks = [
-            self._chunk(batch.block_tables[s], slice(starts[s], starts[s + 1]), lengths[s], block_size)
-            for s in range(num_decodes, len(lengths))
+            self._chunk(batch.block_tables[s], slice(starts[s], starts[s + 1]), real_lengths[s], block_size)
+            for s in range(num_decodes, len(real_lengths))
             if real_lengths[s] and starts[s + 1] > starts[s]
         ]
-        return _Plan(num_decodes, order_tensor, groups, chunks)
+        return _Plan(len(seen), order_tensor, groups, chunks)
 
     def _seen(self, length: int, num_queries: int) -> int:
         """So many of the last positions the last `num_queries` tokens of a sequence see."""
@@ -172,7 +174,7 @@ class PagedAttention:
         """See `Attention`."""
         out = torch.zeros_like(queries)  # of padding it stays so
         if plan.groups:
-            decodes = queries[: plan.num_decodes]
+            decodes = queries[: plan.num_rows]
             if plan.order is None:
                 self._decode(decodes, keys, values, plan.groups, out)
             else:
