@@ -15,6 +15,11 @@ def draft_choices(num_drafts: int) -> tuple[int, ...]:
     return tuple(reversed(choices))
 
 
-def most_drafts(choices: tuple[int, ...], num_sampled: int) -> int:
-    """The most of these that a plan may have for which up to `num_sampled` slots are sampled."""
-    return max(drafts for drafts in choices if not drafts or num_sampled * (1 + drafts) <= MOST_ROWS)
+def most_drafts(choices: tuple[int, ...], num_sampled: int, most_rows: int = MOST_ROWS) -> int:
+    """The most of these that a plan may have for which up to `num_sampled` slots are sampled.
+
+    Args:
+        most_rows: that it may sample, if that is less.
+    """
+    most_rows = min(most_rows, MOST_ROWS)
+    return max(drafts for drafts in choices if not drafts or num_sampled * (1 + drafts) <= most_rows)

@@ -9,6 +9,10 @@ Composing never looks at a token value of a step in flight: a decode entry is a 
 must not overrun, a request's greatest length, it knows beforehand. A stop token it learns of late: the
 steps composed meanwhile compute tokens for that slot that nobody reads.
 
+Where slots have drafts, a plan asks for one token of each, and for as many more as drafts may be right.
+Lengths are then the most that there may be, blocks are granted for those, and results set them right. A
+request is composed while it may lack a token: near its greatest length ranks give it no more than is left.
+
 Slots and blocks that a plan releases may be given out by the very same plan: what it writes, it writes
 after every earlier plan has read. The one thing that waits for results is the re-admission of a
 preempted request, whose tokens in flight must be known by then.
@@ -29,7 +33,9 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 
 from tpworker.ipc.arrays import pack_int32
+from tpworker.ipc.drafting import most_drafts
 from tpworker.ipc.messages import MAX_TOLD, Admission, BatchPlan, Chunk, Grant, Started
+from tpworker.scheduler.drafting import Drafting
 from tpworker.scheduler.inflight import InFlight, PromptPart
 from tpworker.scheduler.kv_blocks import BlockPool, Node
 from tpworker.scheduler.queue import Queue
@@ -50,6 +56,7 @@ class _Draft:
     """A plan in the making."""
 
     budget: int
+    num_drafts: int
     room_to_tell: int = MAX_TOLD  # of the budget, for prompts whose logprobs are asked for
     decoding: list[Request] = field(default_factory=list)
     prefilling: list[Request] = field(default_factory=list)
@@ -66,10 +73,14 @@ class Composer:
         max_num_seqs: number of slots.
         max_num_batched_tokens: token budget of a step, at least max_num_seqs.
         pool: the KV blocks.
+        drafting: chooses how many drafts a plan has.
     """
 
-    def __init__(self, max_num_seqs: int, max_num_batched_tokens: int, pool: BlockPool) -> None:
+    def __init__(
+        self, max_num_seqs: int, max_num_batched_tokens: int, pool: BlockPool, drafting: Drafting
+    ) -> None:
         self.pool = pool
+        self.drafting = drafting
         self.waiting = Queue()
         self.running: list[Request] = []  # in the order of their keys
         self.num_preemptions = 0
@@ -122,7 +133,7 @@ class Composer:
 
         None when nothing can be computed before a result or a request comes in.
         """
-        draft = _Draft(self._budget)
+        draft = _Draft(self._budget, self._choose_num_drafts())
         self._decode(draft)
         self._prefill(draft)
         self._admit(draft)
@@ -134,19 +145,31 @@ class Composer:
                 self._let_siblings_pass(request)
         return self._plan(draft, generation, step), self._snapshot(draft, step)
 
+    def _choose_num_drafts(self) -> int:
+        """Of the next plan: its rows are bounded, and leave half of the budget to prompts."""
+        choices = self.drafting.choices
+        if len(choices) == 1:
+            return choices[0]
+        num_sampled = len(self.running) + min(len(self.waiting), len(self._free_slots))
+        most = most_drafts(choices, num_sampled, self._budget // 2)
+        return self.drafting.choose(num_sampled, most)
+
     def _decode(self, draft: _Draft) -> None:
         index = 0
         while index < len(self.running):  # preemption takes requests off its end
             request = self.running[index]
             index += 1
-            if request.state is not State.DECODING or request.planned_length >= request.max_length:
+            if request.state is not State.DECODING or request.least_length >= request.max_length:
                 continue
-            if request.computed == request.capacity and not self._grow(request, draft):
+            num_drafts = 0 if request.is_guided else draft.num_drafts
+            computed = min(request.computed + 1 + num_drafts, request.max_length - 1)
+            if computed > request.capacity and not self._grow(request, computed, draft):
                 continue
-            request.computed += 1
+            request.computed = computed
             request.in_flight += 1
+            request.drafted += num_drafts
             draft.decoding.append(request)
-        draft.budget -= len(draft.decoding)
+        draft.budget -= len(draft.decoding) * (1 + draft.num_drafts)
 
     def _prefill(self, draft: _Draft) -> None:
         for request in self.running:
@@ -202,6 +225,7 @@ class Composer:
             tuple(draft.grants),
             tuple(draft.chunks),
             None if unchanged else pack_int32(decode),
+            draft.num_drafts,
         )
 
     def _snapshot(self, draft: _Draft, step: int) -> InFlight:
@@ -213,12 +237,23 @@ class Composer:
         guided = []
         if self._num_guided:
             guided = [
-                (request.slot, request, request.planned_length - 1 - request.num_prompt)
+                (request.slot, request, request.least_length - 1 - request.num_prompt)
                 for request in sampled
                 if request.is_guided
             ]
+        num_decodes = len(draft.decoding)
+        most = [1 + draft.num_drafts * (not request.is_guided) for request in draft.decoding]
+        most += [1] * (len(sampled) - num_decodes)
         return InFlight(
-            step, sampled, wants_logprobs, draft.told, prefill_tokens, len(draft.decoding), guided
+            step,
+            sampled,
+            most,
+            wants_logprobs,
+            draft.told,
+            prefill_tokens,
+            num_decodes,
+            draft.num_drafts,
+            guided,
         )
 
     # ----------------------------------------------------------------------- slots and blocks
@@ -258,6 +293,7 @@ class Composer:
                 pack_int32(request.blocks),
                 request.sampling,
                 request.is_guided,
+                request.max_length,
             )
         )
         return True
@@ -277,16 +313,20 @@ class Composer:
             self.num_prompt_tokens += request.target
             self.num_cached_tokens += num_cached
 
-    def _grow(self, request: Request, draft: _Draft) -> bool:
-        """Grants blocks to a decoding request. False: it was preempted, as the last in order of all."""
-        while self.pool.num_free == 0:
+    def _grow(self, request: Request, length: int, draft: _Draft) -> bool:
+        """Grants blocks for so many tokens to a decoding request, or more.
+
+        False: it was preempted, as the last in order of all.
+        """
+        needed = self.blocks_for(length) - len(request.blocks)
+        while self.pool.num_free < needed:
             last = self.running[-1]  # later than `request`, so that this plan has nothing of it yet
             self._preempt(last)
             if last is request:
                 return False
         plenty = self.pool.num_free > BLOCKS_AHEAD * len(self.running)
         missing = self.blocks_for(request.max_length - 1) - len(request.blocks)
-        blocks = self.pool.allocate(min(BLOCKS_AHEAD if plenty else 1, missing))
+        blocks = self.pool.allocate(min(max(BLOCKS_AHEAD, needed) if plenty else needed, missing))
         draft.grants.append(Grant(request.slot, len(request.blocks), pack_int32(blocks)))
         request.blocks += blocks
         request.capacity = len(request.blocks) * self.pool.block_size
@@ -336,9 +376,9 @@ class Composer:
         assert sorted(slots + self._free_slots) == list(range(self._num_slots)), "a slot is lost or doubled"
         for request in self.running:
             assert request.computed <= request.capacity, f"{request} has outgrown its blocks"
-            assert request.planned_length <= request.max_length, f"{request} is too long"
+            assert len(request.tokens) <= request.max_length, f"{request} is too long"
             if request.state is State.DECODING:
-                assert request.computed == request.planned_length - 1, f"{request}: KV and tokens differ"
+                assert request.computed == request.most_length - 1, f"{request}: KV and tokens differ"
         assert self.running == sorted(self.running, key=_by_key), "the running are out of order"
         for group, request in self._computing.items():
             assert (request.group, request.state) == (group, State.PREFILLING), f"{request} is waited for"

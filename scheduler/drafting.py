@@ -180,7 +180,7 @@ class Drafting:
         assert choices[0] == 0
         assert list(choices) == sorted(set(choices))
         self.chances = Chances(choices[-1])
-        self._choices = choices
+        self.choices = choices
         self._costs: dict[int, Costs] = {}  # by size of the batch, in powers of two
         self._trial = 0
         self._trial_steps = 0  # of the trial, that are still to be planned
@@ -231,7 +231,7 @@ class Drafting:
         Args:
             num_sampled: slots that will decode in it.
         """
-        allowed = [choice for choice in self._choices if choice <= most]
+        allowed = [choice for choice in self.choices if choice <= most]
         if num_sampled < 1 or len(allowed) < 2:
             return 0
         size = _size(num_sampled)
@@ -295,7 +295,7 @@ class Drafting:
 
         Where none are in use that can change with any text, so the fewest always are.
         """
-        if costs.usual == 0 and choice == self._choices[1]:
+        if costs.usual == 0 and choice == self.choices[1]:
             return True
         return self.chances.hoped_tokens(choice) / self._ratio(size, choice) > self._rate(size, costs.usual)
 

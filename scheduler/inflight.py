@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from itertools import accumulate
 
 from tpworker.ipc.arrays import unpack_int32
 from tpworker.ipc.messages import LOGPROB_ROW_BYTES, StepResult
@@ -35,11 +36,43 @@ class InFlight:
 
     step: int
     sampled: list[Request]  # whose tokens come back, in the plan's order
+    most: list[int]  # tokens that each of them may get
     wants_logprobs: bool  # any of these
     told: list[PromptPart]  # in the order of their chunks
     num_prefill_tokens: int
     num_decodes: int
+    num_drafts: int
     guided: list[tuple[int, Request, int]]  # of `sampled`: the slot, whose it is, which token of its output
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A plan and its result."""
+
+    plan: InFlight
+    result: StepResult
+    tokens: list[list[int]]  # of each of `plan.sampled`
+    proposed: list[int]  # drafts that each had
+
+    @classmethod
+    def of(cls, plan: InFlight, result: StepResult) -> Answer:
+        """Raises ProtocolError unless there are as many of everything as the plan asks for."""
+        step, num_sampled = result.step, len(plan.sampled)
+        flat = unpack_int32(result.tokens).tolist()
+        counts = unpack_int32(result.counts).tolist() if result.counts else [1] * num_sampled
+        proposed = unpack_int32(result.proposed).tolist() if result.proposed else [0] * num_sampled
+        if len(counts) != num_sampled or len(proposed) != num_sampled or sum(counts) != len(flat):
+            raise ProtocolError(
+                f"step {step}: {len(flat)} tokens, {len(counts)} counts, {len(proposed)} numbers of drafts "
+                f"for {num_sampled} slots"
+            )
+        if any(not 0 <= count <= most for count, most in zip(counts, plan.most, strict=True)):
+            raise ProtocolError(f"step {step}: {counts} tokens, where at most {plan.most} were asked for")
+        _check_rows(step, result.logprobs, len(flat) if plan.wants_logprobs else 0)
+        _check_rows(step, result.prompt_logprobs, sum(part.count for part in plan.told))
+        ends = list(accumulate(counts))
+        tokens = [flat[end - count : end] for count, end in zip(counts, ends, strict=True)]
+        return cls(plan, result, tokens, proposed)
 
 
 class InFlightPlans:
@@ -75,23 +108,18 @@ class InFlightPlans:
             self.patience.restart()
         self._plans.append(plan)
 
-    def answered(self, result: StepResult) -> tuple[InFlight, list[int]]:
-        """The plan that a result answers, and its tokens.
+    def answered(self, result: StepResult) -> Answer:
+        """The plan that a result answers, and what it says.
 
         Raises:
             ProtocolError: it is not the answer to the oldest plan, or has the wrong number of tokens.
         """
-        tokens = unpack_int32(result.tokens).tolist()
         if not self._plans or self._plans[0].step != result.step:
             waiting = self._plans[0].step if self._plans else None
             raise ProtocolError(f"an answer to step {result.step}, but the oldest unanswered is {waiting}")
-        plan = self._plans.popleft()
-        if len(tokens) != len(plan.sampled):
-            raise ProtocolError(f"step {result.step}: {len(tokens)} tokens for {len(plan.sampled)} rows")
-        _check_rows(result.step, result.logprobs, len(tokens) if plan.wants_logprobs else 0)
-        _check_rows(result.step, result.prompt_logprobs, sum(part.count for part in plan.told))
+        answer = Answer.of(self._plans.popleft(), result)
         self.patience.restart()
-        return plan, tokens
+        return answer
 
 
 def _check_rows(step: int, rows: bytes, count: int) -> None:

@@ -18,13 +18,13 @@ from tpworker.ipc.board import Board, Field, Phase
 from tpworker.ipc.channels import Channel, Poller, accept_all, close_all
 from tpworker.ipc.child import RANK_NAME, SchedulerBoot, SchedulerSettings, board_names
 from tpworker.ipc.codec import MessageError
+from tpworker.ipc.drafting import draft_choices
 from tpworker.ipc.masks import MaskBoard
 from tpworker.ipc.messages import (
     Abort,
     Allocate,
     BatchPlan,
     Failed,
-    Finish,
     Message,
     RankLoaded,
     RankReady,
@@ -38,12 +38,14 @@ from tpworker.ipc.messages import (
 )
 from tpworker.ipc.patience import Patience
 from tpworker.ipc.wire import encode, expect
+from tpworker.scheduler.commit import Committed
 from tpworker.scheduler.composer import Composer
+from tpworker.scheduler.drafting import Drafting
 from tpworker.scheduler.guides import Guides
-from tpworker.scheduler.inflight import InFlight, InFlightPlans
+from tpworker.scheduler.inflight import Answer, InFlight, InFlightPlans
 from tpworker.scheduler.kv_blocks import BlockPool
 from tpworker.scheduler.requests import Request, State
-from tpworker.scheduler.told import logprobs, prompt_logprobs
+from tpworker.scheduler.told import prompt_logprobs
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +100,8 @@ class Scheduler:
         self.generation = generation
         self.settings = settings
         pool = BlockPool(num_kv_blocks, settings.block_size, settings.prefix_caching)
-        self.composer = Composer(settings.max_num_seqs, settings.max_num_batched_tokens, pool)
+        self.drafting = Drafting(draft_choices(settings.num_drafts))
+        self.composer = Composer(settings.max_num_seqs, settings.max_num_batched_tokens, pool, self.drafting)
         self.in_flight = InFlightPlans(settings.lookahead, settings.step_timeout * STEP_PATIENCE)
         self.next_step = 0
         self._open: dict[int, Request] = {}
@@ -217,62 +220,62 @@ class Scheduler:
 
     def commit(self, result: StepResult) -> None:
         """Applies a step's tokens, finds what has ended, and makes one message of it for the runtime."""
-        plan, tokens = self.in_flight.answered(result)
-        complete = self._guide(plan, tokens) if plan.guided else ()
-        told, rows = logprobs(plan, result)  # of those that have not ended by now
-        told_of_prompts = prompt_logprobs(plan, result)
-        requests: list[int] = []
-        positions: list[int] = []
-        committed: list[int] = []
-        finished: list[Finish] = []
-        for request, token in zip(plan.sampled, tokens, strict=True):
-            request.in_flight -= 1
-            if request.state is State.FINISHED:
-                continue  # sampled for nobody: it had ended, which was not known when this was composed
-            requests.append(request.id)
-            positions.append(request.num_output)
-            committed.append(token)
-            request.tokens.append(token)
-            if token in request.stop_ids or request in complete:
-                finished.append(Finish(len(committed) - 1, "stop"))
-            elif len(request.tokens) >= request.max_length:
-                finished.append(Finish(len(committed) - 1, "length"))
-            else:
-                continue
+        answer = self.in_flight.answered(result)
+        plan = answer.plan
+        complete = self._guide(answer) if plan.guided else set()
+        told_of_prompts = prompt_logprobs(plan, result)  # of those that have not ended by now
+        committed = Committed.of(answer, complete)
+        for request in committed.ended:
             self.composer.finish(request)
             del self._open[request.id]
+        self._learn(answer)
         self.guides.answered(plan.step)
         self._row[Field.COMPLETED] = plan.step + 1
         self._committed.append(
             StepOutput(
                 self.generation,
                 plan.step,
-                pack_int64(requests),
-                pack_int32(positions),
-                pack_int32(committed),
-                tuple(finished),
+                pack_int64(committed.requests),
+                pack_int32(committed.positions),
+                pack_int32(committed.tokens),
+                tuple(committed.finished),
                 self.composer.take_started(),
                 plan.num_prefill_tokens,
                 plan.num_decodes,
                 result.timing,
-                self.load(),
-                told,
-                rows,
+                self.load(plan.num_drafts),
+                pack_int32(committed.logprobs_of),
+                b"".join(committed.logprobs),
                 told_of_prompts,
+                pack_int32(committed.proposed) if result.proposed else b"",
             )
         )
 
-    def _guide(self, plan: InFlight, tokens: list[int]) -> set[Request]:
+    def _learn(self, answer: Answer) -> None:
+        """How the plan's drafts have done, and how long it took."""
+        plan, timing = answer.plan, answer.result.timing
+        count = plan.num_decodes
+        self.drafting.answered(
+            plan.num_drafts,
+            count,
+            plan.num_prefill_tokens,
+            (timing.ended - timing.started) / 1e9,
+            answer.proposed[:count],
+            [len(tokens) for tokens in answer.tokens[:count]],
+        )
+
+    def _guide(self, answer: Answer) -> set[Request]:
         """Tells guides of a step's tokens, and ends requests at fault.
 
         Returns:
             Those whose output is complete: their grammars leave nothing to say.
         """
         complete = set()
-        for request, token in zip(plan.sampled, tokens, strict=True):
+        for request, tokens in zip(answer.plan.sampled, answer.tokens, strict=True):
             guide = request.guide
-            if guide is None or request.state is State.FINISHED:
+            if guide is None or request.state is State.FINISHED or not tokens:
                 continue
+            [token] = tokens  # nobody makes drafts for it
             if token in request.stop_ids and not guide.error:
                 continue  # it ends the output; with a grammar at fault it might have come anywhere
             if not guide.commit(token):
@@ -288,7 +291,7 @@ class Scheduler:
             self._runtime.send(output)
         self._committed.clear()
 
-    def load(self) -> SchedulerLoad:
+    def load(self, num_drafts: int = 0) -> SchedulerLoad:
         """See `SchedulerLoad`."""
         composer = self.composer
         return SchedulerLoad(
@@ -296,6 +299,9 @@ class Scheduler:
             composer.num_preemptions,
             composer.num_prompt_tokens,
             composer.num_cached_tokens,
+            tuple(self.drafting.chances.num_drafts),
+            tuple(self.drafting.chances.num_accepted),
+            num_drafts,
         )
 
     def _check_deadline(self) -> None:

@@ -5,15 +5,17 @@
        ▲                     │                                  │
        └─────────────────────┴──────────── preempt ─────────────┘
 
-Composing runs ahead of the results, so a request has two lengths: `tokens` are known (committed), and
-`in_flight` more have been sampled by plans that are not answered yet, their values unknown:
+Composing runs ahead of the results, so a request has several lengths: `tokens` are known (committed); plans
+that are not answered yet, `in_flight`, have sampled a token each at least, and `drafted` more at most:
 
     tokens        p p p p p p g g g            known: prompt, then generated
     in flight                       ? ?        sampled by plans still unanswered
-    computed      k k k k k k k k k k          KV written by the plans composed so far
+    drafted                             ? ?    and these, if all their drafts are right
+    computed      k k k k k k k k k k k k      KV that the plans composed so far may have written
 
-A decoding request always has computed == len(tokens) + in_flight - 1: the newest token's KV comes with
-the step that it is fed to.
+A decoding request always has computed == most_length - 1: the newest token's KV comes with the step that it
+is fed to. What is planned is the most that there may be; each result sets it right. No length exceeds
+`max_length`, where ranks end the sequence by themselves.
 """
 
 from __future__ import annotations
@@ -48,6 +50,7 @@ class Request:
         "blocks",
         "capacity",
         "computed",
+        "drafted",
         "grammar",
         "group",
         "guide",
@@ -101,6 +104,9 @@ class Request:
         self.started = False
         """Whether it has ever had a slot."""
         self.in_flight = 0
+        """Plans that are not answered yet and sample it."""
+        self.drafted = 0
+        """Tokens that it may get from them beyond one each."""
         self.slot = -1
         self.reset()
 
@@ -152,9 +158,14 @@ class Request:
         return len(self.tokens) - self.num_prompt
 
     @property
-    def planned_length(self) -> int:
-        """Length once every plan composed so far is answered, if nothing ends it earlier."""
+    def least_length(self) -> int:
+        """Length once every plan composed so far is answered, if no draft is right and nothing ends it."""
         return len(self.tokens) + self.in_flight
+
+    @property
+    def most_length(self) -> int:
+        """The same if all drafts are right."""
+        return min(len(self.tokens) + self.in_flight + self.drafted, self.max_length)
 
     def __repr__(self) -> str:
         return (

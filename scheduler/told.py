@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from tpworker.ipc.arrays import pack_int32
 from tpworker.ipc.messages import LOGPROB_ROW_BYTES, PromptLogprobs, StepResult
 from tpworker.scheduler.inflight import InFlight
 from tpworker.scheduler.requests import State
@@ -11,20 +10,6 @@ from tpworker.scheduler.requests import State
 def logprob_row(rows: bytes, index: int, count: int = 1) -> bytes:
     """Some of the logprob rows of a result."""
     return rows[index * LOGPROB_ROW_BYTES : (index + count) * LOGPROB_ROW_BYTES]
-
-
-def logprobs(plan: InFlight, result: StepResult) -> tuple[bytes, bytes]:
-    """Which of the tokens that a result commits have logprob rows (int32, see `StepOutput`), and the rows."""
-    if not plan.wants_logprobs:
-        return b"", b""
-    told, rows, place = [], [], 0
-    for row, request in enumerate(plan.sampled):
-        if request.state is not State.FINISHED:
-            if request.wants_logprobs:
-                told.append(place)
-                rows.append(logprob_row(result.logprobs, row))
-            place += 1
-    return pack_int32(told), b"".join(rows)
 
 
 def prompt_logprobs(plan: InFlight, result: StepResult) -> tuple[PromptLogprobs, ...]:

@@ -112,8 +112,8 @@ def barred_words(alone: dict[int, Output]) -> list[Submit]:
     return submits
 
 
-@pytest.fixture(scope="module")
-def oracle(folder: Path) -> dict[int, Output]:
+def answers_alone(folder: Path) -> dict[int, Output]:
+    """What each request gets with lookahead 0, alone, on one rank."""
     alone: dict[int, Output] = {}
     with InProcessGroup(folder, lookahead=0, prefix_caching=False) as group:
         group.send(VOCABULARY)
@@ -122,6 +122,11 @@ def oracle(folder: Path) -> dict[int, Output]:
         for submit in barred_words(alone):
             alone[submit.request] = group.run([submit])[submit.request]
     return alone
+
+
+@pytest.fixture(scope="module")
+def oracle(folder: Path) -> dict[int, Output]:
+    return answers_alone(folder)
 
 
 def compare(group: InProcessGroup, oracle: dict[int, Output]) -> None:

@@ -73,8 +73,22 @@ class Wire:
         self.sent.append(decode(data))
 
 
+class AnyDrafts:
+    """Chooses how many drafts a plan has at random, of what it may have."""
+
+    def __init__(self, choices: tuple[int, ...], seed: int) -> None:
+        self.choices = choices
+        self._random = random.Random(seed)
+
+    def choose(self, num_sampled: int, most: int) -> int:
+        return self._random.choice([choice for choice in self.choices if choice <= most])
+
+
 class World:
-    """Runs a scheduler against a fake rank, step by step; answers come `lookahead` steps late."""
+    """Runs a scheduler against a fake rank, step by step; answers come `lookahead` steps late.
+
+    With `num_drafts`, every plan may have any number of drafts.
+    """
 
     def __init__(
         self, lookahead: int = 2, num_blocks: int = 64, block_size: int = 4, seed: int = 0, **settings: Any
@@ -98,6 +112,9 @@ class World:
             self.board,
             self.masks,
         )
+        if scheduler.num_drafts:
+            drafting: Any = AnyDrafts(self.scheduler.drafting.choices, seed)
+            self.scheduler.composer.drafting = drafting
         self.rank = FakeRank(num_blocks, block_size, scheduler.vocab_size)
         self.answers: deque[StepResult] = deque()
         self.tokens: dict[int, list[int]] = {}

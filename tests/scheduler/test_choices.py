@@ -250,6 +250,7 @@ def messages_of(number: int, group: dict[str, Any], prompt: list[int]) -> list[S
     budget=st.integers(4, 20),
     num_blocks=st.integers(15, 40),
     caching=st.booleans(),
+    num_drafts=st.sampled_from([0, 1, 3]),
     seed=st.integers(0, 2**16),
 )
 def test_any_choice_gives_what_it_gives_alone(
@@ -259,6 +260,7 @@ def test_any_choice_gives_what_it_gives_alone(
     budget: int,
     num_blocks: int,
     caching: bool,
+    num_drafts: int,
     seed: int,
 ) -> None:
     """The oracle of test_process.py: with few blocks and slots, priorities, salts, aborts of any choice."""
@@ -268,8 +270,9 @@ def test_any_choice_gives_what_it_gives_alone(
         SIZE,
         seed,
         max_num_seqs=slots,
-        max_num_batched_tokens=max(budget, slots),
+        max_num_batched_tokens=max(budget, slots) * (1 + num_drafts),
         prefix_caching=caching,
+        num_drafts=num_drafts,
     )
     messages: dict[int, Submit] = {}
     aborts: dict[int, int] = {}

@@ -156,7 +156,7 @@ def test_chunks_that_are_told_of_are_bounded_in_a_plan(monkeypatch: pytest.Monke
 
 def _with_room(room: int) -> Any:
     init = composer_module._Draft.__init__
-    return lambda self, budget: init(self, budget, room)
+    return lambda self, budget, num_drafts: init(self, budget, num_drafts, room)
 
 
 def test_rows_of_who_has_ended_are_nobodys() -> None:
@@ -218,6 +218,7 @@ def test_whatever_happens_everybody_gets_their_own(data: st.DataObject) -> None:
     world = World(
         draw.choice([0, 1, 2, 4]), num_blocks=draw.choice([18, 22, 64]), seed=draw.randrange(99),
         max_num_batched_tokens=draw.choice([4, 5, 9, 40]), prefix_caching=draw.random() < 0.7,
+        num_drafts=draw.choice([0, 0, 1, 3]),
     )  # fmt: skip
     messages: list[Submit] = []
     for number in range(draw.randint(1, 9)):

@@ -199,7 +199,7 @@ def test_an_answer_of_the_wrong_size_is_an_error() -> None:
     world = World()
     world.submit(submit(1, PROMPT))
     world.compose()
-    with pytest.raises(ProtocolError, match="2 tokens for 1 rows"):
+    with pytest.raises(ProtocolError, match="2 tokens, 1 counts, 1 numbers of drafts for 1 slots"):
         world.scheduler.take(StepResult(0, 0, pack_int32([1, 2]), StepTiming(0, 0, 0)))
 
 
@@ -224,6 +224,7 @@ request_strategy = st.fixed_dictionaries(
     num_blocks=st.integers(17, 40),
     block_size=st.sampled_from([4, 8]),
     caching=st.booleans(),
+    num_drafts=st.sampled_from([0, 1, 2, 4, 8]),
     seed=st.integers(0, 2**16),
 )
 def test_any_mix_gives_what_each_request_gives_alone(
@@ -234,17 +235,19 @@ def test_any_mix_gives_what_each_request_gives_alone(
     num_blocks: int,
     block_size: int,
     caching: bool,
+    num_drafts: int,
     seed: int,
 ) -> None:
-    """The oracle: batch mix, lookahead, preemption, prefix hits and aborts change no token."""
+    """The oracle: batch mix, lookahead, preemption, prefix hits, drafts and aborts change no token."""
     world = World(
         lookahead,
         num_blocks,
         block_size,
         seed,
         max_num_seqs=slots,
-        max_num_batched_tokens=max(budget, slots),
+        max_num_batched_tokens=max(budget, slots) * (1 + num_drafts),
         prefix_caching=caching,
+        num_drafts=num_drafts,
     )
     messages = {}
     for number, request in enumerate(requests):

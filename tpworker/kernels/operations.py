@@ -273,9 +273,9 @@ class Operations(Protocol):
             tokens: int64 [R], R = S W, chosen behind the tokens that `begin_decode` gives; those below 0 are
                 ~token, see `sampling.sample`, and no draft's.
             counter: int64 [1], the number of the step before, which becomes this one's.
-            ring: int64 [ring rows, n]; the row that the counter says gets the step's number, the R tokens as
-                they are, NO_TOKEN for those that are nobody's, and where W > 1 the number of drafts of each
-                slot, [S].
+            ring: int64 [ring rows, n]; the row that the counter says gets the step's number, then of each
+                slot its W tokens as they are, NO_TOKEN for those that are nobody's, and where W > 1 how many
+                drafts it had.
 
         Returns:
             int64 [S], how many tokens each slot got.

@@ -55,9 +55,9 @@ def finish_step(
     state.position[slots] = stands + counts
     state.position[-1:].zero_()
     state.drafts[slots] = -1
-    row = [counter, torch.where(is_taken, tokens, NO_TOKEN).flatten()]
+    told = torch.where(is_taken, tokens, NO_TOKEN)
     if width > 1:
-        row.append((drafts >= 0).cumprod(dim=1).sum(dim=1))
-    packed = torch.cat(row).unsqueeze(0)
+        told = torch.cat((told, (drafts >= 0).cumprod(dim=1).sum(dim=1, keepdim=True)), dim=1)
+    packed = torch.cat((counter, told.flatten())).unsqueeze(0)
     ring[:, : packed.shape[1]].index_copy_(0, counter % len(ring), packed)
     return counts

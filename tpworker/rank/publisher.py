@@ -144,11 +144,13 @@ class Publisher:
         timing = StepTiming(launched.launched_ns, launched.started.time_ns(), launched.done.time_ns())
         row = buffer.numpy()
         assert row[0] == launched.step, f"the ring row of step {launched.step} holds step {row[0]}"
-        num_rows = launched.num_sampled * launched.width
-        tokens, proposed = row[1 : 1 + num_rows], row[1 + num_rows :]
-        is_taken, counts = tokens != NO_TOKEN, b""
+        tokens, counts, proposed = row[1:], b"", row[:0]
+        if launched.width > 1:
+            by_slot = tokens.reshape(launched.num_sampled, launched.width + 1)
+            tokens, proposed = by_slot[:, :-1].ravel(), by_slot[:, -1]
+        is_taken = tokens != NO_TOKEN
         if launched.width > 1 or not is_taken.all():
-            counts = _int32s(is_taken.reshape(-1, launched.width).sum(axis=1))
+            counts = _int32s(is_taken.reshape(launched.num_sampled, -1).sum(axis=1))
             tokens = tokens[is_taken]
         if (tokens < 0).any():  # ~token, see `sampling.sample`
             tokens = tokens ^ (tokens >> 63)

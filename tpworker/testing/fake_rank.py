@@ -3,7 +3,8 @@
 It executes plans as a rank does, on blocks that hold tokens in the place of keys and values, and its next
 token is a function of everything that it can see through a slot's block table. So a block that was given
 away too early, shared wrongly or not filled changes the output, as it would with a model, and
-`expected_output` tells what the output must be. So it is with logprobs, and `logprob_row`.
+`expected_output` tells what the output must be. So it is with logprobs, and `logprob_row`. Of its drafts most
+are right, and sometimes there are none.
 """
 
 from __future__ import annotations
@@ -65,6 +66,16 @@ class _Slot:
     blocks: dict[int, int] = field(default_factory=dict)
     position: int = 0
     last_token: int = 0
+    max_length: int = 0
+    is_guided: bool = False
+    drafts: list[int] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _Sampled:
+    state: _Slot
+    proposed: int
+    tokens: list[int]
 
 
 class FakeRank:
@@ -97,8 +108,7 @@ class FakeRank:
                 self.slots[grant.slot].blocks[entry] = block
         if plan.decode is not None:
             self._decode = unpack_int32(plan.decode).tolist()
-        tokens = [self._decode_slot(slot) for slot in self._decode]
-        sampled = [*self._decode, *(chunk.slot for chunk in plan.chunks if chunk.sample)]
+        results = [self._decode_slot(self.slots[slot], plan.num_drafts) for slot in self._decode]
         told: list[bytes] = []
         for chunk in plan.chunks:
             state = self.slots[chunk.slot]
@@ -108,23 +118,33 @@ class FakeRank:
             state.position = chunk.start + chunk.length
             assert chunk.sample == (state.position == len(state.tokens))
             if chunk.sample:
-                tokens.append(self._sample(state))
+                results.append(_Sampled(state, 0, [self._sample(state)]))
             told += self._tell_of_prompt(state, chunk)
         assert len(told) <= MAX_TOLD
+        rows = [row for result in results for row in self._logprobs(result)]
+        asks = any(result.state.sampling.num_logprobs != NO_LOGPROBS for result in results)
+        for result in results:
+            result.state.drafts = self._draft(result.state, plan.num_drafts)
+        counts = [len(result.tokens) for result in results]
+        proposed = [result.proposed for result in results]
         return StepResult(
             plan.generation,
             plan.step,
-            pack_int32(tokens),
+            pack_int32([token for result in results for token in result.tokens]),
             StepTiming(0, 0, 0),
-            b"".join(self._logprobs([self.slots[slot] for slot in sampled])),
+            b"".join(rows) if asks else b"",
             b"".join(told),
+            pack_int32(counts) if plan.num_drafts or any(count != 1 for count in counts) else b"",
+            pack_int32(proposed) if any(proposed) else b"",
         )
 
-    def _logprobs(self, sampled: list[_Slot]) -> list[bytes]:
-        """A row for each, if any asks for it."""
-        if all(state.sampling.num_logprobs == NO_LOGPROBS for state in sampled):
+    def _logprobs(self, result: _Sampled) -> list[bytes]:
+        """A row for each token."""
+        state, first = result.state, result.state.position - len(result.tokens) + 1
+        if not result.tokens:
             return []
-        return [logprob_row(self._context(state, state.position), state.last_token) for state in sampled]
+        known = [*self._context(state, first), *result.tokens]
+        return [logprob_row(known[:place], known[place]) for place in range(first, len(known))]
 
     def _tell_of_prompt(self, state: _Slot, chunk: Chunk) -> list[bytes]:
         """A row for each prompt token behind one of the chunk, if it is asked for."""
@@ -145,16 +165,39 @@ class FakeRank:
             frozenset(unpack_int32(admission.sampling.stop_ids)),
             dict(enumerate(unpack_int32(admission.blocks))),
             admission.num_cached,
+            max_length=admission.max_length,
+            is_guided=admission.is_guided,
         )
         self.slots[admission.slot] = state
         cached = self._context(state, admission.num_cached)
         assert cached == state.tokens[: admission.num_cached].tolist(), "the prefix cache gave wrong content"
 
-    def _decode_slot(self, slot: int) -> int:
-        state = self.slots[slot]
-        self._write(state, state.position, state.last_token)
-        state.position += 1
-        return self._sample(state)
+    def _decode_slot(self, state: _Slot, num_drafts: int) -> _Sampled:
+        """Writes the last token and its drafts, then takes what is right of these, and one token more."""
+        drafts, stands = state.drafts[:num_drafts], state.position
+        for place, token in enumerate([state.last_token, *drafts], stands):
+            if place < state.max_length - 1:
+                self._write(state, place, token)
+        tokens: list[int] = []
+        while len(tokens) <= len(drafts) and stands + 1 + len(tokens) < state.max_length:
+            state.position = stands + 1 + len(tokens)
+            tokens.append(self._sample(state))
+            if tokens != drafts[: len(tokens)]:
+                break
+        return _Sampled(state, len(drafts), tokens)
+
+    def _draft(self, state: _Slot, num_drafts: int) -> list[int]:
+        if state.is_guided:
+            return []
+        drafts: list[int] = []
+        for _ in range(num_drafts):
+            context = [*self._context(state, state.position), state.last_token, *drafts]
+            token = next_token(context, state.sampling.seed, self.vocab_size)
+            chance = zlib.crc32(array("q", context).tobytes()) // 7 % 16
+            if chance == 0:
+                break
+            drafts.append(token if chance < 13 else (token + 1) % self.vocab_size)
+        return drafts
 
     def _sample(self, state: _Slot) -> int:
         token = next_token(self._context(state, state.position), state.sampling.seed, self.vocab_size)

@@ -54,6 +54,7 @@ class InProcessGroup:
         jitter: delays for each rank's device, see `CpuDevice`.
         check_agreement: debug mode of `Runner`.
         prepare: as ranks do whose device captures graphs: decode batches are padded to a few sizes.
+        speculative_method: who makes drafts, if `num_drafts` is set; n-grams have 1 to 3 tokens.
         settings: fields of `SchedulerSettings`.
     """
 
@@ -66,6 +67,7 @@ class InProcessGroup:
         jitter: Callable[[], float] | None = None,
         check_agreement: bool = False,
         prepare: bool = False,
+        speculative_method: str = "ngram",
         **settings: Any,
     ) -> None:
         defaults: dict[str, Any] = {
@@ -86,6 +88,7 @@ class InProcessGroup:
         self._folder, self._num_ranks, self._num_kv_blocks = folder, num_ranks, num_kv_blocks
         self._dtype, self._jitter, self._check_agreement = dtype, jitter, check_agreement
         self._prepare = prepare
+        self._speculative_method = speculative_method if self.settings.num_drafts else ""
         self._address = f"inproc://tpworker-{next(_names)}"
         self._ready = threading.Barrier(2)
         self._barrier = Barrier.create(num_ranks)
@@ -232,6 +235,10 @@ class InProcessGroup:
                 check_ranks_agree=self._check_agreement,
                 step_timeout=settings.step_timeout,
                 start_timeout=settings.start_timeout,
+                speculative_method=self._speculative_method,
+                num_drafts=settings.num_drafts,
+                prompt_lookup_max=3,
+                prompt_lookup_min=1,
             ),
         )
 
