@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tpworker.kernels.operands import Places, Product
+from tpworker.kernels.operands import Normed, Places, Product
 from tpworker.model import composed_ops
 from tpworker.model.attention import Attention, Scores
 from tpworker.model.attention import choose as choose_attention
@@ -27,6 +26,24 @@ from tpworker.model.tp import Collectives, Shard, embed
 from tpworker.model.weights import DecoderWeights, LayerWeights
 
 __all__ = ["Batch", "Decoder", "KVCache"]
+
+
+@dataclass(slots=True)
+class Residual:
+    """The residual stream of a step, and what is still to be added to it: the next norm does that."""
+
+    x: Tensor  # [T, D], the same on all ranks; changed in place
+    part: Tensor | Product | None = None  # [T, D], this rank's summand
+    post_norm: Tensor | None = None  # [D], of the norm of the sum before it is added
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What the layers of one kind share in a step."""
+
+    attention: Attention
+    plan: Any  # what `attention.prepare` returned
+    places: Places
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,46 +119,88 @@ class Decoder:
         Returns:
             [R, D], after the final norm: the tokens of `sample_rows`, the same on all ranks.
         """
-        operations, weights, eps = self.operations, self.weights, self.spec.rms_norm_eps
-        add_up = partial(composed_ops.reduce_add_norm, operations, eps=eps, collectives=self.collectives)
-        x = embed(batch.token_ids, weights.embed, self.shard, self.collectives)  # [T, D]
+        residual = Residual(self.embed(batch.token_ids))
+        prepared = {is_local: self.prepare(is_local, batch, cache) for is_local in self._kinds}
+        for number, layer in enumerate(self.weights.layers):
+            keys, values = cache.keys[number], cache.values[number]
+            self.run_layer(layer, residual, prepared[layer.is_local], keys, values)
+        return self.finish(residual, self.weights.final_norm, batch.sample_rows)
+
+    # ----------------------------------------- a step's parts, which `tpworker.model.mtp` shares
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """From int64 [T] to [T, D], the same on all ranks."""
+        x = embed(token_ids, self.weights.embed, self.shard, self.collectives)
         if self._embed_scale != 1:
             x *= self._embed_scale
-        # A rank's summand of x, still to be added up: the next norm does that.
-        part: Tensor | Product | None = None
-        post_norm: Tensor | None = None  # of the sum, before it is added to x
-        prepared = {is_local: self._prepare(kind, batch, cache) for is_local, kind in self._kinds.items()}
-        for number, layer in enumerate(weights.layers):
-            attention, plan, places = prepared[layer.is_local]
-            normed = add_up(x, part, layer.attention_norm, post_norm=post_norm)
-            heads = layer.qkv(normed).view(len(x), -1, self.spec.head_dim)  # [T, H + 2 K, head_dim]
-            attended = composed_ops.store_and_attend(
-                operations,
-                attention,
-                plan,
-                heads,
-                _norms(layer),
-                eps,
-                places,
-                cache.keys[number],
-                cache.values[number],
-            )
-            part = Product(layer.output, attended)
-            normed = add_up(x, part, layer.mlp_norm, post_norm=layer.attention_post_norm)
-            part, post_norm = layer.mlp(normed), layer.mlp_post_norm
-        last = None if part is None else composed_ops.tensor_of(operations, part)
-        if batch.sample_rows is not None:
-            x = x.index_select(0, batch.sample_rows)
-            last = last if last is None else last.index_select(0, batch.sample_rows)
-        normed = add_up(x, last, weights.final_norm, post_norm=post_norm)
-        return composed_ops.tensor_of(operations, normed)
+        return x
 
-    def _prepare(self, kind: _Kind, batch: Batch, cache: KVCache) -> tuple[Attention, Any, Places]:
-        """What the layers of a kind share in a step."""
-        places = self.operations.places(
+    def prepare(self, is_local: bool, batch: Batch, cache: KVCache) -> Prepared:
+        """Once a step, for the layers with a window (`is_local`), or for the others."""
+        attention = self._kinds[is_local].attention
+        return Prepared(
+            attention, attention.prepare(batch, cache.block_size), self.places(is_local, batch, cache)
+        )
+
+    def places(self, is_local: bool, batch: Batch, cache: KVCache) -> Places:
+        """Of the step's tokens, in the layers with a window (`is_local`), or in the others."""
+        kind = self._kinds[is_local]
+        return self.operations.places(
             batch.positions, batch.sequence_of, batch.block_tables, kind.cos, kind.sin, cache.block_size
         )
-        return kind.attention, kind.attention.prepare(batch, cache.block_size), places
+
+    def run_layer(
+        self, layer: LayerWeights, residual: Residual, prepared: Prepared, keys: Tensor, values: Tensor
+    ) -> None:
+        """One layer, whose cache is `keys` and `values`; the residual stream is behind it afterwards."""
+        attended = composed_ops.store_and_attend(
+            self.operations,
+            prepared.attention,
+            prepared.plan,
+            self._heads(layer, residual),
+            _norms(layer),
+            self.spec.rms_norm_eps,
+            prepared.places,
+            keys,
+            values,
+        )
+        residual.part, residual.post_norm = Product(layer.output, attended), layer.attention_post_norm
+        normed = self._add_up(residual, layer.mlp_norm)
+        residual.part, residual.post_norm = layer.mlp(normed), layer.mlp_post_norm
+
+    def store(
+        self, layer: LayerWeights, residual: Residual, places: Places, keys: Tensor, values: Tensor
+    ) -> None:
+        """Of a layer only what `run_layer` leaves in its cache."""
+        heads, eps = self._heads(layer, residual), self.spec.rms_norm_eps
+        self.operations.norm_rotate_store(heads, _norms(layer), eps, places, keys, values)
+
+    def finish(self, residual: Residual, weight: Tensor, rows: Tensor | None) -> Tensor:
+        """The norm of this weight of the stream's rows, [R, D]; None: of all."""
+        part = residual.part
+        last = None if part is None else composed_ops.tensor_of(self.operations, part)
+        if rows is not None:
+            residual.x = residual.x.index_select(0, rows)
+            last = last if last is None else last.index_select(0, rows)
+        residual.part = last
+        return composed_ops.tensor_of(self.operations, self._add_up(residual, weight))
+
+    def _heads(self, layer: LayerWeights, residual: Residual) -> Tensor:
+        """[T, H + 2 K, head_dim]: query heads, key heads, value heads."""
+        normed = self._add_up(residual, layer.attention_norm)
+        return layer.qkv(normed).view(len(residual.x), -1, self.spec.head_dim)
+
+    def _add_up(self, residual: Residual, weight: Tensor) -> Tensor | Normed:
+        """The norm of the stream, with all that was still to be added."""
+        return composed_ops.reduce_add_norm(
+            self.operations,
+            residual.x,
+            residual.part,
+            weight,
+            self.spec.rms_norm_eps,
+            self.collectives,
+            residual.post_norm,
+        )
 
     def excerpt(self) -> Decoder:
         """A decoder of few layers that runs every kernel which this one does.
