@@ -18,7 +18,7 @@ from tpworker.model.mlp import Mlp
 from tpworker.model.moe import Moe
 from tpworker.model.operations import operations_of
 from tpworker.model.tp import Shard, Split
-from tpworker.model.weights import DecoderWeights, LayerWeights
+from tpworker.model.weights import DecoderWeights, LayerWeights, MtpWeights
 
 Fill = Callable[[Tensor, str, int, Split], None]
 """fill(out, name, dim, split): write this rank's part of a published tensor into `out`, which holds zeros."""
@@ -33,12 +33,14 @@ def assemble(
     device: torch.device,
     fill: Fill,
     *,
+    with_mtp: bool = False,
     layers: EachLayer = map,
     sized_for: torch.device | None = None,
 ) -> DecoderWeights:
     """Build every tensor of a rank; `fill` is called for each published tensor that it is made of.
 
     Args:
+        with_mtp: the head for multi-token prediction, too; the spec has one.
         layers: as `map`, and may run several at once.
         sized_for: where the weights would be, if `device` is the meta device.
     """
@@ -46,10 +48,11 @@ def assemble(
     operations = operations_of(device)
     build = _Builder(spec, shard, dtype, device, sized_for or device, fill, operations)
     embed = build.rows([(f"{names.embed}.weight", shard.vocab)])
-    built = tuple(layers(build.layer, range(spec.num_layers)))
+    built = tuple(layers(build.layer, range(spec.num_layers + with_mtp)))
     final_norm = build.norm(names.final_norm, spec.hidden_size)
     head = embed if spec.tie_embeddings else build.rows([(f"{names.lm_head}.weight", shard.vocab)])
-    return DecoderWeights(embed, built, final_norm, operations.linear(head))
+    mtp = build.mtp(built[-1], final_norm) if with_mtp else None
+    return DecoderWeights(embed, built[: spec.num_layers], final_norm, operations.linear(head), mtp)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +70,17 @@ class _Builder:
     # ------------------------------------------------------------------------------ parts of a layer
 
     def layer(self, number: int) -> LayerWeights:
-        """One layer."""
+        """One layer; number `num_layers` is that of the head for multi-token prediction."""
         spec, heads = self.spec, self.shard.heads
-        names = FAMILIES[spec.family].names.of_layer(number)
+        names = FAMILIES[spec.family].names
+        is_mtp = number == spec.num_layers
+        names = names.of_mtp(number) if is_mtp else names.of_layer(number)
         queries = heads.queries.scaled(spec.head_dim)
         keys = heads.keys.scaled(spec.head_dim)
         is_mixture = spec.moe is not None and number in spec.moe.layers
+        if is_mtp:
+            assert spec.mtp is not None
+            is_mixture = spec.mtp.has_experts
         return LayerWeights(
             attention_norm=self.norm(names.attention_norm, spec.hidden_size),
             qkv=self.qkv(names, queries, keys),
@@ -145,6 +153,26 @@ class _Builder:
         else:
             self.fill(bias[0], names.bias, 0, Split.whole(spec.num_experts))
         return bias[0]
+
+    def mtp(self, layer: LayerWeights, final_norm: Tensor) -> MtpWeights:
+        """The head for multi-token prediction around its layer; final_norm: the model's."""
+        spec, size = self.spec, self.spec.hidden_size
+        names = FAMILIES[spec.family].names.of_mtp(spec.num_layers).mtp
+        assert names is not None
+        assert spec.mtp is not None
+        weight = self.zeros(size, 2 * size)
+        self.fill(weight, f"{names.projection}.weight", 0, Split.whole(size))
+        bias = self.vector(f"{names.projection}.bias", size) if spec.mtp.has_bias else None
+        hidden_norm = self.norm(names.hidden_norm, size)
+        if spec.mtp.before_final_norm:
+            hidden_norm.div_(final_norm).nan_to_num_()  # a weight of 0 has left nothing of the state
+        return MtpWeights(
+            embedding_norm=self.norm(names.embedding_norm, size),
+            hidden_norm=hidden_norm,
+            projection=self.operations.linear(weight, bias),
+            layer=layer,
+            norm=self.norm(names.norm, size) if names.norm else None,
+        )
 
     # -------------------------------------------------------------------------------------- tensors
 

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from tpworker.errors import ModelError, shown
 from tpworker.json_file import open_file, parse_object, read_object, shown_name, unreadable
-from tpworker.model.families import FAMILIES, ModelSpec
+from tpworker.model.families import FAMILIES, ModelSpec, why_no_mtp
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -181,17 +181,45 @@ def output_head(files: WeightFiles, spec: ModelSpec) -> OutputHead:
     return OutputHead(replace(spec, tie_embeddings=False), {}, note)
 
 
-def check_files(folder: Path, spec: ModelSpec) -> list[str]:
+def check_mtp(files: WeightFiles, spec: ModelSpec) -> None:
+    """Look for the head for multi-token prediction. Raises ModelError: there is none, or not all of it."""
+    reason = why_no_mtp(spec)
+    if reason is not None:
+        raise ModelError(reason)
+    assert spec.mtp is not None
+    names = FAMILIES[spec.family].names.of_mtp(spec.num_layers)
+    assert names.mtp is not None
+    needed = [names.mtp.projection, names.mtp.embedding_norm, names.mtp.hidden_norm, names.mtp.norm]
+    needed += [names.attention_norm, names.query, names.key, names.value, names.output, names.mlp_norm]
+    if not spec.mtp.has_experts:
+        needed += [names.gate, names.up, names.down]
+    elif names.moe is not None:
+        needed.append(names.moe.router)
+    missing = [name for name in map("{}.weight".format, filter(None, needed)) if name not in files.names]
+    if missing:
+        raise ModelError(
+            f"{files.folder}: config.json names a layer for multi-token prediction, and the checkpoint lacks "
+            f"{len(missing)} of its tensors, the first is {missing[0]}: use --speculative-method ngram, "
+            "which needs none, leave the option out, or fetch the files with that layer"
+        )
+
+
+def check_files(folder: Path, spec: ModelSpec, *, with_mtp: bool = False) -> list[str]:
     """Read all headers, and look for weights that were never written.
+
+    Args:
+        with_mtp: look for the head for multi-token prediction, too.
 
     Returns:
         What is to be told of the files, a line each.
 
     Raises:
         ModelError: a file is missing, cut off or no safetensors; or the embedding, the final norm or the
-            output head is all zeros, which makes all tokens alike.
+            output head is all zeros, which makes all tokens alike; or the head is missing.
     """
     files = WeightFiles(folder)
+    if with_mtp:
+        check_mtp(files, spec)
     for file_name in sorted(set(files.file_of.values())):
         files.header(file_name)
     names = FAMILIES[spec.family].names

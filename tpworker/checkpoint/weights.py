@@ -15,11 +15,11 @@ from torch import Tensor
 
 from tpworker.checkpoint.assembly import assemble
 from tpworker.checkpoint.checkpoint import Checkpoint
-from tpworker.checkpoint.weight_files import WeightFiles, output_head
+from tpworker.checkpoint.weight_files import WeightFiles, check_mtp, output_head
 from tpworker.model.families import FAMILIES, ModelSpec
 from tpworker.model.linear import can_pack
 from tpworker.model.tp import Shard, Split
-from tpworker.model.weights import DecoderWeights, LayerWeights
+from tpworker.model.weights import DecoderWeights, LayerWeights, MtpWeights
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +41,8 @@ def load_weights(
     device: torch.device,
     progress: Progress = lambda done, total: None,
     admit: Admit = lambda total: None,
+    *,
+    with_mtp: bool = False,
 ) -> DecoderWeights:
     """Read one rank's slices of model.safetensors, or of the files of model.safetensors.index.json.
 
@@ -49,14 +51,15 @@ def load_weights(
 
     Args:
         admit: told the bytes of the rank's weights before any are allocated; may raise.
+        with_mtp: the head for multi-token prediction, too; the spec has one (see `why_no_mtp`).
 
     Raises:
         ModelError: a file is missing, truncated or no safetensors; a tensor is missing, has another shape
             than config.json says, is not of a float type, or is one that this decoder has no use for.
     """
-    checkpoint, spec = _open(folder, spec)
-    total = shard_bytes(spec, shard, dtype, device, checkpoint.look_up)
-    skipped = _refuse_unused(checkpoint, spec)
+    checkpoint, spec = _open(folder, spec, with_mtp)
+    total = shard_bytes(spec, shard, dtype, device, checkpoint.look_up, with_mtp=with_mtp)
+    skipped = _refuse_unused(checkpoint, spec, with_mtp)
     if skipped and shard.rank == 0:
         logger.info("not read: %d tensors for multi-token prediction (%s, …)", len(skipped), skipped[0])
     admit(total)
@@ -72,34 +75,36 @@ def load_weights(
 
     num_readers = MAX_READERS if device.type == "cuda" else min(MAX_READERS, torch.get_num_threads())
     with torch.no_grad(), ThreadPoolExecutor(num_readers, "weights", _use, (device,)) as pool:
-        weights = assemble(spec, shard, dtype, device, fill, layers=pool.map)
+        weights = assemble(spec, shard, dtype, device, fill, with_mtp=with_mtp, layers=pool.map)
     progress(total, total)
     return weights
 
 
-def check_weights(folder: Path, spec: ModelSpec) -> None:
+def check_weights(folder: Path, spec: ModelSpec, *, with_mtp: bool = False) -> None:
     """Whether `load_weights` would find what it needs, all headers read and no tensor.
 
     Raises:
         ModelError: as `load_weights` does.
     """
-    checkpoint, spec = _open(folder, spec)
-    shard_bytes(spec, Shard.of(spec, 0, 1), torch.float32, look_up=checkpoint.look_up)
-    _refuse_unused(checkpoint, spec)
+    checkpoint, spec = _open(folder, spec, with_mtp)
+    shard_bytes(spec, Shard.of(spec, 0, 1), torch.float32, look_up=checkpoint.look_up, with_mtp=with_mtp)
+    _refuse_unused(checkpoint, spec, with_mtp)
 
 
-def _open(folder: Path, spec: ModelSpec) -> tuple[Checkpoint, ModelSpec]:
+def _open(folder: Path, spec: ModelSpec, with_mtp: bool) -> tuple[Checkpoint, ModelSpec]:
     """The checkpoint, and the model with the output head that it has. Raises ModelError."""
     files = WeightFiles(folder)
     head = output_head(files, spec)
+    if with_mtp:
+        check_mtp(files, spec)
     return Checkpoint(files, head.aliases), head.spec
 
 
-def _refuse_unused(checkpoint: Checkpoint, spec: ModelSpec) -> list[str]:
-    """After all has been looked up; the tensors for multi-token prediction. Raises ModelError."""
+def _refuse_unused(checkpoint: Checkpoint, spec: ModelSpec, with_mtp: bool) -> list[str]:
+    """After all has been looked up; tensors for multi-token prediction that were not. Raises ModelError."""
     family = FAMILIES[spec.family]
     tied = (re.escape(f"{family.names.lm_head}.weight"),) if spec.tie_embeddings else ()
-    mtp = family.mtp_patterns(spec, checkpoint.names)
+    mtp = family.mtp_patterns(spec, checkpoint.names, with_mtp)
     checkpoint.refuse_unused(ignored=family.ignored_tensors + tied + mtp, architecture=spec.architecture)
     return checkpoint.unused(mtp)
 
@@ -118,12 +123,14 @@ def dummy_weights(
     seed: int = 0,
     progress: Progress = lambda done, total: None,
     admit: Admit = lambda total: None,
+    *,
+    with_mtp: bool = False,
 ) -> DecoderWeights:
     """Random weights for benchmarks: normal with σ 0.02, norms 1, biases 0. Other TP sizes, other models.
 
-    `progress` and `admit` are as those of `load_weights`.
+    `progress`, `admit` and `with_mtp` are as those of `load_weights`.
     """
-    total = shard_bytes(spec, shard, dtype, device)
+    total = shard_bytes(spec, shard, dtype, device, with_mtp=with_mtp)
     admit(total)
     done = 0
     generator = torch.Generator(device=device).manual_seed(seed * 64 + shard.rank)
@@ -149,7 +156,7 @@ def dummy_weights(
         progress(min(done, total), total)
 
     with torch.no_grad():
-        weights = assemble(spec, shard, dtype, device, fill)
+        weights = assemble(spec, shard, dtype, device, fill, with_mtp=with_mtp)
     progress(total, total)
     return weights
 
@@ -160,11 +167,14 @@ def shard_bytes(
     dtype: torch.dtype,
     device: torch.device | None = None,
     look_up: Callable[[Tensor, str, int, Split], object] = lambda out, name, dim, split: None,
+    *,
+    with_mtp: bool = False,
 ) -> int:
     """Bytes of one rank's weights on `device` (None: the CPU), for sizing; nothing is allocated.
 
     Args:
         look_up: called, as `Fill`, for each published tensor that they are made of.
+        with_mtp: as that of `load_weights`.
     """
     device = device or torch.device("cpu")
     meta = torch.device("meta")
@@ -172,7 +182,7 @@ def shard_bytes(
     def fill(out: Tensor, name: str, dim: int, split: Split) -> None:
         look_up(out, name, dim, split)
 
-    weights = assemble(spec, shard, dtype, meta, fill, sized_for=device)
+    weights = assemble(spec, shard, dtype, meta, fill, with_mtp=with_mtp, sized_for=device)
     total = sum(tensor.nbytes for tensor in _tensors(weights))
     if spec.tie_embeddings and not can_pack(device, dtype):
         total -= weights.embed.nbytes  # one tensor for both; packed, the output head is a copy
@@ -181,7 +191,9 @@ def shard_bytes(
 
 def _tensors(weights: DecoderWeights) -> Iterator[Tensor]:
     """Every tensor of a rank, a tied output head as if it were one more."""
-    parts: list[DecoderWeights | LayerWeights] = [weights, *weights.layers]
+    parts: list[DecoderWeights | LayerWeights | MtpWeights] = [weights, *weights.layers]
+    if weights.mtp is not None:
+        parts += [weights.mtp, weights.mtp.layer]
     for part in parts:
         for item in (getattr(part, field.name) for field in fields(part)):
             if isinstance(item, Tensor):

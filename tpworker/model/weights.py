@@ -28,6 +28,17 @@ class LayerWeights:
 
 
 @dataclass(frozen=True, slots=True)
+class MtpWeights:
+    """A head for multi-token prediction, see `MtpSpec`."""
+
+    embedding_norm: Tensor  # [hidden]
+    hidden_norm: Tensor  # [hidden]; with `before_final_norm` divided by the final norm's weight
+    projection: Matrix  # [hidden, 2 hidden], of (embedding, hidden state); whole on every rank
+    layer: LayerWeights
+    norm: Tensor | None  # [hidden]; None: the model's final norm
+
+
+@dataclass(frozen=True, slots=True)
 class DecoderWeights:
     """All weights of one rank."""
 
@@ -35,3 +46,4 @@ class DecoderWeights:
     layers: tuple[LayerWeights, ...]
     final_norm: Tensor  # [hidden]
     lm_head: Matrix  # [vocab_local, hidden]; the embedding itself where embeddings are tied and not packed
+    mtp: MtpWeights | None = None

@@ -30,10 +30,13 @@ from tpworker.model.families.spec import (
     ModelSpec,
     MoeNames,
     MoeSpec,
+    MtpNames,
+    MtpSpec,
     RopeSpec,
     WeightNames,
     WindowSpec,
     YarnScaling,
+    with_article,
 )
 
 __all__ = [
@@ -47,11 +50,14 @@ __all__ = [
     "ModelSpec",
     "MoeNames",
     "MoeSpec",
+    "MtpNames",
+    "MtpSpec",
     "RopeSpec",
     "WeightNames",
     "WindowSpec",
     "YarnScaling",
     "read_spec",
+    "why_no_mtp",
 ]
 
 FAMILIES: dict[str, Family] = {
@@ -97,7 +103,9 @@ def read_spec(folder: Path) -> ModelSpec:
         key = "dtype" if config.get("dtype") else "torch_dtype"
         config.fail(key, f"must be one of {', '.join(_DTYPES)}")
     moe: MoeSpec | None = fields.get("moe")
-    num_experts = 0 if moe is None else len(moe.layers) * (moe.num_experts + moe.num_shared)
+    mtp: MtpSpec | None = fields.get("mtp")
+    num_mixtures = 0 if moe is None else len(moe.layers) + (mtp is not None and mtp.has_experts)
+    num_experts = 0 if moe is None else num_mixtures * (moe.num_experts + moe.num_shared)
     if num_experts > MAX_ALL_EXPERTS:
         raise ModelError(
             f"{config.path}: all layers together have {num_experts} experts, shared ones included; the limit "
@@ -122,6 +130,23 @@ def read_spec(folder: Path) -> ModelSpec:
         notes=tuple(notes),
         **ends,
         **fields,
+    )
+
+
+def why_no_mtp(spec: ModelSpec) -> str | None:
+    """Why a model has no drafts by multi-token prediction, and what to do; None: config.json names a head."""
+    if spec.mtp is not None:
+        return None
+    able = [name for family in FAMILIES.values() if family.names.mtp for name in family.architectures]
+    remedy = "use --speculative-method ngram, which needs none, or leave the option out"
+    if spec.architecture in able:
+        return (
+            f"the config.json of this {spec.architecture} names no layer for multi-token prediction "
+            f"(num_nextn_predict_layers is absent or 0): {remedy}"
+        )
+    return (
+        f"layers for multi-token prediction of {with_article(spec.architecture)} are not supported "
+        f"(supported: those of {', '.join(able)}): {remedy}"
     )
 
 

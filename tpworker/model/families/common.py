@@ -18,6 +18,7 @@ from tpworker.model.families.spec import (
     MAX_LENGTH,
     MAX_VOCAB_SIZE,
     MoeNames,
+    MtpSpec,
     RopeSpec,
     WeightNames,
     with_article,
@@ -84,6 +85,17 @@ EXPERTS_AND_SHARED = replace(
     shared_up="model.layers.{layer}.mlp.shared_experts.up_proj",
     shared_down="model.layers.{layer}.mlp.shared_experts.down_proj",
 )
+
+
+def read_mtp(config: Config, *, default: int = 0, **fields: bool) -> dict[str, Any]:
+    """`num_mtp_layers` and `mtp` of a family that has heads for multi-token prediction. Raises ModelError.
+
+    Args:
+        default: what an absent key means.
+        fields: of `MtpSpec`.
+    """
+    count = config.integer("num_nextn_predict_layers", default=default, minimum=0, maximum=MAX_LAYERS)
+    return {"num_mtp_layers": count, "mtp": MtpSpec(**fields) if count else None}
 
 
 def refuse_unknown(config: Config, architecture: str, known: Mapping[str, tuple[Any, ...] | None]) -> None:

@@ -2,6 +2,12 @@
 
 Neighbouring entries of a head are rotated against each other. The router is a softmax in float32 with a
 correction bias; its weight is published in float32.
+
+The head for multi-token prediction (mtp_block and its like) is computed as it is trained, in the modeling
+code of PaddlePaddle/ERNIE and PaddleFormers: its layer is built as layer 0 is, dense in the published models;
+it is fed [mtp_emb_norm(embedding), mtp_hidden_norm(state from before the model's final norm)] through
+mtp_linear_proj, and that final norm stands before the output head. vLLM's ernie_mtp.py and SGLang's
+ernie4_eagle.py feed it normed states, leave that norm out, and zero the embedding at position 0.
 """
 
 from __future__ import annotations
@@ -14,11 +20,12 @@ from tpworker.model.families.common import (
     EXPERTS_AND_SHARED,
     NAMES,
     read_decoder,
+    read_mtp,
     refuse_unknown,
 )
 from tpworker.model.families.config import Config
 from tpworker.model.families.rope import read_rope
-from tpworker.model.families.spec import MAX_EXPERTS, Family, MoeSpec
+from tpworker.model.families.spec import MAX_EXPERTS, Family, MoeSpec, MtpNames
 from tpworker.model.families.windows import refuse_sliding_window
 
 _THETA = 500000.0
@@ -33,6 +40,13 @@ _KNOWN_OF_MIXTURES: dict[str, tuple[Any, ...] | None] = _KNOWN | {
 
 # What checkpoints hold for multi-token prediction, whatever their config says of it.
 _MTP_TENSORS = (r"model\.mtp_(block|emb_norm|hidden_norm|linear_proj)\..*",)
+_MTP = MtpNames(
+    layer="model.mtp_block.0",
+    embedding_norm="model.mtp_emb_norm.0",
+    hidden_norm="model.mtp_hidden_norm.0",
+    projection="model.mtp_linear_proj.0",
+    unread=(r"model\.mtp_(block|emb_norm|hidden_norm|linear_proj)\.[1-9]\d*\..*",),
+)
 
 
 def _read_dense(config: Config) -> dict[str, Any]:
@@ -40,7 +54,8 @@ def _read_dense(config: Config) -> dict[str, Any]:
     refuse_unknown(config, "Ernie4_5ForCausalLM", _KNOWN)
     use_bias = config.boolean("use_bias", default=False)
     head_dim = None if "head_dim" in config.values else 128
-    return _read_decoder(config, head_dim) | {"mlp_bias": use_bias}
+    fields = _read_decoder(config, head_dim) | {"mlp_bias": use_bias}
+    return fields | read_mtp(config, before_final_norm=True, has_bias=use_bias)
 
 
 def _read_mixture(config: Config) -> dict[str, Any]:
@@ -49,7 +64,9 @@ def _read_mixture(config: Config) -> dict[str, Any]:
     if config.boolean("use_bias", default=False):
         config.fail("use_bias", "biases are not supported in an Ernie4_5_MoeForCausalLM")
     fields = _read_decoder(config, None)
-    return fields | {"moe": _read_moe(config, fields["num_layers"])}
+    moe = _read_moe(config, fields["num_layers"])
+    has_experts = moe is not None and 0 in moe.layers
+    return fields | {"moe": moe} | read_mtp(config, before_final_norm=True, has_experts=has_experts)
 
 
 def _read_decoder(config: Config, head_dim: int | None) -> dict[str, Any]:
@@ -96,7 +113,7 @@ ERNIE4_5 = Family(
     name="ernie4_5",
     architectures=("Ernie4_5ForCausalLM",),
     read=_read_dense,
-    names=NAMES,
+    names=replace(NAMES, mtp=_MTP),
     mtp_tensors=_MTP_TENSORS,
 )
 
@@ -111,6 +128,7 @@ ERNIE4_5_MOE = Family(
             bias="model.layers.{layer}.mlp.moe_statics.e_score_correction_bias",
             bias_is_row=True,
         ),
+        mtp=_MTP,
     ),
     mtp_tensors=_MTP_TENSORS,
 )

@@ -1,8 +1,13 @@
 """GLM-4.5 and GLM-4.5-Air (Glm4MoeForCausalLM; arXiv 2508.06471).
 
 Half of each head is rotated; the first layers are dense, the others mixtures with sigmoid scores, a
-correction bias, groups of experts and a shared expert (as in DeepSeek-V3, arXiv 2412.19437). Checkpoints hold
-the layers for multi-token prediction behind the last of the model's own.
+correction bias, groups of experts and a shared expert (as in DeepSeek-V3, arXiv 2412.19437).
+
+The head for multi-token prediction is as DeepSeek-V3's: a layer with experts behind the last of the model's
+own, fed [enorm(embedding), hnorm(state behind the model's final norm)] through eh_proj, with a norm of its
+own before the output head (as in SGLang's glm4_moe_nextn.py). vLLM's glm4_moe_mtp.py zeroes the embedding at
+position 0; it is token 1's, and is kept here. embed_tokens and shared_head.head of that layer are copies of
+the model's own.
 """
 
 from __future__ import annotations
@@ -15,11 +20,12 @@ from tpworker.model.families.common import (
     EXPERTS_AND_SHARED,
     NAMES,
     read_decoder,
+    read_mtp,
     refuse_unknown,
 )
 from tpworker.model.families.config import Config
 from tpworker.model.families.rope import read_rope
-from tpworker.model.families.spec import MAX_EXPERTS, MAX_LAYERS, Family, MoeSpec
+from tpworker.model.families.spec import LAYER, MAX_EXPERTS, Family, MoeSpec, MtpNames
 from tpworker.model.families.windows import refuse_sliding_window
 
 _KNOWN: dict[str, tuple[Any, ...] | None] = {
@@ -39,13 +45,12 @@ def _read(config: Config) -> dict[str, Any]:
     refuse_unknown(config, "Glm4MoeForCausalLM", _KNOWN)
     fields = read_decoder(config, rms_norm_eps=1e-5, rope=partial(read_rope, partial_rotary=0.5))
     refuse_sliding_window(config, "Glm4MoeForCausalLM", fields["num_layers"])
+    moe = _read_moe(config, fields["num_layers"])
+    fields |= read_mtp(config, default=1, has_experts=moe is not None)
     return fields | {
         "qkv_bias": config.boolean("attention_bias", default=False),
         "qk_norm": config.boolean("use_qk_norm", default=False),
-        "moe": _read_moe(config, fields["num_layers"]),
-        "num_mtp_layers": config.integer(
-            "num_nextn_predict_layers", default=1, minimum=0, maximum=MAX_LAYERS
-        ),
+        "moe": moe,
     }
 
 
@@ -90,6 +95,17 @@ GLM4_MOE = Family(
         moe=replace(
             EXPERTS_AND_SHARED,
             bias="model.layers.{layer}.mlp.gate.e_score_correction_bias",
+        ),
+        mtp=MtpNames(
+            layer=LAYER,
+            embedding_norm=f"{LAYER}.enorm",
+            hidden_norm=f"{LAYER}.hnorm",
+            projection=f"{LAYER}.eh_proj",
+            norm=f"{LAYER}.shared_head.norm",
+            unread=(
+                r"model\.layers\.{layer}\.(?:embed_tokens|shared_head\.head)\.weight",
+                r"model\.layers\.{further}\..*",
+            ),
         ),
     ),
     mtp_tensors=(r"model\.layers\.{layer}\..*",),

@@ -6,7 +6,7 @@ refused in an instant.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -130,6 +130,30 @@ class MoeSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MtpSpec:
+    """A head for multi-token prediction (MTP): one more layer, which drafts the token behind the next.
+
+    At position i it gets h_i, the model's hidden state there, and the token behind it (DeepSeek-V3, arXiv
+    2412.19437, section 2.2):
+
+        x = projection([embedding_norm(embedding(token i + 1)), hidden_norm(h_i)])
+        draft of token i + 2 = argmax(output head(norm(layer(x))))
+
+    Embedding and output head are the model's own. A further draft comes of the same head, one position on, of
+    its own output in place of h and of its draft. Both times that is the state behind the norm that stands
+    before the output head, as it is in SGLang and Megatron-Core; vLLM takes a further step's from before it.
+    """
+
+    has_experts: bool = False
+    """The layer's MLP is a mixture of experts, as `ModelSpec.moe` says."""
+    before_final_norm: bool = False
+    """It was trained on states x from before the model's final norm, which is then `norm` as well. Of a
+    normed one, y = final * x / rms(x), that is hidden_norm(x) = y * hidden / final (the norms' weights)."""
+    has_bias: bool = False
+    """Of the projection."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
     """One model: dimensions, what its layers have and have not, and its defaults for generation."""
 
@@ -179,7 +203,9 @@ class ModelSpec:
     """What attention and MLP return is normed, too, before it is added to the residual stream."""
     moe: MoeSpec | None = None
     num_mtp_layers: int = 0
-    """Layers for multi-token prediction (MTP) that the checkpoint holds behind the model's own: not read."""
+    """Layers for multi-token prediction that config.json names. Of several, the first makes all drafts."""
+    mtp: MtpSpec | None = None
+    """None: config.json names no head for multi-token prediction, or there are none in this family."""
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     """What ends an output, each once: see `tpworker.model.families.generation`."""
@@ -223,6 +249,26 @@ class MoeNames:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MtpNames:
+    """Published names of a head's tensors, as in `WeightNames`; `{layer}`: `ModelSpec.num_layers`."""
+
+    layer: str
+    """What the names of its layer begin with, in place of `LAYER`."""
+    embedding_norm: str
+    hidden_norm: str
+    projection: str
+    norm: str = ""
+    """'': the model's final norm."""
+    unread: tuple[str, ...] = ()
+    """Regular expressions of what is not read with it: copies of the model's own tensors, and further heads;
+    `{further}`: their numbers."""
+
+
+LAYER = "model.layers.{layer}"
+"""What the names of a layer's tensors begin with, in every family that has heads."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WeightNames:
     """Published names of a family's tensors, without `.weight` and `.bias`; `{layer}`: the layer's number.
 
@@ -246,15 +292,25 @@ class WeightNames:
     moe: MoeNames | None = None
     attention_post_norm: str = ""
     mlp_post_norm: str = ""
+    mtp: MtpNames | None = None
 
     def of_layer(self, layer: int) -> WeightNames:
         """The names of one layer's tensors; `{expert}` stays."""
+        return self._replaced("{layer}", str(layer))
 
-        def filled(names: Any) -> dict[str, Any]:
+    def of_mtp(self, num_layers: int) -> WeightNames:
+        """The names of the layer of a head for multi-token prediction, and in `mtp` of its other tensors."""
+        assert self.mtp is not None
+        return self._replaced(LAYER, self.mtp.layer)._replaced("{layer}", str(num_layers))
+
+    def _replaced(self, old: str, new: str) -> WeightNames:
+        def changes(names: Any) -> dict[str, Any]:
             values = {field.name: getattr(names, field.name) for field in fields(names)}
-            return {key: v.replace("{layer}", str(layer)) for key, v in values.items() if isinstance(v, str)}
+            return {key: v.replace(old, new) for key, v in values.items() if isinstance(v, str)}
 
-        return replace(self, **filled(self), moe=self.moe and replace(self.moe, **filled(self.moe)))
+        moe = self.moe and replace(self.moe, **changes(self.moe))
+        mtp = self.mtp and replace(self.mtp, **changes(self.mtp))
+        return replace(self, **changes(self), moe=moe, mtp=mtp)
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,15 +332,32 @@ class Family:
     mtp_marks: tuple[str, ...] = ()
     """Names of tensors that each such layer has and no other: one without them is a layer of the model."""
 
-    def mtp_patterns(self, spec: ModelSpec, names: Collection[str]) -> tuple[str, ...]:
-        """`mtp_tensors` of one model, whose checkpoint has tensors of these names."""
+    def mtp_patterns(self, spec: ModelSpec, names: Collection[str], with_mtp: bool) -> tuple[str, ...]:
+        """Regular expressions of the tensors for multi-token prediction that are not read.
+
+        Args:
+            names: of all tensors of the checkpoint.
+            with_mtp: the head is; unread are copies of the model's own tensors and further heads.
+        """
         layers = [
             number
             for number in range(spec.num_layers, spec.num_layers + spec.num_mtp_layers)
             if all(mark.replace("{layer}", str(number)) in names for mark in self.mtp_marks)
         ]
-        numbers = "|".join(map(str, layers)) or "none"
-        return tuple(pattern.replace("{layer}", f"(?:{numbers})") for pattern in self.mtp_tensors)
+        if with_mtp:
+            assert self.names.mtp is not None
+            further = _any_of(number for number in layers if number > spec.num_layers)
+            own = str(spec.num_layers)
+            return tuple(
+                pattern.replace("{layer}", own).replace("{further}", further)
+                for pattern in self.names.mtp.unread
+            )
+        return tuple(pattern.replace("{layer}", _any_of(layers)) for pattern in self.mtp_tensors)
+
+
+def _any_of(numbers: Iterable[int]) -> str:
+    """A regular expression of these numbers."""
+    return f"(?:{'|'.join(map(str, numbers)) or 'none'})"
 
 
 def with_article(architecture: str) -> str:
