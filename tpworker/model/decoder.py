@@ -92,9 +92,11 @@ class Decoder:
         self.operations = operations_of(table.device)
         # Rounded as transformers rounds it.
         self._embed_scale = float(torch.tensor(spec.embed_scale, dtype=table.dtype))
-        local = sorted({layer.is_local for layer in weights.layers})
-        self._kinds = {is_local: self._kind(is_local, max_model_len, attention) for is_local in local}
-        self.attention = self._kinds[local[-1]].attention
+        local = {layer.is_local for layer in weights.layers}
+        kinds = local if weights.mtp is None else local | {weights.mtp.layer.is_local}
+        self._local = sorted(local)
+        self._kinds = {is_local: self._kind(is_local, max_model_len, attention) for is_local in sorted(kinds)}
+        self.attention = self._kinds[self._local[-1]].attention
 
     def _kind(self, is_local: bool, max_model_len: int, attention: Attention | None) -> _Kind:
         """Of the layers with a window (`is_local`), or of the others."""
@@ -120,7 +122,7 @@ class Decoder:
             [R, D], after the final norm: the tokens of `sample_rows`, the same on all ranks.
         """
         residual = Residual(self.embed(batch.token_ids))
-        prepared = {is_local: self.prepare(is_local, batch, cache) for is_local in self._kinds}
+        prepared = {is_local: self.prepare(is_local, batch, cache) for is_local in self._local}
         for number, layer in enumerate(self.weights.layers):
             keys, values = cache.keys[number], cache.values[number]
             self.run_layer(layer, residual, prepared[layer.is_local], keys, values)

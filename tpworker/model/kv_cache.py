@@ -21,6 +21,7 @@ class KVCache:
     Args:
         num_blocks: blocks, the null block included.
         block_size: tokens in a block.
+        num_layers: None: the model's; one more where its head for multi-token prediction is served.
 
     Attributes:
         keys, values: for each layer [num_blocks, block_size, kv_heads_local, head_dim].
@@ -34,8 +35,10 @@ class KVCache:
         block_size: int,
         dtype: torch.dtype,
         device: torch.device,
+        num_layers: int | None = None,
     ) -> None:
-        shape = (2, spec.num_layers, num_blocks, block_size, shard.num_kv_heads, spec.head_dim)
+        num_layers = num_layers or spec.num_layers
+        shape = (2, num_layers, num_blocks, block_size, shard.num_kv_heads, spec.head_dim)
         memory = zeroed(shape, dtype, device)
         self.num_blocks = num_blocks
         self.block_size = block_size
@@ -43,9 +46,12 @@ class KVCache:
         self.values: list[Tensor] = list(memory[1].unbind(0))
 
     @staticmethod
-    def bytes_per_block(spec: ModelSpec, shard: Shard, block_size: int, dtype: torch.dtype) -> int:
-        """Bytes of one block of one rank, over all layers, keys and values."""
-        return 2 * spec.num_layers * block_size * shard.num_kv_heads * spec.head_dim * dtype.itemsize
+    def bytes_per_block(
+        spec: ModelSpec, shard: Shard, block_size: int, dtype: torch.dtype, num_layers: int | None = None
+    ) -> int:
+        """Bytes of one block of one rank, over all layers, keys and values; num_layers: see the class."""
+        num_layers = num_layers or spec.num_layers
+        return 2 * num_layers * block_size * shard.num_kv_heads * spec.head_dim * dtype.itemsize
 
 
 def zeroed(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
