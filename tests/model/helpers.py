@@ -155,18 +155,23 @@ class Rank:
         num_blocks: int = 64,
         block_size: int = 4,
         max_model_len: int = 256,
+        with_mtp: bool = False,
     ) -> Rank:
         spec = read_spec(folder)
         shard = Shard.of(spec, collectives.rank, collectives.size)
-        weights = load_weights(folder, spec, shard, dtype, CPU)
+        weights = load_weights(folder, spec, shard, dtype, CPU, with_mtp=with_mtp)
         decoder = Decoder(spec, weights, shard, collectives, max_model_len)
-        cache = KVCache(spec, shard, num_blocks, block_size, dtype, CPU)
+        num_layers = spec.num_layers + with_mtp
+        cache = KVCache(spec, shard, num_blocks, block_size, dtype, CPU, num_layers)
         return cls(decoder, cache, collectives)
 
     def step(self, plan: StepPlan, tables: Sequence[Sequence[int]]) -> Tensor:
         """Full logits [R, vocab_size] of one step."""
         batch = make_batch(plan, tables, self.cache.block_size)
-        hidden = self.decoder.forward(batch, self.cache)
+        return self.logits(self.decoder.forward(batch, self.cache))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Full logits [R, vocab_size] of hidden [R, D]."""
         local = self.decoder.logits(hidden)
         gathered = self.collectives.all_gather(local).transpose(0, 1).flatten(1)
         vocab_size = self.decoder.spec.vocab_size
