@@ -258,6 +258,10 @@ def test_the_cache_says_how_large_a_block_is() -> None:
     assert cache.keys[0].shape == (10, 16, SPEC.num_kv_heads, SPEC.head_dim)
     nbytes = sum(layer.nbytes for layer in (*cache.keys, *cache.values))
     assert 10 * KVCache.bytes_per_block(SPEC, shard, 16, torch.bfloat16) == nbytes
+    larger = KVCache(SPEC, shard, 10, 16, torch.bfloat16, CPU, SPEC.num_layers + 1)
+    assert len(larger.keys) == len(larger.values) == SPEC.num_layers + 1
+    nbytes = sum(layer.nbytes for layer in (*larger.keys, *larger.values))
+    assert 10 * KVCache.bytes_per_block(SPEC, shard, 16, torch.bfloat16, SPEC.num_layers + 1) == nbytes
 
 
 def test_llama3_scaling_keeps_short_waves_and_stretches_long_ones() -> None:

@@ -15,7 +15,15 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from tests.model.helpers import edit_config, tiny_model
 from tpworker.errors import ModelError
-from tpworker.model.families import FAMILIES, Llama3Scaling, MoeSpec, RopeSpec, WindowSpec, read_spec
+from tpworker.model.families import (
+    FAMILIES,
+    Llama3Scaling,
+    MoeSpec,
+    MtpSpec,
+    RopeSpec,
+    WindowSpec,
+    read_spec,
+)
 from tpworker.model.families.generation import LEAST_TOP_P
 from tpworker.model.families.spec import MAX_EOS_IDS, MAX_VOCAB_SIZE
 from tpworker.model.sampling import _keep
@@ -164,6 +172,7 @@ def test_variants(tmp_path: Path, change: dict[str, Any], expected: dict[str, An
                 "qk_norm": False,
                 "rms_norm_eps": 1e-5,
                 "num_mtp_layers": 1,
+                "mtp": MtpSpec(has_experts=True),
                 "moe": MoeSpec(
                     layers=(1, 2, 3),
                     num_experts=8,
@@ -184,7 +193,8 @@ def test_variants(tmp_path: Path, change: dict[str, Any], expected: dict[str, An
             GLM | {"rope_parameters": {"rope_theta": 1e6, "partial_rotary_factor": 0.5}},
             {"rope": RopeSpec(theta=1e6, rotary_dim=8)},
         ),
-        (GLM | {"num_nextn_predict_layers": 0}, {"num_mtp_layers": 0}),
+        (GLM | {"num_nextn_predict_layers": 0}, {"num_mtp_layers": 0, "mtp": None}),
+        (GLM | {"num_nextn_predict_layers": 3}, {"num_mtp_layers": 3, "mtp": MtpSpec(has_experts=True)}),
         (
             ERNIE,
             {
