@@ -175,8 +175,8 @@ def test_captured_mixed_steps_give_what_eager_ones_give(folder: Path) -> None:
     captured, eager = cuda_runners(folder, CudaDevice(0), 2)
     captured.prepare(64)  # chunks of up to 45 tokens beside 11 that decode
     eager.prepare(64)
-    assert captured._forwards.size_for(60) == 64
-    eager._forwards = TokenGraphs()
+    assert captured.steps.forwards.size_for(60) == 64
+    eager.steps.forwards = TokenGraphs()
     seen: list[Tensor] = []
     finish_step = eager.sampler.finish_step
 

@@ -46,7 +46,7 @@ def test_no_step_waits_for_the_compiler(folder: Path, monkeypatch: pytest.Monkey
         for keys in cache.keys:
             keys.fill_(1.0)
     torch.cuda.synchronize()
-    device.compile_ahead(lambda: runner._rehearse(64))
+    device.compile_ahead(lambda: runner.steps.rehearse(64))
     assert all((keys == 1.0).all() for keys in cache.keys), "a kernel ran"
     assert len({name for name, _ in compiled}) > 5
     runner.prepare(64)

@@ -23,6 +23,7 @@ from tpworker.ipc.arrays import unpack_int32
 from tpworker.ipc.drafting import draft_choices
 from tpworker.ipc.messages import Submit
 from tpworker.rank import process
+from tpworker.rank.drafter import Computed
 from tpworker.rank.slots import SlotTable
 from tpworker.testing.in_process import InProcessGroup, Output
 
@@ -58,11 +59,13 @@ def accepted(group: InProcessGroup) -> tuple[int, int]:
 class Knowing:
     """A drafter that knows what each request gets. Three of four drafts are right, and some are missing."""
 
+    reads_hidden = False
+
     def __init__(self, table: SlotTable, texts: list[list[int]]) -> None:
         self._state = table.state
         self._texts = texts
 
-    def draft(self, slots: Tensor, num_drafts: int) -> None:
+    def draft(self, slots: Tensor, num_drafts: int, computed: Computed | None, is_random: bool) -> None:
         state = self._state
         for slot in slots.tolist():
             known = state.history[slot, : int(state.position[slot]) + 1].tolist()
@@ -86,7 +89,7 @@ def knows(monkeypatch: pytest.MonkeyPatch) -> Knows:
 
     def use(submits: list[Submit], answers: Mapping[int, list[int]]) -> None:
         texts = [[*unpack_int32(submit.tokens), *answers[submit.request]] for submit in submits]
-        monkeypatch.setattr(process, "make_drafter", lambda settings, slots: Knowing(slots, texts))
+        monkeypatch.setattr(process, "make_drafter", lambda *parts: Knowing(parts[-1], texts))
 
     return use
 

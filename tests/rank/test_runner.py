@@ -138,8 +138,8 @@ def test_captured_mixed_steps_give_what_exact_ones_give(rig: Rig) -> None:
     prepared = Rig()
     prepared.runner.prepare(20)
     sizes: list[int] = []
-    replay = prepared.runner._forwards.replay
-    prepared.runner._forwards.replay = lambda size: (sizes.append(size), replay(size))[1]  # type: ignore[method-assign]
+    replay = prepared.runner.steps.forwards.replay
+    prepared.runner.steps.forwards.replay = lambda size: (sizes.append(size), replay(size))[1]  # type: ignore[method-assign]
     long = list(range(3, 24))
     plans = [
         first_plan(),

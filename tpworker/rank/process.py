@@ -38,7 +38,7 @@ from tpworker.model.tp import Collectives, Shard
 from tpworker.model.weights import DecoderWeights
 from tpworker.rank.collectives import LIBRARY_SECONDS, connect
 from tpworker.rank.device import CpuDevice, Device, StreamBroken
-from tpworker.rank.drafter import Drafter, NgramDrafter
+from tpworker.rank.drafter import Drafter, MtpDrafter, NgramDrafter
 from tpworker.rank.loop import RankLoop
 from tpworker.rank.publisher import Publisher
 from tpworker.rank.runner import Runner
@@ -127,7 +127,7 @@ def assemble(
             ring_rows(settings),
             settings.check_ranks_agree,
             settings.max_num_batched_tokens,
-            make_drafter(settings, slots),
+            make_drafter(settings, decoder, cache, slots),
         )
 
 
@@ -147,10 +147,14 @@ def make_slots(
     )
 
 
-def make_drafter(settings: RankSettings, slots: SlotTable) -> Drafter | None:
+def make_drafter(
+    settings: RankSettings, decoder: Decoder, cache: KVCache, slots: SlotTable
+) -> Drafter | None:
     """What makes drafts, if anything does."""
     if settings.speculative_method == "ngram":
         return NgramDrafter(slots, settings.prompt_lookup_max, settings.prompt_lookup_min)
+    if settings.speculative_method == "mtp":
+        return MtpDrafter(decoder, cache, slots)
     return None
 
 
@@ -249,11 +253,12 @@ def load_shard(
         row[Field.PROGRESS_TOTAL] = total
         row[Field.PROGRESS_DONE] = row[Field.WEIGHTS] = done
 
-    admit = partial(check_room, boot, device)
+    admit, with_mtp = partial(check_room, boot, device), settings.speculative_method == "mtp"
+    here = device.torch_device
     if settings.load_format == "dummy":
-        weights = dummy_weights(spec, shard, dtype, device.torch_device, settings.seed, progress, admit)
+        weights = dummy_weights(spec, shard, dtype, here, settings.seed, progress, admit, with_mtp=with_mtp)
     else:
-        weights = load_weights(folder, spec, shard, dtype, device.torch_device, progress, admit)
+        weights = load_weights(folder, spec, shard, dtype, here, progress, admit, with_mtp=with_mtp)
     device.synchronize()  # or the copies would count as part of what comes next
     return spec, shard, weights, dtype
 
@@ -294,16 +299,17 @@ def agree_on_cache(
         ChannelError: the scheduler did not answer within start_timeout.
     """
     settings, spec, shard = boot.settings, decoder.spec, decoder.shard
-    offer = settings.num_kv_blocks
+    offer, num_layers = settings.num_kv_blocks, spec.num_layers + (decoder.weights.mtp is not None)
+    block_bytes = KVCache.bytes_per_block(spec, shard, settings.block_size, dtype, num_layers)
     if not offer:
         share = int(device.free_bytes(boot.num_ranks) * settings.gpu_memory_utilization)
         most = settings.max_num_seqs * -(-settings.max_model_len // settings.block_size) + 1
-        offer = min(most, share // KVCache.bytes_per_block(spec, shard, settings.block_size, dtype))
+        offer = min(most, share // block_bytes)
         if offer < 2:  # the null block, and one to be of use
             raise ConfigError(
                 f"no memory for the KV cache beside the model: {share} bytes may be used, one block takes "
-                f"{KVCache.bytes_per_block(spec, shard, settings.block_size, dtype)}. Raise "
-                "--gpu-memory-utilization, take a smaller --block-size, or more TP ranks"
+                f"{block_bytes}. Raise --gpu-memory-utilization, take a smaller --block-size, or more TP "
+                "ranks"
             )
     plans.send(RankLoaded(boot.generation, boot.rank, offer))
     answer = plans.receive(settings.start_timeout)
@@ -312,7 +318,7 @@ def agree_on_cache(
             f"no answer from the scheduler within {settings.start_timeout:g} s (start_timeout)"
         )
     num_blocks = expect(answer, Allocate).num_kv_blocks
-    return KVCache(spec, shard, num_blocks, settings.block_size, dtype, device.torch_device)
+    return KVCache(spec, shard, num_blocks, settings.block_size, dtype, device.torch_device, num_layers)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,6 @@ reads it.
 
 from __future__ import annotations
 
-import copy
 import logging
 import struct
 import time
@@ -23,26 +22,23 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from tpworker.ipc.arrays import pack_int32
-from tpworker.ipc.drafting import draft_choices
 from tpworker.ipc.messages import NO_LOGPROBS, Admission, BatchPlan, Chunk, LogitRules, Sampling
-from tpworker.model.attention import PagedAttention
-from tpworker.model.batch import Batch
 from tpworker.model.decoder import Decoder
 from tpworker.model.kv_cache import KVCache
 from tpworker.model.sampling import SamplingMode
 from tpworker.model.tp import Collectives
 from tpworker.rank.device import Device, Event
 from tpworker.rank.drafter import Drafter
-from tpworker.rank.graphs import GREEDY, MOST_TOKENS, SlotGraphs, TokenGraphs, token_ladder
-from tpworker.rank.mixed import MixedInputs, MixedShape, PromptRows, pack
+from tpworker.rank.graphs import MOST_TOKENS
+from tpworker.rank.mixed import PromptRows, pack
 from tpworker.rank.sampler import Sampler
 from tpworker.rank.slots import SlotDeltas, SlotTable
 from tpworker.rank.staging import StagedArray, StagingBuffer, StagingPool
+from tpworker.rank.steps import MixedStep, Steps
 
 logger = logging.getLogger(__name__)
 
@@ -72,17 +68,6 @@ class Launched:
 
 
 @dataclass(frozen=True, slots=True)
-class _Mixed:
-    """The input of a step with chunks, staged."""
-
-    packed: StagedArray  # int64, see mixed.py
-    shape: MixedShape
-    longest: int  # tokens of one chunk
-    size: int | None  # of the graph that it is padded for
-    prompt_rows: PromptRows[StagedArray] | None  # whose logprobs are asked for
-
-
-@dataclass(frozen=True, slots=True)
 class _Step:
     """Everything that the compute stream needs to know of one step."""
 
@@ -93,7 +78,7 @@ class _Step:
     num_decodes: int
     num_sampled: int
     num_drafts: int
-    mixed: _Mixed | None
+    mixed: MixedStep | None
     mode: SamplingMode
 
 
@@ -126,31 +111,14 @@ class Runner:
     ) -> None:
         self.sampler = Sampler(decoder, slots, collectives, ring_rows, max_tokens, check_agreement)
         self.staging = StagingPool(device, ring_rows)
-        self._decoder = decoder
+        self.steps = Steps(decoder, cache, slots, device, self.sampler, drafter)
         self._cache = cache
         self._slots = slots
         self._device = device
-        self._drafter = drafter
-        self._num_drafts = slots.state.drafts.shape[1]  # of a slot, at most
-        choices = draft_choices(self._num_drafts)
-        self._batch_slots = torch.full((slots.num_slots,), slots.num_slots, device=device.torch_device)
-        rows = torch.arange(slots.num_slots + 1, device=device.torch_device)
-        # By the tokens that each sequence has: which sequence a row is of, and where each begins.
-        self._sequence_of = {1 + drafts: rows.repeat_interleave(1 + drafts) for drafts in choices}
-        self._starts = {1 + drafts: (rows * (1 + drafts)).int() for drafts in choices}
-        most = self._padded(MOST_TOKENS)
-        self._mixed_inputs = torch.full((sum(most.sections),), slots.num_slots, device=device.torch_device)
-        self._hidden = decoder.weights.embed.new_zeros(self.sampler.most_rows, decoder.spec.hidden_size)
-        self._graphs = SlotGraphs(slots.num_slots, choices)
-        self._forwards = TokenGraphs()
-        self._samplings = SlotGraphs(slots.num_slots, choices)
         self._prompts: dict[int, NDArray[np.int32]] = {}
         self._told_prompts: dict[int, int] = {}  # of slots whose prompts' logprobs are asked for: the length
         self._decode: list[int] = []
         self._decode_mode = SamplingMode(False, False, False)
-
-    def _padded(self, num_tokens: int) -> MixedShape:
-        return MixedShape.padded(num_tokens, self._slots.num_slots, self._num_drafts)
 
     # ------------------------------------------------------------------------------- beforehand
 
@@ -167,14 +135,15 @@ class Runner:
         num_blocks = self._slots.state.block_table.shape[1]
         length = min(max_tokens, max(1, (num_blocks - 1) * self._cache.block_size))  # of one sequence
         if not self.sampler.check_agreement:  # which looks at values
-            self._device.compile_ahead(partial(self._rehearse, max_tokens))
+            self._device.compile_ahead(partial(self.steps.rehearse, max_tokens))
         self._run_once(length)
         capturing()
         if not self.sampler.check_agreement:  # which looks at values
-            self._capture(max_tokens)
-        while (length := length // 2) and self._forwards.size_for(length) is None:
+            seconds = self.steps.capture(max_tokens)
+            logger.info("captured mixed steps in %.1f s, decode steps in %.1f s", *seconds)
+        while (length := length // 2) and self.steps.forwards.size_for(length) is None:
             self._run_once(length)
-        self._device.compute.run(self._begin)
+        self._device.compute.run(self.steps.begin)
         self._device.synchronize()
 
     def _run_once(self, length: int) -> None:
@@ -186,51 +155,6 @@ class Runner:
             launched = self.launch(BatchPlan(0, 0, admitted=(admission,), chunks=(chunk,), decode=b""))
             launched.done.synchronize()
             self.staging.give_back(launched.staging)
-
-    def _rehearse(self, max_tokens: int) -> None:
-        """Launches every kernel that captured steps will. Those that take longest to compile come first."""
-        mixed, decode = self._can_capture()
-        brief = copy.copy(self)
-        brief._decoder = self._decoder.excerpt()
-        for kind in self._graphs.kinds():
-            if decode and kind[-1] == GREEDY:
-                brief._decode_step(*kind)
-            brief._sample_padded(*kind)
-        for size in token_ladder(max_tokens) if mixed else ():
-            brief._forward_padded(size)
-
-    def _can_capture(self) -> tuple[bool, bool]:
-        """Whether steps with chunks can be captured, and whether decode steps can."""
-        attention, captures = self._decoder.attention, self._device.captures
-        mixed = not (captures and attention.reads_lengths)
-        return mixed, not (captures and isinstance(attention, PagedAttention))
-
-    def _capture(self, max_tokens: int) -> None:
-        mixed, decode = self._can_capture()
-        started = time.monotonic()
-        self._device.compute.run(self._begin)
-        if mixed:
-            self._forwards.capture(self._device, max_tokens, self._put_padding, self._forward_padded)
-            self._samplings.capture(self._device, self._sample_padded)
-        after_mixed = time.monotonic()
-        if decode:
-            self._graphs.capture(self._device, self._decode_step)
-        seconds = (after_mixed - started, time.monotonic() - after_mixed)
-        logger.info("captured mixed steps in %.1f s, decode steps in %.1f s", *seconds)
-
-    def _put_padding(self, size: int) -> None:
-        """The input of a mixed step that has nothing but padding."""
-        packed = torch.from_numpy(pack((), (), {}, self._padded(size), self._slots.num_slots))
-
-        def copy() -> None:
-            self._mixed_inputs[: len(packed)].copy_(packed)
-
-        self._device.compute.run(copy)
-
-    def _begin(self) -> None:
-        """As if there had been no step."""
-        self.sampler.begin()
-        self._slots.begin()
 
     # --------------------------------------------------------------------------- launch thread
 
@@ -291,10 +215,10 @@ class Runner:
             self._slots.sampling_mode(self._decode + sampled) if sampled else self._decode_mode,
         )
 
-    def _stage_mixed(self, plan: BatchPlan, staging: StagingBuffer) -> _Mixed:
+    def _stage_mixed(self, plan: BatchPlan, staging: StagingBuffer) -> MixedStep:
         width = 1 + plan.num_drafts
-        shape = MixedShape.exact(len(self._decode), plan.chunks, width)
-        size = self._forwards.size_for(shape.num_tokens)
+        shape = self.steps.exact(len(self._decode), plan.chunks, width)
+        size = self.steps.forwards.size_for(shape.num_tokens)
         prompt_rows = None
         if self._told_prompts:
             rows = PromptRows.of(len(self._decode) * width, plan.chunks, self._prompts, self._told_prompts)
@@ -302,84 +226,23 @@ class Runner:
                 prompt_rows = PromptRows(staging.put(rows.before), staging.put(rows.tokens), rows.count)
                 size = None  # captured ones keep no hidden states but those to sample from
         if size is not None:
-            shape = self._padded(size)
+            shape = self.steps.padded(size)
         packed = pack(self._decode, plan.chunks, self._prompts, shape, self._slots.num_slots, width)
         for chunk in plan.chunks:
             if chunk.sample:  # the prompt is on the device now
                 del self._prompts[chunk.slot]
                 self._told_prompts.pop(chunk.slot, None)
         longest = max(chunk.length for chunk in plan.chunks)
-        return _Mixed(staging.put(packed), shape, longest, size, prompt_rows)
+        return MixedStep(staging.put(packed), shape, longest, size, prompt_rows)
 
     # -------------------------------------------------------------------------- compute stream
 
     def _run(self, step: _Step) -> None:
         self._slots.apply(step.deltas)
         if step.decode_slots is not None:
-            self._batch_slots.copy_(step.decode_slots.get())
-        if step.mixed is not None:
-            self._mixed_step(step, step.mixed)
-        elif (replay := self._graphs.find(step.num_decodes, step.num_drafts, step.mode)) is not None:
-            replay()
+            self.steps.batch_slots.copy_(step.decode_slots.get())
+        if step.mixed is None:
+            self.steps.decode(step.num_decodes, step.num_drafts, step.mode)
         else:
-            self._decode_step(step.num_decodes, step.num_drafts, step.mode)
-
-    def _decode_step(self, count: int, num_drafts: int, mode: SamplingMode) -> None:
-        """Decodes the first `count` slots of the batch, of which the last ones may be the null slot."""
-        table, width = self._slots, 1 + num_drafts
-        slots = self._batch_slots[:count]
-        token_ids, positions, lengths, block_tables = table.operations.begin_decode(slots, width, table.state)
-        batch = Batch(
-            token_ids=token_ids,
-            positions=positions,
-            sequence_of=self._sequence_of[width][: count * width],
-            block_tables=block_tables,
-            lengths=lengths,
-            query_starts=self._starts[width][: count + 1],
-            num_decodes=count,
-            max_query=width,
-            sample_rows=None,
-            width=width,
-        )
-        hidden = self._decoder.forward(batch, self._cache)
-        self.sampler.finish_step(slots, hidden, mode, width)
-        self._draft(slots, num_drafts)
-
-    def _draft(self, slots: Tensor, num_drafts: int) -> None:
-        if self._drafter is not None and num_drafts and len(slots):
-            self._drafter.draft(slots, num_drafts)
-
-    def _mixed_step(self, step: _Step, mixed: _Mixed) -> None:
-        packed = mixed.packed.get()
-        if mixed.size is None:
-            inputs = MixedInputs.of(packed, mixed.shape)
-            width = 1 + step.num_drafts
-            batch = inputs.begin(self._slots, step.num_decodes, max(mixed.longest, width), width)
-            if mixed.prompt_rows is not None:
-                batch.sample_rows = None  # all of them
-            hidden = self._decoder.forward(batch, self._cache)
-            if mixed.prompt_rows is not None:
-                before, tokens = mixed.prompt_rows.before.get(), mixed.prompt_rows.tokens.get()
-                self.sampler.tell_of_prompt(step.number, hidden[before], tokens)
-                hidden = hidden[inputs.sample_rows]
-            self.sampler.finish_step(inputs.sampled_slots, hidden, step.mode, width)
-            self._draft(inputs.sampled_slots, step.num_drafts)
-            return
-        self._mixed_inputs[: len(packed)].copy_(packed)
-        self._forwards.replay(mixed.size)
-        if not step.num_sampled:  # chunks in the middle of their prompts
-            self._sample_padded(0, 0, step.mode)
-        elif (replay := self._samplings.find(step.num_sampled, step.num_drafts, step.mode)) is not None:
-            replay()
-
-    def _forward_padded(self, size: int) -> None:
-        """The forward of what is in `_mixed_inputs`; leaves hidden states of the rows to sample."""
-        inputs = MixedInputs.of(self._mixed_inputs, self._padded(size))
-        hidden = self._decoder.forward(inputs.begin(self._slots, 0, size), self._cache)
-        self._hidden[: len(hidden)].copy_(hidden)
-
-    def _sample_padded(self, count: int, num_drafts: int, mode: SamplingMode) -> None:
-        """Samples from what `_forward_padded` has left, for the first `count` slots of its input."""
-        slots, width = self._mixed_inputs[:count], 1 + num_drafts
-        self.sampler.finish_step(slots, self._hidden[: count * width], mode, width)
-        self._draft(slots, num_drafts)
+            counts = step.num_decodes, step.num_sampled, step.num_drafts
+            self.steps.mixed(step.number, step.mixed, *counts, step.mode)

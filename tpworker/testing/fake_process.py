@@ -64,7 +64,7 @@ class FakeRunner(Runner):
     def _run(self, step: _Step) -> None:
         row = self.sampler.ring_row(step.number, step.num_sampled).numpy()
         row[0] = step.number
-        row[1:] = step.number % self._decoder.spec.vocab_size
+        row[1:] = step.number % self.steps.decoder.spec.vocab_size
 
 
 def main(boot: RankBoot) -> None:
