@@ -76,8 +76,8 @@ class NgramDrafter:
 class MtpDrafter:
     """By the model's head for multi-token prediction; several by feeding it what it has drafted.
 
-    It chooses with the noise that the model will choose with, a function of seed, position and token. So, at any
-    temperature, a draft is right more often than two independent draws would agree.
+    It chooses with the noise that the model will choose with, a function of seed, position and token. So a
+    draft is right more often than two independent draws would agree, at any temperature.
 
     Args:
         decoder: whose head it is.
