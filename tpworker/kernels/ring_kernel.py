@@ -8,6 +8,9 @@ Each warp has its own tokens, its own maxima and sums, and meets the others only
 compute [tokens, queries] = K Q^T and [head_dim, queries] = V^T P with warps as a batch dimension, so that up
 to 8 query heads a key-value head cost no padding beyond 8, and the weights stay in registers.
 
+With drafts a sequence has WIDTH new tokens. Their queries are rows of the same products, the first token's heads
+first, and read the tokens before them once for all; among each other they attend in the last part alone.
+
 It has no interpreter. Imports Triton: import it on CUDA only.
 """
 
@@ -30,6 +33,7 @@ from tpworker.kernels.pdl import start_next, wait
 
 _FLOOR = gl.constexpr(-1e30)  # of maxima; finite: a warp without tokens weighs nothing, and not NaN
 _SLAB = 16  # tokens of a tile that each warp takes: what the matrix units take at least
+_MOST_ROWS = 16  # queries that a program's registers hold
 _LOG2_E = 1.4426950408889634
 _SUMS_PER_THREAD = 64  # that the last part has in registers when it puts the parts together
 
@@ -39,18 +43,19 @@ def _attend(
     heads, query_norm, key_norm, cos, sin, rows, keys, values, block_tables, lengths, sums, maxima, totals,
     arrived, out, scale, eps, table_stride,
     HAS_NORM: gl.constexpr, ROTARY_DIM: gl.constexpr, NUM_KV_HEADS: gl.constexpr, GROUP: gl.constexpr,
-    HEAD_DIM: gl.constexpr, BLOCK_SIZE: gl.constexpr, NUM_PARTS: gl.constexpr, ROWS: gl.constexpr,
-    REAL_ROWS: gl.constexpr, CHUNK: gl.constexpr, SLAB: gl.constexpr, SHORTEST: gl.constexpr,
-    STAGES: gl.constexpr, WARPS: gl.constexpr, PDL: gl.constexpr,
+    HEAD_DIM: gl.constexpr, WIDTH: gl.constexpr, BLOCK_SIZE: gl.constexpr, NUM_PARTS: gl.constexpr,
+    ROWS: gl.constexpr, REAL_ROWS: gl.constexpr, CHUNK: gl.constexpr, SLAB: gl.constexpr,
+    SHORTEST: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """One program a sequence, key-value head and part of the sequence; online softmax (arXiv 1805.02867).
 
-    `heads` is the whole product, [S, H + 2 K, HEAD_DIM]. Queries and keys are normed and rotated here, as by
-    `kernels.norm_rotate_store`; the last part stores the newest token's key and value, and adds them last.
+    `heads` is the whole product, [S * WIDTH, H + 2 K, HEAD_DIM]. Queries and keys are normed and rotated here,
+    as by `kernels.norm_rotate_store`; the last part stores the new tokens' keys and values, and adds them last.
 
     Lengths, tables, angles and rows are read before the wait: all layers have the same, and between what
     makes them and the first layer `prepare` launches a kernel plainly. So are keys and values of all tokens
-    but the newest, which an earlier step has written. `scale` has log2(e) in it.
+    but the new ones, which an earlier step has written, or a forward pass before that `prepare`. `scale` has
+    log2(e) in it.
     """
     start_next(PDL)
     TILE: gl.constexpr = WARPS * SLAB
@@ -64,7 +69,7 @@ def _attend(
     kv_head = gl.program_id(0)
     sequence = gl.program_id(1).to(gl.int64)
     part = gl.program_id(2)
-    old = gl.maximum(gl.load(lengths + sequence) - 1, 0)  # tokens before the newest
+    old = gl.maximum(gl.load(lengths + sequence) - WIDTH, 0)  # tokens before the new ones
     # Parts are whole tiles. Those beyond the end have nothing to do and are not waited for.
     part_length = gl.maximum(gl.cdiv(gl.cdiv(old, NUM_PARTS), TILE) * TILE, SHORTEST)
     num_active = gl.maximum(gl.cdiv(old, part_length), 1)
@@ -93,20 +98,27 @@ def _attend(
 
     row = gl.arange(0, ROWS, layout=of_row)
     column = gl.arange(0, HEAD_DIM, layout=of_column)
-    is_real = (row < GROUP)[:, None]
+    is_real = (row < WIDTH * GROUP)[:, None]
     head = sequence * NUM_KV_HEADS + kv_head
-    place = head * (GROUP * HEAD_DIM) + row[:, None] * HEAD_DIM + column[None, :]
-    place_of_new = gl.load(rows + sequence)
-    query, key, value = _new_heads(
+    first_out = (sequence * WIDTH * NUM_KV_HEADS + kv_head) * (GROUP * HEAD_DIM)
+    place = first_out + _to_row(row, GROUP * NUM_KV_HEADS, WIDTH, GROUP, HEAD_DIM)[:, None] + column[None, :]
+    places_of_new = ()
+    for token in gl.static_range(WIDTH):
+        places_of_new += (gl.load(rows + (sequence * WIDTH + token)),)
+    query, new_keys, new_values = _new_heads(
         heads, query_norm, key_norm, cos, sin, eps, sequence, kv_head, row, column,
-        HAS_NORM, ROTARY_DIM, NUM_KV_HEADS, GROUP, HEAD_DIM, PDL,
+        HAS_NORM, ROTARY_DIM, NUM_KV_HEADS, GROUP, HEAD_DIM, WIDTH, PDL,
     )  # fmt: skip
     if is_last:
-        to_cache = (place_of_new * NUM_KV_HEADS + kv_head) * HEAD_DIM + column
-        gl.store(keys + to_cache, key)
-        gl.store(values + to_cache, value)
-    new_score = gl.sum(query.to(gl.float32) * key.to(gl.float32)[None, :], axis=1) * scale
-    new_score = gl.where(is_last, new_score, float("-inf"))
+        for token in gl.static_range(WIDTH):
+            to_cache = (places_of_new[token] * NUM_KV_HEADS + kv_head) * HEAD_DIM + column
+            gl.store(keys + to_cache, new_keys[token])
+            gl.store(values + to_cache, new_values[token])
+    new_scores = ()
+    for token in gl.static_range(WIDTH):
+        score = gl.sum(query.to(gl.float32) * new_keys[token].to(gl.float32)[None, :], axis=1) * scale
+        sees = is_last if token == 0 else is_last & (row >= token * GROUP)
+        new_scores += (gl.where(sees, score, float("-inf")),)
 
     as_operand: gl.constexpr = gl.DotOperandLayout(1, mma, 2)
     query_operand = gl.convert_layout(gl.permute(query, (1, 0)), gl.SliceLayout(0, as_operand))
@@ -142,28 +154,46 @@ def _attend(
     async_copy.wait_group(0)
 
     highest, total_of_part, sum_of_part = _of_all_warps(maximum, total, attended, by_row, WARPS, chunks)
-    higher = gl.maximum(highest, new_score)
+    higher = highest
+    for token in gl.static_range(WIDTH):
+        higher = gl.maximum(higher, new_scores[token])
     shrink = gl.exp2(highest - higher)
-    new_weight = gl.exp2(new_score - higher)
-    total_of_part = total_of_part * shrink + new_weight
-    sum_of_part = sum_of_part * shrink[:, None] + new_weight[:, None] * value.to(gl.float32)[None, :]
+    total_of_part = total_of_part * shrink
+    sum_of_part = sum_of_part * shrink[:, None]
+    for token in gl.static_range(WIDTH):
+        new_weight = gl.exp2(new_scores[token] - higher)
+        total_of_part += new_weight
+        summand = new_weight[:, None] * new_values[token].to(gl.float32)[None, :]
+        if token > 0:  # a draft that is not seen may be NaN, and 0 * NaN is NaN
+            summand = gl.where((row >= token * GROUP)[:, None], summand, 0.0)
+        sum_of_part += summand
     if NUM_PARTS == 1 or num_active == 1:
         result = sum_of_part / total_of_part[:, None]
         gl.store(out + place, result.to(out.dtype.element_ty), mask=is_real)
     else:
-        place_of_part = (head * NUM_PARTS + part) * GROUP + row
-        gl.store(maxima + place_of_part, higher, mask=row < GROUP)
-        gl.store(totals + place_of_part, total_of_part, mask=row < GROUP)
+        place_of_part = (head * NUM_PARTS + part) * (WIDTH * GROUP) + row
+        gl.store(maxima + place_of_part, higher, mask=row < WIDTH * GROUP)
+        gl.store(totals + place_of_part, total_of_part, mask=row < WIDTH * GROUP)
         gl.store(sums + place_of_part[:, None] * HEAD_DIM + column[None, :], sum_of_part, mask=is_real)
         # All of the program's threads have written before one of them says so.
         tl.debug_barrier()
         num_arrived = gl.atomic_add(arrived + head, 1, sem="acq_rel")
         if num_arrived == num_active - 1:
             _combine(
-                maxima, totals, sums, out + head * (GROUP * HEAD_DIM), head * NUM_PARTS, num_active,
-                GROUP, HEAD_DIM, REAL_ROWS, CHUNK, WARPS,
+                maxima, totals, sums, out + first_out, head * NUM_PARTS, num_active,
+                NUM_KV_HEADS, GROUP, HEAD_DIM, WIDTH, REAL_ROWS, CHUNK, WARPS,
             )  # fmt: skip
             gl.store(arrived + head, 0)  # for the next layer
+
+
+@gluon.jit
+def _to_row(
+    row, NUM_HEADS: gl.constexpr, WIDTH: gl.constexpr, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr
+):  # fmt: skip
+    """How far a row of queries is behind the first one, where a token has NUM_HEADS heads."""
+    if WIDTH == 1:
+        return row * HEAD_DIM
+    return (row // GROUP * NUM_HEADS + row % GROUP) * HEAD_DIM
 
 
 @gluon.jit
@@ -202,13 +232,27 @@ def _request(
 def _new_heads(
     heads, query_norm, key_norm, cos, sin, eps, sequence, kv_head, row, column,
     HAS_NORM: gl.constexpr, ROTARY_DIM: gl.constexpr, NUM_KV_HEADS: gl.constexpr, GROUP: gl.constexpr,
-    HEAD_DIM: gl.constexpr, PDL: gl.constexpr,
+    HEAD_DIM: gl.constexpr, WIDTH: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    """Of the product: query heads [ROWS, HEAD_DIM], key and value [HEAD_DIM], normed and rotated. Waits."""
+    """Of the product: query heads [ROWS, HEAD_DIM], and of each new token its key and its value [HEAD_DIM],
+    normed and rotated. Waits.
+    """
     dtype: gl.constexpr = heads.dtype.element_ty
+    num_heads: gl.constexpr = (GROUP + 2) * NUM_KV_HEADS
     rotated = column < ROTARY_DIM
-    cosine = gl.load(cos + (sequence * ROTARY_DIM + column), mask=rotated, other=1.0)
-    sine = gl.load(sin + (sequence * ROTARY_DIM + column), mask=rotated, other=0.0)
+    is_real = (row < WIDTH * GROUP)[:, None]
+    cosines, sines = (), ()
+    for token in gl.static_range(WIDTH):
+        angle = (sequence * WIDTH + token) * ROTARY_DIM + column
+        cosines += (gl.load(cos + angle, mask=rotated, other=1.0),)
+        sines += (gl.load(sin + angle, mask=rotated, other=0.0),)
+    if WIDTH == 1:
+        query_cosine, query_sine = cosines[0][None, :], sines[0][None, :]
+    else:
+        angle = (sequence * WIDTH + row // GROUP)[:, None] * ROTARY_DIM + column[None, :]
+        turns = is_real & rotated[None, :]
+        query_cosine = gl.load(cos + angle, mask=turns, other=1.0)
+        query_sine = gl.load(sin + angle, mask=turns, other=0.0)
     # The column that each column turns with.
     partner = gl.where(rotated, (column + ROTARY_DIM // 2) % ROTARY_DIM, column)
     if ROTARY_DIM % 16 == 0:
@@ -218,28 +262,33 @@ def _new_heads(
         query_partner_weight = gl.load(query_norm + partner).to(gl.float32)
         key_weight = gl.load(key_norm + column).to(gl.float32)
         key_partner_weight = gl.load(key_norm + partner).to(gl.float32)
-    is_real = (row < GROUP)[:, None]
-    in_query = row[:, None] * HEAD_DIM
-    from_query = heads + (sequence * (GROUP + 2) * NUM_KV_HEADS + kv_head * GROUP) * HEAD_DIM
+    in_query = _to_row(row, num_heads, WIDTH, GROUP, HEAD_DIM)[:, None]
+    from_query = heads + (sequence * WIDTH * num_heads + kv_head * GROUP) * HEAD_DIM
     from_key = from_query + (GROUP * (NUM_KV_HEADS - kv_head) + kv_head) * HEAD_DIM
     wait(PDL)
     query = gl.load(from_query + (in_query + column[None, :]), mask=is_real, other=0.0)
     query_partner = gl.load(from_query + (in_query + partner[None, :]), mask=is_real, other=0.0)
-    key = gl.load(from_key + column)
-    key_partner = gl.load(from_key + partner)
-    value = gl.load(from_key + (NUM_KV_HEADS * HEAD_DIM + column))
+    plain_keys, key_partners, new_values = (), (), ()
+    for token in gl.static_range(WIDTH):
+        from_token = from_key + token * (num_heads * HEAD_DIM)
+        plain_keys += (gl.load(from_token + column),)
+        key_partners += (gl.load(from_token + partner),)
+        new_values += (gl.load(from_token + (NUM_KV_HEADS * HEAD_DIM + column)),)
     query, query_partner = query.to(gl.float32), query_partner.to(gl.float32)
-    key, key_partner = key.to(gl.float32), key_partner.to(gl.float32)
     if HAS_NORM:
         inverse = gl.rsqrt(gl.sum(query * query, axis=1) / HEAD_DIM + eps)[:, None]
         query = (query * inverse * query_weight[None, :]).to(dtype).to(gl.float32)
         query_partner = (query_partner * inverse * query_partner_weight[None, :]).to(dtype).to(gl.float32)
-        inverse_of_key = gl.rsqrt(gl.sum(key * key, axis=0) / HEAD_DIM + eps)
-        key = (key * inverse_of_key * key_weight).to(dtype).to(gl.float32)
-        key_partner = (key_partner * inverse_of_key * key_partner_weight).to(dtype).to(gl.float32)
-    query = query * cosine[None, :] + query_partner * sine[None, :]
-    key = key * cosine + key_partner * sine
-    return query.to(dtype), key.to(dtype), value
+    query = query * query_cosine + query_partner * query_sine
+    new_keys = ()
+    for token in gl.static_range(WIDTH):
+        key, key_partner = plain_keys[token].to(gl.float32), key_partners[token].to(gl.float32)
+        if HAS_NORM:
+            inverse_of_key = gl.rsqrt(gl.sum(key * key, axis=0) / HEAD_DIM + eps)
+            key = (key * inverse_of_key * key_weight).to(dtype).to(gl.float32)
+            key_partner = (key_partner * inverse_of_key * key_partner_weight).to(dtype).to(gl.float32)
+        new_keys += ((key * cosines[token] + key_partner * sines[token]).to(dtype),)
+    return query.to(dtype), new_keys, new_values
 
 
 @gluon.jit
@@ -265,8 +314,8 @@ def _of_all_warps(maximum, total, attended, by_row: gl.constexpr, WARPS: gl.cons
 @gluon.jit
 def _combine(
     maxima, totals, sums, out, first_part, num_active,
-    GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, REAL_ROWS: gl.constexpr, CHUNK: gl.constexpr,
-    WARPS: gl.constexpr,
+    NUM_KV_HEADS: gl.constexpr, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, WIDTH: gl.constexpr,
+    REAL_ROWS: gl.constexpr, CHUNK: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """The last to arrive puts the parts together, CHUNK at a time, and always in the same order."""
     lanes: gl.constexpr = HEAD_DIM // 4
@@ -280,8 +329,8 @@ def _combine(
     attended = gl.zeros([REAL_ROWS, HEAD_DIM], gl.float32, gl.SliceLayout(0, layout))
     for start in range(0, num_active, CHUNK):
         part = start + gl.arange(0, CHUNK, layout=gl.SliceLayout(1, of_part))[:, None]
-        exists = (part < num_active) & (row < GROUP)
-        place = (first_part + part) * GROUP + row
+        exists = (part < num_active) & (row < WIDTH * GROUP)
+        place = (first_part + part) * (WIDTH * GROUP) + row
         maximum = gl.load(maxima + place, mask=exists, other=_FLOOR, cache_modifier=".cg")
         summand = gl.load(totals + place, mask=exists, other=0.0, cache_modifier=".cg")
         source = sums + place[:, :, None] * HEAD_DIM + column
@@ -297,8 +346,9 @@ def _combine(
     result = attended / total[:, None]
     real_row = gl.arange(0, REAL_ROWS, layout=of_row)
     target = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, gl.SliceLayout(0, layout)))
-    target = real_row[:, None] * HEAD_DIM + target[None, :]
-    gl.store(out + target, result.to(out.dtype.element_ty), mask=(real_row < GROUP)[:, None])
+    from_first = _to_row(real_row, GROUP * NUM_KV_HEADS, WIDTH, GROUP, HEAD_DIM)
+    target = from_first[:, None] + target[None, :]
+    gl.store(out + target, result.to(out.dtype.element_ty), mask=(real_row < WIDTH * GROUP)[:, None])
 
 
 def attend(
@@ -311,20 +361,24 @@ def attend(
     cut: Cut,
     tokens: NewTokens,
 ) -> Tensor:
-    """Attention of one token a sequence, [S, H, head_dim]; see `SplitAttention.store_and_attend`.
+    """Attention of W new tokens a sequence, [S * W, H, head_dim]; see `SplitAttention.store_and_attend`.
 
     Args:
-        heads: [S, H + 2 K, head_dim]: queries, keys and values of the newest tokens, neither normed nor
-            rotated nor stored.
+        heads: [S * W, H + 2 K, head_dim]: queries, keys and values of the new tokens, neither normed nor
+            rotated nor stored; W * H / K is at most 16.
+        lengths: int32 [S], with the new tokens.
     """
     assert heads.is_contiguous()
-    num_sequences, num_heads, head_dim = heads.shape
+    num_rows, num_heads, head_dim = heads.shape
     _, block_size, num_kv_heads, _ = keys.shape
     num_heads -= 2 * num_kv_heads
-    out = heads.new_empty(num_sequences, num_heads, head_dim)
-    group = num_heads // num_kv_heads
+    out = heads.new_empty(num_rows, num_heads, head_dim)
+    num_sequences, group = len(lengths), num_heads // num_kv_heads
+    width = num_rows // num_sequences
+    assert width * num_sequences == num_rows
+    assert width * group <= _MOST_ROWS
     norms = (heads, heads) if tokens.norms is None else tokens.norms
-    parts, real_rows = triton.next_power_of_2(cut.num_parts), triton.next_power_of_2(group)
+    parts, real_rows = triton.next_power_of_2(cut.num_parts), triton.next_power_of_2(width * group)
     _attend[(num_kv_heads, num_sequences, cut.num_parts)](
         heads,
         *norms,
@@ -345,6 +399,7 @@ def attend(
         NUM_KV_HEADS=num_kv_heads,
         GROUP=group,
         HEAD_DIM=head_dim,
+        WIDTH=width,
         BLOCK_SIZE=block_size,
         NUM_PARTS=cut.num_parts,
         ROWS=max(8, real_rows),  # what the matrix units take at least

@@ -22,17 +22,22 @@ _TILE = 64  # tokens that a program takes at a time, and the shortest part
 @triton.jit
 def _attend(
     queries, keys, values, block_tables, lengths, sums, maxima, totals, arrived, out, scale, table_stride,
-    NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    NUM_PARTS: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, NUM_PARTS: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program a sequence, key-value head and part of the sequence; online softmax (arXiv 1805.02867)."""
+    """One program a token, key-value head and part of its sequence; online softmax (arXiv 1805.02867).
+
+    A sequence's WIDTH tokens are as many sequences of lengths of their own, with one block table.
+    """
     start_next(PDL)
     # Heads first: what neighbours read at the same time lies side by side in the cache.
     kv_head = tl.program_id(0)
-    sequence = tl.program_id(1).to(tl.int64)
+    token = tl.program_id(1).to(tl.int64)
     part = tl.program_id(2)
+    sequence = token // WIDTH
     wait(PDL)
-    length = tl.load(lengths + sequence)
+    length = tl.load(lengths + sequence) - (WIDTH - 1) + (token % WIDTH).to(tl.int32)
     # Parts are whole tiles. Those beyond the end have nothing to do and are not waited for.
     part_length = tl.cdiv(tl.cdiv(length, NUM_PARTS), TILE) * TILE
     num_active = tl.maximum(tl.cdiv(length, tl.maximum(part_length, 1)), 1)
@@ -41,7 +46,7 @@ def _attend(
     row = tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
     is_real = (row < GROUP)[:, None] & (column < HEAD_DIM)[None, :]
-    head = sequence * NUM_KV_HEADS + kv_head
+    head = token * NUM_KV_HEADS + kv_head
     place = head * (GROUP * HEAD_DIM) + row[:, None] * HEAD_DIM + column[None, :]
     query = tl.load(queries + place, mask=is_real, other=0.0)
     maximum = tl.full([ROWS], float("-inf"), tl.float32)
@@ -52,8 +57,8 @@ def _attend(
         position = start + tl.arange(0, TILE)
         exists = position < end
         block = tl.load(block_tables + sequence * table_stride + position // BLOCK_SIZE, mask=exists, other=0)
-        token = block.to(tl.int64) * BLOCK_SIZE + position % BLOCK_SIZE
-        source = (token * NUM_KV_HEADS + kv_head)[:, None] * HEAD_DIM + column[None, :]
+        row_of_cache = block.to(tl.int64) * BLOCK_SIZE + position % BLOCK_SIZE
+        source = (row_of_cache * NUM_KV_HEADS + kv_head)[:, None] * HEAD_DIM + column[None, :]
         mask = exists[:, None] & (column < HEAD_DIM)[None, :]
         key = tl.load(keys + source, mask=mask, other=0.0)
         value = tl.load(values + source, mask=mask, other=0.0)
@@ -118,13 +123,14 @@ def attend(
     partial: Partial,
     num_parts: int,
 ) -> Tensor:
-    """Attention of one token a sequence, [S, H, head_dim]; see `SplitAttention`."""
+    """Attention of the last W tokens of each sequence, [S * W, H, head_dim]; see `SplitAttention`."""
     queries = queries.contiguous()
-    num_sequences, num_heads, head_dim = queries.shape
+    num_rows, num_heads, head_dim = queries.shape
     _, block_size, num_kv_heads, _ = keys.shape
-    out = queries.new_empty(num_sequences, num_heads, head_dim)
-    group = num_heads // num_kv_heads
-    _attend[(num_kv_heads, num_sequences, num_parts)](
+    out = queries.new_empty(num_rows, num_heads, head_dim)
+    group, width = num_heads // num_kv_heads, num_rows // len(lengths)
+    assert width * len(lengths) == num_rows
+    _attend[(num_kv_heads, num_rows, num_parts)](
         queries,
         keys,
         values,
@@ -137,6 +143,7 @@ def attend(
         NUM_KV_HEADS=num_kv_heads,
         GROUP=group,
         HEAD_DIM=head_dim,
+        WIDTH=width,
         BLOCK_SIZE=block_size,
         NUM_PARTS=num_parts,
         TILE=_TILE // 2 if keys.element_size() * head_dim > 512 else _TILE,

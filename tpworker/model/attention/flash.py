@@ -2,7 +2,7 @@
 
 Lengths and block tables are read on the device and nothing is planned on the host, so a decode step can be
 captured in a CUDA graph and replayed at other lengths. Decoding sequences and chunks of prompts go through
-one call.
+one call; so do the tokens of sequences with drafts, which see each other as chunks do.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def why_not(
 class _Plan:
     block_tables: Tensor  # int32 [S, W]
     lengths: Tensor  # int32 [S]
-    query_starts: Tensor | None  # int32 [S + 1]; None: one token a sequence
-    max_query: int
+    query_starts: Tensor | None  # int32 [S + 1]; None: `max_query` tokens a sequence
+    max_query: int  # tokens of a sequence in this batch, at most
     num_splits: int  # 0: the library decides
     schedule: Tensor | None  # how the kernel's blocks share the work, computed on the device
 
@@ -108,12 +108,13 @@ class FlashAttention:
             )
         is_decode = batch.num_decodes == len(batch.lengths)
         query_starts = None if is_decode else batch.query_starts
-        num_splits = 0 if is_decode or batch.max_query < WHOLE_FROM else 1
+        max_query = batch.width if is_decode else batch.max_query
+        num_splits = 0 if is_decode or max_query < WHOLE_FROM else 1
         schedule = None
         if self._share_schedule:
             schedule = self._library.get_scheduler_metadata(
                 batch_size=len(batch.lengths),
-                max_seqlen_q=1 if is_decode else batch.max_query,
+                max_seqlen_q=max_query,
                 max_seqlen_k=batch.block_tables.shape[1] * block_size,
                 num_heads_q=self.num_heads,
                 num_heads_kv=self.num_kv_heads,
@@ -126,7 +127,7 @@ class FlashAttention:
                 window_size=(self._left, -1),
                 num_splits=num_splits,
             )
-        return _Plan(batch.block_tables, batch.lengths, query_starts, batch.max_query, num_splits, schedule)
+        return _Plan(batch.block_tables, batch.lengths, query_starts, max_query, num_splits, schedule)
 
     def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, plan: _Plan) -> Tensor:
         """See `Attention`."""
@@ -134,7 +135,7 @@ class FlashAttention:
         # Not the library's own `flash_attn_with_kvcache`, a Python operator around this one: the first call
         # of such an operator imports torch's compiler, which takes seconds, and each one takes 10 µs more.
         attended: Tensor = _ops.flash_attn_3.fwd(
-            queries[:, None] if is_decode else queries,
+            queries.unflatten(0, (-1, plan.max_query)) if is_decode else queries,
             keys,
             values,
             seqused_k=plan.lengths,

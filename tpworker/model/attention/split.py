@@ -10,7 +10,8 @@ prompts go to another backend.
 
 Two kernels: `ring_kernel` for what is served, which also norms, rotates and stores the newest heads, and
 `split_kernel` for the rest. Lengths and block tables are read on the device; both can be captured in a CUDA
-graph.
+graph. Of sequences with drafts, `ring_kernel` takes all tokens at once while their queries are few; where they
+are not, FlashAttention 3 is the faster one.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ _MAX_PARTS = 32
 _MAX_WIDE_PARTS = 16  # the same for more than 8 query heads a key-value head: there is more to put together
 _WIDE = 2  # programs of four warps and three tiles of 64 tokens that a processor's shared memory holds
 _NARROW = 4  # of two warps and tiles of 32
+_RING_ROWS = 16  # queries of a sequence and key-value head that `ring_kernel` takes
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +76,11 @@ class SplitAttention:
     def prepare(self, batch: Batch, block_size: int) -> Any:
         """See `Attention`."""
         count = len(batch.lengths)
-        if batch.num_decodes < count:
+        if batch.num_decodes < count or not self._takes(batch.width, block_size):
             return self.others.prepare(batch, block_size)
-        cut = self.choose_cut(count, batch.block_tables.shape[1] * block_size)
-        pairs, group = count * self.num_kv_heads, self.num_heads // self.num_kv_heads
+        cut = self.choose_cut(count, batch.block_tables.shape[1] * block_size, batch.width)
+        # `ring_kernel` takes a sequence's tokens together, `split_kernel` each for itself: as many rows.
+        pairs, group = count * batch.width * self.num_kv_heads, self.num_heads // self.num_kv_heads
         device = batch.lengths.device
         sums = torch.empty(pairs, cut.num_parts, group, self.head_dim, device=device)
         maxima, totals = (torch.empty(pairs, cut.num_parts, group, device=device) for _ in range(2))
@@ -86,9 +89,9 @@ class SplitAttention:
         arrived = torch.zeros(pairs, dtype=torch.int32, device=device)
         return _SplitPlan(batch.block_tables, batch.lengths, cut, (sums, maxima, totals, arrived))
 
-    def choose_cut(self, count: int, longest: int) -> Cut:
-        """For `count` sequences of at most `longest` tokens."""
-        pairs, is_wide_group = count * self.num_kv_heads, self.num_heads > 8 * self.num_kv_heads
+    def choose_cut(self, count: int, longest: int, width: int = 1) -> Cut:
+        """For `count` sequences of at most `longest` tokens, `width` of them new."""
+        pairs, is_wide_group = count * self.num_kv_heads, self.num_heads * width > 8 * self.num_kv_heads
         wide = _WIDE * self._num_processors // pairs
         narrow = _NARROW * self._num_processors // pairs
         if not wide or (2 < narrow < 6 and not is_wide_group):
@@ -111,25 +114,36 @@ class SplitAttention:
     def store_and_attend(
         self, heads: Tensor, keys: Tensor, values: Tensor, plan: Any, tokens: NewTokens
     ) -> Tensor | None:
-        """Norm, rotate and store the newest tokens, and attend, in one kernel: heads [S, H + 2 K, head_dim].
+        """Norm, rotate and store the newest tokens, and attend, in one kernel: heads [T, H + 2 K, head_dim].
 
         Returns:
             As `__call__`; None if a kernel each must do it.
         """
-        if not isinstance(plan, _SplitPlan) or not self._takes_ring(keys):
+        if not isinstance(plan, _SplitPlan) or not self._takes_ring(keys, len(heads) // len(plan.lengths)):
             return None
         from tpworker.kernels import ring_kernel
 
         tables, lengths, partial, cut = plan.block_tables, plan.lengths, plan.partial, plan.cut
         return ring_kernel.attend(heads, keys, values, tables, lengths, partial, cut, tokens).flatten(1)
 
-    def _takes_ring(self, keys: Tensor) -> bool:
+    def _takes(self, width: int, block_size: int) -> bool:
+        """Whether decoding sequences of so many new tokens each are for the kernels here."""
+        # One that cannot be captured is no alternative.
+        return width == 1 or self.others.reads_lengths or self._fits_ring(width, block_size)
+
+    def _takes_ring(self, keys: Tensor, width: int) -> bool:
         """Whether `ring_kernel` takes this cache."""
         return (
             keys.dtype in (torch.bfloat16, torch.float16)
-            and self.head_dim in (64, 128)
-            and self.num_heads <= 16 * self.num_kv_heads
-            and keys.shape[1] % 16 == 0
             and torch.cuda.get_device_capability(keys.device) >= (8, 0)
+            and self._fits_ring(width, keys.shape[1])
+        )
+
+    def _fits_ring(self, width: int, block_size: int) -> bool:
+        """Whether it takes such heads and blocks, where it takes the type and the GPU."""
+        return (
+            self.head_dim in (64, 128)
+            and self.num_heads * width <= _RING_ROWS * self.num_kv_heads
+            and block_size % 16 == 0
             and has_gluon("tpworker.kernels.ring_kernel")
         )
