@@ -42,7 +42,8 @@ def finish_step(
     counter += 1
     tokens = tokens.view(-1, width)
     drafts = state.drafts[slots, : width - 1]
-    was_right = (drafts == tokens[:, :-1]).cumprod(dim=1)
+    # ~token may be -1, which is no draft.
+    was_right = ((drafts == tokens[:, :-1]) & (drafts >= 0)).cumprod(dim=1)
     stands = state.position[slots]
     counts = torch.minimum(1 + was_right.sum(dim=1), state.end[slots] - stands - 1).clamp_(min=0)
     place = torch.arange(width, device=slots.device)
