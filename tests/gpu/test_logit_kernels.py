@@ -102,6 +102,15 @@ def on_device(tables: LogitTables) -> LogitTables:
     )
 
 
+def there(slots: Tensor, positions: Tensor, tables: LogitTables) -> tuple[Tensor, Tensor, LogitTables]:
+    """A copy on the device."""
+    return slots.to(DEVICE), positions.to(DEVICE), on_device(tables)
+
+
+def no_drafts(slots: Tensor) -> Tensor:
+    return torch.zeros(len(slots), 0, dtype=torch.int64, device=DEVICE)
+
+
 def make_logits(rows: int, vocab: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
     """On the CPU; what the kernels must not choke on is among them."""
     draw = torch.Generator().manual_seed(seed)
@@ -132,8 +141,9 @@ def test_adjust(kernels: Any, vocab: int, dtype: torch.dtype, start: int, widths
     tables, (slots, positions) = make_tables(vocab, start, widths), place_rows()
     logits = make_logits(len(slots), vocab, dtype)
     source = logits.to(DEVICE, copy=True)
-    expected = logit_rules.adjust(logits, slots, positions, tables)
-    result = kernels.adjust(source, slots.to(DEVICE), positions.to(DEVICE), on_device(tables))
+    arguments = (slots, positions, tables)
+    expected = logit_rules.adjust(logits, *arguments, no_drafts(slots))
+    result = kernels.adjust(source, *there(*arguments), no_drafts(slots))
     assert result.dtype == torch.float32
     same(result, expected)
     same(source, logits)
@@ -145,14 +155,44 @@ def test_adjust(kernels: Any, vocab: int, dtype: torch.dtype, start: int, widths
         assert not torch.equal(expected[uses == rule].nan_to_num(), logits[uses == rule].float().nan_to_num())
 
 
+@pytest.mark.parametrize("vocab", VOCABS[1:])
+@pytest.mark.parametrize("width", [2, 3, 5])
+@pytest.mark.parametrize("start", [0, 1000])
+@pytest.mark.parametrize("widths", WIDTHS.values(), ids=WIDTHS.keys())
+def test_adjust_with_drafts(kernels: Any, vocab: int, width: int, start: int, widths: Widths) -> None:
+    """Drafts are of few kinds, often one twice, of this rank or not; some slots have fewer, or none."""
+    tables, (slots, positions) = make_tables(vocab, start, widths), place_rows()
+    # What barred words are made of, what has a bias, and any.
+    listed = torch.stack([ids[torch.randint(len(ids), (width - 1,))] for ids in tables.bias_ids[slots]])
+    kinds = torch.stack(
+        (torch.randint(0, 3, listed.shape), listed, start + torch.randint(-5, vocab + 5, listed.shape))
+    )
+    drafts = kinds.long().gather(0, torch.randint(0, 3, (1, *listed.shape)))[0].clamp_(min=0)
+    drafts[:, 1:] = torch.where(torch.rand(len(slots), width - 2) < 0.3, drafts[:, :1], drafts[:, 1:])
+    drafts[torch.arange(width - 1) >= torch.randint(0, 3 * width, (len(slots), 1))] = -1
+    places = (positions[:, None] + torch.arange(width)).flatten()
+    logits = make_logits(len(slots) * width, vocab, torch.bfloat16)
+    expected = logit_rules.adjust(logits, slots, places, tables, drafts)
+    result = kernels.adjust(logits.to(DEVICE), *there(slots, places, tables), drafts.to(DEVICE))
+    same(result, expected)
+    plain = logit_rules.adjust(
+        logits, slots.repeat_interleave(width), places, tables, no_drafts(places).cpu()
+    )
+    rows = expected.view(-1, width, vocab), plain.view(-1, width, vocab)
+    assert torch.equal(*(x[:, 0].nan_to_num() for x in rows))
+    uses, changed = tables.uses[slots], (rows[0].nan_to_num() != rows[1].nan_to_num()).flatten(1).any(dim=1)
+    assert bool(changed[(uses & PENALISED) != 0].any()), "the case shows nothing"
+    if width == 5 and widths.length > 1:
+        assert bool(changed[(uses & (PENALISED | WORDS_BARRED)) == WORDS_BARRED].any())
+
+
 @pytest.mark.parametrize("widths", [WIDTHS["few"], WIDTHS["served"]], ids=["few", "served"])
 def test_what_is_listed_changes_its_columns_alone(kernels: Any, widths: Widths) -> None:
     """Bias and barred words: only they, in slots that use nothing else; some are there, and some are not."""
     vocab, start = 300, 50
     tables, (slots, positions) = make_tables(vocab, start, widths), place_rows()
     logits = torch.randn(len(slots), vocab)
-    arguments = (slots.to(DEVICE), positions.to(DEVICE), on_device(tables))
-    result = kernels.adjust(logits.to(DEVICE), *arguments).cpu()
+    result = kernels.adjust(logits.to(DEVICE), *there(slots, positions, tables), no_drafts(slots)).cpu()
     changed = result != logits
     uses = tables.uses[slots]
     for row in (uses == BIASED).nonzero()[:, 0].tolist():
@@ -199,9 +239,8 @@ def test_barred_words(kernels: Any, words: list[list[int]], history: list[int], 
     slots, positions = torch.tensor([0]), torch.tensor([len(history)])
     expected = logits.clone()
     expected[0, barred] = -math.inf
-    same(logit_rules.adjust(logits, slots, positions, tables), expected)
-    result = kernels.adjust(logits.to(DEVICE), slots.to(DEVICE), positions.to(DEVICE), on_device(tables))
-    same(result, expected)
+    same(logit_rules.adjust(logits, slots, positions, tables, no_drafts(slots)), expected)
+    same(kernels.adjust(logits.to(DEVICE), *there(slots, positions, tables), no_drafts(slots)), expected)
 
 
 def test_a_barred_logit_that_is_nan_stays_so(kernels: Any) -> None:
@@ -210,24 +249,21 @@ def test_a_barred_logit_that_is_nan_stays_so(kernels: Any) -> None:
     logits = torch.randn(1, 40)
     logits[0, 6] = math.nan
     slots, positions = torch.tensor([0]), torch.tensor([1])
-    result = kernels.adjust(logits.to(DEVICE), slots.to(DEVICE), positions.to(DEVICE), on_device(tables))
+    result = kernels.adjust(logits.to(DEVICE), *there(slots, positions, tables), no_drafts(slots))
     assert result[0, 6].isnan()
-    same(result, logit_rules.adjust(logits, slots, positions, tables))
+    same(result, logit_rules.adjust(logits, slots, positions, tables, no_drafts(slots)))
 
 
 def test_rows_with_something_between_them(kernels: Any) -> None:
     vocab = 200
     tables, (slots, positions) = make_tables(vocab, 0, WIDTHS["few"]), place_rows()
     wide = make_logits(len(slots), vocab + 56, torch.float32)
-    expected = logit_rules.adjust(wide[:, :vocab], slots, positions, tables)
-    arguments = (slots.to(DEVICE), positions.to(DEVICE), on_device(tables))
-    same(kernels.adjust(wide.to(DEVICE)[:, :vocab], *arguments), expected)
-    assert kernels.adjust(
-        wide.to(DEVICE)[:0, :vocab], *(x[:0] for x in arguments[:2]), arguments[2]
-    ).shape == (
-        0,
-        vocab,
-    )
+    expected = logit_rules.adjust(wide[:, :vocab], slots, positions, tables, no_drafts(slots))
+    arguments = there(slots, positions, tables)
+    same(kernels.adjust(wide.to(DEVICE)[:, :vocab], *arguments, no_drafts(slots)), expected)
+    none = [x[:0] for x in arguments[:2]]
+    empty = kernels.adjust(wide.to(DEVICE)[:0, :vocab], *none, arguments[2], no_drafts(none[0]))
+    assert empty.shape == (0, vocab)
 
 
 @on_gpu
@@ -240,8 +276,8 @@ def test_rows_further_apart_than_32_bits_tell(kernels: Any) -> None:
     logits = make_logits(3, vocab, torch.bfloat16)
     spread.copy_(logits)
     slots, positions = torch.tensor([15, 3, 31]), torch.tensor([1, 20, 9])
-    expected = logit_rules.adjust(logits, slots, positions, tables)
-    same(kernels.adjust(spread, slots.to(DEVICE), positions.to(DEVICE), on_device(tables)), expected)
+    expected = logit_rules.adjust(logits, slots, positions, tables, no_drafts(slots))
+    same(kernels.adjust(spread, *there(slots, positions, tables), no_drafts(slots)), expected)
 
 
 @every_vocab
@@ -249,18 +285,19 @@ def test_steps_of_greedy_tokens(kernels: Any, vocab: int) -> None:
     """The tokens of several steps, each of which counts what it has chosen: what a captured step does."""
     start = 7
     tables = make_tables(vocab, start, WIDTHS["few"])
-    there = on_device(tables)
+    its_tables = on_device(tables)
     slots, positions = place_rows()
+    none = no_drafts(slots)
     for step in range(4):
         logits = torch.randn(len(slots), vocab).bfloat16()
-        tokens = logit_rules.adjust(logits, slots, positions, tables).argmax(dim=-1) + start
+        tokens = logit_rules.adjust(logits, slots, positions, tables, none.cpu()).argmax(dim=-1) + start
         arguments = (slots.to(DEVICE), positions.to(DEVICE))
-        found = kernels.adjust(logits.to(DEVICE), *arguments, there).argmax(dim=-1) + start
+        found = kernels.adjust(logits.to(DEVICE), *arguments, its_tables, none).argmax(dim=-1) + start
         assert torch.equal(found.cpu()[:-3], tokens[:-3]), step
         logit_rules.count_tokens(slots, tokens, positions, tables)
-        kernels.count_tokens(arguments[0], found, arguments[1], there)
-        assert torch.equal(there.counts[:-1].cpu(), tables.counts[:-1])
-        assert torch.equal(there.history[:-1].cpu(), tables.history[:-1])
+        kernels.count_tokens(arguments[0], found, arguments[1], its_tables)
+        assert torch.equal(its_tables.counts[:-1].cpu(), tables.counts[:-1])
+        assert torch.equal(its_tables.history[:-1].cpu(), tables.history[:-1])
         positions = positions + (slots < NUM_SLOTS)
 
 
@@ -285,14 +322,31 @@ def test_count_tokens(kernels: Any, count: int) -> None:
     }
     for name, rows in guarded.items():
         rows[1:-1] = getattr(tables, name).to(DEVICE)
-    there = dataclasses.replace(on_device(tables), **{name: rows[1:-1] for name, rows in guarded.items()})
-    kernels.count_tokens(slots.to(DEVICE), tokens.to(DEVICE), positions.to(DEVICE), there)
+    its = dataclasses.replace(on_device(tables), **{name: rows[1:-1] for name, rows in guarded.items()})
+    kernels.count_tokens(slots.to(DEVICE), tokens.to(DEVICE), positions.to(DEVICE), its)
     logit_rules.count_tokens(slots, tokens, positions, tables)
     for name, rows in guarded.items():
         assert torch.equal(rows[1:-2].cpu(), getattr(tables, name)[:-1]), name
         assert (rows[0] == 77).all()
         assert (rows[-1] == 77).all()
-    kernels.count_tokens(slots[:0].to(DEVICE), tokens[:0].to(DEVICE), positions[:0].to(DEVICE), there)
+    kernels.count_tokens(slots[:0].to(DEVICE), tokens[:0].to(DEVICE), positions[:0].to(DEVICE), its)
+
+
+def test_counting_several_tokens_of_a_slot(kernels: Any) -> None:
+    """As steps with drafts do: one token over and over, and rows of the null slot between."""
+    width, vocab = 5, 40
+    tables = make_tables(vocab, 0, WIDTHS["few"])
+    its = on_device(tables)
+    slots = torch.randperm(NUM_SLOTS).repeat_interleave(width)
+    tokens = torch.randint(0, 3, slots.shape)
+    tokens[:width] = 1
+    positions = torch.randint(0, 1 << 21, (NUM_SLOTS, 1)) + torch.arange(width)
+    slots[torch.randint(0, 4, slots.shape) == 0] = NUM_SLOTS
+    arguments = (slots, tokens, positions.flatten())
+    logit_rules.count_tokens(*arguments, tables)
+    kernels.count_tokens(*(x.to(DEVICE) for x in arguments), its)
+    assert torch.equal(its.counts[:-1].cpu(), tables.counts[:-1])
+    assert torch.equal(its.history[:-1].cpu(), tables.history[:-1])
 
 
 @on_gpu
@@ -300,14 +354,14 @@ def test_replayed_with_other_tables(kernels: Any) -> None:
     """A captured step reads slots, positions and tables as they are then, and counts what it finds."""
     vocab, start = 151_936, 0
     tables, (slots, positions) = make_tables(vocab, start, WIDTHS["served"]), place_rows()
-    there = on_device(tables)
-    at, standing = slots.to(DEVICE), positions.to(DEVICE)
+    at, standing, its = there(slots, positions, tables)
+    none = no_drafts(slots)
     logits = make_logits(len(slots), vocab, torch.bfloat16).to(DEVICE)
 
     def step() -> tuple[Tensor, Tensor]:
-        adjusted = kernels.adjust(logits, at, standing, there)
+        adjusted = kernels.adjust(logits, at, standing, its, none)
         tokens = adjusted.nan_to_num(-math.inf).argmax(dim=-1) + start
-        kernels.count_tokens(at, tokens, standing, there)
+        kernels.count_tokens(at, tokens, standing, its)
         return adjusted, tokens
 
     graph, (adjusted, tokens) = captured(step)
@@ -316,13 +370,13 @@ def test_replayed_with_other_tables(kernels: Any) -> None:
         source = make_logits(len(slots), vocab, torch.bfloat16, seed)
         for field in dataclasses.fields(tables):
             if field.name != "vocab_start":
-                getattr(there, field.name).copy_(getattr(tables, field.name))
+                getattr(its, field.name).copy_(getattr(tables, field.name))
         at.copy_(slots)
         standing.copy_(positions)
         logits.copy_(source)
         graph.replay()
         torch.cuda.synchronize()
-        same(adjusted, logit_rules.adjust(source, slots, positions, tables))
+        same(adjusted, logit_rules.adjust(source, slots, positions, tables, none.cpu()))
         logit_rules.count_tokens(slots, tokens.cpu(), positions, tables)
-        assert torch.equal(there.counts[:-1].cpu(), tables.counts[:-1])
-        assert torch.equal(there.history[:-1].cpu(), tables.history[:-1])
+        assert torch.equal(its.counts[:-1].cpu(), tables.counts[:-1])
+        assert torch.equal(its.history[:-1].cpu(), tables.history[:-1])

@@ -7,6 +7,7 @@ What `logit_rules` defines, in two kernels:
        before penalties; then those of barred words
 
 The second needs the first one's result only to be overwritten, so it looks everything up while that one runs.
+A slot with drafts has a row for each and one before them; a row sees the drafts before it as tokens.
 Sums and products are rounded one by one, as the definition does it: none is fused.
 """
 
@@ -49,10 +50,19 @@ def _penalise(value, count, penalties):
     return value - tl.where(of_output > 0, presence, 0.0)
 
 
+@triton.jit
+def _count_drafts(count, token, drafts, row, WIDTH: tl.constexpr):
+    """`count`, of tokens [..., 1 token each], and how often each of them is a draft before this row."""
+    for number in tl.static_range(WIDTH - 1):
+        draft = tl.load(drafts + row // WIDTH * (WIDTH - 1) + number)
+        count += ((token == draft) & (draft >= 0) & (row % WIDTH > number)).to(tl.int32)
+    return count
+
+
 @triton.jit(do_not_specialize_on_alignment=_VIEWS[:1])
 def _adjust_blocks(
-    logits, slots, uses_of, penalties, counts, allowed, out, size, stride, num_words,
-    WORDS: tl.constexpr, PDL: tl.constexpr,
+    logits, slots, drafts, uses_of, penalties, counts, allowed, out, size, stride, num_words, vocab_start,
+    WIDTH: tl.constexpr, WORDS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program a row and 32 * WORDS of its logits."""
     wait(PDL)
@@ -63,10 +73,11 @@ def _adjust_blocks(
     column = word * 32 + bit
     exists = column < size
     value = tl.load(logits + row * stride + column, mask=exists, other=0.0).to(tl.float32)
-    slot = tl.load(slots + row)
+    slot = tl.load(slots + row // WIDTH)
     uses = tl.load(uses_of + slot)
     if (uses & _PENALISED) != 0:
         count = tl.load(counts + slot * size + column, mask=exists, other=0)
+        count = _count_drafts(count, column + vocab_start, drafts, row, WIDTH)
         value = _penalise(value, count, penalties + slot * 3)
     if (uses & _MASKED) != 0:
         bits = tl.load(allowed + slot * num_words + word, mask=word < num_words, other=0)
@@ -76,10 +87,10 @@ def _adjust_blocks(
 
 @triton.jit(do_not_specialize_on_alignment=_VIEWS[:2])
 def _adjust_listed(
-    logits, slots, positions, uses_of, penalties, counts, allowed, bias_ids, bias, barred, history, out,
-    size, stride, num_words, vocab_start,
-    NUM_BIAS: tl.constexpr, NUM_BARRED: tl.constexpr, LENGTH: tl.constexpr, HISTORY: tl.constexpr,
-    BIAS: tl.constexpr, BARRED: tl.constexpr, TOKENS: tl.constexpr, PDL: tl.constexpr,
+    logits, slots, positions, drafts, uses_of, penalties, counts, allowed, bias_ids, bias, barred, history,
+    out, size, stride, num_words, vocab_start,
+    WIDTH: tl.constexpr, NUM_BIAS: tl.constexpr, NUM_BARRED: tl.constexpr, LENGTH: tl.constexpr,
+    HISTORY: tl.constexpr, BIAS: tl.constexpr, BARRED: tl.constexpr, TOKENS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program a row: columns that have a bias, then those of barred words.
 
@@ -87,7 +98,7 @@ def _adjust_listed(
     """
     start_next(PDL)
     row = tl.program_id(0).to(tl.int64)
-    slot = tl.load(slots + row)
+    slot = tl.load(slots + row // WIDTH)
     uses = tl.load(uses_of + slot)
     entry = tl.arange(0, BIAS)
     is_biased = ((uses & _BIASED) != 0) & (entry < NUM_BIAS)
@@ -98,6 +109,7 @@ def _adjust_listed(
     value = value + tl.load(bias + slot * NUM_BIAS + entry, mask=is_here, other=0.0)
     if (uses & _PENALISED) != 0:
         count = tl.load(counts + slot * size + column, mask=is_here, other=0)
+        count = _count_drafts(count, token, drafts, row, WIDTH)
         value = _penalise(value, count, penalties + slot * 3)
     if (uses & _MASKED) != 0:
         bits = tl.load(allowed + slot * num_words + column // 32, mask=is_here, other=0)
@@ -111,8 +123,8 @@ def _adjust_listed(
         other=-1,
     )
     is_next = _is_next(
-        barred, history + slot * HISTORY, slot * NUM_BARRED, tl.load(positions + row), is_barring,
-        NUM_BARRED, LENGTH, HISTORY, BARRED, TOKENS,
+        barred, history + slot * HISTORY, slot * NUM_BARRED, tl.load(positions + row), is_barring, drafts,
+        row, WIDTH, NUM_BARRED, LENGTH, HISTORY, BARRED, TOKENS,
     )  # fmt: skip
     barred_column = last - vocab_start
     is_barred = is_next & (last >= 0) & (barred_column >= 0) & (barred_column < size)
@@ -127,16 +139,29 @@ def _adjust_listed(
 
 @triton.jit
 def _is_next(
-    barred, history, first_word, position, is_barring, NUM_BARRED: tl.constexpr, LENGTH: tl.constexpr,
-    HISTORY: tl.constexpr, BARRED: tl.constexpr, TOKENS: tl.constexpr,
+    barred, history, first_word, position, is_barring, drafts, row, WIDTH: tl.constexpr,
+    NUM_BARRED: tl.constexpr, LENGTH: tl.constexpr, HISTORY: tl.constexpr, BARRED: tl.constexpr,
+    TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """Of each word, whether all but its last token are the last ones before `position`."""
+    """Of each word, whether all but its last token are the last ones before `position`.
+
+    The last ones of all are the drafts before this row.
+    """
     word = tl.arange(0, BARRED)[:, None]
     token = tl.arange(0, TOKENS)
     begins = token < LENGTH - 1
     place = position - (LENGTH - 1) + token
     # Before the first token of a sequence stands what is in no word.
     recent = tl.load(history + (place & (HISTORY - 1)), mask=is_barring & begins & (place >= 0), other=-2)
+    if WIDTH > 1:
+        its_drafts = drafts + row // WIDTH * (WIDTH - 1)
+        num_before = tl.zeros([], tl.int32)
+        for number in tl.static_range(WIDTH - 1):
+            is_before = (tl.load(its_drafts + number) >= 0) & (row % WIDTH > number)
+            num_before += is_before.to(tl.int32)
+        number = num_before - (LENGTH - 1) + token
+        is_draft = begins & (number >= 0) & (place >= 0)
+        recent = tl.where(is_draft, tl.load(its_drafts + number, mask=is_draft, other=0).to(tl.int32), recent)
     words = tl.load(
         barred + (first_word + word) * LENGTH + token[None, :],
         mask=is_barring & (word < NUM_BARRED) & begins[None, :],
@@ -146,16 +171,18 @@ def _is_next(
     return tl.min(is_alike.to(tl.int32), axis=1) == 1
 
 
-def adjust(logits: Tensor, slots: Tensor, positions: Tensor, tables: LogitTables) -> Tensor:
+def adjust(logits: Tensor, slots: Tensor, positions: Tensor, tables: LogitTables, drafts: Tensor) -> Tensor:
     """See `Operations.adjust`."""
-    num_rows, size = logits.shape
+    (num_rows, size), width = logits.shape, 1 + drafts.shape[1]
     out = torch.empty(num_rows, size, dtype=torch.float32, device=logits.device)
     if num_rows == 0:
         return out
     num_words, num_bias = tables.allowed.shape[1], tables.bias_ids.shape[1]
     num_barred, length = tables.barred.shape[1:]
     history = tables.history.shape[1]
+    assert num_rows == len(slots) * width
     assert logits.stride(1) == 1
+    assert drafts.is_contiguous()
     assert tables.counts.shape[1] == size
     assert history & (history - 1) == 0
     # Of `tables`: what both kernels read.
@@ -165,12 +192,15 @@ def adjust(logits: Tensor, slots: Tensor, positions: Tensor, tables: LogitTables
     _adjust_blocks[(num_rows, triton.cdiv(size, 32 * _WORDS))](
         logits,
         slots,
+        drafts,
         tables.uses,
         *dense,
         out,
         size,
         logits.stride(0),
         num_words,
+        tables.vocab_start,
+        WIDTH=width,
         WORDS=_WORDS,
         num_warps=8,
         enable_fp_fusion=False,
@@ -180,6 +210,7 @@ def adjust(logits: Tensor, slots: Tensor, positions: Tensor, tables: LogitTables
         logits,
         slots,
         positions,
+        drafts,
         tables.uses,
         *dense,
         *listed,
@@ -188,6 +219,7 @@ def adjust(logits: Tensor, slots: Tensor, positions: Tensor, tables: LogitTables
         logits.stride(0),
         num_words,
         tables.vocab_start,
+        WIDTH=width,
         NUM_BIAS=num_bias,
         NUM_BARRED=num_barred,
         LENGTH=length,
@@ -207,7 +239,7 @@ def _count_tokens(
     slots, tokens, positions, counts, history, num_rows, size, vocab_start,
     HISTORY: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program ROWS rows. Only the null slot may be met twice, and nobody looks at what it counts."""
+    """One program ROWS rows. A slot may have several, of one token too."""
     start_next(PDL)
     wait(PDL)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -219,10 +251,7 @@ def _count_tokens(
     tl.store(history + slot * HISTORY + (position & (HISTORY - 1)), token.to(tl.int32), mask=exists)
     column = token - vocab_start
     is_here = exists & (column >= 0) & (column < size)
-    place = counts + slot * size + column
-    count = tl.load(place, mask=is_here, other=0)
-    tl.debug_barrier()  # every thread has read: where one row is held by several of them, too
-    tl.store(place, count + 1, mask=is_here)
+    tl.atomic_add(counts + slot * size + column, 1, mask=is_here, sem="relaxed")
 
 
 def count_tokens(slots: Tensor, tokens: Tensor, positions: Tensor, tables: LogitTables) -> None:
