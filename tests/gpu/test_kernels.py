@@ -299,47 +299,6 @@ def check_sums_and_norms(
             near(result, gate(expected_product), tolerance)
 
 
-@pytest.mark.parametrize("width", [7, 2500])
-def test_begin_decode(fused: Any, width: int) -> None:
-    """Against indexing; padding rows share the null slot, which stays where it is."""
-    from tpworker.kernels import slot_kernels
-
-    num_slots = 300
-    last_token, position = torch.randint(0, 1 << 40, (2, num_slots + 1))
-    block_table = torch.randint(0, 1 << 30, (num_slots + 1, width), dtype=torch.int32)
-    position[-1] = 0
-    real = torch.randperm(num_slots)[:20]
-    slots = torch.cat([real, torch.full((12,), num_slots)])
-    there = [x.to(DEVICE, copy=True) for x in (slots, last_token, position, block_table)]
-    token_ids, positions, lengths, block_tables = (x.cpu() for x in slot_kernels.begin_decode(*there))
-    assert torch.equal(token_ids, last_token[slots])
-    assert torch.equal(positions, position[slots])
-    assert torch.equal(lengths, (position[slots] + 1).int())
-    assert torch.equal(block_tables, block_table[slots])
-    position[real] += 1
-    assert torch.equal(there[2].cpu(), position)
-
-
-@pytest.mark.parametrize("count", [0, 1, 5, 300, 1500])
-def test_finish_step(fused: Any, count: int) -> None:
-    from tpworker.kernels import slot_kernels
-
-    num_slots = 2000
-    last_token = torch.randint(0, 9, (num_slots + 1,), device=DEVICE)
-    counter, ring = torch.tensor([-1], device=DEVICE), torch.full((3, num_slots + 1), -1, device=DEVICE)
-    expected = last_token.clone()
-    for step in range(5):
-        slots = torch.randperm(num_slots)[:count].to(DEVICE)
-        tokens = torch.randint(0, 1 << 40, (count,), device=DEVICE)
-        expected[slots] = tokens
-        tokens[::3] = ~tokens[::3]  # by logits that are NaN
-        slot_kernels.finish_step(slots, tokens, last_token, counter, ring)
-        assert torch.equal(last_token, expected)
-        assert counter.tolist() == [step]
-        assert torch.equal(ring[step % 3, : 1 + count].cpu(), torch.tensor([step, *tokens.tolist()]))
-        assert (ring[step % 3, 1 + count :] == -1).all()
-
-
 def on_device(rows: SamplingRows) -> SamplingRows:
     return SamplingRows(*(getattr(rows, field.name).to(DEVICE) for field in dataclasses.fields(rows)))
 

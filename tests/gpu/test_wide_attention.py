@@ -1,7 +1,7 @@
 """Decode attention of several new tokens a sequence, as steps with drafts have them: on GPUs.
 
-The reference takes a sequence's new tokens as a chunk of a prompt. With TRITON_INTERPRET=1 and Triton installed
-the plain kernel's test runs on the CPU.
+The reference takes a sequence's new tokens as a chunk of a prompt. With TRITON_INTERPRET=1 and Triton
+installed the plain kernel's test runs on the CPU.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from tpworker.kernels.cuda_linear import CudaLinear as linear
 from tpworker.kernels.logit_kernels import adjust, count_tokens
 from tpworker.kernels.logprob_kernel import logprob_parts
 from tpworker.kernels.mask_kernel import take_masks
+from tpworker.kernels.ngram_kernel import look_up
 from tpworker.kernels.operands import Matrix, Routing
 from tpworker.kernels.sampling_kernel import best_tokens
 from tpworker.kernels.slot_kernels import begin_decode, begin_mixed, finish_step
@@ -30,6 +31,7 @@ __all__ = [
     "gelu_mul",
     "linear",
     "logprob_parts",
+    "look_up",
     "norm_rotate_store",
     "places",
     "ready_logits",

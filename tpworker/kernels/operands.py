@@ -79,8 +79,8 @@ class Cut:
 
 
 Partial = tuple[Tensor, Tensor, Tensor, Tensor]
-"""Of each pair of sequence and key-value head: float32 sums [S K, parts, H / K, head_dim], maxima and totals
-[S K, parts, H / K], and int32 [S K], how many parts are done."""
+"""Of each pair of sequence and key-value head: float32 sums [S K, parts, q, head_dim], maxima and totals
+[S K, parts, q], and int32 [S K], how many parts are done; q queries, H / K of each new token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +89,9 @@ class NewTokens:
 
     norms: tuple[Tensor, Tensor] | None  # of queries and keys, [head_dim] each
     eps: float
-    cos: Tensor  # float32 [S, 1, rotary_dim]
+    cos: Tensor  # float32 [T, 1, rotary_dim]
     sin: Tensor
-    rows: Tensor  # int64 [S], of the cache
+    rows: Tensor  # int64 [T], of the cache
 
 
 class Places(NamedTuple):

@@ -8,8 +8,8 @@ Each warp has its own tokens, its own maxima and sums, and meets the others only
 compute [tokens, queries] = K Q^T and [head_dim, queries] = V^T P with warps as a batch dimension, so that up
 to 8 query heads a key-value head cost no padding beyond 8, and the weights stay in registers.
 
-With drafts a sequence has WIDTH new tokens. Their queries are rows of the same products, the first token's heads
-first, and read the tokens before them once for all; among each other they attend in the last part alone.
+With drafts a sequence has WIDTH new tokens. Their queries are rows of the same products, the first token's
+heads first, and what is before them is read once for all; they attend to each other in the last part alone.
 
 It has no interpreter. Imports Triton: import it on CUDA only.
 """
@@ -17,6 +17,8 @@ It has no interpreter. Imports Triton: import it on CUDA only.
 # Triton has no types, and is not installed where there is no GPU.
 # mypy: disable-error-code="import-not-found, import-untyped, untyped-decorator, no-untyped-def"
 # mypy: disable-error-code="no-untyped-call"
+# Tuples grow in loops that are unrolled.
+# mypy: disable-error-code="assignment, misc, unreachable, var-annotated"
 
 from __future__ import annotations
 
@@ -49,8 +51,8 @@ def _attend(
 ):  # fmt: skip
     """One program a sequence, key-value head and part of the sequence; online softmax (arXiv 1805.02867).
 
-    `heads` is the whole product, [S * WIDTH, H + 2 K, HEAD_DIM]. Queries and keys are normed and rotated here,
-    as by `kernels.norm_rotate_store`; the last part stores the new tokens' keys and values, and adds them last.
+    `heads` is the whole product, [S * WIDTH, H + 2 K, HEAD_DIM]. Queries and keys are normed and rotated
+    here, as by `kernels.norm_rotate_store`; the last part stores the new keys and values, and adds them last.
 
     Lengths, tables, angles and rows are read before the wait: all layers have the same, and between what
     makes them and the first layer `prepare` launches a kernel plainly. So are keys and values of all tokens

@@ -135,7 +135,7 @@ class FlashAttention:
         # Not the library's own `flash_attn_with_kvcache`, a Python operator around this one: the first call
         # of such an operator imports torch's compiler, which takes seconds, and each one takes 10 µs more.
         attended: Tensor = _ops.flash_attn_3.fwd(
-            queries.unflatten(0, (-1, plan.max_query)) if is_decode else queries,
+            queries.view(-1, plan.max_query, *queries.shape[1:]) if is_decode else queries,
             keys,
             values,
             seqused_k=plan.lengths,

@@ -10,8 +10,8 @@ prompts go to another backend.
 
 Two kernels: `ring_kernel` for what is served, which also norms, rotates and stores the newest heads, and
 `split_kernel` for the rest. Lengths and block tables are read on the device; both can be captured in a CUDA
-graph. Of sequences with drafts, `ring_kernel` takes all tokens at once while their queries are few; where they
-are not, FlashAttention 3 is the faster one.
+graph. Of sequences with drafts, `ring_kernel` takes all new tokens at once while their queries are few; for
+more of them FlashAttention 3 is better.
 """
 
 from __future__ import annotations
