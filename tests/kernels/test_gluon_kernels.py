@@ -66,18 +66,21 @@ def test_products_of_few_rows(num_rows: int, size_in: int, size_out: int) -> Non
 
 
 @pytest.mark.parametrize("cut", [Cut(1, 2), Cut(4, 2), Cut(32, 4)], ids=str)
-@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(16, 8, 128), (12, 1, 128), (9, 3, 64)])
-def test_decode_attention(num_heads: int, num_kv_heads: int, head_dim: int, cut: Cut) -> None:
+@pytest.mark.parametrize(
+    ("num_heads", "num_kv_heads", "head_dim", "width"),
+    [(16, 8, 128, 1), (12, 1, 128, 1), (9, 3, 64, 1), (32, 8, 128, 2), (20, 4, 128, 3), (9, 3, 64, 5)],
+)
+def test_decode_attention(num_heads: int, num_kv_heads: int, head_dim: int, width: int, cut: Cut) -> None:
     from tpworker.kernels.ring_kernel import attend
 
-    heads = torch.empty(3, num_heads + 2 * num_kv_heads, head_dim, dtype=BF16)
+    heads = torch.empty(3 * width, num_heads + 2 * num_kv_heads, head_dim, dtype=BF16)
     keys = torch.empty(8, 16, num_kv_heads, head_dim, dtype=BF16)
     tables, lengths = torch.empty(3, 40, dtype=torch.int32), torch.empty(3, dtype=torch.int32)
-    parts, group = 3 * num_kv_heads * cut.num_parts, num_heads // num_kv_heads
+    parts, group = 3 * num_kv_heads * cut.num_parts, width * num_heads // num_kv_heads
     sums = torch.empty(parts * group, head_dim)
     partial = (sums, sums[:, 0].clone(), sums[:, 0].clone(), torch.zeros(3 * num_kv_heads, dtype=torch.int32))
-    weight, angle = torch.empty(head_dim, dtype=BF16), torch.empty(3, 1, head_dim // 2)
-    new = NewTokens((weight, weight), 1e-6, angle, angle, torch.empty(3, dtype=torch.int64))
+    weight, angle = torch.empty(head_dim, dtype=BF16), torch.empty(3 * width, 1, head_dim // 2)
+    new = NewTokens((weight, weight), 1e-6, angle, angle, torch.empty(3 * width, dtype=torch.int64))
 
     def work() -> None:
         attend(heads, keys, keys, tables, lengths, partial, cut, new)
