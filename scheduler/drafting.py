@@ -8,9 +8,8 @@ Both are estimates of what was seen. What is not in use is tried now and then, f
 and so does what is right about them. Trials are paid for: each step earns a little, and a trial costs what it
 is expected to lose. So all of them together cost less than a hundredth, however dear drafts are.
 
-Costs are ratios. Contexts grow and requests come and go, so a step of now is compared with what the usual kind
-of step takes now, never with a plain one of long ago. Steps with chunks of prompts tell of drafts, but not of
-costs.
+Costs are ratios. Contexts grow and requests come and go, so a step of now is compared with what the usual
+kind takes now, never with a plain one of long ago. Steps with chunks of prompts tell of drafts, not of costs.
 
 Nothing here draws random numbers or reads a clock: the same answers give the same choices.
 """
@@ -59,7 +58,7 @@ FADED = 0.25
 
 SHORTEST_MEMORY, LONGEST_MEMORY = 16, 160
 """Steps that an estimate of chances looks back on: the more, the less it costs to be wrong. Where one request
-decodes and drafts cost little, n-grams may find nothing for a while and then copy a page; many have a mean."""
+decodes and drafts cost little, n-grams may find nothing for a while, then copy a page; many have a mean."""
 
 NUM_TIMES, SETTLED = 9, 3
 """Times that a cost is the median of, at most, and how many are enough to compare others with."""
