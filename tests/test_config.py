@@ -16,7 +16,9 @@ import pytest
 import torch
 
 from tpworker import ConfigError, InvalidRequest, RuntimeConfig, SamplingParams
-from tpworker.ipc.child import pack_boot
+from tpworker.config import MAX_PROMPT_LOOKUP, MAX_SPECULATIVE_TOKENS
+from tpworker.ipc.child import MAX_LOOKUP, pack_boot
+from tpworker.ipc.messages import MAX_DRAFTS
 from tpworker.runtime.settings import scheduler_settings
 from tpworker.sampling_params import MAX_BIAS, MAX_CHOICES, choice_seed
 from tpworker.values import MAX_SEED, FrozenDict
@@ -274,6 +276,49 @@ def test_a_scheduling_policy_is_one_of_two() -> None:
     assert RuntimeConfig(scheduling_policy="priority").scheduling_policy == "priority"
     with pytest.raises(ConfigError, match="scheduling_policy='lpm': must be fcfs or priority"):
         RuntimeConfig(scheduling_policy="lpm")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"speculative_method": "eagle"}, "speculative_method='eagle': must be ngram, mtp or None"),
+        ({"speculative_method": 1}, "speculative_method=1: must be str or None"),
+        ({"num_speculative_tokens": 2}, "num_speculative_tokens=2 has no effect without speculative_method"),
+        (
+            {"prompt_lookup_max": 2},
+            "prompt_lookup_max=2 has no effect without speculative_method: set that to",
+        ),
+        (
+            {"speculative_method": "mtp", "prompt_lookup_min": 2},
+            "prompt_lookup_min=2 has no effect with speculative_method=mtp, which looks nothing up",
+        ),
+        (
+            {"speculative_method": "ngram", "num_speculative_tokens": 0},
+            "=0: must be from 1 to 8; for none, leave",
+        ),
+        ({"speculative_method": "mtp", "num_speculative_tokens": 9}, "=9: must be from 1 to 8"),
+        (
+            {"speculative_method": "ngram", "prompt_lookup_max": 17},
+            "prompt_lookup_max=17: must be from 1 to 16",
+        ),
+        (
+            {"speculative_method": "ngram", "prompt_lookup_min": 0},
+            "prompt_lookup_min=0: must be from 1 to 16",
+        ),
+        (
+            {"speculative_method": "ngram", "prompt_lookup_max": 2, "prompt_lookup_min": 3},
+            "prompt_lookup_min=3 is more than prompt_lookup_max=2: raise prompt_lookup_max, or lower",
+        ),
+        ({"speculative_method": "ngram", "num_speculative_tokens": 2.0}, "must be int or None"),
+    ],
+)
+def test_what_cannot_be_said_of_drafts(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        RuntimeConfig(**options)
+
+
+def test_the_bounds_of_drafts_are_those_of_messages() -> None:
+    assert (MAX_SPECULATIVE_TOKENS, MAX_PROMPT_LOOKUP) == (MAX_DRAFTS, MAX_LOOKUP)
 
 
 def test_each_choice_has_a_seed_of_its_own_and_the_first_the_requests() -> None:

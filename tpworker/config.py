@@ -16,9 +16,12 @@ DeviceName = Literal["auto", "cpu", "cuda"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 LoadFormat = Literal["auto", "dummy"]
 SchedulingPolicy = Literal["fcfs", "priority"]
+SpeculativeMethod = Literal["ngram", "mtp"]
 
 MAX_LOOKAHEAD = 16
 MAX_NUM_SEQS = 4096
+MAX_SPECULATIVE_TOKENS = 8
+MAX_PROMPT_LOOKUP = 16
 
 _KINDS: dict[str, tuple[type, ...]] = {
     "int": (int,),
@@ -30,6 +33,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "DtypeName": (str,),
     "LoadFormat": (str,),
     "SchedulingPolicy": (str,),
+    "SpeculativeMethod | None": (str, type(None)),
 }
 """What a field of `RuntimeConfig` may be, by its annotation: an integer is no bool, and no float either."""
 
@@ -77,6 +81,18 @@ class RuntimeConfig:
     max_queue: int = 1024
     """Most requests that wait for a slot, those still being tokenised included, beyond the ones that free
     slots are about to take; one more is refused with `QueueFull`. Each choice of a request counts."""
+    speculative_method: SpeculativeMethod | None = None
+    """Guess tokens, and check several in one step: outputs are the same, sooner. `ngram`: what followed when
+    the last few tokens stood in the prompt or the output before; any model. `mtp`: by the model's own
+    next-token layer, where it has one. None: one token a step."""
+    num_speculative_tokens: int | None = None
+    """Most drafts of one request in a step. How many there are is chosen while serving, by what they cost and
+    how many are right: 0, this, or a half, a quarter, … of it. None: 1 with `mtp`, 4 with `ngram`."""
+    prompt_lookup_max: int | None = None
+    """With `ngram`: tokens of the longest n-gram that is looked up, before shorter ones. None: 4, or
+    `prompt_lookup_min` if that is more."""
+    prompt_lookup_min: int | None = None
+    """With `ngram`: tokens of the shortest. None: 2, or `prompt_lookup_max` if that is less."""
     step_timeout: float = 60.0
     """Seconds after which a step that is not answered, or a rank that has not come, ends the runtime."""
     start_timeout: float = 600.0
@@ -94,6 +110,7 @@ class RuntimeConfig:
         self._settle_types()
         self._check_model()
         self._check_schedule()
+        self._check_speculation()
 
     def _check(self, ok: bool, name: str, limit: str) -> None:
         if not ok:
@@ -157,3 +174,35 @@ class RuntimeConfig:
         self._check(1 <= self.max_queue <= 2**20, "max_queue", f"from 1 to {2**20}")
         self._check(0 < self.step_timeout <= 86400, "step_timeout", "above 0 and at most 86400 seconds")
         self._check(0 < self.start_timeout <= 86400, "start_timeout", "above 0 and at most 86400 seconds")
+
+    def _check_speculation(self) -> None:
+        """Drafts: whether there are any, by which method, and how many."""
+        method, drafts = self.speculative_method, self.num_speculative_tokens
+        longest, shortest = self.prompt_lookup_max, self.prompt_lookup_min
+        self._check(method in (None, "ngram", "mtp"), "speculative_method", "ngram, mtp or None")
+        for name in ("num_speculative_tokens", "prompt_lookup_max", "prompt_lookup_min"):
+            said = f"{name}={shown(getattr(self, name))} has no effect"
+            if getattr(self, name) is None:
+                continue
+            if method is None:
+                raise ConfigError(
+                    f"{said} without speculative_method: set that to ngram or mtp, or leave this out"
+                )
+            if method == "mtp" and name != "num_speculative_tokens":
+                raise ConfigError(
+                    f"{said} with speculative_method=mtp, which looks nothing up: leave it out, or set "
+                    "speculative_method to ngram"
+                )
+        self._check(
+            drafts is None or 1 <= drafts <= MAX_SPECULATIVE_TOKENS,
+            "num_speculative_tokens",
+            f"from 1 to {MAX_SPECULATIVE_TOKENS}; for none, leave speculative_method out",
+        )
+        for name, length in (("prompt_lookup_max", longest), ("prompt_lookup_min", shortest)):
+            ok = length is None or 1 <= length <= MAX_PROMPT_LOOKUP
+            self._check(ok, name, f"from 1 to {MAX_PROMPT_LOOKUP}")
+        if longest is not None and shortest is not None and shortest > longest:
+            raise ConfigError(
+                f"prompt_lookup_min={shortest} is more than prompt_lookup_max={longest}: raise "
+                "prompt_lookup_max, or lower prompt_lookup_min"
+            )

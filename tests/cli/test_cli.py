@@ -48,13 +48,18 @@ FLAGS = {
     "--model",
     "--no-enable-overlap-schedule",
     "--no-prefix-caching",
+    "--num-speculative-tokens",
     "--port",
+    "--prompt-lookup-max",
+    "--prompt-lookup-min",
     "--reasoning-parser",
     "--root-path",
     "--scheduling-policy",
     "--seed",
     "--served-model-name",
     "--shutdown-timeout",
+    "--speculative-config",
+    "--speculative-method",
     "--ssl-certfile",
     "--ssl-keyfile",
     "--start-timeout",
@@ -140,6 +145,7 @@ def test_every_option_gets_to_its_place() -> None:
         --api-key key
         --root-path /llm/ --shutdown-timeout 2.5 --enable-force-include-usage --chat-template t.jinja
         --tool-call-parser hermes --reasoning-parser qwen3
+        --speculative-method ngram --num-speculative-tokens 3 --prompt-lookup-max 6 --prompt-lookup-min 3
     """
     options = parse(*arguments.split())
     assert options.config == RuntimeConfig(
@@ -161,6 +167,10 @@ def test_every_option_gets_to_its_place() -> None:
         step_timeout=1.5,
         start_timeout=90.0,
         chat_template="t.jinja",
+        speculative_method="ngram",
+        num_speculative_tokens=3,
+        prompt_lookup_max=6,
+        prompt_lookup_min=3,
     )
     assert (options.host, options.port) == ("0.0.0.0", 81)
     assert (options.served_model_names, options.api_key) == (("name", "other"), "key")

@@ -15,6 +15,7 @@ from tpworker.cli import terminal
 from tpworker.cli.terminal import StartProgress
 from tpworker.config import RuntimeConfig
 from tpworker.observe.start import Stage, StartTimes
+from tpworker.runtime.settings import Speculation
 
 
 class Screen(io.StringIO):
@@ -77,6 +78,7 @@ def test_what_is_ready_is_told_with_where_the_time_went() -> None:
         config=RuntimeConfig(tensor_parallel_size=2),
         start_times=times,
         served_name="model",
+        speculation=Speculation.of(RuntimeConfig()),
         device="cpu",
         dtype="float32",
         has_tokenizer=True,
@@ -98,3 +100,6 @@ def test_what_is_ready_is_told_with_where_the_time_went() -> None:
     assert "/v1/completions" in text
     assert '{"prompt": [1, 2, 3], "max_tokens": 8}' in text
     assert "model on 2 TP ranks on GPUs, bfloat16, http" in text
+    runtime.speculation = Speculation.of(RuntimeConfig(speculative_method="mtp"))
+    text = terminal.ready_text(runtime, options, 81)
+    assert "on GPUs, bfloat16, 1 draft a step by the model's own head, http" in text

@@ -40,6 +40,44 @@ def test_what_ranks_are_told() -> None:
     assert settings.rank_settings(RuntimeConfig(dtype="float32"), SPEC, "cpu", 9).dtype == "float32"
 
 
+NGRAM, MTP = {"speculative_method": "ngram"}, {"speculative_method": "mtp"}
+
+
+@pytest.mark.parametrize(
+    ("options", "told", "said"),
+    [
+        ({}, ("", 0, 1, 1), ""),
+        (NGRAM, ("ngram", 4, 4, 2), "up to 4 drafts a step by look-up of the last 2 to 4 tokens"),
+        (NGRAM | {"num_speculative_tokens": 8, "prompt_lookup_min": 6}, ("ngram", 8, 6, 6), "up to 8 drafts"),
+        (
+            NGRAM | {"prompt_lookup_max": 1},
+            ("ngram", 4, 1, 1),
+            "up to 4 drafts a step by look-up of the last 1",
+        ),
+        (
+            NGRAM | {"prompt_lookup_max": 9, "prompt_lookup_min": 1},
+            ("ngram", 4, 9, 1),
+            "the last 1 to 9 tokens",
+        ),
+        (MTP, ("mtp", 1, 1, 1), "1 draft a step by the model's own head"),
+        (
+            MTP | {"num_speculative_tokens": 3},
+            ("mtp", 3, 1, 1),
+            "up to 3 drafts a step by the model's own head",
+        ),
+    ],
+)
+def test_what_is_told_of_drafts(options: dict[str, Any], told: tuple[str, int, int, int], said: str) -> None:
+    config = RuntimeConfig(**options)
+    rank = settings.rank_settings(config, SPEC, "cpu", 2048)
+    assert (rank.speculative_method, rank.num_drafts) == told[:2]
+    assert (rank.prompt_lookup_max, rank.prompt_lookup_min) == told[2:]
+    assert settings.scheduler_settings(config, SPEC, "cpu", 2048).num_drafts == told[1]
+    assert said in str(settings.Speculation.of(config))
+    assert bool(said) == bool(str(settings.Speculation.of(config)))
+    assert unpack_dataclass(type(rank), pack_dataclass(rank)) == rank
+
+
 @pytest.mark.parametrize(
     ("device", "slots", "tokens", "sizes"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,8 @@ def _words(file: str, name: str, value: object, text: str, takes_value: bool) ->
         if begins := [one for one in value if one.startswith("-")]:
             raise ConfigError(f"{file}: {name}: {shown(begins[0])} must not begin with a dash")
         return [flag, *value]
+    if isinstance(value, dict) and flag == "--speculative-config":
+        return [f"{flag}={json.dumps(value, default=str)}"]
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         several = ", or a list of strings" if flag in _SEVERAL else ""
         raise ConfigError(f"{file}: {name}: {shown(value)} must be a string or a number{several}")

@@ -44,6 +44,15 @@ NAMES = {
     "--no-enable-prefix-caching": "--no-prefix-caching",
     "--disable-overlap-schedule": "--no-enable-overlap-schedule",
     "--no-async-scheduling": "--no-enable-overlap-schedule",
+    "--speculative-algorithm": "--speculative-method, ngram (NGRAM) or mtp (NEXTN)",
+    "--speculative-num-steps": "--num-speculative-tokens",
+    "--speculative-num-draft-tokens": "--num-speculative-tokens, one less: the token before them is none",
+    "--speculative-ngram-max-match-window-size": "--prompt-lookup-max",
+    "--speculative-ngram-min-match-window-size": "--prompt-lookup-min",
+    "--ngram-prompt-lookup-max": "--prompt-lookup-max",
+    "--ngram-prompt-lookup-min": "--prompt-lookup-min",
+    "--spec-method": "--speculative-method",
+    "--spec-tokens": "--num-speculative-tokens",
 }
 """What has another name here."""
 
@@ -56,7 +65,14 @@ _PORTS = "not needed: processes talk without ports, and /metrics is on --port"
 _WITH_MODEL = "not supported: it is read from the model's folder, put another one there"
 _ONE_KIND = "not supported yet: tensor parallelism (-tp) on one machine is all there is"
 _QUANTISED = "not supported yet: weights are served in float32, bfloat16 or float16 (--dtype)"
-_SPECULATION = "not supported yet: one token a step"
+_DRAFT_MODEL = (
+    "not supported: drafts come from n-grams (--speculative-method ngram) or from the model's own next-token "
+    "layer (--speculative-method mtp)"
+)
+_DRAFT_TREE = "not needed: drafts are a sequence, of up to --num-speculative-tokens"
+_DRAFT_HISTORY = "not needed: n-grams are looked up in the request's own prompt and output"
+_ACCEPTED = "not needed: outputs are those without drafts, whatever the sampling"
+_ADAPTIVE = "not needed: how many drafts a step has is chosen by what they cost and how many are right"
 _ADAPTERS = "not supported yet: merge the adapter into the weights"
 _TOOLS = "always on, for requests with tools (--tool-call-parser none switches it off): leave it out"
 _LLGUIDANCE = "not needed: llguidance, which is part of it, does that"
@@ -178,10 +194,28 @@ FACTS = {
     "--disable-hybrid-kv-cache-manager": _CHOSEN,
     "--enable-sleep-mode": "not supported yet: stop the server, and start it again",
     "--file-storage-path": "not supported: there are no files, and no batches of them",
-    "--speculative-config": _SPECULATION,
-    "--speculative-model": _SPECULATION,
-    "--speculative-algorithm": _SPECULATION,
-    "--num-speculative-tokens": _SPECULATION,
+    "--speculative-model": _DRAFT_MODEL,
+    "--spec-model": _DRAFT_MODEL,
+    "--speculative-draft-model-path": _DRAFT_MODEL,
+    "--speculative-draft-model-revision": _DRAFT_MODEL,
+    "--speculative-token-map": _DRAFT_MODEL,
+    "--speculative-draft-tensor-parallel-size": _DRAFT_MODEL,
+    "--speculative-eagle-topk": _DRAFT_TREE,
+    "--speculative-ngram-min-bfs-breadth": _DRAFT_TREE,
+    "--speculative-ngram-max-bfs-breadth": _DRAFT_TREE,
+    "--speculative-ngram-match-type": _DRAFT_TREE,
+    "--speculative-ngram-branch-length": _DRAFT_HISTORY,
+    "--speculative-ngram-max-trie-depth": _DRAFT_HISTORY,
+    "--speculative-ngram-capacity": _DRAFT_HISTORY,
+    "--speculative-accept-threshold-single": _ACCEPTED,
+    "--speculative-accept-threshold-acc": _ACCEPTED,
+    "--spec-decoding-acceptance-method": _ACCEPTED,
+    "--typical-acceptance-sampler-posterior-threshold": _ACCEPTED,
+    "--typical-acceptance-sampler-posterior-alpha": _ACCEPTED,
+    "--speculative-disable-by-batch-size": _ADAPTIVE,
+    "--speculative-adaptive": _ADAPTIVE,
+    "--speculative-adaptive-config": _ADAPTIVE,
+    "--extra-llm-api-options": "not an option: --config FILE has options by their names here",
     "--enable-lora": _ADAPTERS,
     "--lora-modules": _ADAPTERS,
     "--lora-paths": _ADAPTERS,

@@ -18,6 +18,7 @@ from tpworker.cli.server_options import (
     parse_origins,
     tls_files,
 )
+from tpworker.cli.speculation import speculation_in
 from tpworker.config import RuntimeConfig
 from tpworker.errors import ConfigError, shown
 from tpworker.values import is_utf8
@@ -87,6 +88,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options | DoctorOptions:
     command = given.pop("command")
     if (file := given.pop("config", None)) is not None:
         given = _options_in(file, flags) | given
+    given = speculation_in(given)
     given.setdefault("tensor_parallel_size", _default_tensor_parallel_size(given.get("device", "auto")))
     return _doctor_options(given) if command == "doctor" else _serve_options(given)
 

@@ -7,7 +7,7 @@ import dataclasses
 from typing import Any, NoReturn
 
 from tpworker.cli.server_options import API_KEY_VARIABLE
-from tpworker.config import RuntimeConfig
+from tpworker.config import MAX_PROMPT_LOOKUP, MAX_SPECULATIVE_TOKENS, RuntimeConfig
 from tpworker.errors import shown
 from tpworker.parsing import REASONING_FORMATS, TOOL_FORMATS
 from tpworker.version import version
@@ -70,6 +70,7 @@ def make_parser(source: str = "") -> tuple[argparse.ArgumentParser, dict[str, di
     )
     _add_model_options(serve.add_argument_group("model"))
     _add_schedule_options(serve.add_argument_group("schedule and memory"))
+    _add_speculation_options(serve.add_argument_group("speculation"))
     _add_server_options(serve.add_argument_group("server"))
     doctor = commands.add_parser(
         "doctor",
@@ -270,6 +271,35 @@ def _add_schedule_options(group: _Group) -> None:
         "seconds within which all ranks must have loaded the model",
         type=_number,
         metavar="SECONDS",
+    )
+
+
+def _add_speculation_options(group: _Group) -> None:
+    _add(
+        group,
+        "--speculative-method",
+        "guess tokens, and check several in one step: ngram, what followed when the last few tokens stood in "
+        "the prompt or the output before, with any model; mtp, by the model's own next-token layer (default: "
+        "none)",
+        choices=["ngram", "mtp"],
+    )
+    _add(
+        group,
+        "--num-speculative-tokens",
+        f"most drafts of one request in a step, up to {MAX_SPECULATIVE_TOKENS}; how many there are is chosen "
+        "by what they cost and how many are right (default: 4 with ngram, 1 with mtp)",
+        type=_integer,
+        metavar="N",
+    )
+    for flag, which, default in (("--prompt-lookup-max", "most", 4), ("--prompt-lookup-min", "fewest", 2)):
+        text = (
+            f"with ngram: {which} tokens that are looked up, up to {MAX_PROMPT_LOOKUP} (default: {default})"
+        )
+        _add(group, flag, text, type=_integer, metavar="N")
+    group.add_argument(
+        "--speculative-config",
+        metavar="JSON",
+        help='the same in one, as {"method": "ngram", "num_speculative_tokens": 4}',
     )
 
 

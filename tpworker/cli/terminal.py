@@ -73,7 +73,8 @@ def ready_text(runtime: Runtime, options: Options, port: int) -> str:
     ranks = "1 TP rank" if num_ranks == 1 else f"{num_ranks} TP ranks"
     place = "the CPU" if runtime.device == "cpu" else "a GPU" if num_ranks == 1 else "GPUs"
     name = options.served_model_names[0] if options.served_model_names else runtime.served_name
-    served = f"{name} on {ranks} on {place}, {runtime.dtype}"
+    drafts = f", {runtime.speculation}" if runtime.speculation.method else ""
+    served = f"{name} on {ranks} on {place}, {runtime.dtype}{drafts}"
     path, body = _example(runtime)
     key = " -H 'Authorization: Bearer '\"$API_KEY\"" if options.api_key is not None else ""
     times = runtime.start_times

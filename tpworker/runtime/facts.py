@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from tpworker.config import RuntimeConfig
 from tpworker.errors import RuntimeStopped
 from tpworker.runtime.loading import FoundModel
+from tpworker.runtime.settings import Speculation
 from tpworker.runtime.start import Served, Setup
 
 if TYPE_CHECKING:
@@ -38,6 +39,11 @@ class Facts:
     def dtype(self) -> str:
         """Of weights, activations and KV cache, e.g. 'bfloat16'; '' before the start."""
         return "" if self._setup is None else self._setup.group.rank.dtype
+
+    @property
+    def speculation(self) -> Speculation:
+        """How tokens are guessed, and how many at most; known before the start."""
+        return Speculation.of(self.config)
 
     @property
     def has_tokenizer(self) -> bool:

@@ -36,6 +36,47 @@ class StepSizes:
         return cls(min(slots, tokens), tokens)
 
 
+@dataclass(frozen=True, slots=True)
+class Speculation:
+    """How tokens are guessed, and how many at most."""
+
+    method: str
+    """'ngram', 'mtp', or '': not at all."""
+    num_drafts: int
+    """Of a request in one step, at most; 0: none."""
+    prompt_lookup_max: int
+    """Tokens of the longest n-gram that is looked up; 1 where none is."""
+    prompt_lookup_min: int
+
+    @classmethod
+    def of(cls, config: RuntimeConfig) -> Speculation:
+        """As configured, with what suits the method."""
+        method = config.speculative_method
+        if method is None:
+            return cls("", 0, 1, 1)
+        if method == "mtp":
+            return cls("mtp", config.num_speculative_tokens or 1, 1, 1)
+        longest, shortest = config.prompt_lookup_max, config.prompt_lookup_min
+        return cls(
+            "ngram",
+            config.num_speculative_tokens or 4,
+            longest or max(4, shortest or 0),
+            shortest or min(2, longest or 2),
+        )
+
+    def __str__(self) -> str:
+        """For people: '' if there is none."""
+        if not self.method:
+            return ""
+        drafts = "1 draft" if self.num_drafts == 1 else f"up to {self.num_drafts} drafts"
+        if self.method == "mtp":
+            return f"{drafts} a step by the model's own head"
+        lengths = f"{self.prompt_lookup_min} to {self.prompt_lookup_max}"
+        if self.prompt_lookup_min == self.prompt_lookup_max:
+            lengths = str(self.prompt_lookup_max)
+        return f"{drafts} a step by look-up of the last {lengths} tokens"
+
+
 def resolve_max_model_len(config: RuntimeConfig, spec: ModelSpec) -> int:
     """Most tokens of one request, prompt and output together.
 
@@ -73,12 +114,13 @@ def scheduler_settings(
         prefix_caching=config.prefix_caching,
         step_timeout=float(config.step_timeout),
         start_timeout=float(config.start_timeout),
+        num_drafts=Speculation.of(config).num_drafts,
     )
 
 
 def rank_settings(config: RuntimeConfig, spec: ModelSpec, device: str, max_model_len: int) -> RankSettings:
     """What a rank is told of the configuration."""
-    sizes = StepSizes.of(config, device)
+    sizes, speculation = StepSizes.of(config, device), Speculation.of(config)
     return RankSettings(
         lookahead=config.lookahead,
         max_num_seqs=sizes.max_num_seqs,
@@ -94,4 +136,8 @@ def rank_settings(config: RuntimeConfig, spec: ModelSpec, device: str, max_model
         check_ranks_agree=config.check_ranks_agree,
         step_timeout=float(config.step_timeout),
         start_timeout=float(config.start_timeout),
+        speculative_method=speculation.method,
+        num_drafts=speculation.num_drafts,
+        prompt_lookup_max=speculation.prompt_lookup_max,
+        prompt_lookup_min=speculation.prompt_lookup_min,
     )
