@@ -49,6 +49,11 @@ class RequestOutput(NamedTuple):
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
     """Of the prompt's tokens, one each, None for the first, before which nothing stands. With the first
     output of choice 0, which comes before any other's; None: not asked for, or told already."""
+    num_draft_tokens: int = 0
+    """Drafts that were checked for this choice so far (`RuntimeConfig.speculative_method`)."""
+    num_accepted_tokens: int = 0
+    """Of these, how many were right, and so came beside the token that each step yields: even if they stand
+    behind a stop string, and are not delivered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +70,8 @@ class Completion:
     index: int = 0
     logprobs: tuple[TokenLogprobs, ...] | None = None
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
 
     @property
     def num_output_tokens(self) -> int:
@@ -97,6 +104,8 @@ class StepRecord(NamedTuple):
     launched_ns: int
     started_ns: int
     ended_ns: int
+    num_drafts: int = 0
+    """Of each request that decodes, at most: the step checked so many tokens more of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,3 +136,7 @@ class Stats:
     aborted: int
     recent_steps: tuple[StepRecord, ...]
     """The last steps, at most 4096, oldest first."""
+    draft_tokens: tuple[int, ...] = ()
+    """Drafts that were checked, by position: how many requests and steps had a first one, a second, …"""
+    accepted_tokens: tuple[int, ...] = ()
+    """How many of them were right, and so all before them."""

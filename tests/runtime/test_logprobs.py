@@ -76,6 +76,21 @@ def test_each_token_comes_with_its_own() -> None:
     assert a.take().logprobs == (expected([5, 6], 7, 2),), "each once"
 
 
+def test_each_of_several_tokens_of_a_step_comes_with_its_own() -> None:
+    """Also where some of them are known already."""
+    requests = Requests()
+    a, b = open_request(requests, 1), open_request(requests, 0)
+    rows = [logprob_row([place], place) for place in range(5)]
+    output = step((a, 0, 0), (a, 1, 1), (b, 0, 0), (a, 2, 2), proposed=[2, 0, 0, 0])
+    requests.deliver(with_rows(output, dict(enumerate([rows[0], rows[1], rows[0], rows[2]]))))
+    output = step((a, 1, 1), (a, 2, 2), (a, 3, 3), (a, 4, 4), proposed=[3, 0, 0, 0])
+    requests.deliver(with_rows(output, dict(enumerate(rows[1:]))))
+    taken = a.take()
+    assert taken.token_ids == (0, 1, 2, 3, 4)
+    assert taken.logprobs == tuple(expected([place], place, 1) for place in range(5))
+    assert b.take().logprobs == (expected([0], 0, 0),)
+
+
 def test_what_is_repeated_is_dropped_with_its_logprobs() -> None:
     """After a restart: some that are known, then new ones."""
     requests = Requests()

@@ -18,6 +18,7 @@ def step(
     *tokens: tuple[Request, int, int],
     finished: Sequence[tuple[int, str]] = (),
     started: Sequence[tuple[Request, int]] = (),
+    proposed: Sequence[int] = (),
 ) -> StepOutput:
     """A step's output from (request, position, token)."""
     return StepOutput(
@@ -25,7 +26,7 @@ def step(
         pack_int32([position for _, position, _ in tokens]), pack_int32([token for _, _, token in tokens]),
         tuple(Finish(*finish) for finish in finished),
         tuple(Started(request.number, num_cached) for request, num_cached in started),
-        0, 0, TIMING, LOAD,
+        0, 0, TIMING, LOAD, proposed=pack_int32(proposed),
     )  # fmt: skip
 
 
@@ -78,6 +79,51 @@ def test_a_gap_is_an_error_that_says_what_is_missing(requests: Requests) -> None
     requests.deliver(step((a, 0, 10)))
     with pytest.raises(GapError, match=r"'a'.*position 2 came, but that at 1"):
         requests.deliver(step((a, 2, 12)))
+
+
+def test_several_tokens_of_a_step_are_told_with_the_drafts_they_came_of(requests: Requests) -> None:
+    a, b, c = (requests.open(name) for name in "abc")
+    requests.deliver(step((a, 0, 10), (b, 0, 20), (c, 0, 30)))
+    requests.deliver(
+        step((a, 1, 11), (a, 2, 12), (a, 3, 13), (b, 1, 21), (c, 1, 31), proposed=[4, 0, 0, 2, 0])
+    )
+    assert a.take() == RequestOutput(
+        "a", "", (10, 11, 12, 13), None, None, 0, 0, 4, num_draft_tokens=4, num_accepted_tokens=2
+    )
+    assert (b.take()[-2:], c.take()[-2:]) == ((2, 0), (0, 0))
+    last = step((b, 2, 22), (a, 4, 14), (a, 5, 15), proposed=[1, 1, 0], finished=[(2, "stop")])
+    requests.deliver(last)
+    output = a.take()
+    assert (output.token_ids, output.finish_reason, output[-2:]) == ((14, 15), "stop", (5, 3))
+    assert b.take()[-2:] == (3, 0)
+    assert requests.num_output_tokens == 11
+
+
+def test_drafts_of_what_is_repeated_or_of_nobody_are_not_counted_again(requests: Requests) -> None:
+    a, b = requests.open("a"), requests.open("b")
+    requests.close(b)
+    for _ in range(2):
+        requests.deliver(step((a, 0, 10)))
+        requests.deliver(step((a, 1, 11), (a, 2, 12), (b, 5, 1), (b, 6, 1), proposed=[3, 0, 3, 0]))
+    assert a.take()[-2:] == (3, 1)
+    assert b.take()[-2:] == (0, 0)
+
+
+def test_a_gap_within_a_step_is_an_error(requests: Requests) -> None:
+    a = requests.open("a")
+    with pytest.raises(GapError, match=r"'a'.*position 2 came, but that at 1"):
+        requests.deliver(step((a, 0, 10), (a, 2, 12), proposed=[1, 0]))
+
+
+def test_a_stop_string_cuts_within_the_tokens_of_a_step(requests: Requests) -> None:
+    a = with_text(requests.open("a"), "END")
+    text = ids("some EN text ENDmo")
+    for first in range(0, len(text), 6):
+        part = [(a, first + i, token) for i, token in enumerate(text[first : first + 6])]
+        requests.deliver(step(*part, proposed=[5, *[0] * (len(part) - 1)]))
+    output = a.take()
+    assert (output.text, output.stop_reason, output.num_output_tokens) == ("some EN text ", "END", 16)
+    assert output.token_ids == tuple(text[:16])
 
 
 def test_an_end_is_known_though_its_token_is_a_repetition(requests: Requests) -> None:

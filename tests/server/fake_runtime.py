@@ -116,6 +116,8 @@ class FakeRuntime(Facts):
     the_tokenizer: Tokenizer | None = field(default_factory=byte_tokenizer)
     configured: RuntimeConfig = field(default_factory=RuntimeConfig)
     gpu_states: tuple[GpuState, ...] = ()
+    draft_tokens: tuple[int, ...] = ()
+    accepted_tokens: tuple[int, ...] = ()
     requests: list[tuple[str, SamplingParams, str | None]] = field(default_factory=list)
     aborted: list[str | None] = field(default_factory=list)
     num_open: int = 0
@@ -194,7 +196,7 @@ class FakeRuntime(Facts):
         raise AssertionError("the server aborts by closing the generator")
 
     def stats(self) -> Stats:
-        steps = tuple(StepRecord(i, 0, 1, i * 1000, i * 1000 + 100, i * 1000 + 900) for i in range(1, 5))
+        steps = tuple(StepRecord(i, 0, 1, i * 1000, i * 1000 + 100, i * 1000 + 900, 2) for i in range(1, 5))
         return Stats(
             open=self.num_open,
             running=self.num_open,
@@ -209,6 +211,8 @@ class FakeRuntime(Facts):
             finished=len(self.requests) - self.num_open - len(self.aborted),
             aborted=len(self.aborted),
             recent_steps=steps,
+            draft_tokens=self.draft_tokens,
+            accepted_tokens=self.accepted_tokens,
         )
 
     async def generate(

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import re
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 
+import pytest
 from prometheus_client import CollectorRegistry, Counter
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.observe.fake_nvml import GIB, FakeGpu, FakeNvml
 from tests.server.conftest import LiveServer
 from tests.server.fake_runtime import FakeRuntime
+from tpworker.config import RuntimeConfig
 from tpworker.observe.nvml import Nvml, find_gpus
 from tpworker.observe.watch import GpuState, GpuWatch
 from tpworker.outputs import RequestOutput, StepRecord
@@ -58,7 +61,10 @@ def test_the_page_tells_how_the_runtime_does(start: Start) -> None:
 def test_what_is_served_and_on_what(start: Start) -> None:
     import tpworker
 
-    told = f'device="cpu",model="fake-model",tensor_parallel_size="1",version="{tpworker.__version__}"'
+    told = (
+        'device="cpu",model="fake-model",speculative_method="none",tensor_parallel_size="1",'
+        f'version="{tpworker.__version__}"'
+    )
     assert start().metric(f"tpworker_info{{{told}}}") == 1
     assert 'model="named"' in start(served_model_names=("named",)).get("/metrics").text
     assert "tpworker_info{" not in start(FakeRuntime(state="starting", is_found=False)).get("/metrics").text
@@ -71,6 +77,26 @@ def test_when_a_series_was_made_is_nobodys_business_but_other_registries(start: 
     theirs = CollectorRegistry()
     Counter("theirs", "Of the program that embeds us.", registry=theirs).inc()
     assert theirs.get_sample_value("theirs_created") is not None
+
+
+def test_without_drafts_there_is_nothing_of_them(start: Start) -> None:
+    assert "draft" not in start().get("/metrics").text
+
+
+def test_drafts_by_position(start: Start) -> None:
+    runtime = FakeRuntime(configured=RuntimeConfig(speculative_method="ngram", num_speculative_tokens=3))
+    server = start(runtime)
+    assert 'speculative_method="ngram"' in server.get("/metrics").text
+    assert server.metric('tpworker_draft_tokens_total{position="3"}') == 0, "from the start on"
+    runtime.draft_tokens, runtime.accepted_tokens = (9, 7, 2), (5, 3, 1)
+    expected = {
+        'tpworker_draft_tokens_total{position="1"}': 9,
+        'tpworker_draft_tokens_total{position="3"}': 2,
+        'tpworker_accepted_draft_tokens_total{position="1"}': 5,
+        'tpworker_accepted_draft_tokens_total{position="3"}': 1,
+        "tpworker_step_drafts": 2,
+    }
+    assert {name: server.metric(name) for name in expected} == expected
 
 
 def gpu_states(library: FakeNvml) -> tuple[GpuState, ...]:
@@ -152,6 +178,18 @@ def test_times_are_counted_once_a_choice() -> None:
         for name in ("time_to_first_token", "request_duration")
     )
     assert 0 < first < whole
+
+
+def test_the_time_per_token_is_that_of_each_where_several_come_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = iter([0.0, 1.0, 3.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(now))
+    metrics = Metrics(FakeRuntime())  # type: ignore[arg-type]
+    timing = Timing(metrics)
+    for finish, count in ((None, 1), (None, 5), ("length", 9)):
+        timing.add(0, output("xxxx", finish, count))
+    assert samples(metrics.registry, "tpworker_time_per_output_token_seconds_sum") == 2 / 8
 
 
 def test_step_gaps_are_those_with_work_to_do() -> None:

@@ -25,6 +25,8 @@ class LogprobRecord:
         self._prompt = tuple(prompt)
         self._arrived: list[TokenLogprobs] = []
         self._of_prompt: list[TokenLogprobs | None] = [None]
+        self.num_received = 0
+        """Tokens whose logprobs have come."""
         self.is_prompt_told = num_prompt_top is None
         """Whether there is nothing more to tell of the prompt."""
 
@@ -32,6 +34,7 @@ class LogprobRecord:
         """Of the next token."""
         assert self._num_top is not None
         self._arrived.append(_of(token, row, self._num_top))
+        self.num_received += 1
 
     def extend_prompt(self, position: int, rows: Iterable[LogprobRow]) -> None:
         """Of the prompt's tokens from `position` on; what is known already is dropped."""

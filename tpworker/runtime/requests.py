@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from itertools import islice, takewhile
 from typing import TYPE_CHECKING
 
 from tpworker.errors import RequestFailed
@@ -76,7 +78,9 @@ class Request:
         "is_running",
         "is_submitted",
         "logprobs",
+        "num_accepted",
         "num_cached",
+        "num_drafts",
         "num_prompt",
         "num_received",
         "number",
@@ -102,6 +106,9 @@ class Request:
         self.num_cached = 0
         self.num_received = 0
         """Tokens that came from the scheduler: the position of the next."""
+        self.num_drafts = 0
+        self.num_accepted = 0
+        """Drafts that steps had for it, and those that came of them as tokens."""
         self.is_submitted = False
         """Whether the scheduler knows of it."""
         self.is_running = False
@@ -175,6 +182,8 @@ class Request:
             self.index,
             logprobs,
             prompt_logprobs,
+            self.num_drafts,
+            self.num_accepted,
         )
 
 
@@ -248,9 +257,10 @@ class Requests:
         triples: Iterable[tuple[int, int, int]] = zip(
             numbers, unpack_int32(output.positions), unpack_int32(output.tokens), strict=True
         )
-        if output.logprobs_of:
+        if output.logprobs_of or output.proposed:
             triples = list(triples)
             self._deliver_logprobs(output, triples)
+            self._count_drafts(output, triples)
         delivered = 0
         for number, position, token in triples:
             request = by_number.get(number)
@@ -277,8 +287,20 @@ class Requests:
         for index, row in told:
             number, position, token = triples[index]
             request = self._by_number.get(number)
-            if request is not None and request.logprobs is not None and position == request.num_received:
+            if request is None or request.logprobs is None:
+                continue
+            if position == request.logprobs.num_received:
                 request.logprobs.append(token, row)
+
+    def _count_drafts(self, output: StepOutput, triples: Sequence[tuple[int, int, int]]) -> None:
+        """Those of the requests to which a step's tokens (number, position, token) will be delivered."""
+        for index, drafts in enumerate(unpack_int32(output.proposed)):
+            number, position, _ = triples[index]
+            request = self._by_number.get(number) if drafts else None
+            if request is not None and position == request.num_received:
+                request.num_drafts += drafts
+                own = takewhile(partial(_is_of, number), islice(triples, index, None))
+                request.num_accepted += sum(1 for _ in own) - 1
 
     def _start(self, number: int, num_cached: int) -> None:
         request = self._by_number.get(number)
@@ -287,3 +309,7 @@ class Requests:
             request.num_cached = num_cached
             self.num_waiting -= 1
             self.num_running += 1
+
+
+def _is_of(number: int, triple: tuple[int, int, int]) -> bool:
+    return triple[0] == number

@@ -346,6 +346,8 @@ class Runtime(Facts):
             finished=intake.num_finished,
             aborted=intake.num_aborted,
             recent_steps=tuple(steps.recent),
+            draft_tokens=load.drafts,
+            accepted_tokens=load.accepted,
         )
 
     def gpus(self) -> tuple[GpuState, ...]:

@@ -32,5 +32,6 @@ class Steps:
                 timing.launched,
                 timing.started,
                 timing.ended,
+                output.load.num_drafts,
             )
         )

@@ -268,4 +268,6 @@ def _completion(outputs: list[RequestOutput]) -> Completion:
         last.index,
         None if last.logprobs is None else tuple(one for output in outputs for one in output.logprobs or ()),
         next((output.prompt_logprobs for output in outputs if output.prompt_logprobs is not None), None),
+        last.num_draft_tokens,
+        last.num_accepted_tokens,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
@@ -12,7 +12,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 from prometheus_client.registry import Collector
 
 from tpworker.observe.watch import GpuState
-from tpworker.outputs import RequestOutput, StepRecord
+from tpworker.outputs import RequestOutput, Stats, StepRecord
 from tpworker.version import version
 
 if TYPE_CHECKING:
@@ -109,6 +109,7 @@ class _RuntimeCollector(Collector):
                 "model": self._name or self._runtime.served_name,
                 "tensor_parallel_size": str(self._runtime.config.tensor_parallel_size),
                 "device": self._runtime.device,
+                "speculative_method": self._runtime.speculation.method or "none",
             }
             yield InfoMetricFamily("tpworker", "What is served, and on what.", info)
         stats = self._runtime.stats()
@@ -144,7 +145,23 @@ class _RuntimeCollector(Collector):
         for quantile in (0.5, 0.99) if gaps else ():
             gap.add_metric([str(quantile)], gaps[int(quantile * (len(gaps) - 1))])
         yield gap
+        if num_drafts := self._runtime.speculation.num_drafts:
+            yield from _draft_metrics(stats, num_drafts)
         yield from _gpu_metrics(self._runtime.gpus())
+
+
+def _draft_metrics(stats: Stats, num_drafts: int) -> Iterable[Metric]:
+    """How many drafts there were at each position, from 1 to `num_drafts`, and how many were right."""
+    for name, text, counts in (
+        ("draft_tokens", "Drafts that steps have checked, by their position.", stats.draft_tokens),
+        ("accepted_draft_tokens", "Drafts that were right, and all before them.", stats.accepted_tokens),
+    ):
+        counter = CounterMetricFamily(f"tpworker_{name}", text, labels=["position"])
+        for position, count in zip_longest(range(1, num_drafts + 1), counts, fillvalue=0):
+            counter.add_metric([str(position)], count)
+        yield counter
+    last = stats.recent_steps[-1].num_drafts if stats.recent_steps else 0
+    yield GaugeMetricFamily("tpworker_step_drafts", "Drafts of each request in the last step, at most.", last)
 
 
 def _gpu_metrics(states: Sequence[GpuState]) -> Iterable[Metric]:

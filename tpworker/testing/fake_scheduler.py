@@ -1,7 +1,8 @@
 """A scheduler without ranks' work: it echoes. `python -m tpworker.testing.fake_scheduler`, as the real one.
 
 A request's output is its prompt, over and over: token i is prompt[i % len(prompt)], whatever the sampling,
-until a stop token, max_tokens or max_model_len; its logprobs are those of `FakeRank`. It meets the ranks and
+until a stop token, max_tokens or max_model_len; its logprobs are those of `FakeRank`. With drafts, a step has
+one token of a request, then two, and so on up to all that there may be, then one again. It meets the ranks and
 agrees on sizes with them, sends them Stop at the end, and nothing in between. For tests of everything on the
 runtime's side of it.
 """
@@ -9,7 +10,7 @@ runtime's side of it.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tpworker.ipc.arrays import pack_int32, pack_int64, unpack_int32
 from tpworker.ipc.board import Board, Field, Phase
@@ -46,6 +47,8 @@ class Echo:
     limit: int
     position: int = 0
 
+    num_steps: int = 0
+
     def token(self, place: int) -> int:
         """The one at that place of prompt and output."""
         return self.prompt[place % len(self.prompt)]
@@ -58,6 +61,19 @@ class Echo:
         """The prompt's logprobs."""
         rows = (self.logprob_row(place) for place in range(1, len(self.prompt)))
         return PromptLogprobs(self.submit.request, 1, b"".join(rows))
+
+
+@dataclass
+class _Rows:
+    """What a step's output has of all requests, one after the other."""
+
+    requests: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    proposed: list[int] = field(default_factory=list)
+    told: list[int] = field(default_factory=list)
+    logprobs: list[bytes] = field(default_factory=list)
+    finished: list[Finish] = field(default_factory=list)
 
 
 class FakeScheduler:
@@ -75,6 +91,8 @@ class FakeScheduler:
         self.num_blocks = agree_on_blocks(plans, ranks, boot.generation, timeout)
         self.plans = plans
         self.step = 0
+        self.drafted = [0] * boot.settings.num_drafts  # by position
+        self.accepted = [0] * boot.settings.num_drafts
         self.waiting: list[Echo] = []
         self.running: list[Echo] = []
 
@@ -119,46 +137,59 @@ class FakeScheduler:
         free = self.boot.settings.max_num_seqs - len(self.running)
         started, self.waiting = self.waiting[:free], self.waiting[free:]
         self.running += started
-        requests: list[int] = []
-        positions: list[int] = []
-        tokens: list[int] = []
-        finished: list[Finish] = []
-        told: list[int] = []
-        rows: list[bytes] = []
+        num_running = len(self.running)
+        rows = _Rows()
         for echo in self.running[:]:
-            token = echo.token(echo.position)
-            if echo.submit.sampling.num_logprobs != NO_LOGPROBS:
-                told.append(len(tokens))
-                rows.append(echo.logprob_row(len(echo.prompt) + echo.position))
-            requests.append(echo.submit.request)
-            positions.append(echo.position)
-            tokens.append(token)
-            echo.position += 1
-            if token in echo.stop_ids or echo.position == echo.limit:
-                finished.append(Finish(len(tokens) - 1, "stop" if token in echo.stop_ids else "length"))
+            if finish := self.step_of(echo, rows):
+                rows.finished.append(Finish(len(rows.tokens) - 1, finish))
                 self.running.remove(echo)
         now = time.monotonic_ns()
         self.step += 1
         return StepOutput(
             self.boot.generation,
             self.step - 1,
-            pack_int64(requests),
-            pack_int32(positions),
-            pack_int32(tokens),
-            tuple(finished),
+            pack_int64(rows.requests),
+            pack_int32(rows.positions),
+            pack_int32(rows.tokens),
+            tuple(rows.finished),
             tuple(Started(echo.submit.request, 0) for echo in started),
             sum(len(echo.prompt) for echo in started),
-            len(tokens) - len(started),
+            num_running - len(started),
             StepTiming(now, now, now),
-            SchedulerLoad(self.num_blocks - 1, 0, 0, 0),
-            pack_int32(told),
-            b"".join(rows),
+            SchedulerLoad(
+                self.num_blocks - 1, 0, 0, 0, tuple(self.drafted), tuple(self.accepted), len(self.drafted)
+            ),
+            pack_int32(rows.told),
+            b"".join(rows.logprobs),
             tuple(
                 echo.tell_of_prompt()
                 for echo in started
                 if echo.submit.sampling.num_prompt_logprobs != NO_LOGPROBS
             ),
+            pack_int32(rows.proposed) if self.drafted else b"",
         )
+
+    def step_of(self, echo: Echo, rows: _Rows) -> str:
+        """Adds a request's tokens of one step, and returns why it ended; '' if it has not."""
+        num_drafts = len(self.drafted) if echo.num_steps else 0
+        num_right = echo.num_steps % (1 + num_drafts)
+        echo.num_steps += 1
+        for place in range(num_drafts):
+            self.drafted[place] += 1
+            self.accepted[place] += place < num_right
+        for place in range(1 + num_right):
+            token = echo.token(echo.position)
+            if echo.submit.sampling.num_logprobs != NO_LOGPROBS:
+                rows.told.append(len(rows.tokens))
+                rows.logprobs.append(echo.logprob_row(len(echo.prompt) + echo.position))
+            rows.requests.append(echo.submit.request)
+            rows.positions.append(echo.position)
+            rows.tokens.append(token)
+            rows.proposed.append(0 if place else num_drafts)
+            echo.position += 1
+            if token in echo.stop_ids or echo.position == echo.limit:
+                return "stop" if token in echo.stop_ids else "length"
+        return ""
 
     def send(self, output: StepOutput) -> None:
         """Sends one step's output."""
