@@ -2,7 +2,7 @@
 
 A request's output is its prompt, over and over: token i is prompt[i % len(prompt)], whatever the sampling,
 until a stop token, max_tokens or max_model_len; its logprobs are those of `FakeRank`. With drafts, a step has
-one token of a request, then two, and so on up to all that there may be, then one again. It meets the ranks and
+one token of a request, then two, and so on up to all that there may be, then one. It meets the ranks and
 agrees on sizes with them, sends them Stop at the end, and nothing in between. For tests of everything on the
 runtime's side of it.
 """
