@@ -81,6 +81,7 @@ DOCTOR_FLAGS = {
     "--max-num-seqs",
     "--max-model-len",
     "--model",
+    "--speculative-method",
     "--tensor-parallel-size",
     "-h",
     "-tp",
@@ -185,7 +186,10 @@ def test_the_options_of_the_doctor() -> None:
     config = RuntimeConfig(model="m", tensor_parallel_size=4, device="cuda", max_model_len=99)
     assert options == cli.DoctorOptions(config, as_json=True)
     assert cli.parse(["doctor"]) == cli.DoctorOptions(RuntimeConfig(tensor_parallel_size=2), as_json=False)
-    memory = "--max-num-seqs 8 --max-num-batched-tokens 80 --block-size 32 --gpu-memory-utilization 0.5"
+    memory = (
+        "--max-num-seqs 8 --max-num-batched-tokens 80 --block-size 32 --gpu-memory-utilization 0.5 "
+        "--speculative-method ngram"
+    )
     options = cli.parse(["doctor", "--model", "m", *memory.split()])
     config = RuntimeConfig(
         model="m",
@@ -194,9 +198,10 @@ def test_the_options_of_the_doctor() -> None:
         max_num_batched_tokens=80,
         block_size=32,
         gpu_memory_utilization=0.5,
+        speculative_method="ngram",
     )
     assert options == cli.DoctorOptions(config, as_json=False)
-    for option, value in (("--dtype", "float16"), ("--block-size", "32")):
+    for option, value in (("--dtype", "float16"), ("--block-size", "32"), ("--speculative-method", "mtp")):
         with pytest.raises(ConfigError, match=f"{option} has no effect without --model"):
             cli.parse(["doctor", option, value])
     assert cli.main(["doctor", "--model", "m", "--max-num-seqs", "0"]) == 2

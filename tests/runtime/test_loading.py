@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,6 +21,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from tests.conftest import TINY_CONFIG
 from tests.model.helpers import tiny_model
+from tests.model.mtp_reference import make_checkpoint
 from tests.server.fake_runtime import byte_tokenizer
 from tpworker import Runtime
 from tpworker.config import RuntimeConfig
@@ -249,3 +252,54 @@ def test_a_template_has_no_effect_without_a_tokenizer(folder: Path, tmp_path: Pa
     config = RuntimeConfig(model=str(folder), chat_template=str(tmp_path / "own.jinja"))
     with pytest.raises(ConfigError, match="has no effect: there is no tokenizer"):
         find_model(config, lambda text, part: None)
+
+
+def with_head(folder: Path) -> Path:
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=128, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=128,
+    )  # fmt: skip
+    make_checkpoint(folder, config)
+    return folder
+
+
+def test_a_head_that_is_not_there_is_told_of_by_a_start_and_by_doctor(folder: Path) -> None:
+    config = RuntimeConfig(model=str(folder), speculative_method="mtp", load_format="dummy")
+    with pytest.raises(
+        ConfigError, match=r"^speculative_method=mtp: .*use --speculative-method ngram"
+    ) as caught:
+        find_model(config, lambda text, part: None)
+    assert "\n" not in str(caught.value)
+    assert [(check.state, check.found) for check in check_model(config, "cpu", ())] == [
+        ("missing", str(caught.value))
+    ]
+    ngram = dataclasses.replace(config, speculative_method="ngram")
+    assert find_model(ngram, lambda text, part: None).spec.mtp is None
+
+
+def test_a_head_is_part_of_what_doctor_counts(tmp_path: Path) -> None:
+    config = RuntimeConfig(model=str(with_head(tmp_path)))
+    mtp = dataclasses.replace(config, speculative_method="mtp")
+    assert find_model(mtp, lambda text, part: None).spec.mtp is not None
+    plain, headed = ({check.subject: check for check in check_model(one, "cpu", ())} for one in (config, mtp))
+    assert "speculation" not in plain
+    assert headed["speculation"].found == "1 draft a step by the model's own head"
+    assert headed["weights"].state == "ok"
+    per_token = [
+        float(re.search(r"\((\S+) KiB a token", found["memory"].found)[1])  # type: ignore[index]
+        for found in (plain, headed)
+    ]
+    assert per_token[1] == pytest.approx(per_token[0] * 3 / 2), "a third layer"
+
+
+def test_tensors_of_a_head_that_are_missing_are_told_of_before_a_process_is_started(tmp_path: Path) -> None:
+    folder = with_head(tmp_path)
+    file = folder / "model.safetensors"
+    save_file({name: t for name, t in load_file(file).items() if not name.startswith("mtp.")}, file)
+    mtp = RuntimeConfig(model=str(folder), speculative_method="mtp")
+    with pytest.raises(
+        ModelError, match="names a layer for multi-token prediction, and the checkpoint lacks"
+    ):
+        find_model(mtp, lambda text, part: None)
+    assert {check.subject: check.state for check in check_model(mtp, "cpu", ())}["weights"] == "missing"
+    find_model(dataclasses.replace(mtp, speculative_method=None), lambda text, part: None)

@@ -194,6 +194,7 @@ def _add_doctor_options(parser: argparse.ArgumentParser) -> None:
     _add_max_model_len(parser)
     _add(parser, "--load-format", "dummy: the weights' files need not be there", choices=["auto", "dummy"])
     _add_memory_options(parser)
+    _add_method(parser)
     parser.add_argument("--json", action="store_true", help="print what was found as JSON")
 
 
@@ -274,7 +275,7 @@ def _add_schedule_options(group: _Group) -> None:
     )
 
 
-def _add_speculation_options(group: _Group) -> None:
+def _add_method(group: _Group) -> None:
     _add(
         group,
         "--speculative-method",
@@ -283,6 +284,10 @@ def _add_speculation_options(group: _Group) -> None:
         "none)",
         choices=["ngram", "mtp"],
     )
+
+
+def _add_speculation_options(group: _Group) -> None:
+    _add_method(group)
     _add(
         group,
         "--num-speculative-tokens",

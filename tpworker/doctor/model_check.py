@@ -10,8 +10,8 @@ from tpworker.config import RuntimeConfig
 from tpworker.doctor.check import Check, missing, ok, warning
 from tpworker.errors import ConfigError, ModelError
 from tpworker.observe.nvml import Gpu
-from tpworker.runtime.loading import load_tokenizer, what_is_odd
-from tpworker.runtime.settings import StepSizes, resolve_max_model_len
+from tpworker.runtime.loading import check_drafts, load_tokenizer, what_is_odd
+from tpworker.runtime.settings import Speculation, StepSizes, resolve_max_model_len
 
 if TYPE_CHECKING:
     from tpworker.model.families import ModelSpec
@@ -44,10 +44,13 @@ def check_model(config: RuntimeConfig, device: str, gpus: tuple[Gpu, ...]) -> It
             return
         spec = read_spec(folder)
         length = resolve_max_model_len(config, spec)
+        check_drafts(config, spec)
     except (ModelError, ConfigError) as error:
         yield missing("model", str(error), None)
         return
     yield ok("model", f"{spec.architecture}, {spec.num_layers} layers, up to {length} tokens a request")
+    if drafts := str(Speculation.of(config)):
+        yield ok("speculation", drafts)
     yield from _files(config, folder, spec, is_fetched)
     yield _tokenizer(folder, is_fetched)
     yield _memory(config, spec, length, device, gpus)
@@ -77,14 +80,15 @@ def _files(config: RuntimeConfig, folder: Path, spec: ModelSpec, is_fetched: boo
             "weights", f"{absent[0]}{more} not in the hub's cache", "the first start will fetch them"
         )
         return
+    with_mtp = config.speculative_method == "mtp"
     try:
-        for line in what_is_odd(folder, spec, has_weights):
+        for line in what_is_odd(folder, spec, has_weights, with_mtp):
             yield warning("files", line, None)
         if not has_weights:
             return
         from tpworker.checkpoint.weights import check_weights  # imports torch
 
-        check_weights(folder, spec)
+        check_weights(folder, spec, with_mtp=with_mtp)
     except ModelError as error:
         yield missing("weights", str(error), None)
         return
@@ -110,11 +114,12 @@ def _memory(config: RuntimeConfig, spec: ModelSpec, length: int, device: str, gp
     from tpworker.model.kv_cache import KVCache
     from tpworker.model.tp import Shard
 
-    num_ranks = config.tensor_parallel_size
+    num_ranks, with_mtp = config.tensor_parallel_size, config.speculative_method == "mtp"
     dtype: torch.dtype = getattr(torch, spec.dtype if config.dtype == "auto" else config.dtype)
     shard = Shard.of(spec, 0, num_ranks)
-    weights = shard_bytes(spec, shard, dtype, torch.device(device))
-    block = KVCache.bytes_per_block(spec, shard, config.block_size, dtype)
+    weights = shard_bytes(spec, shard, dtype, torch.device(device), with_mtp=with_mtp)
+    num_layers = spec.num_layers + with_mtp
+    block = KVCache.bytes_per_block(spec, shard, config.block_size, dtype, num_layers)
     if device == "cuda":
         free = [gpu.free for gpu in gpus if gpu.free is not None]
         if not free:

@@ -57,7 +57,8 @@ def find_model(config: RuntimeConfig, progress: Progress, *, check_weights: bool
         check_weights: whether the ranks are such as read the weights, unless these are dummies.
 
     Raises:
-        ConfigError: the working directory is gone, or the chat template cannot be read.
+        ConfigError: the working directory is gone, the chat template cannot be read, or the model has no
+            head that could draft.
         ModelError: there is no such model, or it cannot be served.
     """
     check_working_directory()
@@ -67,7 +68,9 @@ def find_model(config: RuntimeConfig, progress: Progress, *, check_weights: bool
 
     folder = resolve_model(config.model, progress, weights=config.load_format != "dummy").absolute()
     spec = read_spec(folder)
-    for line in what_is_odd(folder, spec, check_weights and config.load_format != "dummy"):
+    check_drafts(config, spec)
+    with_mtp = config.speculative_method == "mtp"
+    for line in what_is_odd(folder, spec, check_weights and config.load_format != "dummy", with_mtp):
         logger.warning("%s", line)
     check_tokenizer_files(folder)
     if chat_template is not None and not has_tokenizer(folder):
@@ -99,8 +102,20 @@ def _read_template(file: str) -> str:
     return text
 
 
-def what_is_odd(folder: Path, spec: ModelSpec, check_weights: bool) -> list[str]:
+def check_drafts(config: RuntimeConfig, spec: ModelSpec) -> None:
+    """Whether a model can draft as it is asked to. Raises ConfigError."""
+    from tpworker.model.families import why_no_mtp
+
+    if config.speculative_method == "mtp" and (reason := why_no_mtp(spec)) is not None:
+        raise ConfigError(f"speculative_method=mtp: {reason}")
+
+
+def what_is_odd(folder: Path, spec: ModelSpec, check_weights: bool, with_mtp: bool = False) -> list[str]:
     """What a user should know of a model that can be served, a line each.
+
+    Args:
+        check_weights: look into the files of its weights.
+        with_mtp: look for those of its head for multi-token prediction, too.
 
     Raises:
         ModelError: it cannot be served: its weights are missing, cut off, or were never written.
@@ -111,7 +126,7 @@ def what_is_odd(folder: Path, spec: ModelSpec, check_weights: bool) -> list[str]
     if spec.generation_ignored:
         ignored = ", ".join(f"{name}={shown(value)}" for name, value in spec.generation_ignored.items())
         odd.append(f"generation_config.json asks for what is not supported, ignored: {ignored}")
-    return odd + check_files(folder, spec) if check_weights else odd
+    return odd + check_files(folder, spec, with_mtp=with_mtp) if check_weights else odd
 
 
 def check_working_directory() -> None:
