@@ -38,6 +38,9 @@ REMEASURE_STEPS = 512
 BETTER = 1.01
 """So many times more tokens a second, or the usual number stays: estimates have noise."""
 
+AS_GOOD = 1.005
+"""So many times fewer, and fewer drafts are as good."""
+
 CLOSE = 0.95
 """Of the usual number's tokens a second: what may in truth be better."""
 
@@ -56,11 +59,11 @@ GUESSED_COST = 0.04
 FADED = 0.25
 """What counts of evidence from before a trial: it is of a text long gone."""
 
-SHORTEST_MEMORY, LONGEST_MEMORY = 16, 160
+SHORTEST_MEMORY, LONGEST_MEMORY, WORTH_WAITING = 16, 160, 8.0
 """Steps that an estimate of chances looks back on: the more, the less it costs to be wrong. Where one request
 decodes and drafts cost little, n-grams may find nothing for a while, then copy a page; many have a mean."""
 
-NUM_TIMES, SETTLED = 9, 3
+NUM_TIMES, SETTLED = 15, 3
 """Times that a cost is the median of, at most, and how many are enough to compare others with."""
 
 
@@ -220,7 +223,7 @@ class Drafting:
     def _memory(self, num_decodes: int, num_drafts: int) -> float:
         size = _size(num_decodes)
         extra = self._ratio(size, num_drafts) / self._ratio(size, 0) - 1.0
-        return max(min(4.0 / max(extra, 1e-3), LONGEST_MEMORY / num_decodes), SHORTEST_MEMORY)
+        return max(min(WORTH_WAITING / max(extra, 1e-3), LONGEST_MEMORY) / num_decodes, SHORTEST_MEMORY)
 
     # ----------------------------------------------------------------------------------- choose
 
@@ -253,8 +256,11 @@ class Drafting:
         if costs.usual not in allowed:
             costs.usual = allowed[-1]
         known = [choice for choice in allowed if choice == 0 or self._is_known(choice)]
-        best = max(known, key=lambda choice: self._rate(size, choice))
-        if self._rate(size, best) > BETTER * self._rate(size, costs.usual):
+        rates = {choice: self._rate(size, choice) for choice in {*known, costs.usual}}
+        best = max(known, key=rates.__getitem__)
+        if rates[best] < BETTER * rates[costs.usual]:
+            best = next(choice for choice in sorted(rates) if rates[choice] * AS_GOOD >= rates[costs.usual])
+        if best != costs.usual:
             costs.tried[costs.usual] = costs.num_steps
             costs.usual = best
             costs.num_failed = 0
@@ -296,13 +302,13 @@ class Drafting:
         """
         if costs.usual == 0 and choice == self.choices[1]:
             return True
-        return self.chances.hoped_tokens(choice) / self._ratio(size, choice) > self._rate(size, costs.usual)
+        return self.chances.hoped_tokens(choice) / self._cost(size, choice) > self._rate(size, costs.usual)
 
     def _price(self, size: int, costs: Costs, choice: int, num_sampled: int) -> float:
         """What a trial is expected to lose, in steps: where no drafts are in use, as if none were right."""
         steps, usual = _trial_steps(num_sampled), costs.usual
         gain = self.chances.tokens(choice) / self.chances.tokens(usual) if usual else 1.0
-        lost = max(self._ratio(size, choice) / self._ratio(size, usual) - gain, 0.0)
+        lost = max(self._cost(size, choice) / self._cost(size, usual) - gain, 0.0)
         back = max(1.0 - gain, 0.0)  # its last step makes fewer drafts than the next one has places for
         return (steps + (choice > usual)) * lost + back + 0.01
 
@@ -331,7 +337,11 @@ class Drafting:
 
     def _rate(self, size: int, choice: int) -> float:
         """Expected tokens of a slot in the time of a plain step."""
-        return self.chances.tokens(choice) / self._ratio(size, choice)
+        return self.chances.tokens(choice) / self._cost(size, choice)
+
+    def _cost(self, size: int, choice: int) -> float:
+        """As `_ratio`, and not less than that of fewer drafts: what was measured has noise."""
+        return max(self._ratio(size, fewer) for fewer in self.choices if fewer <= choice)
 
     def _ratio(self, size: int, choice: int) -> float:
         """Cost of a step against a plain one: as known at this size, or at the nearest, or a guess."""

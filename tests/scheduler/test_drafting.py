@@ -90,6 +90,16 @@ def test_where_nothing_is_right_little_is_lost(slots: int, extra: float, choices
     assert world.rate(500) > 1 / 1.02
 
 
+@pytest.mark.parametrize("slots", [1, 16, 64])
+@pytest.mark.parametrize("extra", [0.02, 0.05, 0.3])
+@pytest.mark.parametrize("noise", [0.1, 0.2])
+def test_noise_does_not_look_like_a_gain(slots: int, extra: float, noise: float) -> None:
+    """No drafts that cost nothing: a step with more of them cannot be the shorter one."""
+    world = World(lambda step, position: 0.0, each(extra), lambda step: slots, noise=noise)
+    world.run(2500)
+    assert world.rate(500) > 1 / 1.025
+
+
 @pytest.mark.parametrize("slots", [1, 4, 16, 64])
 @pytest.mark.parametrize("choices", [(0, 1), CHOICES])
 def test_where_most_are_right_nearly_all_is_gained(slots: int, choices: tuple[int, ...]) -> None:
@@ -129,10 +139,13 @@ def test_deep_drafts_are_given_up_where_only_the_first_is_right() -> None:
     assert world.chosen[300:].count(1) > 600
 
 
-def test_copies_that_come_now_and_then_are_waited_for_where_it_costs_little() -> None:
-    world = World(lambda step, position: 0.95 if step % 110 < 10 else 0.0, each(0.01))
+@pytest.mark.parametrize(("extra", "least"), [(0.01, 1.23), (0.03, 1.1)])  # 1.27, 1.18: four drafts always
+def test_copies_that_come_now_and_then_are_waited_for_where_it_costs_little(
+    extra: float, least: float
+) -> None:
+    world = World(lambda step, position: 0.95 if step % 110 < 10 else 0.0, each(extra))
     world.run(4000)
-    assert world.rate(1000) > 1.2  # 1.27 with four drafts always
+    assert world.rate(1000) > least
 
 
 def test_each_size_of_the_batch_has_its_costs() -> None:
