@@ -1,0 +1,162 @@
+"""The benchmarks of speculation, as far as they need no GPU: a small model, a head that learns from it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from benchmarks.speculation import distill
+from benchmarks.speculation.agreement import _count, judge
+from benchmarks.speculation.head_files import merge, read_head, save_head
+from benchmarks.speculation.outputs import Outputs, Tongue, complete, lengths_of
+from benchmarks.speculation.plain_llama import Cache, Head, Llama
+from benchmarks.speculation.seeds import draw_prompts
+from benchmarks.speculation.texts import KINDS, read_prompts
+from tests.conftest import TINY_CONFIG
+
+CPU = torch.device("cpu")
+TEMPLATE = "{% for m in messages %}<u>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small Llama whose tokens are bytes."""
+    folder = tmp_path_factory.mktemp("llama")
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**TINY_CONFIG | {"tie_word_embeddings": True}))
+    with torch.no_grad():  # so that something is likelier than the rest
+        model.model.embed_tokens.weight *= 20
+    weights = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(TINY_CONFIG | {"tie_word_embeddings": True}))
+    alphabet = ["<u>", "<a>", "<end>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(alphabet[:3])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    names = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<end>", "chat_template": TEMPLATE}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names))
+    return folder
+
+
+@pytest.fixture
+def model(folder: Path) -> Llama:
+    return Llama.read(folder, CPU, torch.float32)
+
+
+def drawing() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def test_the_plain_llama_is_transformers(folder: Path, model: Llama) -> None:
+    tokens = torch.randint(0, 300, (3, 20), generator=drawing())
+    with torch.inference_mode():
+        expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(tokens).logits
+        assert torch.allclose(model.logits(model(tokens)), expected, atol=1e-4)
+        caches = [Cache.empty(model.sizes, 3, 20, model.lm_head.weight) for _ in model.layers]
+        rows = [model.logits(model.decode(tokens[:, i], caches, i)) for i in range(20)]
+    assert torch.allclose(torch.stack(rows, dim=1), expected, atol=1e-4)
+
+
+def test_texts_go_on_behind_prompts_of_different_lengths(model: Llama) -> None:
+    prompts = [[5, 6, 7], [8] * 9, [9] * 40]
+    texts = complete(model, prompts, 30, [0.0, 0.0, 0.0], drawing())
+    assert texts.prompt_lengths.tolist() == [3, 9, 30]
+    for row, prompt in enumerate(prompts):
+        kept = texts.tokens[row, : len(prompt)].tolist()
+        assert kept == prompt[:30]
+    with torch.inference_mode():
+        hidden = model(texts.tokens)
+    assert torch.allclose(texts.hidden, hidden, atol=1e-4), "hidden states are those of the tokens there"
+    likeliest = model.logits(hidden).argmax(dim=-1)
+    for row, length in enumerate((3, 9)):
+        assert torch.equal(texts.tokens[row, length:], likeliest[row, length - 1 : -1])
+    warm = complete(model, [[5, 6, 7]] * 50, 30, [5.0] * 50, drawing())
+    assert len({tuple(row) for row in warm.tokens.tolist()}) > 40
+    assert lengths_of(Outputs(torch.tensor([[2, 3, 2, 4], [2, 3, 4, 4]]), hidden, torch.tensor([1, 1])), 2) == [3, 4]
+
+
+def test_prompts_to_learn_from_are_none_of_those_to_judge_by(folder: Path) -> None:
+    tongue = Tongue(folder)
+    passages = ["A passage with a {} in it."]
+    asked = {tongue.text(tokens) for tokens in draw_prompts(random.Random(0), 3000, passages, tongue.chat)}
+    assert len(asked) > 500
+    assert "" in asked, "a conversation that has not begun"
+    assert any(passages[0] in text for text in asked)
+    judged = [prompt for kind in KINDS for prompt in read_prompts(kind)]
+    assert len(judged) == 24
+    assert not asked & set(judged)
+    alone = {tongue.text(tokens) for tokens in draw_prompts(random.Random(0), 200, [], tongue.chat)}
+    assert not any(passages[0] in text for text in alone)
+
+
+def options_of(**changed: object) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    distill.add_options(parser)
+    options = parser.parse_args(["--quick"])
+    vars(options).update(json=None, **changed)
+    return options
+
+
+def test_a_head_learns(folder: Path, model: Llama) -> None:
+    """Time is counted in steps here, so that the test says the same on any machine."""
+    tongue, head = Tongue(folder), Head.beginning(model)
+    before = judge(model, head, tongue, 200, drawing(), is_quick=True)
+    steps = iter(range(10**6))
+    losses = distill.train(model, head, tongue, options_of(rate=3e-3), drawing(), lambda: next(steps) / 400)
+    after = judge(model, head, tongue, 200, drawing(), is_quick=True)
+    assert losses[-1] < 0.8 * losses[0]
+    share = [sum(each.coupled for each in found) / len(found) for found in (before, after)]
+    assert share[1] > share[0] + 0.1, share
+    assert all(each.coupled == each.likeliest == each.apart for each in after if each.temperature == 0)
+    assert all(0 <= each.apart <= 1 and each.positions > 20 for each in after)
+
+
+def test_coupled_drafts_are_right_more_often_than_others() -> None:
+    """Of two distributions that are equal, all of them; a sample of its own rarely is."""
+    logits = torch.randn(2000, 50, generator=drawing())
+    coupled, likeliest, apart = (_count(logits, logits.clone(), 1.0, drawing()) / 2000).tolist()
+    assert coupled == 1
+    assert apart < likeliest < 0.5
+    assert (_count(logits, logits.clone(), 0.0, drawing()) == 2000).all()
+
+
+def test_a_head_beside_its_model(folder: Path, model: Llama, tmp_path: Path) -> None:
+    head = Head.beginning(model)
+    save_head(head, tmp_path / "head.safetensors")
+    again = read_head(tmp_path / "head.safetensors", model.sizes)
+    assert torch.equal(again.fc.weight, head.fc.weight.bfloat16().float())
+    assert distill.run(options_of(model=folder, merge=tmp_path / "head.safetensors", out=tmp_path / "both")) == 0
+    weights = load_file(tmp_path / "both/model.safetensors")
+    assert weights["mtp.fc.weight"].shape == (32, 64)
+    assert "mtp.layers.0.self_attn.q_proj.weight" in weights
+    assert torch.equal(weights["model.norm.weight"], load_file(folder / "model.safetensors")["model.norm.weight"])
+    assert json.loads((tmp_path / "both/config.json").read_text())["num_nextn_predict_layers"] == 1
+    assert Tongue(tmp_path / "both").chat("a") == Tongue(folder).chat("a")
+    save_file({"mtp.fc.weight": torch.zeros(2, 2)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="no head of"):
+        merge(folder, tmp_path / "other.safetensors", tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"merge": Path("x")}, "--merge and --out belong together"),
+        ({"model": Path("/nonexistent")}, "config.json"),
+    ],
+)
+def test_what_cannot_be_is_told(
+    changed: dict[str, object], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert distill.run(options_of(**changed)) == 2
+    assert told in capsys.readouterr().err
