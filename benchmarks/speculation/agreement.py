@@ -83,7 +83,9 @@ def _count(true: Tensor, drafted: Tensor, temperature: float, draw: torch.Genera
     shared = temperature * noise(true.shape, true.device, draw)
     other = temperature * noise(true.shape, true.device, draw)
     chosen = (true + shared).argmax(dim=-1)
-    drafts = torch.stack([(drafted + added).argmax(dim=-1) for added in (shared, torch.zeros_like(shared), other)])
+    drafts = torch.stack(
+        [(drafted + added).argmax(dim=-1) for added in (shared, torch.zeros_like(shared), other)]
+    )
     return (drafts == chosen).sum(dim=-1)
 
 

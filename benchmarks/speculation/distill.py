@@ -4,7 +4,8 @@ By turns the model writes texts (seeds.py) and the head learns from them: to tel
 the model had and the tokens that it chose, the distribution of the token behind (cross entropy with the
 model's own). It is one layer, which begins as the model's last. At the end drafts are counted that would be
 right, on prompts of which none was learnt from (agreement.py says what the columns are); and the head's
-tensors are written, which --merge puts into a folder with the model, to be served with --speculative-method mtp.
+tensors are written, which --merge puts into a folder with the model, to be served with
+--speculative-method mtp.
 
 Needs torch, transformers and safetensors; and a GPU, unless --quick is for a glance.
 """
@@ -138,7 +139,9 @@ def train(
             of_round.append(_learn(model, head, optimizer, *batch))
         if of_round:
             losses.append(float(torch.stack(of_round).mean()))
-            print(f"{passed():.0%}: {len(of_round)} steps, loss {losses[-1]:.4f}", file=sys.stderr, flush=True)
+            print(
+                f"{passed():.0%}: {len(of_round)} steps, loss {losses[-1]:.4f}", file=sys.stderr, flush=True
+            )
         if passed() >= 1:
             return losses
     raise AssertionError("the model never stops writing")
@@ -174,8 +177,7 @@ def _passages(outputs: Outputs, tongue: Tongue, shuffle: random.Random) -> list[
 def _batches(texts: Outputs, num_tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Tokens and hidden states of some texts after others."""
     many = max(1, num_tokens // texts.tokens.shape[1])
-    for tokens, hidden in zip(texts.tokens.split(many), texts.hidden.split(many), strict=True):
-        yield tokens, hidden
+    yield from zip(texts.tokens.split(many), texts.hidden.split(many), strict=True)
 
 
 def _rate(share: float) -> float:
@@ -185,7 +187,9 @@ def _rate(share: float) -> float:
     return 0.01 + 0.99 * (1 + math.cos(math.pi * (share - _WARM_UP) / (1 - _WARM_UP))) / 2
 
 
-def _learn(model: Llama, head: Head, optimizer: torch.optim.Optimizer, tokens: Tensor, hidden: Tensor) -> Tensor:
+def _learn(
+    model: Llama, head: Head, optimizer: torch.optim.Optimizer, tokens: Tensor, hidden: Tensor
+) -> Tensor:
     """One step; returns its loss, in nats a token."""
     device = tokens.device
     tokens, hidden = tokens.clone(), hidden.clone()  # as what is learnt from, no inference tensors
@@ -195,7 +199,7 @@ def _learn(model: Llama, head: Head, optimizer: torch.optim.Optimizer, tokens: T
             wanted = model.logits(hidden[:, 1:]).softmax(dim=-1)
         loss = -(wanted * model.logits(guessed).log_softmax(dim=-1)).sum(dim=-1).mean()
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     torch.nn.utils.clip_grad_norm_(head.parameters(), 1.0)
     optimizer.step()
     return loss.detach()

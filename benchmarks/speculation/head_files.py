@@ -19,7 +19,9 @@ _BESIDE = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 def save_head(head: Head, path: Path) -> None:
     """Its tensors alone, in bfloat16."""
     tensors = head.state_dict().items()
-    save_file({PREFIX + name: tensor.to("cpu", torch.bfloat16).contiguous() for name, tensor in tensors}, path)
+    save_file(
+        {PREFIX + name: tensor.to("cpu", torch.bfloat16).contiguous() for name, tensor in tensors}, path
+    )
 
 
 def read_head(path: Path, sizes: Sizes) -> Head:

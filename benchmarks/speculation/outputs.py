@@ -1,4 +1,4 @@
-"""What a plain Llama (plain_llama.py) says of many prompts at once, with the hidden states it has on the way."""
+"""What a plain Llama (plain_llama.py) says of many prompts at once, and its hidden states on the way."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ class Tongue:
         )
         if question is None:
             text = text[: text.rindex("?")]
-        return self._tokenizer.encode(text, add_special_tokens=False)  # type: ignore[no-any-return]
+        return self._tokenizer.encode(text, add_special_tokens=False)
 
     def text(self, tokens: Sequence[int]) -> str:
         """Without special tokens."""
-        return self._tokenizer.decode(tokens, skip_special_tokens=True)  # type: ignore[no-any-return]
+        return self._tokenizer.decode(tokens, skip_special_tokens=True)
 
 
 def noise(shape: Sequence[int], device: torch.device, draw: torch.Generator) -> Tensor:

@@ -2,8 +2,8 @@
 
 Modules have the names that checkpoints give them: those of a Llama's files, and of Qwen3-Next's head.
 
-    head at position i:   token i + 1 ─► embedding ─► norm ─┐
-                          hidden i, behind the final norm ─► norm ─► fc ─► layer ─► norm ─► output head: token i + 2
+    at position i:  token i + 1 ─► embedding ─► norm ─┐
+                    hidden i, behind the final norm ─► norm ─► fc ─► layer ─► norm ─► output head: token i + 2
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ class Attention(nn.Module):
             grouped = q.view(batch, self.sizes.num_key_value_heads, -1, self.sizes.head_dim)
             out = F.scaled_dot_product_attention(grouped, k, v).reshape(q.shape)
         out = out.transpose(1, 2).reshape(batch, length, -1)
-        return self.o_proj(out)  # type: ignore[no-any-return]
+        return self.o_proj(out)
 
 
 class Mlp(nn.Module):
@@ -132,7 +132,7 @@ class Mlp(nn.Module):
         self.down_proj = nn.Linear(sizes.intermediate_size, sizes.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # type: ignore[no-any-return]
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Layer(nn.Module):
@@ -143,12 +143,10 @@ class Layer(nn.Module):
         self.post_attention_layernorm = Norm(sizes.hidden_size, sizes.rms_norm_eps)
         self.mlp = Mlp(sizes)
 
-    def forward(
-        self, x: Tensor, rotation: Rotation, cache: Cache | None = None, position: int = 0
-    ) -> Tensor:
+    def forward(self, x: Tensor, rotation: Rotation, cache: Cache | None = None, position: int = 0) -> Tensor:
         """[B, T, D]; with a cache, T is 1 and the token is at `position`."""
         x = x + self.self_attn(self.input_layernorm(x), rotation, cache, position)
-        return x + self.mlp(self.post_attention_layernorm(x))  # type: ignore[no-any-return]
+        return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Llama(nn.Module):
@@ -177,7 +175,7 @@ class Llama(nn.Module):
         x = self.embed_tokens(tokens)
         for layer in self.layers:
             x = layer(x, rotation)
-        return self.norm(x)  # type: ignore[no-any-return]
+        return self.norm(x)
 
     def decode(self, tokens: Tensor, caches: Sequence[Cache], position: int) -> Tensor:
         """Of the next token of each sequence, int64 [B]: [B, D]."""
@@ -185,7 +183,7 @@ class Llama(nn.Module):
         x = self.embed_tokens(tokens)[:, None]
         for layer, cache in zip(self.layers, caches, strict=True):
             x = layer(x, rotation, cache, position)
-        return self.norm(x)[:, 0]  # type: ignore[no-any-return]
+        return self.norm(x)[:, 0]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., V], in float32."""
@@ -230,4 +228,4 @@ class Head(nn.Module):
         """
         both = (self.pre_fc_norm_embedding(embeddings), self.pre_fc_norm_hidden(hidden))
         rotation = Rotation.of(self.sizes, torch.arange(hidden.shape[1], device=hidden.device))
-        return self.norm(self.layers[0](self.fc(torch.cat(both, dim=-1)), rotation))  # type: ignore[no-any-return]
+        return self.norm(self.layers[0](self.fc(torch.cat(both, dim=-1)), rotation))

@@ -1,7 +1,7 @@
 """What a model is asked so that it writes the texts that its head learns from; texts/ is not among it.
 
-Four kinds: questions and tasks about topics; code; passages to be copied or changed, which the model itself has
-written before; and nothing, so that it makes up the question too (as in Xu et al., arXiv 2406.08464).
+Four kinds: questions and tasks about topics; code; passages to be copied or changed, which the model itself
+has written before; and nothing, so that it makes up the question too (as in Xu et al., arXiv 2406.08464).
 """
 
 from __future__ import annotations
@@ -10,13 +10,15 @@ import random
 from collections.abc import Callable, Sequence
 
 TOPICS = (
-    "volcanoes", "bread", "the moon", "bees", "bicycles", "the Roman Empire", "chess", "coffee", "glaciers", "jazz",
-    "photosynthesis", "trains", "the human heart", "solar panels", "whales", "the printing press", "football",
-    "a family holiday", "gardening", "the stock market", "dreams", "clouds", "the Silk Road", "batteries", "painting",
-    "a new job", "vaccines", "rivers", "the Internet", "dinosaurs", "time zones", "salt", "the piano", "gravity",
-    "a lost dog", "democracy", "soap", "tea", "deserts", "recycling", "the violin", "earthquakes", "a birthday party",
-    "cheese", "black holes", "mathematics", "a small town", "running", "the sea", "languages", "winter", "robots",
-    "healthy food", "a dragon", "clocks", "ants", "airplanes", "the French Revolution", "books", "friendship",
+    "volcanoes", "bread", "the moon", "bees", "bicycles", "the Roman Empire", "chess", "coffee",
+    "glaciers", "jazz", "photosynthesis", "trains", "the human heart", "solar panels", "whales",
+    "the printing press", "football", "a family holiday", "gardening", "the stock market", "dreams",
+    "clouds", "the Silk Road", "batteries", "painting", "a new job", "vaccines", "rivers",
+    "the Internet", "dinosaurs", "time zones", "salt", "the piano", "gravity", "a lost dog",
+    "democracy", "soap", "tea", "deserts", "recycling", "the violin", "earthquakes",
+    "a birthday party", "cheese", "black holes", "mathematics", "a small town", "running",
+    "the sea", "languages", "winter", "robots", "healthy food", "a dragon", "clocks", "ants",
+    "airplanes", "the French Revolution", "books", "friendship",
 )  # fmt: skip
 TASKS = (
     "What is the most important thing to know about {}?",
@@ -36,12 +38,14 @@ TASKS = (
     "Why do people care about {}?",
 )
 PROGRAMS = (
-    "reverses a string", "finds the prime numbers up to n", "sorts a list of numbers", "counts the vowels in a text",
-    "checks whether a word is a palindrome", "computes Fibonacci numbers", "merges two dictionaries",
-    "reads a file line by line", "converts Celsius to Fahrenheit", "removes duplicates from a list",
-    "finds the longest word in a sentence", "computes the factorial of n", "parses a date", "rolls two dice",
-    "finds the greatest common divisor", "flattens a nested list", "counts words in a file", "draws a triangle of stars",
-    "checks a password", "searches a sorted list", "adds two matrices", "downloads a page", "rounds prices",
+    "reverses a string", "finds the prime numbers up to n", "sorts a list of numbers",
+    "counts the vowels in a text", "checks whether a word is a palindrome",
+    "computes Fibonacci numbers", "merges two dictionaries", "reads a file line by line",
+    "converts Celsius to Fahrenheit", "removes duplicates from a list",
+    "finds the longest word in a sentence", "computes the factorial of n", "parses a date",
+    "rolls two dice", "finds the greatest common divisor", "flattens a nested list",
+    "counts words in a file", "draws a triangle of stars", "checks a password",
+    "searches a sorted list", "adds two matrices", "downloads a page", "rounds prices",
     "groups people by age", "keeps the balance of a bank account", "shuffles a deck of cards",
 )  # fmt: skip
 PROGRAMMING = (
