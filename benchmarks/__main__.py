@@ -15,6 +15,7 @@ from benchmarks.common.options import new_file
 BENCHMARKS = {
     "gpu": ("steps.gpu", "decode steps on GPUs, beside their graphs alone"),
     "table": ("steps.table", "GLM-4.5-Air and ERNIE-4.5-21B-A3B on GPUs, overlap off and on"),
+    "drafts": ("steps.drafts", "decode steps with drafts on GPUs, right as often as is asked for"),
     "barrier": ("collectives.barrier", "the admission barrier, beside gloo's"),
     "collectives": ("collectives.collectives", "what GPUs do together: sums, choices, barriers"),
     "kernels": (

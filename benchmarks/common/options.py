@@ -19,6 +19,14 @@ def positive(text: str) -> int:
     return value
 
 
+def share(text: str) -> float:
+    """A number from 0 to 1."""
+    value = float(text)
+    if not 0 <= value <= 1:  # nor NaN
+        raise argparse.ArgumentTypeError(f"{text} is no share: from 0 to 1")
+    return value
+
+
 def shape(text: str) -> str:
     """MODEL:TP, e.g. `qwen3-8b:2`."""
     model, _, ranks = text.partition(":")
