@@ -14,6 +14,7 @@ from tpworker.model.kv_cache import KVCache
 from tpworker.model.tp import Shard
 from tpworker.rank.collectives import SoleRank
 from tpworker.rank.cuda import CudaDevice
+from tpworker.rank.drafter import Drafter, MtpDrafter, NgramDrafter
 from tpworker.rank.runner import Runner
 from tpworker.rank.slots import SlotTable
 
@@ -32,17 +33,29 @@ TINY: dict[str, Any] = {
 """Of a config of transformers: heads that the kernels for GPUs serve, and nothing that ends an output."""
 
 
-def cuda_runners(folder: Path, device: CudaDevice, count: int = 1) -> list[Runner]:
-    """Runners of one rank, in bfloat16, with the same weights, and slots and KV of their own."""
-    spec = read_spec(folder)
-    shard = Shard.of(spec, 0, 1)
+def cuda_runners(
+    folder: Path, device: CudaDevice, count: int = 1, method: str = "", num_drafts: int = 0
+) -> list[Runner]:
+    """Runners of one rank, in bfloat16, with the same weights, and slots and KV of their own.
+
+    Args:
+        method: who makes drafts: 'ngram' (of 1 to 3 tokens), 'mtp', or '': nobody.
+    """
+    spec, here = read_spec(folder), device.torch_device
+    shard, with_mtp, dtype = Shard.of(spec, 0, 1), method == "mtp", torch.bfloat16
     with torch.inference_mode():
-        weights = load_weights(folder, spec, shard, torch.bfloat16, device.torch_device)
-        decoder = Decoder(spec, weights, shard, SoleRank(), MAX_MODEL_LEN)
+        weights = load_weights(folder, spec, shard, dtype, here, with_mtp=with_mtp)
+        decoder = Decoder(spec, weights, shard, SoleRank(), MAX_MODEL_LEN + num_drafts)
         num_blocks = NUM_SLOTS * BLOCKS_PER_SLOT + 1
         runners = []
         for _ in range(count):
-            cache = KVCache(spec, shard, num_blocks, BLOCK_SIZE, torch.bfloat16, device.torch_device)
-            table = SlotTable(NUM_SLOTS, BLOCKS_PER_SLOT, device.torch_device, (0, shard.vocab.local))
-            runners.append(Runner(decoder, cache, table, device, SoleRank(), 4))
+            cache = KVCache(spec, shard, num_blocks, BLOCK_SIZE, dtype, here, spec.num_layers + with_mtp)
+            width = BLOCKS_PER_SLOT + (num_drafts > 0)
+            history = MAX_MODEL_LEN if method == "ngram" else 0
+            vocab = (0, shard.vocab.local)
+            table = SlotTable(NUM_SLOTS, width, here, vocab, None, num_drafts, history)
+            drafter: Drafter | None = NgramDrafter(table, 3, 1) if history else None
+            if with_mtp:
+                drafter = MtpDrafter(decoder, cache, table)
+            runners.append(Runner(decoder, cache, table, device, SoleRank(), 4, drafter=drafter))
     return runners
