@@ -10,6 +10,8 @@ publisher: the yardstick for what the runtime adds. The tables:
   products   µs of each matrix product and of the norm before it, every layer's weight in turn
   sampling   µs from logits to tokens, plain and with what requests can ask for: min-p, top-k and top-p
              (truncated), rules of every kind, logprobs; and all of it at once, in every row
+  drafts     µs a layer of attention where each sequence has W new tokens, and of what steps with drafts read
+             from the slot table and write to it; look-up in histories of 8,000 tokens
   kernels    of the fastest backend, the profiler's time by kernel
 """
 
@@ -34,7 +36,7 @@ from benchmarks.common.options import positive
 from benchmarks.common.report import machine, save
 from tpworker.checkpoint.weights import dummy_weights
 from tpworker.ipc.messages import MAX_BARRED, MAX_BARRED_LENGTH, MAX_BIAS
-from tpworker.kernels.operands import BIASED, MASKED, PENALISED, WORDS_BARRED, LogitTables
+from tpworker.kernels.operands import BIASED, MASKED, PENALISED, WORDS_BARRED, LogitTables, SlotState
 from tpworker.model import composed_ops
 from tpworker.model.attention import Attention, flash
 from tpworker.model.batch import Batch
@@ -62,6 +64,8 @@ YARDSTICKS: dict[tuple[str, int], tuple[float, float | None]] = {
 GREEDY = SamplingMode(random=False, truncate=False, suppress=False)
 RANDOM = SamplingMode(random=True, truncate=False, suppress=False)
 TRUNCATED = SamplingMode(random=True, truncate=True, suppress=False)
+WIDTHS = (1, 2, 4)  # new tokens of a sequence: with no draft, one, three
+HISTORY = 8000  # tokens
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -115,6 +119,10 @@ def measure_model(name: str, options: argparse.Namespace, console: Console) -> l
                 row["step_ms"][what] = replay_ms(step, options.rounds)[0]
         row["products_us"] = products_us(decoder, count, options.rounds)
         row["sampling_us"] = sampling_us(decoder, count, options.rounds)
+        row["drafts_us"] = slots_us(decoder, count, width, options.rounds)
+        for new in WIDTHS:
+            wide = decode_batch(count, options.context, width, new)
+            row["drafts_us"][f"attention, {new}"] = attention_us(decoder, wide, cache, options.rounds)
         row["random_ms"] = replay_ms(step_of(decoder, batch, cache, RANDOM), options.rounds)[0]
         _, graph = replay_ms(step_of(decoder, batch, cache, GREEDY), 1)
         row["kernels"] = profile(graph)
@@ -135,18 +143,19 @@ def backends(spec: ModelSpec, shard: Shard, chosen: Attention) -> dict[str, Atte
     return found
 
 
-def decode_batch(count: int, context: int, width: int) -> Batch:
-    """Every sequence at the same length, its blocks scattered over the cache."""
+def decode_batch(count: int, context: int, width: int, new: int = 1) -> Batch:
+    """The last `new` tokens of sequences of one length, whose blocks are scattered over the cache."""
     tables = (torch.randperm(count * width, device="cuda") + 1).view(count, width).to(torch.int32)
     return Batch(
-        token_ids=torch.randint(5, 1000, (count,), device="cuda"),
-        positions=torch.full((count,), context - 1, device="cuda"),
-        sequence_of=torch.arange(count, device="cuda"),
+        token_ids=torch.randint(5, 1000, (count * new,), device="cuda"),
+        positions=torch.arange(context - new, context, device="cuda").repeat(count),
+        sequence_of=torch.arange(count, device="cuda").repeat_interleave(new),
         block_tables=tables,
         lengths=torch.full((count,), context, dtype=torch.int32, device="cuda"),
-        query_starts=torch.arange(count + 1, dtype=torch.int32, device="cuda"),
+        query_starts=new * torch.arange(count + 1, dtype=torch.int32, device="cuda"),
         num_decodes=count,
-        max_query=1,
+        max_query=new,
+        width=new,
     )
 
 
@@ -209,7 +218,8 @@ def sampling_us(decoder: Decoder, count: int, rounds: int) -> dict[str, float]:
     rows, tables = sampling_rows(positions), logit_tables(count, vocab_size)
     logits = (3 * torch.randn(count, vocab_size, device="cuda")).bfloat16()
     tokens = logits.argmax(dim=-1)
-    adjust = partial(operations.adjust, logits, slots, positions, tables)
+    none = torch.empty(count, 0, dtype=torch.int64, device="cuda")
+    adjust = partial(operations.adjust, logits, slots, positions, tables, none)
 
     def chosen(mode: SamplingMode, logits: Tensor = logits) -> Tensor:
         return sample(operations, logits, rows, mode, 0, sole)
@@ -232,6 +242,48 @@ def sampling_us(decoder: Decoder, count: int, rounds: int) -> dict[str, float]:
         "all": lambda: told(counted(chosen(TRUNCATED, adjust()))),
     }
     return {what: 1000 * replay_ms(work, rounds)[0] for what, work in works.items()}
+
+
+def slots_us(decoder: Decoder, count: int, num_blocks: int, rounds: int) -> dict[str, float]:
+    """Microseconds of what a step reads from the slot table and writes to it, and of looking drafts up."""
+    operations, num_drafts = decoder.operations, max(WIDTHS) - 1
+    slots = torch.arange(count, device="cuda")
+
+    def column(value: int, *size: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.full((count + 1, *size), value, dtype=dtype, device="cuda")
+
+    state = SlotState(
+        last_token=column(5),
+        position=column(HISTORY // 2),
+        end=column(1 << 40, 8)[:, 4],
+        most_drafts=column(num_drafts, 8)[:, 5],
+        drafts=column(-1, num_drafts),
+        history=torch.randint(1000, (count + 1, 2 * HISTORY), dtype=torch.int32, device="cuda"),
+        block_table=column(1, num_blocks, dtype=torch.int32),
+    )
+    counter = torch.zeros(1, dtype=torch.int64, device="cuda")
+    ring = torch.zeros(4, 1 + count * (max(WIDTHS) + 1), dtype=torch.int64, device="cuda")
+
+    def begun(width: int) -> Tensor:
+        return operations.begin_decode(slots, width, state)[0]
+
+    def looked_up() -> Tensor:
+        operations.look_up(slots, num_drafts, 4, 2, state)
+        return state.drafts
+
+    works: dict[str, Callable[[], Tensor]] = {}
+    for width in WIDTHS:
+        tokens = torch.full((count * width,), 7, device="cuda")
+        works[f"begin, {width}"] = partial(begun, width)
+        works[f"finish, {width}"] = partial(
+            operations.finish_step, slots, tokens, width, state, counter, ring
+        )
+    found = {}
+    for what, work in works.items():
+        found[what] = 1000 * replay_ms(work, rounds)[0]
+    state.position.fill_(HISTORY - 1)
+    found["look-up"] = 1000 * replay_ms(looked_up, rounds)[0]
+    return found
 
 
 def attention_us(decoder: Decoder, batch: Batch, cache: KVCache, rounds: int) -> float:
@@ -389,6 +441,12 @@ def print_tables(rows: list[dict[str, Any]], console: Console) -> None:
     for row in rows:
         sampling.add_row(str(row["batch"]), *(f"{time:.1f}" for time in row["sampling_us"].values()))
     console.print(sampling)
+    drafts = Table(title=f"{name}: steps with W - 1 drafts, µs (attention: a layer)")
+    for column in ("batch", *rows[0]["drafts_us"]):
+        drafts.add_column(column, justify="right")
+    for row in rows:
+        drafts.add_row(str(row["batch"]), *(f"{time:.1f}" for time in row["drafts_us"].values()))
+    console.print(drafts)
     for row in rows:
         table = Table(title=f"{name}, batch {row['batch']}: where a step's time goes")
         for column in ("kernel", "times", "µs a step", "µs each"):
