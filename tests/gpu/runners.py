@@ -34,15 +34,20 @@ TINY: dict[str, Any] = {
 
 
 def cuda_runners(
-    folder: Path, device: CudaDevice, count: int = 1, method: str = "", num_drafts: int = 0
+    folder: Path,
+    device: CudaDevice,
+    count: int = 1,
+    method: str = "",
+    num_drafts: int = 0,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> list[Runner]:
-    """Runners of one rank, in bfloat16, with the same weights, and slots and KV of their own.
+    """Runners of one rank, with the same weights, and slots and KV of their own.
 
     Args:
         method: who makes drafts: 'ngram' (of 1 to 3 tokens), 'mtp', or '': nobody.
     """
     spec, here = read_spec(folder), device.torch_device
-    shard, with_mtp, dtype = Shard.of(spec, 0, 1), method == "mtp", torch.bfloat16
+    shard, with_mtp = Shard.of(spec, 0, 1), method == "mtp"
     with torch.inference_mode():
         weights = load_weights(folder, spec, shard, dtype, here, with_mtp=with_mtp)
         decoder = Decoder(spec, weights, shard, SoleRank(), MAX_MODEL_LEN + num_drafts)

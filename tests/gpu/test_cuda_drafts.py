@@ -113,6 +113,23 @@ def test_tokens_are_the_models_whatever_is_drafted(
     device.close()
 
 
+@pytest.mark.parametrize(("method", "num_drafts"), [("ngram", 1), ("ngram", 4), ("mtp", 2)])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_in_float32_it_is_the_same_tokens(
+    folder: Path, method: str, num_drafts: int, temperature: float
+) -> None:
+    """Greedy or drawn, whatever shares a step: exactly those of plain steps."""
+    device, outputs = CudaDevice(0), []
+    for kind, number in (("", 0), (method, num_drafts)):
+        [runner] = cuda_runners(folder, device, 1, kind, number, torch.float32)
+        runner.prepare(256)
+        found, right = drive(runner, [number] * 90, temperature)
+        outputs.append(found)
+    assert outputs[0] == outputs[1]
+    assert right > 0 or method == "mtp" or temperature > 0, "drafts were right"
+    device.close()
+
+
 @pytest.mark.parametrize("method", ["ngram", "mtp"])
 def test_what_is_drawn_is_what_is_drawn_without_drafts(folder: Path, method: str) -> None:
     """bfloat16: the first difference lies where two tokens are nearly alike."""
