@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tpworker import Runtime, RuntimeFailed, SamplingParams, SyncRuntime
+from tpworker import RequestOutput, Runtime, RuntimeFailed, SamplingParams, Stats, SyncRuntime
 
 pytestmark = [pytest.mark.usefixtures("nothing_left"), pytest.mark.timeout(180)]
 
@@ -39,6 +39,46 @@ def test_the_same_tokens_with_and_without_overlap(model_folder: Path, num_ranks:
     plain, overlapped = asyncio.run(run(0)), asyncio.run(run(2))
     assert plain == overlapped
     assert [len(tokens) for tokens in plain] == [20, 20, 20]
+
+
+def test_drafts_change_no_token_and_are_counted(model_folder: Path) -> None:
+    """By n-gram look-up, as many as pay: outputs that repeat themselves, and one that does not."""
+    few: dict[str, Any] = {"max_tokens": 90, "detokenize": False, "ignore_eos": True}
+    asked = [
+        (PROMPTS[0], SamplingParams(temperature=0, allowed_token_ids=[5], **few)),
+        (PROMPTS[1], SamplingParams(temperature=1.0, seed=3, allowed_token_ids=[5, 6], logprobs=1, **few)),
+        (PROMPTS[2], SamplingParams(temperature=0.8, seed=4, top_p=0.9, n=2, **few)),
+    ]
+
+    async def one(runtime: Runtime, prompt: list[int], params: SamplingParams) -> list[RequestOutput]:
+        return [output async for output in runtime.generate(prompt, params)]
+
+    async def run(**changes: Any) -> tuple[list[list[RequestOutput]], Stats]:
+        async with Runtime(model_folder, **options(tensor_parallel_size=2, **changes)) as runtime:
+            outputs = await asyncio.gather(*(one(runtime, *request) for request in asked))
+            return outputs, runtime.stats()
+
+    def tokens_of(outputs: list[list[RequestOutput]]) -> list[list[int]]:
+        return [
+            [token for output in of_request if output.index == index for token in output.token_ids]
+            for of_request, (_, params) in zip(outputs, asked, strict=True)
+            for index in range(params.n)
+        ]
+
+    (plain, before), (drafted, stats) = (
+        asyncio.run(run(**changes))
+        for changes in ({}, {"speculative_method": "ngram", "num_speculative_tokens": 3})
+    )
+    assert tokens_of(drafted) == tokens_of(plain)
+    assert [len(tokens) for tokens in tokens_of(drafted)] == [90] * 4
+    told = [one.token_id for output in drafted[1] for one in output.logprobs or ()]
+    assert told == tokens_of(drafted)[1]
+    assert (before.draft_tokens, len(stats.draft_tokens)) == ((), 3)
+    ends = [output for of_request in drafted for output in of_request if output.finish_reason]
+    accepted = [output.num_accepted_tokens for output in ends]
+    assert accepted[0] > 0, "its tokens are all the same"
+    assert sum(accepted) <= sum(stats.accepted_tokens) <= sum(stats.draft_tokens)
+    assert len({step.num_drafts for step in stats.recent_steps}) > 1
 
 
 def test_two_runtimes_in_one_process_and_one_after_the_other(model_folder: Path) -> None:
