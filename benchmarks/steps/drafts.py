@@ -1,13 +1,13 @@
-"""Decode steps with drafts on GPUs: time per delivered token, where drafts are right as often as is asked for.
+"""Decode steps with drafts on GPUs: time per delivered token, with drafts right as often as is asked for.
 
-Public models' shapes (benchmarks/configs) with dummy weights: of those nothing could be guessed, so acceptance
-is imposed (imposed.py), after drafts were made as they are served; experts are chosen uniformly at random.
+Public models' shapes (benchmarks/configs) with dummy weights. Of those nothing could be guessed: acceptance
+is imposed (imposed.py), after drafts were made as they are served. Experts are chosen uniformly at random.
 Requests of 500 tokens in and 200 out, greedy, all at once, lookahead 2. Looked at are the steps in which all
 decode and none is admitted. Each model runs twice: without drafts, 'plain', and with them, all rows in turn.
 
 drafts      of a request and step; auto: the scheduler chooses, from 0 to the most
 asked       how often a draft is to be right, if all before it were
-right       how often they were, by position
+right       how often they were, and all before them, by position
 tokens      of a request and step
 step        from a step's end to the next one's; the median, of auto the mean; ms
 TPOT        step by tokens: per delivered token, ms
@@ -27,7 +27,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from benchmarks.common.options import add_stand_ins, choose_stand_ins, positive, share, shape
+from benchmarks.common.options import add_stand_ins, choose_stand_ins, positive, shape, share
 from benchmarks.common.report import told_ranks
 from benchmarks.steps.drafts_run import DraftsCase, Wanted, measure_drafts
 from benchmarks.steps.gpu_tables import Columns, Row, measure_and_tell, number, pair, quantiles, table_of

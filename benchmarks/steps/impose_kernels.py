@@ -1,4 +1,4 @@
-"""Kernels of imposed.py: one program a slot, a few loads and stores. Imports Triton: import it on CUDA only."""
+"""Kernels of imposed.py: one program a slot, loads and stores. Imports Triton: import it on CUDA only."""
 
 from __future__ import annotations
 
