@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,15 +16,20 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from benchmarks.speculation import distill
+from benchmarks.speculation import acceptance, distill
 from benchmarks.speculation.agreement import Agreement, _count, judge
 from benchmarks.speculation.head_files import merge, read_head, save_head
 from benchmarks.speculation.outputs import Outputs, Tongue, complete, lengths_of
 from benchmarks.speculation.plain_llama import Cache, Head, Llama
+from benchmarks.speculation.replay import LookUp, Repeats, replay
 from benchmarks.speculation.seeds import draw_prompts
 from benchmarks.speculation.texts import KINDS, read_prompts
 from tests.conftest import TINY_CONFIG
+from tpworker.kernels.operands import SlotState
+from tpworker.model.ngram import look_up as define
 
+CONFIG = TINY_CONFIG | {"tie_word_embeddings": True, "max_position_embeddings": 4096}
+ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 TEMPLATE = (
     "{% for m in messages %}<u>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
@@ -43,12 +50,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small Llama whose tokens are bytes."""
     folder = tmp_path_factory.mktemp("llama")
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**TINY_CONFIG | {"tie_word_embeddings": True}))
+    model = LlamaForCausalLM(LlamaConfig(**CONFIG))
     with torch.no_grad():  # so that something is likelier than the rest
         model.model.embed_tokens.weight *= 20
     weights = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(TINY_CONFIG | {"tie_word_embeddings": True}))
+    (folder / "config.json").write_text(json.dumps(CONFIG))
     alphabet = ["<u>", "<a>", "<end>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -187,3 +194,73 @@ def test_what_cannot_be_is_told(
 ) -> None:
     assert distill.run(options_of(**changed)) == 2
     assert told in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------------- acceptance
+
+
+@pytest.mark.parametrize("look_up", [LookUp(1, 1), LookUp(2, 2), LookUp(4, 2), LookUp(8, 3)])
+def test_a_replay_drafts_what_the_model_would(look_up: LookUp) -> None:
+    draw = random.Random(str(look_up))
+    for alphabet in (2, 3, 12):
+        sequence = [draw.randrange(alphabet) for _ in range(60)]
+        repeats = Repeats(look_up)
+        for stand, token in enumerate(sequence):
+            repeats.append(token)
+            state = SlotState(
+                last_token=torch.tensor([token]),
+                position=torch.tensor([stand]),
+                end=torch.tensor([100]),
+                most_drafts=torch.tensor([5]),
+                drafts=torch.full((1, 5), -1),
+                history=torch.tensor([sequence], dtype=torch.int32),
+                block_table=torch.zeros(1, 1, dtype=torch.int32),
+            )
+            define(torch.tensor([0]), 5, *look_up, state)
+            expected = [draft for draft in state.drafts[0].tolist() if draft >= 0]
+            assert repeats.drafts(5) == expected, (sequence[: stand + 1], look_up)
+
+
+def test_steps_that_are_replayed() -> None:
+    """A copy: behind its first two tokens everything is known; at its end a step has room for one token."""
+    prompt, output = [*range(10, 20), 5], [*range(10, 18)]
+    tally = replay(prompt, output, LookUp(4, 2), 3)
+    assert (tally.tokens, tally.steps, tally.drafted) == (7, 3, 2)  # 11 │ 12 13 14 15 │ 16 17
+    assert tally.drafts == {0: 2, 1: 2, 2: 2}
+    assert tally.accepted == {0: 2, 1: 1, 2: 1}
+    assert tally.acceptance == [1, 0.5, 1]
+    assert tally.precision == 4 / 6
+    assert tally.tokens_a_step == 7 / 3
+    tally += replay([1, 2, 3], [4, 5, 6], LookUp(4, 2), 3)
+    assert (tally.tokens, tally.steps, tally.drafted) == (9, 5, 2)
+    wrong = replay([1, 2, 9, 7], [1, 2, 8, 8], LookUp(2, 2), 2)
+    assert (wrong.steps, wrong.drafted, wrong.acceptance) == (3, 1, [0, 0])
+    assert replay([1], [2], LookUp(2, 2), 2).steps == 0
+
+
+def test_acceptance_through_a_runtime(folder: Path, tmp_path: Path) -> None:
+    """The small model repeats itself: look-ups are right, as often as a replay says."""
+    options = ["--model", str(folder), "--prompts", "2", "--max-tokens", "30", "--temperature", "0", "0.7"]
+    settings = ["--drafts", "1", "3", "--look-ups", "2/1", "--shown", "3/2", "--measured", "3", "--auto"]
+    command = [sys.executable, "-m", "benchmarks", "acceptance", *options, *settings]
+    command += ["--json", str(tmp_path / "acceptance.json")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert "3 drafts: 0 outputs differ" in done.stdout
+    assert "3 (replayed)" in done.stdout
+    written = json.loads((tmp_path / "acceptance.json").read_text())
+    assert [(each["look_up"], each["drafts"]) for each in written["replayed"]] == [
+        ("2/1", 1), ("2/1", 3), ("3/2", 1), ("3/2", 3),
+    ]  # fmt: skip
+    fixed, auto = written["measured"]
+    assert (fixed["drafts"], auto["drafts"], fixed["differ"], auto["differ"]) == ("3", "auto", 0, 0)
+    expected = written["replayed"][-1]
+    for group in ("copying 0.0", "code 0.7", "chat 0.0", "all all"):
+        assert fixed[group]["tokens_a_step"] == pytest.approx(expected[group]["tokens_a_step"])
+    assert expected["all all"]["tokens_a_step"] > 1.2
+
+
+@pytest.mark.parametrize("text", ["4", "2/3", "0/0", "a/b", "4/2/1"])
+def test_lengths_of_n_grams_that_are_none_are_refused(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="no MAX/MIN"):
+        acceptance.look_up(text)
