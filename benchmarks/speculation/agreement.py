@@ -11,6 +11,7 @@ each. With one, the model's choice is the greatest of logits / T + noise, and th
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -49,13 +50,19 @@ def judge(
         length: at which sequences are cut, prompt and output.
         is_quick: one prompt of each kind, once.
     """
-    found = []
-    for kind in KINDS:
-        prompts = [tongue.chat(question) for question in read_prompts(kind)]
-        for temperature in TEMPERATURES:
-            asked = prompts[:1] if is_quick else prompts * (SAMPLES if temperature else 1)
-            outputs = complete(model, asked, length, [temperature] * len(asked), draw)
-            found.append(_judge(model, head, outputs, tongue.end, kind, temperature, draw))
+    asked: list[str] = []
+    groups: list[tuple[str, float, int]] = []  # kind, temperature, how many
+    for kind, temperature in product(KINDS, TEMPERATURES):
+        prompts = read_prompts(kind)
+        prompts = prompts[:1] if is_quick else prompts * (SAMPLES if temperature else 1)
+        groups.append((kind, temperature, len(prompts)))
+        asked += prompts
+    heats = [temperature for _, temperature, many in groups for _ in range(many)]
+    outputs = complete(model, tongue.chat(asked), length, heats, draw)
+    found, first = [], 0
+    for kind, temperature, many in groups:
+        found.append(_judge(model, head, outputs.part(first, many), tongue.end, kind, temperature, draw))
+        first += many
     return found
 
 

@@ -155,7 +155,7 @@ def written(
     for number in count():
         length = size.lengths[number % len(size.lengths)]
         many = max(1, size.tokens // length)
-        prompts = draw_prompts(shuffle, many, passages, tongue.chat)
+        prompts = tongue.chat(draw_prompts(shuffle, many, passages))
         heats = [TEMPERATURES[row % len(TEMPERATURES)] for row in range(many)]
         outputs = complete(model, prompts, length, heats, draw)
         yield outputs

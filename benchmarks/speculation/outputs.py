@@ -12,6 +12,8 @@ from transformers import PreTrainedTokenizerFast
 
 from benchmarks.speculation.plain_llama import Cache, Llama
 
+_MARK = "<<question>>"
+
 
 @dataclass(frozen=True, slots=True)
 class Outputs:
@@ -22,7 +24,12 @@ class Outputs:
     hidden: Tensor
     """[N, L, D], behind the final norm."""
     prompt_lengths: Tensor
-    """int64 [N]"""
+    """int64 [N], on the CPU."""
+
+    def part(self, first: int, count: int) -> Outputs:
+        """Of so many sequences, from `first` on."""
+        rows = slice(first, first + count)
+        return Outputs(self.tokens[rows], self.hidden[rows], self.prompt_lengths[rows])
 
 
 class Tongue:
@@ -31,16 +38,18 @@ class Tongue:
     def __init__(self, folder: Path) -> None:
         self._tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
         self.end: int = self._tokenizer.eos_token_id
-
-    def chat(self, question: str | None) -> list[int]:
-        """A conversation up to where the model answers; None: up to where somebody asks."""
-        conversation = [{"role": "user", "content": question or "?"}]
-        text: str = self._tokenizer.apply_chat_template(
-            conversation, tokenize=False, add_generation_prompt=question is not None
+        asked: str = self._tokenizer.apply_chat_template(
+            [{"role": "user", "content": _MARK}], tokenize=False, add_generation_prompt=True
         )
-        if question is None:
-            text = text[: text.rindex("?")]
-        return self._tokenizer.encode(text, add_special_tokens=False)
+        self._before, _, self._behind = asked.partition(_MARK)
+
+    def chat(self, questions: Sequence[str | None]) -> list[list[int]]:
+        """Conversations up to where the model answers; None: up to where somebody asks."""
+        texts = [
+            self._before if question is None else f"{self._before}{question}{self._behind}"
+            for question in questions
+        ]
+        return self._tokenizer(texts, add_special_tokens=False)["input_ids"]
 
     def text(self, tokens: Sequence[int]) -> str:
         """Without special tokens."""

@@ -7,7 +7,7 @@ has written before; and nothing, so that it makes up the question too (as in Xu 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 TOPICS = (
     "volcanoes", "bread", "the moon", "bees", "bicycles", "the Roman Empire", "chess", "coffee",
@@ -68,18 +68,15 @@ COPYING = (
 _SHARES = {"topics": 0.35, "code": 0.15, "copying": 0.3, "nothing": 0.2}
 
 
-def draw_prompts(
-    draw: random.Random, count: int, passages: Sequence[str], chat: Callable[[str | None], list[int]]
-) -> list[list[int]]:
-    """Tokens of `count` prompts.
+def draw_prompts(draw: random.Random, count: int, passages: Sequence[str]) -> list[str | None]:
+    """What is asked; None: nothing yet.
 
     Args:
         passages: of the model's own; none: nothing is copied.
-        chat: tokens of a conversation that begins with this; None: of one that has not begun.
     """
     kinds = [kind for kind in _SHARES if passages or kind != "copying"]
     chosen = draw.choices(kinds, [_SHARES[kind] for kind in kinds], k=count)
-    return [chat(_ask(draw, kind, passages)) for kind in chosen]
+    return [_ask(draw, kind, passages) for kind in chosen]
 
 
 def _ask(draw: random.Random, kind: str, passages: Sequence[str]) -> str | None:

@@ -109,15 +109,18 @@ def test_texts_go_on_behind_prompts_of_different_lengths(model: Llama) -> None:
 def test_prompts_to_learn_from_are_none_of_those_to_judge_by(folder: Path) -> None:
     tongue = Tongue(folder)
     passages = ["A passage with a {} in it."]
-    asked = {tongue.text(tokens) for tokens in draw_prompts(random.Random(0), 3000, passages, tongue.chat)}
+    asked = set(draw_prompts(random.Random(0), 3000, passages))
     assert len(asked) > 500
-    assert "" in asked, "a conversation that has not begun"
-    assert any(passages[0] in text for text in asked)
+    assert None in asked, "a conversation that has not begun"
+    assert any(passages[0] in text for text in asked if text)
     judged = [prompt for kind in KINDS for prompt in read_prompts(kind)]
     assert len(judged) == 24
     assert not asked & set(judged)
-    alone = {tongue.text(tokens) for tokens in draw_prompts(random.Random(0), 200, [], tongue.chat)}
-    assert not any(passages[0] in text for text in alone)
+    alone = draw_prompts(random.Random(0), 200, [])
+    assert not any(passages[0] in text for text in alone if text)
+    said = [tongue.text(tokens) for tokens in tongue.chat(["Why?", None])]
+    assert said == ["Why?", ""]
+    assert [len(tokens) for tokens in tongue.chat(["Why?", None])] == [6, 1], "the answer has its mark"
 
 
 def options_of(**changed: object) -> argparse.Namespace:
@@ -128,22 +131,73 @@ def options_of(**changed: object) -> argparse.Namespace:
     return options
 
 
-def test_a_head_learns(folder: Path, model: Llama, capsys: pytest.CaptureFixture[str]) -> None:
-    """Time is counted in steps here, so that the test says the same on any machine."""
-    tongue, head = Tongue(folder), Head(model.sizes)  # from nothing, or there would be little to learn
-    before = judge(model, head, tongue, 200, drawing(), is_quick=True)
-    steps = iter(range(10**6))
-    losses = distill.train(model, head, tongue, options_of(rate=3e-3), drawing(), lambda: next(steps) / 200)
-    after = judge(model, head, tongue, 200, drawing(), is_quick=True)
+@pytest.fixture(scope="module")
+def learnt(folder: Path) -> tuple[Head, list[float]]:
+    """A head that has learnt from nothing, and the losses of its rounds.
+
+    Time is counted in steps here, so that it is the same on any machine.
+    """
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model, steps = Llama.read(folder, CPU, torch.float32), iter(range(10**6))
+    head = Head(model.sizes)
+    options = options_of(rate=3e-3)
+    return head, distill.train(model, head, Tongue(folder), options, drawing(), lambda: next(steps) / 200)
+
+
+def test_a_head_learns(
+    folder: Path, model: Llama, learnt: tuple[Head, list[float]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    tongue, (head, losses) = Tongue(folder), learnt
     assert losses[-1] < 0.5 * losses[0]
-    share = [right_of(found) for found in (before, after)]
-    assert share[1] > share[0] + 0.3, share
-    beginning = judge(model, Head.beginning(model), tongue, 200, drawing(), is_quick=True)
-    assert right_of(beginning) > share[0] + 0.1
+    none, after, beginning = (
+        judge(model, each, tongue, 200, drawing(), is_quick=True)
+        for each in (Head(model.sizes), head, Head.beginning(model))
+    )
+    assert right_of(after) > right_of(none) + 0.3
+    assert right_of(beginning) > right_of(none) + 0.1
     assert all(each.coupled == each.likeliest == each.apart for each in after if each.temperature == 0)
     assert sum(each.positions for each in after) > 100
     distill.print_table(after)
     assert f"{100 * after[-1].apart:.1f}" in capsys.readouterr().out
+
+
+def test_a_head_is_served_as_it_was_judged(
+    folder: Path, model: Llama, learnt: tuple[Head, list[float]], tmp_path: Path
+) -> None:
+    """What is fed to it, and in which order, is the same there."""
+    save_head(learnt[0], tmp_path / "head.safetensors")
+    merge(folder, tmp_path / "head.safetensors", tmp_path / "both")
+    head = read_head(tmp_path / "head.safetensors", model.sizes)
+    tongue = Tongue(folder)
+    prompts = tongue.chat(read_prompts("chat"))
+    length = max(map(len, prompts)) + 40
+    outputs = complete(model, prompts, length, [0.0] * len(prompts), drawing())
+    with torch.inference_mode():
+        drafts = model.logits(head(model.embed_tokens(outputs.tokens[:, 1:]), outputs.hidden[:, :-1])).argmax(
+            -1
+        )
+    right = sum(
+        int((drafts[row, given - 1 : given + 38] == outputs.tokens[row, given + 1 : given + 40]).sum())
+        for row, given in enumerate(map(len, prompts))
+    )
+    options = ["--model", str(tmp_path / "both"), "--method", "mtp", "--measured", "1", "--temperature", "0"]
+    file = tmp_path / "acceptance.json"
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks",
+        "acceptance",
+        *options,
+        "--max-tokens",
+        "40",
+        "--json",
+        str(file),
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    [found] = json.loads(file.read_text())["measured"]
+    assert found["chat 0.0"]["acceptance"][0] == pytest.approx(right / (39 * len(prompts)), abs=0.1)
 
 
 def right_of(found: list[Agreement]) -> float:
@@ -175,7 +229,7 @@ def test_a_head_beside_its_model(folder: Path, model: Llama, tmp_path: Path) -> 
         weights["model.norm.weight"], load_file(folder / "model.safetensors")["model.norm.weight"]
     )
     assert json.loads((tmp_path / "both/config.json").read_text())["num_nextn_predict_layers"] == 1
-    assert Tongue(tmp_path / "both").chat("a") == Tongue(folder).chat("a")
+    assert Tongue(tmp_path / "both").chat(["a"]) == Tongue(folder).chat(["a"])
     save_file({"mtp.fc.weight": torch.zeros(2, 2)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="no head of"):
         merge(folder, tmp_path / "other.safetensors", tmp_path / "none")
