@@ -33,7 +33,7 @@ from benchmarks.common.report import machine, save
 from benchmarks.speculation.replay import LookUp, Tally, replay
 from benchmarks.speculation.salted_scheduler import AUTO
 from benchmarks.speculation.texts import KINDS, read_prompts
-from benchmarks.steps.drafts import num_drafts
+from benchmarks.steps.drafts import num_drafts, why_not_together
 from tpworker import Runtime, SamplingParams
 from tpworker.checkpoint.default_model import ensure_default_model
 from tpworker.outputs import Stats
@@ -82,7 +82,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shown", type=look_up, default=LookUp(4, 2), metavar="MAX/MIN",
                         help="the n-grams of runs, and of what is told by kind; default: 4/2")  # fmt: skip
     parser.add_argument("--measured", type=num_drafts, nargs="*", metavar="N",
-                        help="drafts of runs; default: 4, or 1 2 3 of a head")  # fmt: skip
+                        help="drafts of runs; default: 4, or 1 2 4 of a head")  # fmt: skip
     parser.add_argument(
         "--auto", action="store_true", help="one more run, whose drafts the scheduler chooses"
     )
@@ -120,9 +120,12 @@ Runs = dict[str, tuple[Tallies, int]]
 
 def run(options: argparse.Namespace) -> int:
     """Measures, prints the tables, writes the JSON file. 1: an output differs that may not."""
-    folder = options.model or ensure_default_model(lambda text, fraction: None)
     if options.measured is None:
-        options.measured = [4] if options.method == "ngram" else [1, 2, 3]
+        options.measured = [4] if options.method == "ngram" else [1, 2, 4]
+    if options.measured and (reason := why_not_together(options.measured)):
+        print(f"acceptance: {reason}", file=sys.stderr)
+        return 2
+    folder = options.model or ensure_default_model(lambda text, fraction: None)
     where = machine()
     asked = prompts_of(folder, options)
     outputs = asyncio.run(_plain(folder, asked, options))

@@ -80,6 +80,14 @@ def num_drafts(text: str) -> int:
     return value
 
 
+def why_not_together(numbers: Sequence[int]) -> str:
+    """Of numbers of drafts that are asked for of one runtime; '': its steps may have each of them."""
+    choices = draft_choices(max(numbers))
+    others = ", ".join(str(number) for number in sorted({*numbers} - {*choices}))
+    told = ", ".join(str(choice) for choice in choices[1:])
+    return f"where steps have up to {choices[-1]} drafts they have {told}, not {others}" if others else ""
+
+
 def run(options: argparse.Namespace) -> int:
     """Measures, prints the tables, writes the JSON file."""
     shapes = [(shape.split(":")[0], int(shape.split(":")[1])) for shape in options.shapes]
@@ -87,10 +95,8 @@ def run(options: argparse.Namespace) -> int:
     shapes = [(model, ranks) for model, ranks in shapes if ranks in stand_ins]
     if not shapes:
         return 1
-    most = max(options.drafts or [1])
-    if unknown := set(options.drafts or ()) - set(draft_choices(most)):
-        choices = ", ".join(map(str, draft_choices(most)[1:]))
-        print(f"drafts: beside {most} drafts steps have {choices}, not {sorted(unknown)}", file=sys.stderr)
+    if reason := why_not_together(options.drafts or [1]):
+        print(f"drafts: {reason}", file=sys.stderr)
         return 2
     measured = (measure_drafts(case_of(*each, options, stand_ins[each[1]])) for each in shapes)
     measure_and_tell(options, measured, print_table)

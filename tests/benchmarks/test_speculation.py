@@ -318,3 +318,10 @@ def test_acceptance_through_a_runtime(folder: Path, tmp_path: Path) -> None:
 def test_lengths_of_n_grams_that_are_none_are_refused(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="no MAX/MIN"):
         acceptance.look_up(text)
+
+
+def test_runs_that_no_runtime_has_together_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    acceptance.add_options(parser)
+    assert acceptance.run(parser.parse_args(["--model", "/nonexistent", "--measured", "1", "3", "8"])) == 2
+    assert "up to 8 drafts they have 1, 2, 4, 8, not 3" in capsys.readouterr().err
