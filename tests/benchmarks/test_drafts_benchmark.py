@@ -19,6 +19,7 @@ from benchmarks.steps import drafts
 from benchmarks.steps.drafts_run import DraftsCase, Wanted, measure_drafts, step_figures
 from benchmarks.steps.imposed import AUTO, CERTAIN, VALUES, Imposed, Order, impose, mixed, stand_in
 from tests.absent_gpu import needs_triton
+from tests.benchmarks.test_gpu_benchmarks import tiny_glm
 from tests.conftest import TINY_CONFIG
 from tpworker.kernels.operands import SlotState
 from tpworker.model import torch_operations
@@ -242,6 +243,24 @@ def test_cpu_ranks_with_drafts(tmp_path: Path, capsys: pytest.CaptureFixture[str
     told = capsys.readouterr().out
     assert "4 (on 2)" in told
     assert "auto" in told
+
+
+def test_a_head_with_experts_has_drafts_imposed_too(tmp_path: Path) -> None:
+    tiny_glm(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"num_nextn_predict_layers": 1}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    wanted = [Wanted(3, 0), Wanted(3, 1, 0.9), Wanted(3, 2, 0.6)]
+    case = DraftsCase(str(tmp_path), 1, "mtp", wanted, num_prompt=20, num_output=150, device="cpu", layers=2)
+    rows = measure_drafts(case)
+    assert [(row["method"], row["num_drafts"]) for row in rows] == [
+        ("", 0),
+        ("mtp", 0),
+        ("mtp", 1),
+        ("mtp", 2),
+    ]
+    assert rows[2]["acceptance"] == pytest.approx([0.9], abs=0.1)
+    assert rows[3]["acceptance"] == pytest.approx([0.6, 0.36], abs=0.15)
+    assert all(row["floor_ms"] > 0 and row["graph_ms"] > 0 for row in rows)
 
 
 def test_a_table(capsys: pytest.CaptureFixture[str]) -> None:
