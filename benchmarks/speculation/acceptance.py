@@ -6,7 +6,8 @@ alone (replay.py), which are the same with drafts; --measured runs, and with hea
 
 tokens     of a request and step: 1, and the drafts that were right
 drafted    share of the steps that had drafts
-right      how often a draft was right where all before it were, by position
+right      how often a draft was right where all before it were, by position; of auto, whose steps have now
+           more and now fewer drafts, nobody counts it
 precision  of all drafts, those that were right
 differ     outputs that are not those without drafts; in float32 none may
 
@@ -40,20 +41,7 @@ from tpworker.outputs import Stats
 from tpworker.text.tokenizer import Tokenizer
 
 LOOK_UPS = tuple(
-    LookUp(longest, shortest)
-    for longest, shortest in (
-        (2, 1),
-        (2, 2),
-        (3, 1),
-        (3, 2),
-        (3, 3),
-        (4, 1),
-        (4, 2),
-        (4, 3),
-        (6, 2),
-        (8, 2),
-        (8, 3),
-    )
+    LookUp(*lengths) for lengths in ((1, 1), (2, 1), (2, 2), (3, 1), (4, 1), (4, 2), (4, 3), (8, 1), (8, 2))
 )
 ALL = "all"
 """Kinds and temperatures together."""
@@ -78,7 +66,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--drafts", type=num_drafts, nargs="+", default=[1, 2, 4, 8], metavar="N",
                         help="that are replayed; default: 1 2 4 8")  # fmt: skip
     parser.add_argument("--look-ups", type=look_up, nargs="+", metavar="MAX/MIN", default=list(LOOK_UPS),
-                        help="n-grams that are replayed; default: several from 2/1 to 8/3")  # fmt: skip
+                        help="n-grams that are replayed; default: several from 1/1 to 8/2")  # fmt: skip
     parser.add_argument("--shown", type=look_up, default=LookUp(4, 2), metavar="MAX/MIN",
                         help="the n-grams of runs, and of what is told by kind; default: 4/2")  # fmt: skip
     parser.add_argument("--measured", type=num_drafts, nargs="*", metavar="N",
@@ -323,7 +311,7 @@ def _print(
     for group, (many, given, said) in lengths.items():
         for name, tallies in rows:
             tally = tallies[group]
-            right = " ".join(f"{share:.2f}" for share in tally.acceptance)
+            right = " ".join(f"{share:.2f}" for share in tally.acceptance) if name != AUTO else "–"
             table.add_row(
                 group[0], f"{group[1]:g}", str(many), f"{given / many:.0f}", f"{said / many:.0f}", name,
                 f"{tally.tokens_a_step:.2f}", f"{tally.drafted / max(1, tally.steps):.2f}", right,

@@ -18,7 +18,7 @@ import torch
 from benchmarks.steps import drafts
 from benchmarks.steps.drafts_run import DraftsCase, Wanted, measure_drafts, step_figures
 from benchmarks.steps.imposed import AUTO, CERTAIN, VALUES, Imposed, Order, impose, mixed, stand_in
-from tests.absent_gpu import needs_triton
+from tests.absent_gpu import Launcher, needs_triton, pretend
 from tests.benchmarks.test_gpu_benchmarks import tiny_glm
 from tests.conftest import TINY_CONFIG
 from tpworker.kernels.operands import SlotState
@@ -118,6 +118,17 @@ def test_the_kernels_are_their_definition() -> None:
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "compared" in done.stdout
+
+
+@needs_triton
+def test_the_kernels_compile_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch)
+    from benchmarks.steps import impose_kernels
+
+    state, slots = slot_state(), torch.tensor([1, 2])
+    impose_kernels.impose(slots, torch.zeros(4, dtype=torch.int64), 2, seeds(0.5), state)
+    impose_kernels.stand_in(slots, 1, state)
+    assert Launcher.launched == impose_kernels.NAMES
 
 
 def compare() -> None:
