@@ -104,7 +104,7 @@ def test_tokens_are_the_models_whatever_is_drafted(
         runner.prepare(1024)
     draw = random.Random(num_drafts)
     for drafts in ([num_drafts] * 90, [draw.choice([0, num_drafts // 2, num_drafts]) for _ in range(90)]):
-        runner.steps.begin()
+        device.compute.run(runner.steps.begin)
         outputs, right = drive(runner, drafts, 0.0)
         assert_greedy(folder, [outputs[slot] for slot in range(NUM)])
         if method == "ngram":  # a random model repeats itself soon
@@ -134,11 +134,11 @@ def test_in_float32_it_is_the_same_tokens(
 def test_what_is_drawn_is_what_is_drawn_without_drafts(folder: Path, method: str) -> None:
     """bfloat16: the first difference lies where two tokens are nearly alike."""
     device = CudaDevice(0)
-    drawn = []
+    drawn, runners = [], []  # whose graphs share a pool: the first ones stay as long as the last
     for kind, num_drafts in (("", 0), (method, 2)):
-        [runner] = cuda_runners(folder, device, 1, kind, num_drafts)
-        runner.prepare(1024)
-        drawn.append(drive(runner, [num_drafts] * 90, 1.0)[0])
+        runners += cuda_runners(folder, device, 1, kind, num_drafts)
+        runners[-1].prepare(1024)
+        drawn.append(drive(runners[-1], [num_drafts] * 90, 1.0)[0])
     same = sum(drawn[0][slot] == drawn[1][slot] for slot in range(NUM))
     assert same >= NUM // 2, f"{same} of {NUM} outputs are the same"
     alike = [

@@ -108,7 +108,7 @@ def there(slots: Tensor, positions: Tensor, tables: LogitTables) -> tuple[Tensor
 
 
 def no_drafts(slots: Tensor) -> Tensor:
-    return torch.zeros(len(slots), 0, dtype=torch.int64, device=DEVICE)
+    return torch.zeros(len(slots), 0, dtype=torch.int64)
 
 
 def make_logits(rows: int, vocab: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
@@ -143,7 +143,7 @@ def test_adjust(kernels: Any, vocab: int, dtype: torch.dtype, start: int, widths
     source = logits.to(DEVICE, copy=True)
     arguments = (slots, positions, tables)
     expected = logit_rules.adjust(logits, *arguments, no_drafts(slots))
-    result = kernels.adjust(source, *there(*arguments), no_drafts(slots))
+    result = kernels.adjust(source, *there(*arguments), no_drafts(slots).to(DEVICE))
     assert result.dtype == torch.float32
     same(result, expected)
     same(source, logits)
@@ -175,14 +175,12 @@ def test_adjust_with_drafts(kernels: Any, vocab: int, width: int, start: int, wi
     expected = logit_rules.adjust(logits, slots, places, tables, drafts)
     result = kernels.adjust(logits.to(DEVICE), *there(slots, places, tables), drafts.to(DEVICE))
     same(result, expected)
-    plain = logit_rules.adjust(
-        logits, slots.repeat_interleave(width), places, tables, no_drafts(places).cpu()
-    )
+    plain = logit_rules.adjust(logits, slots.repeat_interleave(width), places, tables, no_drafts(places))
     rows = expected.view(-1, width, vocab), plain.view(-1, width, vocab)
     assert torch.equal(*(x[:, 0].nan_to_num() for x in rows))
     uses, changed = tables.uses[slots], (rows[0].nan_to_num() != rows[1].nan_to_num()).flatten(1).any(dim=1)
     assert bool(changed[(uses & PENALISED) != 0].any()), "the case shows nothing"
-    if width == 5 and widths.length > 1:
+    if width == 5 and widths.length > 1 and vocab < 1000:  # in larger ones words are hit too seldom
         assert bool(changed[(uses & (PENALISED | WORDS_BARRED)) == WORDS_BARRED].any())
 
 
@@ -192,7 +190,9 @@ def test_what_is_listed_changes_its_columns_alone(kernels: Any, widths: Widths) 
     vocab, start = 300, 50
     tables, (slots, positions) = make_tables(vocab, start, widths), place_rows()
     logits = torch.randn(len(slots), vocab)
-    result = kernels.adjust(logits.to(DEVICE), *there(slots, positions, tables), no_drafts(slots)).cpu()
+    result = kernels.adjust(
+        logits.to(DEVICE), *there(slots, positions, tables), no_drafts(slots).to(DEVICE)
+    ).cpu()
     changed = result != logits
     uses = tables.uses[slots]
     for row in (uses == BIASED).nonzero()[:, 0].tolist():
@@ -240,7 +240,10 @@ def test_barred_words(kernels: Any, words: list[list[int]], history: list[int], 
     expected = logits.clone()
     expected[0, barred] = -math.inf
     same(logit_rules.adjust(logits, slots, positions, tables, no_drafts(slots)), expected)
-    same(kernels.adjust(logits.to(DEVICE), *there(slots, positions, tables), no_drafts(slots)), expected)
+    same(
+        kernels.adjust(logits.to(DEVICE), *there(slots, positions, tables), no_drafts(slots).to(DEVICE)),
+        expected,
+    )
 
 
 def test_a_barred_logit_that_is_nan_stays_so(kernels: Any) -> None:
@@ -249,7 +252,7 @@ def test_a_barred_logit_that_is_nan_stays_so(kernels: Any) -> None:
     logits = torch.randn(1, 40)
     logits[0, 6] = math.nan
     slots, positions = torch.tensor([0]), torch.tensor([1])
-    result = kernels.adjust(logits.to(DEVICE), *there(slots, positions, tables), no_drafts(slots))
+    result = kernels.adjust(logits.to(DEVICE), *there(slots, positions, tables), no_drafts(slots).to(DEVICE))
     assert result[0, 6].isnan()
     same(result, logit_rules.adjust(logits, slots, positions, tables, no_drafts(slots)))
 
@@ -260,9 +263,9 @@ def test_rows_with_something_between_them(kernels: Any) -> None:
     wide = make_logits(len(slots), vocab + 56, torch.float32)
     expected = logit_rules.adjust(wide[:, :vocab], slots, positions, tables, no_drafts(slots))
     arguments = there(slots, positions, tables)
-    same(kernels.adjust(wide.to(DEVICE)[:, :vocab], *arguments, no_drafts(slots)), expected)
+    same(kernels.adjust(wide.to(DEVICE)[:, :vocab], *arguments, no_drafts(slots).to(DEVICE)), expected)
     none = [x[:0] for x in arguments[:2]]
-    empty = kernels.adjust(wide.to(DEVICE)[:0, :vocab], *none, arguments[2], no_drafts(none[0]))
+    empty = kernels.adjust(wide.to(DEVICE)[:0, :vocab], *none, arguments[2], no_drafts(none[0]).to(DEVICE))
     assert empty.shape == (0, vocab)
 
 
@@ -277,7 +280,7 @@ def test_rows_further_apart_than_32_bits_tell(kernels: Any) -> None:
     spread.copy_(logits)
     slots, positions = torch.tensor([15, 3, 31]), torch.tensor([1, 20, 9])
     expected = logit_rules.adjust(logits, slots, positions, tables, no_drafts(slots))
-    same(kernels.adjust(spread, *there(slots, positions, tables), no_drafts(slots)), expected)
+    same(kernels.adjust(spread, *there(slots, positions, tables), no_drafts(slots).to(DEVICE)), expected)
 
 
 @every_vocab
@@ -287,7 +290,7 @@ def test_steps_of_greedy_tokens(kernels: Any, vocab: int) -> None:
     tables = make_tables(vocab, start, WIDTHS["few"])
     its_tables = on_device(tables)
     slots, positions = place_rows()
-    none = no_drafts(slots)
+    none = no_drafts(slots).to(DEVICE)
     for step in range(4):
         logits = torch.randn(len(slots), vocab).bfloat16()
         tokens = logit_rules.adjust(logits, slots, positions, tables, none.cpu()).argmax(dim=-1) + start
@@ -355,7 +358,7 @@ def test_replayed_with_other_tables(kernels: Any) -> None:
     vocab, start = 151_936, 0
     tables, (slots, positions) = make_tables(vocab, start, WIDTHS["served"]), place_rows()
     at, standing, its = there(slots, positions, tables)
-    none = no_drafts(slots)
+    none = no_drafts(slots).to(DEVICE)
     logits = make_logits(len(slots), vocab, torch.bfloat16).to(DEVICE)
 
     def step() -> tuple[Tensor, Tensor]:

@@ -44,7 +44,8 @@ def agree(wire: Wire, free_bytes: int, **changes: Any) -> KVCache:
         "block_size": 16, "start_timeout": 1.0, **changes,
     }  # fmt: skip
     boot: Any = SimpleNamespace(generation=0, rank=0, num_ranks=1, settings=SimpleNamespace(**fields))
-    decoder: Any = SimpleNamespace(spec=SPEC, shard=Shard.of(SPEC, 0, 1))
+    weights = SimpleNamespace(mtp=None)
+    decoder: Any = SimpleNamespace(spec=SPEC, shard=Shard.of(SPEC, 0, 1), weights=weights)
     device: Any = SimpleNamespace(torch_device=CPU, free_bytes=lambda num_ranks: free_bytes)
     plans: Any = wire
     return agree_on_cache(boot, plans, decoder, torch.float32, device)

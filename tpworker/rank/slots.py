@@ -163,7 +163,7 @@ class SlotTable:
             self._integers[slots] = integers
             self._floats[slots] = deltas.floats.get()
             if state.drafts.shape[1]:  # which may be fed beyond what is granted: into the null block
-                state.block_table[slots] = 0
+                state.block_table.index_fill_(0, slots, 0)
         if deltas.block_places is not None and deltas.blocks is not None:
             state.block_table.view(-1)[deltas.block_places.get()] = deltas.blocks.get()
         for slot, tokens in deltas.histories:
