@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,7 @@ class MeasuringRunner(Runner):
         self.traces: dict[int, dict[str, Any]] = {}
         self._number = self._num_admitted = self._steady = self._first_traced = 0
         self._profiler: Any = None
-        mixtures = [layer.mlp for layer in self._decoder.weights.layers if isinstance(layer.mlp, Moe)]
+        mixtures = [layer.mlp for layer in self.steps.decoder.weights.layers if isinstance(layer.mlp, Moe)]
         self._routing = UniformRouting(mixtures, self.sampler.counter) if mixtures else None
 
     def launch(self, plan: BatchPlan) -> Launched:
@@ -135,8 +136,8 @@ class MeasuringRunner(Runner):
             "noted": noted,
             "traces": self.traces,
             "kv_blocks": self._cache.num_blocks,
-            "attention": type(self._decoder.attention).__name__,
-            "group": self._decoder.shard.size,
+            "attention": type(self.steps.decoder.attention).__name__,
+            "group": self.steps.decoder.shard.size,
         }
 
     def _alone(self, noted: Noted) -> dict[str, list[tuple[float, float]]]:
@@ -150,8 +151,9 @@ class MeasuringRunner(Runner):
         device = table.state.block_table.device
         entries = torch.arange(table.state.block_table.numel(), device=device) % (self._cache.num_blocks - 1)
         table.state.block_table.copy_((entries + 1).view_as(table.state.block_table))
-        self._batch_slots.fill_(table.num_slots)
-        self._batch_slots[: len(noted.slots)] = torch.tensor(noted.slots, device=device)
+        table.state.end.fill_(1 << 30)  # nobody is at an end here
+        self.steps.batch_slots.fill_(table.num_slots)
+        self.steps.batch_slots[: len(noted.slots)] = torch.tensor(noted.slots, device=device)
         spread = max(0, noted.num_steps - REPLAYS - WARM_REPLAYS)
         starts = [noted.positions + spread * point // (POINTS - 1) for point in range(POINTS)]
         starts += [torch.full_like(noted.positions, length - WARM_REPLAYS) for length in self.task.lengths]
@@ -175,7 +177,7 @@ class MeasuringRunner(Runner):
 
     def _times(self, size: int, count: int, replays: int) -> list[float]:
         """ms of a step, `count` times, each the mean of so many `replays`; all are queued at once."""
-        replay = self._graphs.find(size, GREEDY) or (lambda: self._decode_step(size, GREEDY))
+        replay = partial(self.steps.decode, size, 0, GREEDY)
         compute = self._device.compute
         for _ in range(WARM_REPLAYS):
             compute.run(replay)
