@@ -35,14 +35,18 @@ from benchmarks.speculation.replay import LookUp, Tally, replay
 from benchmarks.speculation.salted_scheduler import AUTO
 from benchmarks.speculation.texts import KINDS, read_prompts
 from benchmarks.steps.drafts import num_drafts, why_not_together
-from tpworker import Runtime, SamplingParams
+from tpworker import Runtime, RuntimeConfig, SamplingParams
 from tpworker.checkpoint.default_model import ensure_default_model
 from tpworker.outputs import Stats
+from tpworker.runtime.settings import Speculation
 from tpworker.text.tokenizer import Tokenizer
 
 LOOK_UPS = tuple(
     LookUp(*lengths) for lengths in ((1, 1), (2, 1), (2, 2), (3, 1), (4, 1), (4, 2), (4, 3), (8, 1), (8, 2))
 )
+_DEFAULTS = Speculation.of(RuntimeConfig(speculative_method="ngram"))
+SERVED = LookUp(_DEFAULTS.prompt_lookup_max, _DEFAULTS.prompt_lookup_min)
+"""What is looked up where nothing is said."""
 ALL = "all"
 """Kinds and temperatures together."""
 
@@ -67,8 +71,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
                         help="that are replayed; default: 1 2 4 8")  # fmt: skip
     parser.add_argument("--look-ups", type=look_up, nargs="+", metavar="MAX/MIN", default=list(LOOK_UPS),
                         help="n-grams that are replayed; default: several from 1/1 to 8/2")  # fmt: skip
-    parser.add_argument("--shown", type=look_up, default=LookUp(4, 2), metavar="MAX/MIN",
-                        help="the n-grams of runs, and of what is told by kind; default: 4/2")  # fmt: skip
+    parser.add_argument("--shown", type=look_up, default=SERVED, metavar="MAX/MIN",
+                        help=f"the n-grams of runs, and of what is told by kind; default: {SERVED}")  # fmt: skip
     parser.add_argument("--measured", type=num_drafts, nargs="*", metavar="N",
                         help="drafts of runs; default: 4, or 1 2 4 of a head")  # fmt: skip
     parser.add_argument(
