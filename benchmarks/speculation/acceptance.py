@@ -72,7 +72,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--look-ups", type=look_up, nargs="+", metavar="MAX/MIN", default=list(LOOK_UPS),
                         help="n-grams that are replayed; default: several from 1/1 to 8/2")  # fmt: skip
     parser.add_argument("--shown", type=look_up, default=SERVED, metavar="MAX/MIN",
-                        help=f"the n-grams of runs, and of what is told by kind; default: {SERVED}")  # fmt: skip
+                        help=f"n-grams of runs, and of what is told by kind; default: {SERVED}")  # fmt: skip
     parser.add_argument("--measured", type=num_drafts, nargs="*", metavar="N",
                         help="drafts of runs; default: 4, or 1 2 4 of a head")  # fmt: skip
     parser.add_argument(

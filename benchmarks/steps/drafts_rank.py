@@ -122,7 +122,7 @@ class DraftsRunner(Runner):
         steps.batch_slots[: len(slots)] = torch.tensor(slots, device=device)
         tokens = sum((order.share / 1000) ** draft for draft in range(1 + order.num_drafts))
         state.position.fill_(max(1, int(self.task.length - tokens * (WARM_REPLAYS + REPLAYS / 2))))
-        state.position[-1] = 0
+        state.position[-1:].zero_()
         state.end.fill_(1 << 30)
         table.seed.fill_(order.seed)
 
