@@ -32,6 +32,9 @@ WAIT_STEPS = 24
 
 WAIT_DOUBLINGS = 4
 
+DEAR_DOUBLINGS, MANY_SLOTS = 3, 16
+"""The same where none are in use, of so many slots."""
+
 REMEASURE_STEPS = 512
 """After which the cost of fewer drafts than usual is measured again."""
 
@@ -273,7 +276,11 @@ class Drafting:
         below = [choice for choice in allowed if choice < usual]
         above = [choice for choice in allowed if choice > usual and self._is_worth(size, costs, choice)]
         due = [choice for choice in [*above, *below] if choice not in costs.tried]
-        wait = WAIT_STEPS << (min(costs.num_failed, WAIT_DOUBLINGS) if usual else 0)
+        if usual:
+            doublings = WAIT_DOUBLINGS
+        else:  # where drafts are dear, and many texts do not all change at once
+            doublings = DEAR_DOUBLINGS if num_sampled >= MANY_SLOTS else 0
+        wait = WAIT_STEPS << min(costs.num_failed, doublings)
         due += [choice for choice in below if self._is_doubtful(size, costs, choice, wait)]
         if since >= wait:
             due += self._cheap(size, costs, above, num_sampled)
