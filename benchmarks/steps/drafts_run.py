@@ -31,6 +31,8 @@ from tpworker.model.families import read_spec
 from tpworker.outputs import Stats, StepRecord
 from tpworker.runtime.settings import StepSizes
 
+SIZES = StepSizes.of(RuntimeConfig(), "cuda")
+"""Of steps, as they are by default on GPUs."""
 _SETTLED = 5  # steps of a batch that are not looked at first
 _TOKENS = 256  # every vocabulary has as many
 _IMPOSING = ("_impose", "_stand_in")  # kernels
@@ -78,9 +80,11 @@ class DraftsCase:
         return max((row.num_drafts for row in self.rows if row.num_drafts != AUTO), default=1)
 
     def num_traced(self, wanted: Wanted) -> int:
-        """Tokens of an output that lasts until its request is traced."""
+        """Tokens of an output that lasts until its request is traced: the first begins when the last waits."""
         drafts = self.num_drafts if wanted.num_drafts == AUTO else wanted.num_drafts
-        return (TRACE_FROM + self.trace_steps + 10) * (1 + drafts)
+        room = max(1, SIZES.max_num_batched_tokens - wanted.batch * (1 + drafts))
+        prompt_steps = -(-wanted.batch * self.num_prompt // room)
+        return (prompt_steps + TRACE_FROM + self.trace_steps + 10) * (1 + drafts)
 
     @property
     def max_model_len(self) -> int:
@@ -157,7 +161,6 @@ async def _serve(
 ) -> list[dict[str, Any]]:
     numbers = count(1)
     rows: list[dict[str, Any]] = []
-    sizes = StepSizes.of(RuntimeConfig(), "cuda")
     started = time.monotonic()
     speculation = {"speculative_method": method, "num_speculative_tokens": case.num_drafts} if method else {}
     async with Runtime(
@@ -167,7 +170,7 @@ async def _serve(
         load_format="dummy",
         max_model_len=case.max_model_len,
         max_num_seqs=max(row.batch for row in case.rows),
-        max_num_batched_tokens=sizes.max_num_batched_tokens,
+        max_num_batched_tokens=SIZES.max_num_batched_tokens,
         prefix_caching=False,
         rank_module="benchmarks.steps.drafts_rank",
         scheduler_module="benchmarks.steps.drafts_scheduler",
