@@ -80,7 +80,7 @@ class DraftsCase:
         return max((row.num_drafts for row in self.rows if row.num_drafts != AUTO), default=1)
 
     def num_traced(self, wanted: Wanted) -> int:
-        """Tokens of an output that lasts until its request is traced: the first begins when the last waits."""
+        """Tokens of an output that lasts until its request is traced, though it begins before others do."""
         drafts = self.num_drafts if wanted.num_drafts == AUTO else wanted.num_drafts
         room = max(1, SIZES.max_num_batched_tokens - wanted.batch * (1 + drafts))
         prompt_steps = -(-wanted.batch * self.num_prompt // room)
