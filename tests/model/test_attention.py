@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from tests.model.helpers import Work, make_batch, shuffled_tables
 from tpworker.kernels.operands import Cut
-from tpworker.model.attention import Scores, paged
+from tpworker.model.attention import Scores, paged, split
 from tpworker.model.attention.paged import PagedAttention
 from tpworker.model.attention.split import SplitAttention
 from tpworker.model.batch import Batch
@@ -38,6 +39,50 @@ PLAIN = Scores.plain(HEAD_DIM)
 def test_how_decode_attention_is_cut(num_heads: int, num_kv_heads: int, count: int, cut: Cut) -> None:
     others = PagedAttention(num_heads, num_kv_heads, 128, torch.float32)
     assert SplitAttention(num_heads, num_kv_heads, 128, others, 132).choose_cut(count, 2304) == cut
+
+
+@pytest.mark.parametrize(
+    ("num_heads", "num_kv_heads", "head_dim", "width", "block_size", "is_ours"),
+    [
+        (32, 8, 128, 1, 16, True),
+        (32, 8, 128, 4, 16, True),
+        (32, 8, 128, 5, 16, False),  # 20 queries a key-value head
+        (20, 4, 128, 3, 16, True),
+        (48, 4, 128, 1, 16, True),
+        (48, 4, 128, 2, 16, False),
+        (32, 8, 128, 2, 8, False),
+        (32, 8, 80, 2, 16, False),
+        (32, 8, 80, 1, 16, True),
+    ],
+)
+def test_who_attends_to_several_tokens_of_a_sequence(
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    width: int,
+    block_size: int,
+    is_ours: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Our own kernel where it takes all at once, FlashAttention 3 where it does not; none that waits."""
+    monkeypatch.setattr(split, "has_gluon", lambda kernel: True)
+    count = 3
+    batch = Batch(
+        *[torch.zeros(count * width, dtype=torch.int64)] * 3, torch.zeros(count, 40, dtype=torch.int32),
+        torch.full((count,), width, dtype=torch.int32), torch.zeros(count + 1, dtype=torch.int32),
+        count, width, width=width,
+    )  # fmt: skip
+
+    class Others(PagedAttention):
+        reads_lengths = False
+
+        def prepare(self, batch: Batch, block_size: int) -> Any:
+            return "others"
+
+    for is_slow in (False, True):
+        others = (PagedAttention if is_slow else Others)(num_heads, num_kv_heads, head_dim, torch.float32)
+        attention = SplitAttention(num_heads, num_kv_heads, head_dim, others, 132)
+        assert (attention.prepare(batch, block_size) != "others") == (is_ours or is_slow)
 
 
 def naive(
