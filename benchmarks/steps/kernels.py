@@ -10,8 +10,8 @@ publisher: the yardstick for what the runtime adds. The tables:
   products   µs of each matrix product and of the norm before it, every layer's weight in turn
   sampling   µs from logits to tokens, plain and with what requests can ask for: min-p, top-k and top-p
              (truncated), rules of every kind, logprobs; and all of it at once, in every row
-  drafts     µs a layer of attention where each sequence has W new tokens, and of what steps with drafts read
-             from the slot table and write to it; look-up in histories of 8,000 tokens
+  drafts     µs of what steps with W - 1 drafts read from the slot table and write to it, of look-up in
+             histories of 8,000 tokens, and of a layer's attention, by each backend, of W tokens a sequence
   kernels    of the fastest backend, the profiler's time by kernel
 """
 
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import statistics
 import sys
 from collections.abc import Callable, Iterator
@@ -64,7 +65,7 @@ YARDSTICKS: dict[tuple[str, int], tuple[float, float | None]] = {
 GREEDY = SamplingMode(random=False, truncate=False, suppress=False)
 RANDOM = SamplingMode(random=True, truncate=False, suppress=False)
 TRUNCATED = SamplingMode(random=True, truncate=True, suppress=False)
-WIDTHS = (1, 2, 4)  # new tokens of a sequence: with no draft, one, three
+WIDTHS = (1, 2, 4, 5)  # new tokens of a sequence: with no draft, one, three, four
 HISTORY = 8000  # tokens
 
 
@@ -120,9 +121,13 @@ def measure_model(name: str, options: argparse.Namespace, console: Console) -> l
         row["products_us"] = products_us(decoder, count, options.rounds)
         row["sampling_us"] = sampling_us(decoder, count, options.rounds)
         row["drafts_us"] = slots_us(decoder, count, width, options.rounds)
-        for new in WIDTHS:
+        found = backends(spec, shard, chosen)
+        found.pop("flash", None)  # without a shared schedule it is the slower one
+        for (backend, attention), new in itertools.product(found.items(), WIDTHS):
+            decoder.attention = attention
             wide = decode_batch(count, options.context, width, new)
-            row["drafts_us"][f"attention, {new}"] = attention_us(decoder, wide, cache, options.rounds)
+            row["drafts_us"][f"{backend}, {new}"] = attention_us(decoder, wide, cache, options.rounds)
+        decoder.attention = chosen
         row["random_ms"] = replay_ms(step_of(decoder, batch, cache, RANDOM), options.rounds)[0]
         _, graph = replay_ms(step_of(decoder, batch, cache, GREEDY), 1)
         row["kernels"] = profile(graph)

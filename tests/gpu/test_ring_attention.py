@@ -66,6 +66,7 @@ def attend(
 
     (count, num_heads, head_dim), num_kv_heads = heads.shape, keys.shape[2]
     num_heads -= 2 * num_kv_heads
+    count *= cut.turns  # of the last of which some rows may be missing
     shape = (count * num_kv_heads, cut.num_parts, num_heads // num_kv_heads)
     partial = (
         torch.full((*shape, head_dim), torch.nan, device=DEVICE),

@@ -69,7 +69,16 @@ PAIRS = [
     )
     for width in widths
 ]
-"""What the ring takes: up to 16 queries a key-value head."""
+"""What the ring takes: up to 16 queries a key-value head in one turn."""
+TURNS = [
+    ("qwen3-8b", 5, 2),  # three tokens and two
+    ("qwen3-8b", 8, 2),
+    ("glm-4.5-air-tp2", 2, 2),
+    ("glm-4.5-air-tp2", 3, 3),
+    ("qwen3-0.6b", 3, 2),
+    ("1 on 1", 5, 3),
+]
+"""And in several."""
 
 
 @pytest.fixture(autouse=True)
@@ -95,15 +104,15 @@ def wide_case(
 
 
 @on_ampere
-@pytest.mark.parametrize(("name", "width"), PAIRS)
+@pytest.mark.parametrize(("name", "width", "turns"), [(*pair, 1) for pair in PAIRS] + TURNS)
 @pytest.mark.parametrize("cut", CUTS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_every_end(name: str, width: int, cut: Cut, dtype: torch.dtype) -> None:
+def test_every_end(name: str, width: int, turns: int, cut: Cut, dtype: torch.dtype) -> None:
     """What no sequence holds is NaN and must not be read; nothing depends on the sequences beside.
 
     What is new is NaN in the cache until it is stored, and so is what wrong drafts have left behind it.
     """
-    shape, lengths = SHAPES[name], lengths_of(width)
+    shape, lengths, cut = SHAPES[name], lengths_of(width), dataclasses.replace(cut, turns=turns)
     chunks, batch, *tensors = wide_case(shape, 16, lengths, width)
     queries, keys, values = (x.to(dtype) for x in tensors)
     expected = reference_attention(shape, chunks, queries, keys, values).to(dtype)
@@ -130,7 +139,8 @@ def test_every_end(name: str, width: int, cut: Cut, dtype: torch.dtype) -> None:
 
 @on_ampere
 @pytest.mark.parametrize("length", [40, 900])
-def test_a_draft_that_is_nan_is_seen_by_no_token_before_it(length: int) -> None:
+@pytest.mark.parametrize("turns", [1, 2])
+def test_a_draft_that_is_nan_is_seen_by_no_token_before_it(length: int, turns: int) -> None:
     shape, width = SHAPES["qwen3-8b"], 4
     chunks, batch, *tensors = wide_case(shape, 16, [length], width)
     expected = reference_attention(shape, chunks, *tensors).bfloat16()
@@ -138,7 +148,8 @@ def test_a_draft_that_is_nan_is_seen_by_no_token_before_it(length: int) -> None:
     queries, *cache = (x.to(DEVICE) for x in tensors)
     heads, new = newest(there, queries, *cache)
     heads[2] = torch.nan
-    result = attend(Cut(4, 2), there.block_tables, there.lengths, heads, *cache, new)
+    cut = Cut(4, 2, turns=turns)
+    result = attend(cut, there.block_tables, there.lengths, heads, *cache, new)
     near(result[:2], expected[:2])
     assert result[2:].isnan().all()
 
@@ -148,13 +159,14 @@ BACKEND_CASES = [
     for name, width, dtype, block_size in (
         ("qwen3-8b", 2, torch.bfloat16, 16),
         ("qwen3-8b", 4, torch.bfloat16, 32),
-        ("qwen3-8b", 5, torch.bfloat16, 16),  # 20 queries a head: FlashAttention 3
+        ("qwen3-8b", 5, torch.bfloat16, 16),  # 20 queries a head: two turns
+        ("qwen3-8b", 9, torch.bfloat16, 16),  # 36: FlashAttention 3
         ("qwen3-8b", 3, torch.float32, 16),
         ("qwen3-0.6b", 2, torch.float16, 16),
-        ("qwen3-0.6b", 9, torch.bfloat16, 16),  # 18
+        ("qwen3-0.6b", 9, torch.bfloat16, 16),  # 18: two turns
         ("ernie-4.5-21b-a3b", 3, torch.bfloat16, 16),
         ("ernie-4.5-21b-a3b", 2, torch.bfloat16, 8),  # small blocks
-        ("glm-4.5-air-tp2", 2, torch.bfloat16, 16),  # 24
+        ("glm-4.5-air-tp2", 2, torch.bfloat16, 16),  # 24: two turns
         ("glm-4.5-air-tp2", 4, torch.bfloat16, 64),
         ("glm-4.5-air-tp2", 2, torch.float32, 16),
         ("smollm2", 2, torch.float32, 4),
@@ -210,7 +222,12 @@ def test_store_and_attend(name: str, width: int, dtype: torch.dtype, block_size:
 @on_hopper
 @pytest.mark.parametrize(
     ("name", "width"),
-    [("qwen3-8b", 2), ("qwen3-8b", 4), ("qwen3-0.6b", 3), ("ernie-4.5-21b-a3b", 2), ("glm-4.5-air-tp2", 2)],
+    [
+        *(("qwen3-8b", width) for width in (2, 4, 5, 9)),
+        ("qwen3-0.6b", 3),
+        ("ernie-4.5-21b-a3b", 2),
+        *(("glm-4.5-air-tp2", width) for width in (2, 3)),
+    ],
 )
 @pytest.mark.parametrize("count", [1, 4, 64])
 def test_replays_at_other_lengths(name: str, width: int, count: int) -> None:

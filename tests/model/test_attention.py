@@ -46,10 +46,13 @@ def test_how_decode_attention_is_cut(num_heads: int, num_kv_heads: int, count: i
     [
         (32, 8, 128, 1, 16, True),
         (32, 8, 128, 4, 16, True),
-        (32, 8, 128, 5, 16, False),  # 20 queries a key-value head
+        (32, 8, 128, 8, 16, True),  # 32 queries a key-value head: in two turns
+        (32, 8, 128, 9, 16, False),
         (20, 4, 128, 3, 16, True),
         (48, 4, 128, 1, 16, True),
-        (48, 4, 128, 2, 16, False),
+        (48, 4, 128, 2, 16, True),
+        (48, 4, 128, 3, 16, False),
+        (20, 1, 128, 2, 16, False),
         (32, 8, 128, 2, 8, False),
         (32, 8, 80, 2, 16, False),
         (32, 8, 80, 1, 16, True),
@@ -64,7 +67,7 @@ def test_who_attends_to_several_tokens_of_a_sequence(
     is_ours: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Our own kernel where it takes all at once, FlashAttention 3 where it does not; none that waits."""
+    """Our own kernel where it takes all in two turns, FlashAttention 3 where it does not; none that waits."""
     monkeypatch.setattr(split, "has_gluon", lambda kernel: True)
     count = 3
     batch = Batch(

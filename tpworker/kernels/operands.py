@@ -76,6 +76,7 @@ class Cut:
     warps: int  # of a program; each takes 16 tokens of a tile
     stages: int = 3  # tiles in shared memory, all but one of them on their way
     shortest: int = _SHORTEST_PART  # tokens of a part, if there are several
+    turns: int = 1  # that the new tokens of a sequence are taken in
 
 
 Partial = tuple[Tensor, Tensor, Tensor, Tensor]

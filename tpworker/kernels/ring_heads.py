@@ -19,27 +19,27 @@ from tpworker.kernels.pdl import wait
 
 @gluon.jit
 def to_row(
-    row, NUM_HEADS: gl.constexpr, WIDTH: gl.constexpr, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr
+    row, NUM_HEADS: gl.constexpr, TOKENS: gl.constexpr, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr
 ):  # fmt: skip
     """How far a row of queries is behind the first one, where a token has NUM_HEADS heads."""
-    if WIDTH == 1:
+    if TOKENS == 1:
         return row * HEAD_DIM
     return (row // GROUP * NUM_HEADS + row % GROUP) * HEAD_DIM
 
 
 @gluon.jit
 def new_heads(
-    heads, query_norm, key_norm, cos, sin, eps, sequence, kv_head, row, column,
+    heads, query_norm, key_norm, cos, sin, eps, sequence, first, num_rows, kv_head, row, column,
     HAS_NORM: gl.constexpr, ROTARY_DIM: gl.constexpr, NUM_KV_HEADS: gl.constexpr, GROUP: gl.constexpr,
-    HEAD_DIM: gl.constexpr, WIDTH: gl.constexpr, PDL: gl.constexpr,
+    HEAD_DIM: gl.constexpr, WIDTH: gl.constexpr, TOKENS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    """Of the product: query heads [ROWS, HEAD_DIM], and of each new token its key and its value [HEAD_DIM],
-    normed and rotated. Waits.
+    """Of the product: query heads [ROWS, HEAD_DIM] of the new tokens from `first` on, and of all new tokens a
+    key and a value [HEAD_DIM] each, normed and rotated. Waits.
     """
     dtype: gl.constexpr = heads.dtype.element_ty
     num_heads: gl.constexpr = (GROUP + 2) * NUM_KV_HEADS
     rotated = column < ROTARY_DIM
-    is_real = (row < WIDTH * GROUP)[:, None]
+    is_real = (row < num_rows)[:, None]
     cosines, sines = (), ()
     for token in gl.static_range(WIDTH):
         angle = (sequence * WIDTH + token) * ROTARY_DIM + column
@@ -48,7 +48,7 @@ def new_heads(
     if WIDTH == 1:
         query_cosine, query_sine = cosines[0][None, :], sines[0][None, :]
     else:
-        angle = (sequence * WIDTH + row // GROUP)[:, None] * ROTARY_DIM + column[None, :]
+        angle = (sequence * WIDTH + first + row // GROUP)[:, None] * ROTARY_DIM + column[None, :]
         turns = is_real & rotated[None, :]
         query_cosine = gl.load(cos + angle, mask=turns, other=1.0)
         query_sine = gl.load(sin + angle, mask=turns, other=0.0)
@@ -61,9 +61,9 @@ def new_heads(
         query_partner_weight = gl.load(query_norm + partner).to(gl.float32)
         key_weight = gl.load(key_norm + column).to(gl.float32)
         key_partner_weight = gl.load(key_norm + partner).to(gl.float32)
-    in_query = to_row(row, num_heads, WIDTH, GROUP, HEAD_DIM)[:, None]
-    from_query = heads + (sequence * WIDTH * num_heads + kv_head * GROUP) * HEAD_DIM
-    from_key = from_query + (GROUP * (NUM_KV_HEADS - kv_head) + kv_head) * HEAD_DIM
+    in_query = to_row(row, num_heads, TOKENS, GROUP, HEAD_DIM)[:, None]
+    from_query = heads + ((sequence * WIDTH + first) * num_heads + kv_head * GROUP) * HEAD_DIM
+    from_key = from_query + (GROUP * (NUM_KV_HEADS - kv_head) + kv_head - first * num_heads) * HEAD_DIM
     wait(PDL)
     query = gl.load(from_query + (in_query + column[None, :]), mask=is_real, other=0.0)
     query_partner = gl.load(from_query + (in_query + partner[None, :]), mask=is_real, other=0.0)

@@ -10,6 +10,8 @@ to 8 query heads a key-value head cost no padding beyond 8, and the weights stay
 
 With drafts a sequence has WIDTH new tokens. Their queries are rows of the same products, the first token's
 heads first, and what is before them is read once for all; they attend to each other in the last part alone.
+Where there are too many queries, TURNS programs have TOKENS tokens each, and read what is before them side by
+side.
 
 It has no interpreter. Imports Triton: import it on CUDA only.
 """
@@ -46,11 +48,12 @@ def _attend(
     heads, query_norm, key_norm, cos, sin, rows, keys, values, block_tables, lengths, sums, maxima, totals,
     arrived, out, scale, eps, table_stride,
     HAS_NORM: gl.constexpr, ROTARY_DIM: gl.constexpr, NUM_KV_HEADS: gl.constexpr, GROUP: gl.constexpr,
-    HEAD_DIM: gl.constexpr, WIDTH: gl.constexpr, BLOCK_SIZE: gl.constexpr, NUM_PARTS: gl.constexpr,
-    ROWS: gl.constexpr, REAL_ROWS: gl.constexpr, CHUNK: gl.constexpr, SLAB: gl.constexpr,
-    SHORTEST: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr, PDL: gl.constexpr,
+    HEAD_DIM: gl.constexpr, WIDTH: gl.constexpr, TURNS: gl.constexpr, TOKENS: gl.constexpr,
+    BLOCK_SIZE: gl.constexpr, NUM_PARTS: gl.constexpr, ROWS: gl.constexpr, REAL_ROWS: gl.constexpr,
+    CHUNK: gl.constexpr, SLAB: gl.constexpr, SHORTEST: gl.constexpr, STAGES: gl.constexpr,
+    WARPS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    """One program a sequence, key-value head and part of the sequence; online softmax (arXiv 1805.02867).
+    """One program a turn, key-value head and part of a sequence; online softmax (arXiv 1805.02867).
 
     `heads` is the whole product, [S * WIDTH, H + 2 K, HEAD_DIM]. Queries and keys are normed and rotated
     here, as by `kernels.norm_rotate_store`; the last part stores the new keys and values, and adds them last.
@@ -70,8 +73,13 @@ def _attend(
     of_column: gl.constexpr = gl.SliceLayout(0, by_row)
     # Heads first: what neighbours read at the same time lies side by side in the cache.
     kv_head = gl.program_id(0)
-    sequence = gl.program_id(1).to(gl.int64)
+    turn = gl.program_id(1).to(gl.int64)
     part = gl.program_id(2)
+    if TURNS == 1:
+        sequence, first, num_rows = turn, 0, WIDTH * GROUP
+    else:
+        sequence, first = turn // TURNS, turn % TURNS * TOKENS
+        num_rows = gl.minimum(WIDTH - first, TOKENS) * GROUP
     old = gl.maximum(gl.load(lengths + sequence) - WIDTH, 0)  # tokens before the new ones
     # Parts are whole tiles. Those beyond the end have nothing to do and are not waited for.
     part_length = gl.maximum(gl.cdiv(gl.cdiv(old, NUM_PARTS), TILE) * TILE, SHORTEST)
@@ -101,18 +109,18 @@ def _attend(
 
     row = gl.arange(0, ROWS, layout=of_row)
     column = gl.arange(0, HEAD_DIM, layout=of_column)
-    is_real = (row < WIDTH * GROUP)[:, None]
-    head = sequence * NUM_KV_HEADS + kv_head
-    first_out = (sequence * WIDTH * NUM_KV_HEADS + kv_head) * (GROUP * HEAD_DIM)
-    place = first_out + to_row(row, GROUP * NUM_KV_HEADS, WIDTH, GROUP, HEAD_DIM)[:, None] + column[None, :]
+    is_real = (row < num_rows)[:, None]
+    head = turn * NUM_KV_HEADS + kv_head
+    first_out = ((sequence * WIDTH + first) * NUM_KV_HEADS + kv_head) * (GROUP * HEAD_DIM)
+    place = first_out + to_row(row, GROUP * NUM_KV_HEADS, TOKENS, GROUP, HEAD_DIM)[:, None] + column[None, :]
     places_of_new = ()
     for token in gl.static_range(WIDTH):
         places_of_new += (gl.load(rows + (sequence * WIDTH + token)),)
     query, new_keys, new_values = new_heads(
-        heads, query_norm, key_norm, cos, sin, eps, sequence, kv_head, row, column,
-        HAS_NORM, ROTARY_DIM, NUM_KV_HEADS, GROUP, HEAD_DIM, WIDTH, PDL,
+        heads, query_norm, key_norm, cos, sin, eps, sequence, first, num_rows, kv_head, row, column,
+        HAS_NORM, ROTARY_DIM, NUM_KV_HEADS, GROUP, HEAD_DIM, WIDTH, TOKENS, PDL,
     )  # fmt: skip
-    if is_last:
+    if is_last & (first == 0):
         for token in gl.static_range(WIDTH):
             to_cache = (places_of_new[token] * NUM_KV_HEADS + kv_head) * HEAD_DIM + column
             gl.store(keys + to_cache, new_keys[token])
@@ -120,7 +128,7 @@ def _attend(
     new_scores = ()
     for token in gl.static_range(WIDTH):
         score = gl.sum(query.to(gl.float32) * new_keys[token].to(gl.float32)[None, :], axis=1) * scale
-        sees = is_last if token == 0 else is_last & (row >= token * GROUP)
+        sees = is_last if token == 0 else is_last & (row >= (token - first) * GROUP)
         new_scores += (gl.where(sees, score, float("-inf")),)
 
     as_operand: gl.constexpr = gl.DotOperandLayout(1, mma, 2)
@@ -168,23 +176,23 @@ def _attend(
         total_of_part += new_weight
         summand = new_weight[:, None] * new_values[token].to(gl.float32)[None, :]
         if token > 0:  # a draft that is not seen may be NaN, and 0 * NaN is NaN
-            summand = gl.where((row >= token * GROUP)[:, None], summand, 0.0)
+            summand = gl.where((row >= (token - first) * GROUP)[:, None], summand, 0.0)
         sum_of_part += summand
     if NUM_PARTS == 1 or num_active == 1:
         result = sum_of_part / total_of_part[:, None]
         gl.store(out + place, result.to(out.dtype.element_ty), mask=is_real)
     else:
-        place_of_part = (head * NUM_PARTS + part) * (WIDTH * GROUP) + row
-        gl.store(maxima + place_of_part, higher, mask=row < WIDTH * GROUP)
-        gl.store(totals + place_of_part, total_of_part, mask=row < WIDTH * GROUP)
+        place_of_part = (head * NUM_PARTS + part) * (TOKENS * GROUP) + row
+        gl.store(maxima + place_of_part, higher, mask=row < num_rows)
+        gl.store(totals + place_of_part, total_of_part, mask=row < num_rows)
         gl.store(sums + place_of_part[:, None] * HEAD_DIM + column[None, :], sum_of_part, mask=is_real)
         # All of the program's threads have written before one of them says so.
         tl.debug_barrier()
         num_arrived = gl.atomic_add(arrived + head, 1, sem="acq_rel")
         if num_arrived == num_active - 1:
             _combine(
-                maxima, totals, sums, out + first_out, head * NUM_PARTS, num_active,
-                NUM_KV_HEADS, GROUP, HEAD_DIM, WIDTH, REAL_ROWS, CHUNK, WARPS,
+                maxima, totals, sums, out + first_out, head * NUM_PARTS, num_active, num_rows,
+                NUM_KV_HEADS, GROUP, HEAD_DIM, TOKENS, REAL_ROWS, CHUNK, WARPS,
             )  # fmt: skip
             gl.store(arrived + head, 0)  # for the next layer
 
@@ -243,8 +251,8 @@ def _of_all_warps(maximum, total, attended, by_row: gl.constexpr, WARPS: gl.cons
 
 @gluon.jit
 def _combine(
-    maxima, totals, sums, out, first_part, num_active,
-    NUM_KV_HEADS: gl.constexpr, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, WIDTH: gl.constexpr,
+    maxima, totals, sums, out, first_part, num_active, num_rows,
+    NUM_KV_HEADS: gl.constexpr, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, TOKENS: gl.constexpr,
     REAL_ROWS: gl.constexpr, CHUNK: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """The last to arrive puts the parts together, CHUNK at a time, and always in the same order."""
@@ -259,8 +267,8 @@ def _combine(
     attended = gl.zeros([REAL_ROWS, HEAD_DIM], gl.float32, gl.SliceLayout(0, layout))
     for start in range(0, num_active, CHUNK):
         part = start + gl.arange(0, CHUNK, layout=gl.SliceLayout(1, of_part))[:, None]
-        exists = (part < num_active) & (row < WIDTH * GROUP)
-        place = (first_part + part) * (WIDTH * GROUP) + row
+        exists = (part < num_active) & (row < num_rows)
+        place = (first_part + part) * (TOKENS * GROUP) + row
         maximum = gl.load(maxima + place, mask=exists, other=_FLOOR, cache_modifier=".cg")
         summand = gl.load(totals + place, mask=exists, other=0.0, cache_modifier=".cg")
         source = sums + place[:, :, None] * HEAD_DIM + column
@@ -276,9 +284,9 @@ def _combine(
     result = attended / total[:, None]
     real_row = gl.arange(0, REAL_ROWS, layout=of_row)
     target = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, gl.SliceLayout(0, layout)))
-    from_first = to_row(real_row, GROUP * NUM_KV_HEADS, WIDTH, GROUP, HEAD_DIM)
+    from_first = to_row(real_row, GROUP * NUM_KV_HEADS, TOKENS, GROUP, HEAD_DIM)
     target = from_first[:, None] + target[None, :]
-    gl.store(out + target, result.to(out.dtype.element_ty), mask=(real_row < WIDTH * GROUP)[:, None])
+    gl.store(out + target, result.to(out.dtype.element_ty), mask=(real_row < num_rows)[:, None])
 
 
 def attend(
@@ -295,8 +303,9 @@ def attend(
 
     Args:
         heads: [S * W, H + 2 K, head_dim]: queries, keys and values of the new tokens, neither normed nor
-            rotated nor stored; W * H / K is at most 16.
+            rotated nor stored.
         lengths: int32 [S], with the new tokens.
+        cut: each turn has at most 16 queries a key-value head.
     """
     assert heads.is_contiguous()
     num_rows, num_heads, head_dim = heads.shape
@@ -305,11 +314,13 @@ def attend(
     out = heads.new_empty(num_rows, num_heads, head_dim)
     num_sequences, group = len(lengths), num_heads // num_kv_heads
     width = num_rows // num_sequences
+    tokens_of_turn = triton.cdiv(width, cut.turns)
     assert width * num_sequences == num_rows
-    assert width * group <= _MOST_ROWS
+    assert (cut.turns - 1) * tokens_of_turn < width
+    assert tokens_of_turn * group <= _MOST_ROWS
     norms = (heads, heads) if tokens.norms is None else tokens.norms
-    parts, real_rows = triton.next_power_of_2(cut.num_parts), triton.next_power_of_2(width * group)
-    _attend[(num_kv_heads, num_sequences, cut.num_parts)](
+    parts, real_rows = triton.next_power_of_2(cut.num_parts), triton.next_power_of_2(tokens_of_turn * group)
+    _attend[(num_kv_heads, num_sequences * cut.turns, cut.num_parts)](
         heads,
         *norms,
         tokens.cos,
@@ -330,6 +341,8 @@ def attend(
         GROUP=group,
         HEAD_DIM=head_dim,
         WIDTH=width,
+        TURNS=cut.turns,
+        TOKENS=tokens_of_turn,
         BLOCK_SIZE=block_size,
         NUM_PARTS=cut.num_parts,
         ROWS=max(8, real_rows),  # what the matrix units take at least

@@ -10,8 +10,8 @@ prompts go to another backend.
 
 Two kernels: `ring_kernel` for what is served, which also norms, rotates and stores the newest heads, and
 `split_kernel` for the rest. Lengths and block tables are read on the device; both can be captured in a CUDA
-graph. Of sequences with drafts, `ring_kernel` takes all new tokens at once while their queries are few; for
-more of them FlashAttention 3 is better.
+graph. Of sequences with drafts, `ring_kernel` takes all new tokens at once while their queries are few, or in
+two turns; for more of them FlashAttention 3 is better.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ _MAX_PARTS = 32
 _MAX_WIDE_PARTS = 16  # the same for more than 8 query heads a key-value head: there is more to put together
 _WIDE = 2  # programs of four warps and three tiles of 64 tokens that a processor's shared memory holds
 _NARROW = 4  # of two warps and tiles of 32
-_RING_ROWS = 16  # queries of a sequence and key-value head that `ring_kernel` takes
+_RING_ROWS = 16  # queries of a sequence and key-value head that a program of `ring_kernel` takes
+_MOST_TURNS = 2  # each reads keys and values again, though from the second-level cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +80,10 @@ class SplitAttention:
         if batch.num_decodes < count or not self._takes(batch.width, block_size):
             return self.others.prepare(batch, block_size)
         cut = self.choose_cut(count, batch.block_tables.shape[1] * block_size, batch.width)
-        # `ring_kernel` takes a sequence's tokens together, `split_kernel` each for itself: as many rows.
-        pairs, group = count * batch.width * self.num_kv_heads, self.num_heads // self.num_kv_heads
+        # `ring_kernel` takes tokens of a sequence together, `split_kernel` each for itself: as many rows, and
+        # one more where turns are not alike.
+        width = -(-batch.width // cut.turns) * cut.turns
+        pairs, group = count * width * self.num_kv_heads, self.num_heads // self.num_kv_heads
         device = batch.lengths.device
         sums = torch.empty(pairs, cut.num_parts, group, self.head_dim, device=device)
         maxima, totals = (torch.empty(pairs, cut.num_parts, group, device=device) for _ in range(2))
@@ -91,7 +94,9 @@ class SplitAttention:
 
     def choose_cut(self, count: int, longest: int, width: int = 1) -> Cut:
         """For `count` sequences of at most `longest` tokens, `width` of them new."""
-        pairs, is_wide_group = count * self.num_kv_heads, self.num_heads * width > 8 * self.num_kv_heads
+        turns = self._turns(width)
+        pairs = count * turns * self.num_kv_heads
+        is_wide_group = self.num_heads * -(-width // turns) > 8 * self.num_kv_heads
         wide = _WIDE * self._num_processors // pairs
         narrow = _NARROW * self._num_processors // pairs
         if not wide or (2 < narrow < 6 and not is_wide_group):
@@ -100,7 +105,12 @@ class SplitAttention:
         else:
             cut = Cut(min(wide, _MAX_WIDE_PARTS if is_wide_group else _MAX_PARTS), warps=4)
         most = max(1, -(-longest // cut.shortest))
-        return replace(cut, num_parts=min(cut.num_parts, most))
+        return replace(cut, num_parts=min(cut.num_parts, most), turns=turns)
+
+    def _turns(self, width: int) -> int:
+        """That `ring_kernel` takes so many new tokens in."""
+        tokens = max(1, _RING_ROWS * self.num_kv_heads // self.num_heads)
+        return -(-width // tokens)
 
     def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, plan: Any) -> Tensor:
         """See `Attention`."""
@@ -143,7 +153,8 @@ class SplitAttention:
         """Whether it takes such heads and blocks, where it takes the type and the GPU."""
         return (
             self.head_dim in (64, 128)
-            and self.num_heads * width <= _RING_ROWS * self.num_kv_heads
+            and self.num_heads <= _RING_ROWS * self.num_kv_heads
+            and self._turns(width) <= _MOST_TURNS
             and block_size % 16 == 0
             and has_gluon("tpworker.kernels.ring_kernel")
         )
