@@ -281,6 +281,7 @@ class Composer:
         request.target = len(request.tokens)
         request.num_registered, request.last_node = len(shared), node
         insort(self.running, request, key=_by_key)
+        self.drafting.renew()
         self._num_asking += request.wants_logprobs
         self._num_guided += request.is_guided
         self._start(request, num_cached)

@@ -32,8 +32,8 @@ WAIT_STEPS = 24
 
 WAIT_DOUBLINGS = 4
 
-DEAR_DOUBLINGS, MANY_SLOTS = 3, 16
-"""The same where none are in use, of so many slots."""
+MANY_DOUBLINGS, MANY_SLOTS = 3, 16
+"""The same where none are in use, of so many slots or more, until a request is admitted."""
 
 REMEASURE_STEPS = 512
 """After which the cost of fewer drafts than usual is measured again."""
@@ -254,6 +254,11 @@ class Drafting:
         self._begin(costs, trial, num_sampled)
         return trial
 
+    def renew(self) -> None:
+        """A request has got a slot: what has failed with other texts may be right of its."""
+        for costs in self._costs.values():
+            costs.num_failed = 0
+
     def _settle(self, size: int, costs: Costs, allowed: list[int]) -> None:
         """Which number is the usual one from now on."""
         if costs.usual not in allowed:
@@ -276,10 +281,8 @@ class Drafting:
         below = [choice for choice in allowed if choice < usual]
         above = [choice for choice in allowed if choice > usual and self._is_worth(size, costs, choice)]
         due = [choice for choice in [*above, *below] if choice not in costs.tried]
-        if usual:
-            doublings = WAIT_DOUBLINGS
-        else:  # where drafts are dear, and many texts do not all change at once
-            doublings = DEAR_DOUBLINGS if num_sampled >= MANY_SLOTS else 0
+        # Where there are none in use, what many texts have said together holds for a while.
+        doublings = WAIT_DOUBLINGS if usual else MANY_DOUBLINGS * (num_sampled >= MANY_SLOTS)
         wait = WAIT_STEPS << min(costs.num_failed, doublings)
         due += [choice for choice in below if self._is_doubtful(size, costs, choice, wait)]
         if since >= wait:

@@ -34,6 +34,9 @@ class MostDrafts:
     def __init__(self, choices: tuple[int, ...]) -> None:
         self.choices = choices
 
+    def renew(self) -> None:
+        pass
+
     def choose(self, num_sampled: int, most: int) -> int:
         return most
 

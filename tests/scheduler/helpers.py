@@ -80,6 +80,9 @@ class AnyDrafts:
         self.choices = choices
         self._random = random.Random(seed)
 
+    def renew(self) -> None:
+        pass
+
     def choose(self, num_sampled: int, most: int) -> int:
         return self._random.choice([choice for choice in self.choices if choice <= most])
 

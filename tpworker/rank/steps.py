@@ -137,7 +137,7 @@ class Steps:
             self.samplings.capture(self._device, self.sample_padded)
             for drafts, graphs in self.heads.items() if self._drafts_of_hidden else ():
                 draft = partial(self.draft_padded, drafts)
-                graphs.capture(self._device, max_tokens, self._put_padding, draft)
+                graphs.capture(self._device, max_tokens, self._leave_padding, draft)
         after_mixed = time.monotonic()
         if decode:
             self.decodes.capture(self._device, self.decode_step)
@@ -151,6 +151,11 @@ class Steps:
             self._mixed_inputs[: len(packed)].copy_(packed)
 
         self._device.compute.run(put)
+
+    def _leave_padding(self, size: int) -> None:
+        """What a forward of that leaves to who makes drafts: of another size it would not fit together."""
+        self._put_padding(size)
+        self._device.compute.run(partial(self.forwards.replay, size))
 
     # ---------------------------------------------------------------------------------- decode steps
 
