@@ -92,7 +92,7 @@ class RuntimeConfig:
     """With `ngram`: tokens of the longest n-gram that is looked up, before shorter ones. None: 4, or
     `prompt_lookup_min` if that is more."""
     prompt_lookup_min: int | None = None
-    """With `ngram`: tokens of the shortest. None: 2, or `prompt_lookup_max` if that is less."""
+    """With `ngram`: tokens of the shortest. None: 1."""
     step_timeout: float = 60.0
     """Seconds after which a step that is not answered, or a rank that has not come, ends the runtime."""
     start_timeout: float = 600.0

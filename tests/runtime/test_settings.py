@@ -47,7 +47,7 @@ NGRAM, MTP = {"speculative_method": "ngram"}, {"speculative_method": "mtp"}
     ("options", "told", "said"),
     [
         ({}, ("", 0, 1, 1), ""),
-        (NGRAM, ("ngram", 4, 4, 2), "up to 4 drafts a step by look-up of the last 2 to 4 tokens"),
+        (NGRAM, ("ngram", 4, 4, 1), "up to 4 drafts a step by look-up of the last 1 to 4 tokens"),
         (NGRAM | {"num_speculative_tokens": 8, "prompt_lookup_min": 6}, ("ngram", 8, 6, 6), "up to 8 drafts"),
         (
             NGRAM | {"prompt_lookup_max": 1},

@@ -296,7 +296,7 @@ def _add_speculation_options(group: _Group) -> None:
         type=_integer,
         metavar="N",
     )
-    for flag, which, default in (("--prompt-lookup-max", "most", 4), ("--prompt-lookup-min", "fewest", 2)):
+    for flag, which, default in (("--prompt-lookup-max", "most", 4), ("--prompt-lookup-min", "fewest", 1)):
         text = (
             f"with ngram: {which} tokens that are looked up, up to {MAX_PROMPT_LOOKUP} (default: {default})"
         )

@@ -61,7 +61,7 @@ class Speculation:
             "ngram",
             config.num_speculative_tokens or 4,
             longest or max(4, shortest or 0),
-            shortest or min(2, longest or 2),
+            shortest or 1,  # an empty place for a draft costs what a wrong one does (docs/benchmarks.md)
         )
 
     def __str__(self) -> str:
