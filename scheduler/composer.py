@@ -148,8 +148,8 @@ class Composer:
     def _choose_num_drafts(self) -> int:
         """Of the next plan: its rows are bounded, and leave half of the budget to prompts."""
         choices = self.drafting.choices
-        if len(choices) == 1:
-            return choices[0]
+        if len(choices) == 1 or (self.running and self._num_guided == len(self.running)):
+            return 0  # who is guided has none
         num_sampled = len(self.running) + min(len(self.waiting), len(self._free_slots))
         most = most_drafts(choices, num_sampled, self._budget // 2)
         return self.drafting.choose(num_sampled, most)
