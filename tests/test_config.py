@@ -310,6 +310,10 @@ def test_a_scheduling_policy_is_one_of_two() -> None:
             "prompt_lookup_min=3 is more than prompt_lookup_max=2: raise prompt_lookup_max, or lower",
         ),
         ({"speculative_method": "ngram", "num_speculative_tokens": 2.0}, "must be int or None"),
+        (
+            {"speculative_method": "ngram", "max_num_batched_tokens": 3, "max_num_seqs": 1},
+            "speculative_method=ngram has no effect with max_num_batched_tokens=3: drafts may take half of",
+        ),
     ],
 )
 def test_what_cannot_be_said_of_drafts(options: dict[str, Any], said: str) -> None:

@@ -201,6 +201,13 @@ class RuntimeConfig:
         for name, length in (("prompt_lookup_max", longest), ("prompt_lookup_min", shortest)):
             ok = length is None or 1 <= length <= MAX_PROMPT_LOOKUP
             self._check(ok, name, f"from 1 to {MAX_PROMPT_LOOKUP}")
+        tokens = self.max_num_batched_tokens
+        if method is not None and tokens is not None and tokens < 4:
+            raise ConfigError(
+                f"speculative_method={method} has no effect with max_num_batched_tokens={tokens}: drafts may "
+                "take half of a step, so that one request with one draft needs 4; raise it, or leave "
+                "speculative_method out"
+            )
         if longest is not None and shortest is not None and shortest > longest:
             raise ConfigError(
                 f"prompt_lookup_min={shortest} is more than prompt_lookup_max={longest}: raise "
