@@ -66,7 +66,9 @@ class Committed:
                 continue
             self.finished.append(Finish(len(self.tokens) - 1, reason))
             self.ended.append(request)
-            return count
+            break
+        else:
+            count = len(tokens)
         if request.state is State.DECODING:  # fewer than it might have been
             request.computed = request.most_length - 1
-        return len(tokens)
+        return count

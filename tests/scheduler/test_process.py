@@ -138,6 +138,27 @@ def test_generated_tokens_are_cached_too() -> None:
     assert world.tokens[2] == expected(second)
 
 
+@pytest.mark.parametrize("lookahead", [0, 2])
+def test_a_last_token_that_came_of_a_wrong_draft_is_not_cached(lookahead: int) -> None:
+    """Where it stands, the cache has keys and values of the draft."""
+    for length in range(1, 20):
+        message = submit(1, PROMPT[:3], max_tokens=40)
+        stop = expected(message)[length - 1]
+        message = submit(1, PROMPT[:3], max_tokens=40, stop_ids=pack_int32([stop]))
+        world = World(lookahead, block_size=1, num_drafts=4, max_num_batched_tokens=32)
+        world.submit(message)
+        while 1 not in world.finished:
+            world.compose()
+            while world.answer():  # all of them, so that nothing is in flight
+                pass
+        known = PROMPT[:3] + expected(message)
+        again = submit(2, [*known, 1], max_tokens=4)
+        world.submit(again)
+        world.run()
+        assert world.cached[2] >= len(known) - 1
+        assert world.tokens[2] == expected(again)
+
+
 def test_no_prefix_caching() -> None:
     world = World(prefix_caching=False)
     for request in (1, 2):
