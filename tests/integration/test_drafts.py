@@ -161,6 +161,18 @@ def test_random_delays_of_steps_and_copies(folder: Path, oracle: mix.Oracle, num
         mix.compare(group, oracle)
 
 
+@pytest.mark.parametrize("max_model_len", [63, 64])
+def test_any_length_is_prepared_for(folder: Path, max_model_len: int) -> None:
+    """The longest step beforehand may be longer than a sequence, by what drafts have room for."""
+    submit = next(submit for submit in mix.requests() if len(submit.tokens) < 4 * 20)
+    answers = []
+    for num_drafts in (0, 4):
+        options: dict[str, Any] = {"max_model_len": max_model_len, "prepare": True, "check_agreement": False}
+        with group_with(folder, 1, num_drafts, **options) as group:
+            answers.append(group.run([submit])[submit.request].tokens)
+    assert answers[0] == answers[1]
+
+
 # ------------------------------------------------------------------------------------ with features
 
 

@@ -56,6 +56,16 @@ def test_an_admission_fills_its_row_and_no_other() -> None:
         assert torch.equal(columns[name][others], tensor[others]), name
 
 
+def test_a_history_is_of_sequences_and_not_of_the_null_slot() -> None:
+    """Steps beforehand may be longer than any sequence, by what drafts have room for."""
+    table = SlotTable(4, 8, torch.device("cpu"), num_drafts=2, history=10)
+    apply(table, [admission(1)], [])
+    assert table.state.history[1].tolist() == list(range(10))
+    apply(table, [admission(4, tokens=pack_int32(range(1, 12)), blocks=pack_int32([0]))], [])
+    assert not table.state.history[4].any()
+    assert not table.state.most_drafts[4]
+
+
 def test_grants_append() -> None:
     table = SlotTable(4, 8, torch.device("cpu"))
     apply(table, [admission(1)], [])

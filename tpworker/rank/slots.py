@@ -137,6 +137,7 @@ class SlotTable:
         return tuple(
             (admission.slot, staging.put(np.frombuffer(admission.tokens, np.dtype("<i4")).astype(np.int32)))
             for admission in admitted
+            if admission.slot < self.num_slots  # steps beforehand may be longer than any sequence
         )
 
     def _integers_of(self, admission: Admission) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
