@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from typing import Any
 
@@ -286,6 +287,31 @@ def test_any_mix_gives_what_each_request_gives_alone(
             world.answer()
     aborted = {n: r["abort_after"] for n, r in enumerate(requests) if r["abort_after"] is not None}
     run_with_aborts(world, messages, aborted)
+
+
+@pytest.mark.parametrize("num_drafts", [1, 4])
+@pytest.mark.parametrize("lookahead", [0, 2])
+def test_a_conversation_finds_what_drafts_that_were_wrong_have_not_left_in_the_cache(
+    lookahead: int, num_drafts: int
+) -> None:
+    """A stop token may fill a block, but stand where a wrong draft was fed, with no step behind it."""
+    num_found = 0
+    for seed in range(60):
+        draw = random.Random(seed)
+        world = World(lookahead, 64, 4, seed, num_drafts=num_drafts)
+        prompt = draw.choices(range(VOCAB), k=draw.randint(1, 9))
+        for turn in range(3):
+            message = submit(turn, prompt, seed=seed, stop_ids=pack_int32(range(6)))
+            world.submit(message)
+            while turn not in world.finished:
+                world.compose()
+                for _ in range(draw.randint(1, lookahead + 1)):
+                    world.answer()
+            assert world.tokens[turn] == expected(message)
+            num_found += world.cached[turn] == (len(prompt) - 1) // 4 * 4 > 0
+            prompt = [*prompt, *world.tokens[turn], 9]
+        world.board.close()
+    assert num_found > 20, "all that there may be was found, often enough"
 
 
 def test_the_fake_rank_would_notice_a_wrong_block() -> None:
