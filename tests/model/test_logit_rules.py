@@ -319,3 +319,45 @@ def test_no_rows() -> None:
     none = torch.zeros(0, dtype=torch.int64)
     assert adjust(torch.zeros(0, VOCAB), none, none, state.tables, no_drafts(0)).shape == (0, VOCAB)
     count_tokens(none, none, none, state.tables)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_behind_drafts_it_is_as_if_they_had_been_counted(size: int) -> None:
+    """Every rule, at once and apart; drafts that come twice, that barred words are made of, of each rank."""
+    words = tuple(pack_int32(word) for word in ([4, 6], [6, 8, 4], [2, 4, 6, 8]))
+    barred = replace(NO_RULES, barred=words)
+    penalised = replace(NO_RULES, repetition_penalty=1.3, presence_penalty=0.4, frequency_penalty=0.2)
+    rules = [replace(penalised, barred=words), penalised, barred, None]
+    known = [[9, 3, 2, 5, 2], [4, 4, 6, 1, 2], [1, 1, 7, 2, 4], [2, 4, 6, 8, 2]]
+    drafts = torch.tensor([[4, 6, 8], [6, 6, 9], [6, 8, 4], [4, 6, 8]])
+    count, width = drafts.shape[0], 1 + drafts.shape[1]
+    logits = logits_of(count * width, VOCAB)
+    slots, place = torch.arange(count), torch.arange(width)
+    positions = (torch.tensor([len(tokens) for tokens in known])[:, None] + place).flatten()
+    changed = 0
+    for start, local in parts(VOCAB, size):
+        part = torch.zeros(len(logits), local)
+        here = logits[:, start : start + local]
+        part[:, : here.shape[1]] = here
+        state = of_rows(rules, known, 3, start, local)
+        found = adjust(part, slots, positions, state.tables, drafts).view(count, width, -1)
+        plain = adjust(part[::width], slots, positions[::width], state.tables, no_drafts(count))
+        for number in range(width):
+            rows = part.view(count, width, -1)[:, number]
+            at = positions.view(count, width)[:, number]
+            expected = adjust(rows, slots, at, state.tables, no_drafts(count))
+            torch.testing.assert_close(found[:, number], expected, rtol=0, atol=1e-6)
+            if number < width - 1:
+                count_tokens(slots, drafts[:, number], at, state.tables)
+        assert torch.equal(found[:, 0], plain)
+        changed += int((found - part.view(count, width, -1))[:, 1:].nan_to_num(-1).ne(0).sum())
+    assert changed > 20
+
+
+def test_missing_drafts_count_for_nothing() -> None:
+    rules = replace(NO_RULES, frequency_penalty=0.5)
+    state = of_rows([rules], [[1, 2, 3]], 1, 0, VOCAB)
+    logits = torch.zeros(3, VOCAB)
+    found = adjust(logits, torch.tensor([0]), torch.tensor([3, 4, 5]), state.tables, torch.tensor([[-1, -1]]))
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
