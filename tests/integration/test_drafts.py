@@ -18,8 +18,8 @@ from torch import Tensor
 
 from tests.integration import test_features as features
 from tests.integration import test_oracle as mix
-from tests.scheduler.helpers import AnyDrafts
-from tpworker.ipc.arrays import unpack_int32
+from tests.scheduler.helpers import AnyDrafts, sampling
+from tpworker.ipc.arrays import pack_int32, unpack_int32
 from tpworker.ipc.drafting import draft_choices
 from tpworker.ipc.messages import Submit
 from tpworker.rank import process
@@ -171,6 +171,26 @@ def test_any_length_is_prepared_for(folder: Path, max_model_len: int) -> None:
         with group_with(folder, 1, num_drafts, **options) as group:
             answers.append(group.run([submit])[submit.request].tokens)
     assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("block_size", [1, 8])
+@pytest.mark.parametrize("num_drafts", [1, 8])
+def test_prompts_at_the_greatest_length(folder: Path, block_size: int, num_drafts: int) -> None:
+    """One may fill it: its token, which is nobody's, has a place behind it; so have drafts near the end."""
+    prompts = {number: [number, 7, 8] * 43 for number in range(1, 5)}
+    lengths = {1: 128, 2: 127, 3: 126, 4: 120}
+    submits = [
+        Submit(0, number, pack_int32(prompt[: lengths[number]]), 0, sampling(temperature=0.0, max_tokens=20))
+        for number, prompt in prompts.items()
+    ]
+    with InProcessGroup(folder, lookahead=0) as group:
+        plain = {number: output.tokens for number, output in group.run(submits).items()}
+    assert {number: len(tokens) for number, tokens in plain.items()} == {1: 1, 2: 1, 3: 2, 4: 8}
+    options: dict[str, Any] = {"block_size": block_size, "num_kv_blocks": 1024}
+    with group_with(folder, 1, num_drafts, **options) as group:
+        got = {number: output.tokens for number, output in group.run(submits).items()}
+        assert got == plain
+        assert max(step.load.num_drafts for step in group.steps) == num_drafts
 
 
 # ------------------------------------------------------------------------------------ with features

@@ -112,7 +112,8 @@ def assemble(
         spec, shard, weights, dtype = load_shard(boot, device, row)
         row.enter(Phase.MEETING)
         collectives = meeting.result()
-        # Drafts may be fed behind the end of the longest sequence, though to no effect.
+        # Drafts may be fed behind the end of the longest sequence, though to no effect; and behind a prompt
+        # that fills it stands a token which is nobody's.
         most_positions = settings.max_model_len + settings.num_drafts
         decoder = Decoder(spec, weights, shard, collectives, most_positions)
         row.enter(Phase.ALLOCATING)
@@ -143,7 +144,7 @@ def make_slots(
         vocab,
         host_masks(boot, device, spec.vocab_size),
         settings.num_drafts,
-        settings.max_model_len if settings.speculative_method == "ngram" else 0,
+        most_positions if settings.speculative_method == "ngram" else 0,
     )
 
 
