@@ -18,7 +18,7 @@ class Batch:
     token_ids: Tensor  # int64 [T]
     positions: Tensor  # int64 [T], in the token's sequence
     sequence_of: Tensor  # int64 [T], the row of block_tables of each token
-    block_tables: Tensor  # int32 [S, W], entries beyond a sequence's blocks: any valid block
+    block_tables: Tensor  # int32 [S, max_blocks], entries beyond a sequence's blocks: any valid block
     lengths: Tensor  # int32 [S], tokens of each sequence that are in the cache after this step
     query_starts: Tensor  # int32 [S + 1], first token of each sequence in this batch, and T
     num_decodes: int  # so many sequences have W tokens each

@@ -4,7 +4,8 @@ A batch that is between two sizes is padded with the null slot, and what a batch
 up to a mode that has been captured: rows are not affected by what they do not need.
 
     decode step    one graph, by number of slots, of drafts, and sampling mode
-    mixed step     two: the forward, by number of tokens; then sampling, as decode steps
+    mixed step     two: the forward, by number of tokens; then sampling, as decode steps. A third, where a
+                   model's head makes drafts: the head, by number of tokens and of drafts
 """
 
 from __future__ import annotations

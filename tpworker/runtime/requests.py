@@ -17,8 +17,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
-from itertools import islice, takewhile
 from typing import TYPE_CHECKING
 
 from tpworker.errors import RequestFailed
@@ -299,8 +297,10 @@ class Requests:
             request = self._by_number.get(number) if drafts else None
             if request is not None and position == request.num_received:
                 request.num_drafts += drafts
-                own = takewhile(partial(_is_of, number), islice(triples, index, None))
-                request.num_accepted += sum(1 for _ in own) - 1
+                behind = index + 1
+                while behind < len(triples) and triples[behind][0] == number:
+                    behind += 1
+                request.num_accepted += behind - index - 1
 
     def _start(self, number: int, num_cached: int) -> None:
         request = self._by_number.get(number)
@@ -309,7 +309,3 @@ class Requests:
             request.num_cached = num_cached
             self.num_waiting -= 1
             self.num_running += 1
-
-
-def _is_of(number: int, triple: tuple[int, int, int]) -> bool:
-    return triple[0] == number

@@ -46,7 +46,6 @@ class Echo:
     stop_ids: frozenset[int]
     limit: int
     position: int = 0
-
     num_steps: int = 0
 
     def token(self, place: int) -> int:

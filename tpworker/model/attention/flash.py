@@ -52,7 +52,7 @@ def why_not(
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    block_tables: Tensor  # int32 [S, W]
+    block_tables: Tensor  # int32 [S, max_blocks]
     lengths: Tensor  # int32 [S]
     query_starts: Tensor | None  # int32 [S + 1]; None: `max_query` tokens a sequence
     max_query: int  # tokens of a sequence in this batch, at most

@@ -39,7 +39,7 @@ _MOST_TURNS = 2  # each reads keys and values again, though from the second-leve
 
 @dataclass(frozen=True, slots=True)
 class _SplitPlan:
-    block_tables: Tensor  # int32 [S, W]
+    block_tables: Tensor  # int32 [S, max_blocks]
     lengths: Tensor  # int32 [S]
     cut: Cut
     partial: Partial
