@@ -378,6 +378,8 @@ class Composer:
         for request in self.running:
             assert request.computed <= request.capacity, f"{request} has outgrown its blocks"
             assert len(request.tokens) <= request.max_length, f"{request} is too long"
+            most_drafted = request.in_flight * self.drafting.choices[-1]
+            assert 0 <= request.drafted <= most_drafted, f"{request}: its drafts are miscounted"
             if request.state is State.DECODING:
                 assert request.computed == request.most_length - 1, f"{request}: KV and tokens differ"
         assert self.running == sorted(self.running, key=_by_key), "the running are out of order"

@@ -69,13 +69,24 @@ request_strategy = st.fixed_dictionaries(
     lookahead=st.integers(0, 4),
     slots=st.integers(1, 4),
     num_blocks=st.integers(17, 40),
+    num_drafts=st.sampled_from([0, 0, 1, 4]),
     seed=st.integers(0, 2**16),
 )
 def test_any_mix_is_held_to_its_grammars(
-    requests: list[dict[str, Any]], lookahead: int, slots: int, num_blocks: int, seed: int
+    requests: list[dict[str, Any]], lookahead: int, slots: int, num_blocks: int, num_drafts: int, seed: int
 ) -> None:
-    """In any order of moves, with preemptions, aborts, restarts: see `GuidedWorld` for what is checked."""
-    world = GuidedWorld(lookahead, num_blocks, seed=seed, max_num_seqs=slots)
+    """In any order of moves, with preemptions, aborts, restarts, and drafts of those that are not guided.
+
+    See `GuidedWorld` for what is checked.
+    """
+    world = GuidedWorld(
+        lookahead,
+        num_blocks,
+        seed=seed,
+        max_num_seqs=slots,
+        max_num_batched_tokens=16 * (1 + num_drafts),
+        num_drafts=num_drafts,
+    )
     messages = []
     for number, asked in enumerate(requests):
         message = guided(
@@ -109,6 +120,21 @@ def test_a_preemption_leaves_a_guide_where_it_is(lookahead: int) -> None:
     world.ripen()
     world.run()
     assert world.scheduler.composer.num_preemptions > 0
+    check(world, messages)
+
+
+@pytest.mark.parametrize("lookahead", [0, 2])
+def test_drafts_are_of_those_beside_that_are_not_guided(lookahead: int) -> None:
+    world = GuidedWorld(lookahead, num_drafts=4, max_num_batched_tokens=80)
+    grammars = (ENDLESS, None, HALF_FORCED, None)
+    messages = [guided(i, grammar, (i,) * 6, max_tokens=40) for i, grammar in enumerate(grammars)]
+    for message in messages:
+        world.submit(message)
+    world.ripen()
+    world.run()
+    for plan in world.executed:
+        assert not plan.num_drafts or set(world.slots[plan.step].values()) & {1, 3}, "drafts for nobody"
+    assert any(plan.num_drafts and len(world.slots[plan.step]) == 4 for plan in world.executed)
     check(world, messages)
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.scheduler.helpers import VOCAB, World, expected, run_with_aborts, sampling, submit
+from tests.scheduler.helpers import VOCAB, AnyDrafts, World, expected, run_with_aborts, sampling, submit
 from tpworker.ipc.arrays import pack_int32
 from tpworker.ipc.messages import Abort, StepResult, StepTiming, Submit
 from tpworker.scheduler.inflight import ProtocolError
@@ -55,6 +55,17 @@ def test_plans_run_ahead_of_results() -> None:
     world.compose()
     assert [plan.step for plan in world.executed] == [0, 1, 2]
     assert not world.tokens[1], "three steps are composed and nobody has seen a token"
+
+
+def test_plans_run_ahead_to_the_end_where_drafts_may_be_wrong() -> None:
+    world = World(lookahead=2, num_drafts=4, max_num_batched_tokens=32)
+    drafting: Any = AnyDrafts((4, 4), 0)  # always so many
+    world.scheduler.composer.drafting = drafting
+    world.submit(submit(1, PROMPT, max_tokens=4))
+    world.compose()
+    assert [plan.num_drafts for plan in world.executed] == [4, 4, 4]
+    world.run()
+    assert len(world.tokens[1]) == 4
 
 
 def test_an_unchanged_decode_batch_is_a_few_bytes() -> None:
