@@ -137,3 +137,19 @@ def test_chunks_lose_the_drafts_of_who_was_there_before() -> None:
     assert query_starts.tolist() == starts.tolist()
     assert state.position.tolist() == [6, 7, 10, 0]
     assert state.drafts[:3].tolist() == [[-1] * 3, [21, -1, -1], [-1] * 3]
+
+
+def test_the_null_slot_stays_where_it_is_whatever_its_end_and_chunks() -> None:
+    """What steps beforehand have left there is any end; their chunks are there, too."""
+    state = table()
+    state.end[NULL] = 60
+    counts, row = finish(state, [NULL, 0, NULL], [1, 2, 11, 5, 3, 4], 2)
+    assert counts == [1, 2, 1]
+    assert row[4:7].tolist() == [11, 5, 1], "between those of the null slot"
+    assert state.position.tolist() == [6, 7, 9, 0]
+    slots, counts_of, moves = torch.tensor([NULL, NULL]), torch.tensor([3, 0]), torch.tensor([2, 0])
+    starts, tokens = torch.tensor([0, 3, 5]), torch.tensor([7, 8, 9, 0, 0])
+    _, positions, lengths, _, _ = begin_mixed(slots, counts_of, moves, starts, tokens, state)
+    assert positions.tolist() == [0] * 5
+    assert lengths.tolist() == [3, 0]
+    assert state.position.tolist() == [6, 7, 9, 0]
