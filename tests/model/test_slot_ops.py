@@ -147,9 +147,9 @@ def test_the_null_slot_stays_where_it_is_whatever_its_end_and_chunks() -> None:
     assert counts == [1, 2, 1]
     assert row[4:7].tolist() == [11, 5, 1], "between those of the null slot"
     assert state.position.tolist() == [6, 7, 9, 0]
-    slots, counts_of, moves = torch.tensor([NULL, NULL]), torch.tensor([3, 0]), torch.tensor([2, 0])
-    starts, tokens = torch.tensor([0, 3, 5]), torch.tensor([7, 8, 9, 0, 0])
+    slots, counts_of, moves = torch.tensor([0, NULL]), torch.tensor([1, 3]), torch.tensor([1, 2])
+    starts, tokens = torch.tensor([0, 1, 4]), torch.tensor([6, 7, 8, 9])
     _, positions, lengths, _, _ = begin_mixed(slots, counts_of, moves, starts, tokens, state)
-    assert positions.tolist() == [0] * 5
-    assert lengths.tolist() == [3, 0]
-    assert state.position.tolist() == [6, 7, 9, 0]
+    assert positions.tolist() == [6, 0, 0, 0]
+    assert lengths.tolist() == [7, 3]
+    assert state.position.tolist() == [7, 7, 9, 0]
