@@ -147,8 +147,16 @@ class World:
             assert isinstance(plan, BatchPlan)
             self.executed.append(plan)
             self.answers.append(self.rank.execute(plan))
+            self._check_budget(plan)
         assert len(self.answers) <= self.scheduler.settings.lookahead + 1
         self.scheduler.composer.check_integrity()
+
+    def _check_budget(self, plan: BatchPlan) -> None:
+        """Of one that was executed just now: drafts leave half of it to prompts."""
+        budget = self.scheduler.settings.max_num_batched_tokens
+        fed = self.rank.num_decoding * (1 + plan.num_drafts)
+        assert fed + sum(chunk.length for chunk in plan.chunks) <= budget, "more tokens than a step takes"
+        assert not plan.num_drafts or fed <= budget // 2, "drafts take what is for prompts"
 
     def answer(self) -> bool:
         """Lets the scheduler see the oldest result. False: there is none."""

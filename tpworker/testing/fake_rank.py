@@ -94,6 +94,11 @@ class FakeRank:
         self._blocks = [[-1] * block_size for _ in range(num_blocks)]
         self._decode: list[int] = []
 
+    @property
+    def num_decoding(self) -> int:
+        """Slots that decoded in the last step."""
+        return len(self._decode)
+
     def execute(self, plan: BatchPlan) -> StepResult:
         """One step: the sampled tokens, in the plan's order."""
         assert plan.step == self.next_step, f"step {plan.step} after {self.next_step - 1}"
