@@ -68,6 +68,10 @@ class Answer:
             )
         if any(not 0 <= count <= most for count, most in zip(counts, plan.most, strict=True)):
             raise ProtocolError(f"step {step}: {counts} tokens, where at most {plan.most} were asked for")
+        if any(not 0 <= drafts < most for drafts, most in zip(proposed, plan.most, strict=True)):
+            raise ProtocolError(
+                f"step {step}: {proposed} drafts, where at most {plan.most} tokens were asked for"
+            )
         _check_rows(step, result.logprobs, len(flat) if plan.wants_logprobs else 0)
         _check_rows(step, result.prompt_logprobs, sum(part.count for part in plan.told))
         ends = list(accumulate(counts))

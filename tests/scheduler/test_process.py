@@ -236,6 +236,28 @@ def test_an_answer_of_the_wrong_size_is_an_error() -> None:
         world.scheduler.take(StepResult(0, 0, pack_int32([1, 2]), StepTiming(0, 0, 0)))
 
 
+@pytest.mark.parametrize(
+    ("counts", "proposed", "error"),
+    [
+        ([2], [0], r"\[2\] tokens, where at most \[1\]"),
+        ([-1], [0], "2 tokens, 1 counts"),
+        ([1, 1], [0, 0], "2 counts, 2 numbers of drafts for 1 slots"),
+        ([1], [1], r"\[1\] drafts, where at most \[1\] tokens"),
+        ([1], [-1], r"\[-1\] drafts"),
+    ],
+)
+def test_an_answer_of_more_than_was_asked_for_is_an_error(
+    counts: list[int], proposed: list[int], error: str
+) -> None:
+    world = World()
+    world.submit(submit(1, PROMPT))
+    world.compose()
+    tokens = pack_int32([3] * (2 if counts == [-1] else sum(counts)))
+    counted = {"counts": pack_int32(counts), "proposed": pack_int32(proposed)}
+    with pytest.raises(ProtocolError, match=error):
+        world.scheduler.take(StepResult(0, 0, tokens, StepTiming(0, 0, 0), **counted))
+
+
 request_strategy = st.fixed_dictionaries(
     {
         "prompt": st.lists(st.integers(0, 2), min_size=1, max_size=30),
