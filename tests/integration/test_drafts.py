@@ -15,9 +15,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import Qwen3Config
 
 from tests.integration import test_features as features
 from tests.integration import test_oracle as mix
+from tests.model.mtp_reference import make_checkpoint
+from tests.model.test_mtp import BASE
 from tests.scheduler.helpers import AnyDrafts, sampling
 from tpworker.ipc.arrays import pack_int32, unpack_int32
 from tpworker.ipc.drafting import draft_choices
@@ -191,6 +194,25 @@ def test_prompts_at_the_greatest_length(folder: Path, block_size: int, num_draft
         got = {number: output.tokens for number, output in group.run(submits).items()}
         assert got == plain
         assert max(step.load.num_drafts for step in group.steps) == num_drafts
+
+
+@pytest.mark.parametrize("options", [{}, {"prepare": True, "check_agreement": False}], ids=["", "graphs"])
+@pytest.mark.parametrize("speculative_method", ["ngram", "mtp"])
+def test_a_prompt_of_several_steps_alone(
+    tmp_path: Path, speculative_method: str, options: dict[str, Any]
+) -> None:
+    """Steps with drafts that sample nobody, since the prompt does not end in them."""
+    make_checkpoint(tmp_path, Qwen3Config(**BASE | {"vocab_size": mix.VOCAB}))
+    prompt = pack_int32([3, 4, 5, 6] * 20)
+    submit = Submit(0, 1, prompt, 0, sampling(max_tokens=6, num_logprobs=0, num_prompt_logprobs=0))
+    with InProcessGroup(tmp_path, lookahead=0) as group:
+        plain = group.run([submit])[1]
+    options = {"max_num_batched_tokens": 16, "speculative_method": speculative_method, **options}
+    with group_with(tmp_path, 1, 2, **options) as group:
+        got = group.run([submit])[1]
+        assert got.tokens == plain.tokens
+        assert (len(got.logprobs), len(got.prompt_logprobs)) == (6, 79)
+        assert max(step.load.num_drafts for step in group.steps if not step.num_decodes) == 2
 
 
 # ------------------------------------------------------------------------------------ with features

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from tpworker.ipc.arrays import unpack_int32
 from tpworker.ipc.board import Board, Field
 from tpworker.ipc.channels import Channel, new_address
 from tpworker.ipc.messages import LOGPROB_ROW_BYTES, StepResult
-from tpworker.kernels.operands import LOGPROB_ROW, MOST_LOGPROBS
+from tpworker.kernels.operands import LOGPROB_ROW, MOST_LOGPROBS, NO_TOKEN
 from tpworker.rank.device import CpuDevice
 from tpworker.rank.publisher import Publisher
 from tpworker.rank.runner import Launched
@@ -74,6 +75,18 @@ def test_tokens_arrive_with_their_times(rig: Rig) -> None:
         assert (result.step, unpack_int32(result.tokens).tolist()) == (step, [step, 7])
         assert 0 < result.timing.launched <= result.timing.ended
         assert result.timing.started <= result.timing.ended
+    assert not rig.errors
+
+
+@pytest.mark.parametrize("num_sampled", [0, 1])
+def test_a_step_with_drafts_may_sample_nobody(rig: Rig, num_sampled: int) -> None:
+    """As one that has a part of a long prompt alone."""
+    launched = rig.launch(0, [5, NO_TOKEN, 1][: 3 * num_sampled])
+    rig.publisher.publish(replace(launched, num_sampled=num_sampled, width=2))
+    result = rig.results.receive(10)
+    assert isinstance(result, StepResult)
+    assert unpack_int32(result.tokens).tolist() == [5][:num_sampled]
+    assert unpack_int32(result.counts).tolist() == unpack_int32(result.proposed).tolist() == [1][:num_sampled]
     assert not rig.errors
 
 

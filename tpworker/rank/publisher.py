@@ -150,7 +150,7 @@ class Publisher:
             tokens, proposed = by_slot[:, :-1].ravel(), by_slot[:, -1]
         is_taken = tokens != NO_TOKEN
         if launched.width > 1 or not is_taken.all():
-            counts = _int32s(is_taken.reshape(launched.num_sampled, -1).sum(axis=1))
+            counts = _int32s(is_taken.reshape(launched.num_sampled, launched.width).sum(axis=1))
             tokens = tokens[is_taken]
         if (tokens < 0).any():  # ~token, see `sampling.sample`
             tokens = tokens ^ (tokens >> 63)
