@@ -209,8 +209,9 @@ class Drafting:
             num_decodes: slots that decoded in it.
             num_prefill_tokens: of its chunks.
             seconds: that the device took for it.
-            proposed: of each decoding slot, how many drafts it had; may be empty for none at all.
-            counts: of each, how many tokens it got.
+            proposed: of each decoding slot that tells something, how many drafts it had; may be empty where
+                `num_drafts` is 0.
+            counts: of each of these, how many tokens it got.
         """
         made = min(num_drafts, self._last_num_drafts)  # drafts are made by the step before, as many as it had
         self._last_num_drafts = num_drafts

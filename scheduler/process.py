@@ -224,11 +224,11 @@ class Scheduler:
         plan = answer.plan
         complete = self._guide(answer) if plan.guided else set()
         told_of_prompts = prompt_logprobs(plan, result)  # of those that have not ended by now
+        self._learn(answer)
         committed = Committed.of(answer, complete)
         for request in committed.ended:
             self.composer.finish(request)
             del self._open[request.id]
-        self._learn(answer)
         self.guides.answered(plan.step)
         self._row[Field.COMPLETED] = plan.step + 1
         self._committed.append(
@@ -252,16 +252,17 @@ class Scheduler:
         )
 
     def _learn(self, answer: Answer) -> None:
-        """How the plan's drafts have done, and how long it took."""
+        """How the plan's drafts have done, of requests that had not ended before, and how long it took."""
         plan, timing = answer.plan, answer.result.timing
-        count = plan.num_decodes
+        decoded = range(plan.num_decodes if plan.num_drafts else 0)
+        open_ones = [i for i in decoded if plan.sampled[i].state is not State.FINISHED]
         self.drafting.answered(
             plan.num_drafts,
-            count,
+            plan.num_decodes,
             plan.num_prefill_tokens,
             (timing.ended - timing.started) / 1e9,
-            answer.proposed[:count],
-            [len(tokens) for tokens in answer.tokens[:count]],
+            [answer.proposed[i] for i in open_ones],
+            [len(answer.tokens[i]) for i in open_ones],
         )
 
     def _guide(self, answer: Answer) -> set[Request]:

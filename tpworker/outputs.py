@@ -137,6 +137,7 @@ class Stats:
     recent_steps: tuple[StepRecord, ...]
     """The last steps, at most 4096, oldest first."""
     draft_tokens: tuple[int, ...] = ()
-    """Drafts that were checked, by position: how many requests and steps had a first one, a second, …"""
+    """Drafts that were checked, by position: how many requests and steps had a first one, a second, …; those
+    of steps computed ahead for a request that had ended do not count."""
     accepted_tokens: tuple[int, ...] = ()
     """How many of them were right, and so all before them."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -11,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.scheduler.helpers import VOCAB, AnyDrafts, World, expected, run_with_aborts, sampling, submit
-from tpworker.ipc.arrays import pack_int32
-from tpworker.ipc.messages import Abort, StepResult, StepTiming, Submit
+from tpworker.ipc.arrays import pack_int32, unpack_int32, unpack_int64
+from tpworker.ipc.messages import Abort, StepOutput, StepResult, StepTiming, Submit
 from tpworker.scheduler.inflight import ProtocolError
 from tpworker.scheduler.process import StepTimeout
 
@@ -345,6 +346,25 @@ def test_a_conversation_finds_what_drafts_that_were_wrong_have_not_left_in_the_c
             prompt = [*prompt, *world.tokens[turn], 9]
         world.board.close()
     assert num_found > 20, "all that there may be was found, often enough"
+
+
+@pytest.mark.parametrize("lookahead", [0, 2, 16])
+def test_drafts_for_those_that_had_ended_do_not_count(lookahead: int) -> None:
+    """Steps ahead of the results have drafts too, which can be neither right nor wrong. So counts are those
+    of outputs, and the same for every lookahead."""
+    world = World(lookahead, num_drafts=4, max_num_batched_tokens=64)
+    world.scheduler.composer.drafting = world.scheduler.drafting
+    world.scheduler.drafting.choose = lambda num_sampled, most: most  # type: ignore[method-assign]
+    outputs: list[StepOutput] = []
+    deliver = world._deliver
+    world._deliver = lambda output: (outputs.append(output), deliver(output))[1]  # type: ignore[method-assign]
+    for number in range(8):
+        world.submit(submit(number, PROMPT[number:], seed=number, max_tokens=20))
+    world.run()
+    chances = world.scheduler.drafting.chances
+    assert sum(chances.num_drafts) == sum(sum(unpack_int32(output.proposed)) for output in outputs) > 100
+    with_several = [Counter(unpack_int64(output.requests)) for output in outputs]
+    assert sum(chances.num_accepted) == sum(sum(step.values()) - len(step) for step in with_several) > 50
 
 
 def test_the_fake_rank_would_notice_a_wrong_block() -> None:
