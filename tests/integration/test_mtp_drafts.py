@@ -115,6 +115,7 @@ def expected_drafts(folder: Path, seen: Seen, whole: Mapping[int, list[int]]) ->
         (2, 1, {"num_kv_blocks": 20}),
         (1, 2, {"prepare": True, "max_num_seqs": 7, "check_agreement": False}),
         (1, 2, {"draw": 4, "max_num_seqs": 5}),
+        (1, 1, {"prepare": True, "max_num_seqs": 4, "check_agreement": False, "max_num_batched_tokens": 16}),
         (2, 2, {"draw": 5, "prepare": True, "max_num_seqs": 7, "check_agreement": False}),
     ],
     ids=str,

@@ -100,6 +100,29 @@ def test_tokens_by_logits_that_are_nan_are_told_of_once(rig: Rig, caplog: pytest
     assert "logits are NaN" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("width", "row", "tokens", "counts", "proposed"),
+    [
+        (3, [7, 8, NO_TOKEN, 2], [7, 8], [2], [2]),
+        (3, [7, ~8, 9, 2], [7, 8, 9], [3], [2]),
+        (1, [7, NO_TOKEN], [7], [1, 0], []),
+        (3, [NO_TOKEN] * 3 + [0], [], [0], []),
+        (3, [], [], [], []),  # chunks alone, in the middle of their prompts
+    ],
+)
+def test_a_slot_may_have_any_number_of_tokens(
+    rig: Rig, width: int, row: list[int], tokens: list[int], counts: list[int], proposed: list[int]
+) -> None:
+    num_sampled = len(row) // (width + (width > 1))
+    launched = replace(rig.launch(0, row), width=width, num_sampled=num_sampled)
+    rig.publisher.publish(launched)
+    result = rig.results.receive(10)
+    assert not rig.errors
+    assert isinstance(result, StepResult)
+    found = [unpack_int32(each).tolist() for each in (result.tokens, result.counts, result.proposed)]
+    assert found == [tokens, counts, proposed]
+
+
 def some_logprobs(count: int, seed: int) -> torch.Tensor:
     """Rows as `logprob_rows` makes them: [count, LOGPROB_ROW]."""
     rows = torch.randn(count, LOGPROB_ROW, generator=torch.Generator().manual_seed(seed)).abs_().neg_()
