@@ -69,6 +69,18 @@ def test_plans_run_ahead_to_the_end_where_drafts_may_be_wrong() -> None:
     assert len(world.tokens[1]) == 4
 
 
+def test_who_gets_a_slot_brings_another_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    renewed: list[int] = []
+    monkeypatch.setattr(AnyDrafts, "renew", lambda drafts: renewed.append(1))
+    world = World(num_drafts=4, max_num_batched_tokens=32, max_num_seqs=2)
+    for request in (1, 2, 3):
+        world.submit(submit(request, PROMPT, seed=request))
+    world.compose()
+    assert len(renewed) == 2
+    world.run()
+    assert len(renewed) == 3
+
+
 def test_an_unchanged_decode_batch_is_a_few_bytes() -> None:
     from tpworker.ipc.wire import encode
 
