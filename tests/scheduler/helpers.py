@@ -176,6 +176,8 @@ class World:
             assert position == len(self.tokens[request]), "a token twice, or a gap"
             assert request not in self.finished, "a token after the end"
             self.tokens[request].append(token)
+        for index, drafts in enumerate(unpack_int32(output.proposed)):
+            assert not drafts or requests[index] not in requests[:index], "told of at a request's first token"
         for index, row in zip(unpack_int32(output.logprobs_of), rows_of(output.logprobs), strict=True):
             self.logprobs[requests[index]].append(row)
         for told in output.prompt_logprobs:
