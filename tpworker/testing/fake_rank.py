@@ -178,10 +178,15 @@ class FakeRank:
         assert cached == state.tokens[: admission.num_cached].tolist(), "the prefix cache gave wrong content"
 
     def _decode_slot(self, state: _Slot, num_drafts: int) -> _Sampled:
-        """Writes the last token and its drafts, then takes what is right of these, and one token more."""
+        """Writes the last token and its drafts, then takes what is right of these, and one token more.
+
+        The places of drafts that do not exist are written too; beyond the blocks, so is the null block.
+        """
         drafts, stands = state.drafts[:num_drafts], state.position
-        for place, token in enumerate([state.last_token, *drafts], stands):
-            if place < state.max_length - 1:
+        if stands < state.max_length - 1:
+            self._write(state, stands, state.last_token)
+        for place, token in enumerate([*drafts, *[0] * (num_drafts - len(drafts))], stands + 1):
+            if place // self.block_size in state.blocks:
                 self._write(state, place, token)
         tokens: list[int] = []
         while len(tokens) <= len(drafts) and stands + 1 + len(tokens) < state.max_length:
