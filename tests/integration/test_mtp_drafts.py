@@ -139,3 +139,27 @@ def test_tokens_are_those_of_plain_steps_and_drafts_the_heads(
         same = sum(seen[known][1] == expected[known][1] for known in pairs)
         assert len(pairs) > 30
         assert same > 0.7 * len(pairs), f"{same} of {len(pairs)} second drafts"
+
+
+@pytest.mark.parametrize("prepare", [False, True])
+def test_the_heads_cache_is_that_of_the_whole_prompt(
+    folder: Path, seen: Seen, monkeypatch: pytest.MonkeyPatch, prepare: bool
+) -> None:
+    """Chunks in the middle of a prompt, which sample nobody, leave the head's keys and values too."""
+    drafters: list[Watched] = []
+    make = process.make_drafter
+    monkeypatch.setattr(process, "make_drafter", lambda *parts: drafters.append(make(*parts)) or drafters[-1])
+    submit = Submit(0, 1, pack_int32([i * 7 % VOCAB for i in range(60)]), 0, mix.requests()[1].sampling)
+    for budget in (120, 16):
+        options: dict[str, Any] = {"max_num_batched_tokens": budget, "prepare": prepare, "max_num_seqs": 4}
+        with group_with(
+            folder, 1, 1, speculative_method="mtp", check_agreement=False, lookahead=0, **options
+        ) as group:
+            group.run([submit])
+            mid_prompt = [step for step in group.steps if step.num_prefill_tokens and not step.tokens]
+            assert len(mid_prompt) == (3 if budget == 16 else 0)
+    whole, chunks = (drafter._cache for drafter in drafters)
+    for ours, theirs in ((whole.keys[-1], chunks.keys[-1]), (whole.values[-1], chunks.values[-1])):
+        mine, other = (x.flatten(0, 1)[8 : 8 + 59] for x in (ours, theirs))  # from block 1 on
+        assert float(mine.abs().amin(dim=(1, 2)).max()) > 0
+        torch.testing.assert_close(other, mine, rtol=1e-4, atol=1e-5)
