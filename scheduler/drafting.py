@@ -32,6 +32,9 @@ WAIT_STEPS = 24
 
 WAIT_DOUBLINGS = 4
 
+FEW_SLOTS, SAVED_ANEW = 4, 4.0
+"""So many requests or fewer have so many steps for trials when one of them is new."""
+
 MANY_DOUBLINGS, MANY_SLOTS = 3, 16
 """The same where none are in use, of so many slots or more, until a request is admitted."""
 
@@ -256,9 +259,14 @@ class Drafting:
         return trial
 
     def renew(self) -> None:
-        """A request has got a slot: what has failed with other texts may be right of its."""
-        for costs in self._costs.values():
+        """A request has got a slot: what has failed with other texts may be right of its.
+
+        Of few requests it is a large part, and is given what a trial may cost, however dear.
+        """
+        for size, costs in self._costs.items():
             costs.num_failed = 0
+            if size <= _size(FEW_SLOTS):
+                costs.saved = max(costs.saved, SAVED_ANEW)
 
     def _settle(self, size: int, costs: Costs, allowed: list[int]) -> None:
         """Which number is the usual one from now on."""

@@ -33,6 +33,7 @@ class World:
     noise: float = 0.03
     seed: int = 0
     most: int = 8
+    is_new: Callable[[int], bool] = lambda step: False  # a request is admitted
     chosen: list[int] = field(default_factory=list)
     tokens: list[float] = field(default_factory=list)  # of a slot
     costs: list[float] = field(default_factory=list)
@@ -43,6 +44,8 @@ class World:
         waiting = []
         for step in range(num_steps):
             slots = self.num_decodes(step)
+            if self.is_new(step):
+                drafting.renew()
             drafts = drafting.choose(slots, self.most)
             had = min(made, drafts)  # drafts are made at the end of the step before
             made = drafts
@@ -244,3 +247,28 @@ def test_a_step_of_no_time_and_one_of_no_slots_are_taken() -> None:
     for _ in range(100):
         drafting.answered(drafting.choose(2, 8), 2, 0, 0.0, [0, 0], [1, 1])
         drafting.answered(0, 0, 50, 0.01, [], [])
+
+
+@pytest.mark.parametrize(("slots", "extra"), [(1, 0.5), (4, 0.5), (16, 0.05), (64, 0.15)])
+def test_other_requests_are_other_texts(slots: int, extra: float) -> None:
+    """By turns 200 steps of which nothing is right, and 200 of which most is: each batch of new requests."""
+    world = World(
+        lambda step, position: 0.9 * (step // 200 % 2), each(extra), lambda step: slots, (0, 1),
+        is_new=lambda step: step % 200 == 0,
+    )  # fmt: skip
+    world.run(2000)
+    for first in range(400, 2000, 400):
+        assert world.rate(first, first + 200) > 1 / 1.1
+        assert world.rate(first + 200, first + 400) > 0.93 * best_rate(0.9, extra, (0, 1))
+
+
+@pytest.mark.parametrize(
+    ("slots", "extra", "lost"), [(1, 0.5, 0.03), (4, 0.5, 0.04), (16, 0.1, 0.01), (64, 0.15, 0.01)]
+)
+def test_new_requests_of_which_nothing_is_right_cost_little(slots: int, extra: float, lost: float) -> None:
+    """One every 200 steps where few decode, one in every step where many do."""
+    every = 200 if slots <= 4 else 1
+    world = World(lambda step, position: 0.0, each(extra), lambda step: slots, (0, 1))
+    world.is_new = lambda step: step % every == 0
+    world.run(4000)
+    assert world.rate(400) > 1 - lost
