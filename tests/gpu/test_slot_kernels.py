@@ -247,7 +247,7 @@ def test_a_step_that_is_replayed(kernels: Any, width: int) -> None:
     state = make_state(width - 1)
     state.position.random_(0, 10)
     state.position[-1] = 0
-    state.end[:-1] = LENGTH
+    state.end[:-1], state.end[-1] = LENGTH, 0  # of many rows of the null slot, any would be the last
     there, slots = on_device(state), draw_slots(60, 4)
     at, chosen = slots.to(DEVICE), torch.zeros(64 * width, dtype=torch.int64, device=DEVICE)
     ring, counter = torch.full((3, 1 + 64 * (width + 1)), -1), torch.tensor([-1])
