@@ -64,8 +64,11 @@ def test_every_lookahead_and_tp_size(folder: Path, oracle: Oracle, num_ranks: in
 @pytest.mark.parametrize("num_kv_blocks", [20, 26])
 def test_preemption_changes_nothing(folder: Path, oracle: Oracle, num_kv_blocks: int) -> None:
     with guided_group(folder, 2, num_kv_blocks=num_kv_blocks) as group:
-        assert run(group, requests()) == oracle
-        assert group.scheduler.composer.num_preemptions > 0
+        for _ in range(5):  # who runs beside whom is also a matter of when each grammar is compiled
+            assert run(group, requests()) == oracle
+            if group.scheduler.composer.num_preemptions:
+                return
+    pytest.fail("nobody was preempted")
 
 
 def test_delays_change_nothing(folder: Path, oracle: Oracle) -> None:
