@@ -21,7 +21,7 @@ class Committed:
     requests: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
-    proposed: list[int] = field(default_factory=list)
+    proposed: list[int] = field(default_factory=list)  # none, where nobody had any
     finished: list[Finish] = field(default_factory=list)
     ended: list[Request] = field(default_factory=list)
     logprobs_of: list[int] = field(default_factory=list)
@@ -34,29 +34,34 @@ class Committed:
         Args:
             complete: those whose output ends with what they get here.
         """
-        plan, committed = answer.plan, cls()
+        plan, result, committed = answer.plan, answer.result, cls()
         row = 0  # of the result, which has one for each token
-        for request, most, tokens, proposed in zip(
-            plan.sampled, plan.most, answer.tokens, answer.proposed, strict=True
+        for request, most, count, proposed in zip(
+            plan.sampled, plan.most, answer.counts, answer.proposed, strict=True
         ):
+            first, row = row, row + count
             request.in_flight -= 1
-            request.drafted -= most - 1
-            if request.state is not State.FINISHED:
-                num_given = committed._give(request, tokens, proposed, request in complete)
-                if plan.wants_logprobs and request.wants_logprobs:
-                    last = len(committed.tokens)
-                    committed.logprobs_of += range(last - num_given, last)
-                    committed.logprobs.append(logprob_row(answer.result.logprobs, row, num_given))
-            row += len(tokens)
+            if most > 1:
+                request.drafted -= most - 1
+            if request.state is State.FINISHED:
+                continue
+            given = committed._give(request, answer.tokens[first:row], request in complete)
+            if given < most and request.state is State.DECODING:
+                request.computed = request.most_length - 1
+            if given and result.proposed:
+                committed.proposed += [proposed] + [0] * (given - 1)
+            if plan.wants_logprobs and request.wants_logprobs:
+                last = len(committed.tokens)
+                committed.logprobs_of += range(last - given, last)
+                committed.logprobs.append(logprob_row(result.logprobs, first, given))
         return committed
 
-    def _give(self, request: Request, tokens: list[int], proposed: int, is_complete: bool) -> int:
+    def _give(self, request: Request, tokens: list[int], is_complete: bool) -> int:
         """Up to the token that ends it; returns how many. A request that has none of these has ended."""
         for count, token in enumerate(tokens, 1):
             self.requests.append(request.id)
             self.positions.append(request.num_output)
             self.tokens.append(token)
-            self.proposed.append(proposed if count == 1 else 0)
             request.tokens.append(token)
             if token in request.stop_ids or is_complete:
                 reason = "stop"
@@ -66,9 +71,5 @@ class Committed:
                 continue
             self.finished.append(Finish(len(self.tokens) - 1, reason))
             self.ended.append(request)
-            break
-        else:
-            count = len(tokens)
-        if request.state is State.DECODING:  # fewer than it might have been
-            request.computed = request.most_length - 1
-        return count
+            return count
+        return len(tokens)

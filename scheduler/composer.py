@@ -161,13 +161,14 @@ class Composer:
             index += 1
             if request.state is not State.DECODING or request.least_length >= request.max_length:
                 continue
-            num_drafts = 0 if request.is_guided else draft.num_drafts
+            num_drafts = draft.num_drafts if draft.num_drafts and not request.is_guided else 0
             computed = min(request.computed + 1 + num_drafts, request.max_length - 1)
             if computed > request.capacity and not self._grow(request, computed, draft):
                 continue
             request.computed = computed
             request.in_flight += 1
-            request.drafted += num_drafts
+            if num_drafts:
+                request.drafted += num_drafts
             draft.decoding.append(request)
         draft.budget -= len(draft.decoding) * (1 + draft.num_drafts)
 
@@ -242,8 +243,9 @@ class Composer:
                 if request.is_guided
             ]
         num_decodes = len(draft.decoding)
-        most = [1 + draft.num_drafts * (not request.is_guided) for request in draft.decoding]
-        most += [1] * (len(sampled) - num_decodes)
+        most = [1] * len(sampled)
+        if draft.num_drafts:
+            most[:num_decodes] = [1 + draft.num_drafts * (not r.is_guided) for r in draft.decoding]
         return InFlight(
             step,
             sampled,

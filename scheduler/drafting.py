@@ -6,7 +6,8 @@
 
 Both are estimates of what was seen. What is not in use is tried now and then, for a few steps: texts change,
 and so does what is right about them. Trials are paid for: each step earns a little, and a trial costs what it
-is expected to lose. So all of them together cost less than a hundredth, however dear drafts are.
+is expected to lose. So all of them together cost less than a hundredth, however dear drafts are; but where
+few decode, a request that is new has a trial of its own, some three plain steps where drafts are dear.
 
 Costs are ratios. Contexts grow and requests come and go, so a step of now is compared with what the usual
 kind takes now, never with a plain one of long ago. Steps with chunks of prompts tell of drafts, not of costs.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from itertools import accumulate
 
 from tpworker.ipc.arrays import unpack_int32
 from tpworker.ipc.messages import LOGPROB_ROW_BYTES, StepResult
@@ -51,32 +50,31 @@ class Answer:
 
     plan: InFlight
     result: StepResult
-    tokens: list[list[int]]  # of each of `plan.sampled`
+    tokens: list[int]  # of one of `plan.sampled` behind those of another
+    counts: list[int]  # how many each of them got
     proposed: list[int]  # drafts that each had
 
     @classmethod
     def of(cls, plan: InFlight, result: StepResult) -> Answer:
         """Raises ProtocolError unless there are as many of everything as the plan asks for."""
         step, num_sampled = result.step, len(plan.sampled)
-        flat = unpack_int32(result.tokens).tolist()
+        tokens = unpack_int32(result.tokens).tolist()
         counts = unpack_int32(result.counts).tolist() if result.counts else [1] * num_sampled
         proposed = unpack_int32(result.proposed).tolist() if result.proposed else [0] * num_sampled
-        if len(counts) != num_sampled or len(proposed) != num_sampled or sum(counts) != len(flat):
+        if len(counts) != num_sampled or len(proposed) != num_sampled or sum(counts) != len(tokens):
             raise ProtocolError(
-                f"step {step}: {len(flat)} tokens, {len(counts)} counts, {len(proposed)} numbers of drafts "
+                f"step {step}: {len(tokens)} tokens, {len(counts)} counts, {len(proposed)} numbers of drafts "
                 f"for {num_sampled} slots"
             )
-        if any(not 0 <= count <= most for count, most in zip(counts, plan.most, strict=True)):
+        if result.counts and any(not 0 <= n <= most for n, most in zip(counts, plan.most, strict=True)):
             raise ProtocolError(f"step {step}: {counts} tokens, where at most {plan.most} were asked for")
-        if any(not 0 <= drafts < most for drafts, most in zip(proposed, plan.most, strict=True)):
+        if result.proposed and any(not 0 <= n < most for n, most in zip(proposed, plan.most, strict=True)):
             raise ProtocolError(
                 f"step {step}: {proposed} drafts, where at most {plan.most} tokens were asked for"
             )
-        _check_rows(step, result.logprobs, len(flat) if plan.wants_logprobs else 0)
+        _check_rows(step, result.logprobs, len(tokens) if plan.wants_logprobs else 0)
         _check_rows(step, result.prompt_logprobs, sum(part.count for part in plan.told))
-        ends = list(accumulate(counts))
-        tokens = [flat[end - count : end] for count, end in zip(counts, ends, strict=True)]
-        return cls(plan, result, tokens, proposed)
+        return cls(plan, result, tokens, counts, proposed)
 
 
 class InFlightPlans:

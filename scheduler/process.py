@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import logging
 import time
+from itertools import accumulate
 from typing import TypeVar
 
 from tpworker.ipc.arrays import pack_int32, pack_int64
@@ -224,7 +225,8 @@ class Scheduler:
         plan = answer.plan
         complete = self._guide(answer) if plan.guided else set()
         told_of_prompts = prompt_logprobs(plan, result)  # of those that have not ended by now
-        self._learn(answer)
+        if self.settings.num_drafts:
+            self._learn(answer)
         committed = Committed.of(answer, complete)
         for request in committed.ended:
             self.composer.finish(request)
@@ -247,7 +249,7 @@ class Scheduler:
                 pack_int32(committed.logprobs_of),
                 b"".join(committed.logprobs),
                 told_of_prompts,
-                pack_int32(committed.proposed) if result.proposed else b"",
+                pack_int32(committed.proposed),
             )
         )
 
@@ -262,7 +264,7 @@ class Scheduler:
             plan.num_prefill_tokens,
             (timing.ended - timing.started) / 1e9,
             [answer.proposed[i] for i in open_ones],
-            [len(answer.tokens[i]) for i in open_ones],
+            [answer.counts[i] for i in open_ones],
         )
 
     def _guide(self, answer: Answer) -> set[Request]:
@@ -272,11 +274,12 @@ class Scheduler:
             Those whose output is complete: their grammars leave nothing to say.
         """
         complete = set()
-        for request, tokens in zip(answer.plan.sampled, answer.tokens, strict=True):
+        ends = accumulate(answer.counts)
+        for request, count, end in zip(answer.plan.sampled, answer.counts, ends, strict=True):
             guide = request.guide
-            if guide is None or request.state is State.FINISHED or not tokens:
+            if guide is None or request.state is State.FINISHED or not count:
                 continue
-            [token] = tokens  # nobody makes drafts for it
+            token = answer.tokens[end - 1]  # its only one: nobody makes drafts for it
             if token in request.stop_ids and not guide.error:
                 continue  # it ends the output; with a grammar at fault it might have come anywhere
             if not guide.commit(token):

@@ -160,7 +160,7 @@ class Publisher:
             launched.step,
             _int32s(tokens),
             timing,
-            _packed(item.logprobs, is_taken),
+            _packed(item.logprobs, is_taken if counts else None),
             _packed(item.prompt_logprobs),
             counts,
             _int32s(proposed) if proposed.any() else b"",
