@@ -6,24 +6,19 @@ What it is to do is a key of the model's config.json (`DraftsTask`), and with wh
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.steps.gpu_rank import TASK, TRACE_FROM, LastingCpuDevice, collect
+from benchmarks.steps.gpu_rank import TRACE_FROM, collect, run_measured
 from benchmarks.steps.imposed import AUTO, Imposed, Order
 from benchmarks.steps.routing import UniformRouting
-from benchmarks.steps.stand_ins import stand_in
 from tpworker.ipc.child import RankBoot, run_child
 from tpworker.ipc.messages import BatchPlan
 from tpworker.model.decoder import Decoder
 from tpworker.model.moe import Moe
-from tpworker.rank.device import Device
 from tpworker.rank.graphs import GREEDY
-from tpworker.rank.process import run_rank
 from tpworker.rank.runner import Launched, Runner
 
 REPLAYS, WARM_REPLAYS = 24, 4
@@ -146,19 +141,7 @@ def _mixtures(layers: list[Any]) -> list[Moe]:
 
 def main(boot: RankBoot) -> None:
     """What the process does."""
-    config = json.loads((Path(boot.model) / "config.json").read_text())
-    DraftsRunner.task = task = DraftsTask(**config[TASK])
-    if task.group > boot.num_ranks:
-        stand_in(task.group)
-    device: Device
-    if boot.settings.device == "cuda":
-        from tpworker.rank.cuda import CudaDevice
-
-        device = CudaDevice(boot.rank)
-    else:
-        device = LastingCpuDevice()
-    run_rank(boot, device, DraftsRunner)
-    Path(f"{task.report}.rank{boot.rank}").write_text(json.dumps(DraftsRunner.made.report()))
+    run_measured(boot, DraftsRunner, DraftsTask)
 
 
 if __name__ == "__main__":

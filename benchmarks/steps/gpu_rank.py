@@ -233,12 +233,17 @@ def collect(profiler: Any, first_step: int) -> dict[str, Any]:
     }
 
 
-def main(boot: RankBoot) -> None:
-    """What the process does."""
+def run_measured(boot: RankBoot, runner: Any, task: type) -> None:
+    """What such a process does: its rank's work, and the report of it.
+
+    Args:
+        runner: a class of runners that has `task`, the last one made as `made`, and its `report`.
+        task: made of the key TASK of the model's config.json; has `group` and `report`.
+    """
     config = json.loads((Path(boot.model) / "config.json").read_text())
-    MeasuringRunner.task = task = Task(**config[TASK])
-    if task.group > boot.num_ranks:
-        stand_in(task.group)
+    runner.task = wanted = task(**config[TASK])
+    if wanted.group > boot.num_ranks:
+        stand_in(wanted.group)
     device: Device
     if boot.settings.device == "cuda":
         from tpworker.rank.cuda import CudaDevice
@@ -246,8 +251,13 @@ def main(boot: RankBoot) -> None:
         device = CudaDevice(boot.rank)
     else:
         device = LastingCpuDevice()
-    run_rank(boot, device, MeasuringRunner)
-    Path(f"{task.report}.rank{boot.rank}").write_text(json.dumps(MeasuringRunner.made.report()))
+    run_rank(boot, device, runner)
+    Path(f"{wanted.report}.rank{boot.rank}").write_text(json.dumps(runner.made.report()))
+
+
+def main(boot: RankBoot) -> None:
+    """What the process does."""
+    run_measured(boot, MeasuringRunner, Task)
 
 
 if __name__ == "__main__":
