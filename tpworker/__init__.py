@@ -37,7 +37,15 @@ if TYPE_CHECKING:
         RuntimeStopped,
         TpworkerError,
     )
-    from tpworker.outputs import Completion, Health, RequestOutput, Stats, StepRecord, TokenLogprobs
+    from tpworker.outputs import (
+        Completion,
+        Health,
+        RequestOutput,
+        RuntimeEvent,
+        Stats,
+        StepRecord,
+        TokenLogprobs,
+    )
     from tpworker.runtime.runtime import Runtime
     from tpworker.runtime.sync import SyncRuntime
     from tpworker.sampling_params import SamplingParams
@@ -56,6 +64,7 @@ __all__ = [
     "RequestOutput",
     "Runtime",
     "RuntimeConfig",
+    "RuntimeEvent",
     "RuntimeFailed",
     "RuntimeStopped",
     "SamplingParams",
@@ -72,7 +81,15 @@ _MODULES = {
     "tpworker.config": ["RuntimeConfig"],
     "tpworker.sampling_params": ["SamplingParams"],
     "tpworker.structured_outputs": ["StructuredOutputs", "Thinking"],
-    "tpworker.outputs": ["Completion", "Health", "RequestOutput", "Stats", "StepRecord", "TokenLogprobs"],
+    "tpworker.outputs": [
+        "Completion",
+        "Health",
+        "RequestOutput",
+        "RuntimeEvent",
+        "Stats",
+        "StepRecord",
+        "TokenLogprobs",
+    ],
     "tpworker.runtime.runtime": ["Runtime"],
     "tpworker.runtime.sync": ["SyncRuntime"],
 }

@@ -94,7 +94,12 @@ class RuntimeConfig:
     prompt_lookup_min: int | None = None
     """With `ngram`: tokens of the shortest. None: 1."""
     step_timeout: float = 60.0
-    """Seconds after which a step that is not answered, or a rank that has not come, ends the runtime."""
+    """Seconds after which a step that is not answered, or a rank that has not come, is a fault."""
+    max_restarts: int = 10
+    """A process of the group that dies, hangs or raises has the group started anew, and open requests go on;
+    after more restarts than these within `restart_window` the runtime fails. 0: at the first fault."""
+    restart_window: float = 300.0
+    """Seconds within which restarts are counted."""
     start_timeout: float = 600.0
     """Seconds within which all ranks must have loaded the model."""
     load_format: LoadFormat = "auto"
@@ -174,6 +179,8 @@ class RuntimeConfig:
         self._check(1 <= self.max_queue <= 2**20, "max_queue", f"from 1 to {2**20}")
         self._check(0 < self.step_timeout <= 86400, "step_timeout", "above 0 and at most 86400 seconds")
         self._check(0 < self.start_timeout <= 86400, "start_timeout", "above 0 and at most 86400 seconds")
+        self._check(0 <= self.max_restarts <= 2**20, "max_restarts", f"from 0 to {2**20}")
+        self._check(0 < self.restart_window <= 1e6, "restart_window", "above 0 and at most 1000000 seconds")
 
     def _check_speculation(self) -> None:
         """Drafts: whether there are any, by which method, and how many."""

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 FinishReason = Literal["stop", "length", "abort"]
-RuntimeState = Literal["stopped", "starting", "ready", "draining", "failed"]
+RuntimeState = Literal["stopped", "starting", "ready", "recovering", "draining", "failed"]
+EventKind = Literal["lost", "recovering", "recovered", "given_up"]
 
 
 class TokenLogprobs(NamedTuple):
@@ -84,12 +85,33 @@ class Health:
 
     state: RuntimeState
     error: str | None = None
-    """With 'failed': what happened, naming the process at fault, and its traceback."""
+    """With 'failed', and while it recovers: what happened, naming the process at fault, and its traceback."""
 
     @property
     def summary(self) -> str:
         """The first line of that; '' without an error."""
         return (self.error or "").partition("\n")[0]
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeEvent:
+    """What has become of a runtime's processes, for its owner: for a health view, say."""
+
+    kind: EventKind
+    """'lost': a process died, hangs, diverged or raised. 'recovering': the group is started anew. 'recovered':
+    requests go on. 'given_up': after too many restarts; the runtime has failed."""
+    time: float
+    """When: time.time()."""
+    generation: int
+    """Of processes, that this is about: 0 from the start, one more with every restart."""
+    process: str
+    """At fault, e.g. `tpworker-rank1`."""
+    summary: str
+    """What happened, in one line."""
+    seconds: float | None = None
+    """With 'recovered': since the loss was noticed."""
+    requests: int = 0
+    """With 'recovering' and 'recovered': those that are open, and go on."""
 
 
 class StepRecord(NamedTuple):
@@ -141,3 +163,11 @@ class Stats:
     of steps computed ahead for a request that had ended do not count."""
     accepted_tokens: tuple[int, ...] = ()
     """How many of them were right, and so all before them."""
+    restarts: int = 0
+    """How often the group of processes has been started anew."""
+    resumed_requests: int = 0
+    """Requests that went on after a restart, each as often as it did."""
+    lost: tuple[tuple[str, int], ...] = ()
+    """Processes at fault, by kind ('rank', 'scheduler', …), and how often."""
+    last_recovery_seconds: float | None = None
+    """From the notice of the last loss until requests went on; None: there was none."""
