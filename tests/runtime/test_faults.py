@@ -185,3 +185,68 @@ def test_want_of_memory_is_blamed_where_there_is_a_sign_of_it(oom_kills: int | N
     assert find_cause(endings[:1], {}).process == RANK1
     other = Ending(RANK0, -signal.SIGSEGV, None, oom_kills)
     assert find_cause([other, *endings], {}).process == RANK0
+
+
+def cuda_error(process: str, error: str, summary: str, traceback: str = "") -> Ending:
+    return Ending(process, 1, Report(error, summary, traceback, (), ()))
+
+
+@pytest.mark.parametrize(
+    ("ending", "forfeits", "is_external"),
+    [
+        (killed, False, True),
+        (Ending(RANK1, -signal.SIGXCPU, None), False, True),
+        (raised, False, False),
+        (waited, False, False),
+        (Ending(RANK1, -signal.SIGSEGV, None), True, False),
+        (Ending(RANK1, -signal.SIGBUS, None), True, False),
+        (Ending(RANK1, -signal.SIGABRT, None), True, False),
+        (Ending(RANK1, -signal.SIGFPE, None), True, False),
+        (Ending(RANK1, -signal.SIGILL, None), True, False),
+        (Ending(RANK1, None, None), True, False),  # nobody knows
+        (Ending(RANK1, 3, None), True, False),
+        (cuda_error(RANK1, "AcceleratorError", "CUDA error: an illegal memory access"), True, False),
+        (cuda_error(RANK1, "AcceleratorError", "no words"), True, False),
+        (cuda_error(RANK1, "RuntimeError", "CUDA driver error: device-side assert"), True, False),
+        (cuda_error(RANK1, "RuntimeError", "Triton Error [CUDA]: misaligned address"), True, False),
+        (cuda_error(RANK1, "DistBackendError", "NCCL error: unhandled cuda error"), True, False),
+        (cuda_error(RANK1, "OutOfMemoryError", "CUDA out of memory. Tried to allocate 2 GiB"), False, False),
+        (
+            cuda_error(
+                RANK1, "ValueError", "no", "RuntimeError: CUDA error: ECC\n\nDuring that\nValueError: no"
+            ),
+            True,
+            False,
+        ),
+        (
+            cuda_error(
+                RANK1, "ValueError", "no", '  File "x.py"\n    raise no("CUDA error")\nValueError: no'
+            ),
+            False,
+            False,
+        ),
+    ],
+)
+def test_what_an_ending_leaves(ending: Ending, forfeits: bool, is_external: bool) -> None:
+    fault = find_cause([ending], {RANK0: Standing(False, (4, 1)), SCHEDULER: Standing(False, ())})
+    assert (fault.forfeits, fault.is_external) == (forfeits, is_external)
+
+
+def test_a_peer_that_aborts_forfeits_nothing_and_one_that_crashes_does() -> None:
+    fault = find_cause([aborted, killed], {})
+    assert (fault.process, fault.forfeits, fault.is_external) == (RANK1, False, True)
+    crashed = Ending(RANK0, -signal.SIGSEGV, None)
+    for endings in ([crashed, killed], [killed, crashed]):
+        fault = find_cause(endings, {SCHEDULER: Standing(False, ())})
+        assert (fault.forfeits, fault.is_external) == (True, False)
+    broken = cuda_error(RANK0, "AcceleratorError", "CUDA error: unspecified launch failure")
+    assert find_cause([killed, broken], {}).forfeits
+
+
+def test_who_is_stopped_is_stopped_by_others_and_who_hangs_is_not() -> None:
+    fault = find_cause([waited], {RANK1: Standing(True, (4, 1))})
+    assert (fault.hung, fault.forfeits, fault.is_external) == (True, False, True)
+    fault = find_cause([waited], {RANK1: Standing(False, (4, 1))})
+    assert (fault.hung, fault.forfeits, fault.is_external) == (True, False, False)
+    endings = [Ending(name, -signal.SIGKILL, None) for name in (RANK0, RANK1)]
+    assert find_cause(endings, {}).is_external

@@ -165,6 +165,7 @@ def test_a_rank_that_is_stopped_is_named(model_folder: Path) -> None:
     )
     assert fault.process == "tpworker-rank2"
     assert "stopped" in fault.summary
+    assert fault.is_external
 
 
 def test_a_module_that_is_not_there_is_a_fault(model_folder: Path) -> None:
@@ -252,6 +253,14 @@ def test_blame_ends_all_and_explains(watched: Watched) -> None:
     assert fault.summary == "it hangs"
     assert fault.traceback is not None
     assert "fake_scheduler.py" in fault.traceback
+    assert not fault.is_external
+
+
+def test_who_is_blamed_while_it_is_stopped_was_stopped_by_others(watched: Watched) -> None:
+    watched.ready()
+    os.kill(watched.pid("tpworker-scheduler"), signal.SIGSTOP)
+    watched.supervisor.blame(Fault("tpworker-scheduler", "it hangs", hung=True))
+    assert watched.fault().is_external
 
 
 def test_kill_ends_all_at_any_time_without_a_fault(model_folder: Path) -> None:

@@ -9,6 +9,10 @@ supervisor sees first is not always the cause. In this order, and among equals t
     4. WAITED    it reported that others did not come in time: these others are at fault; where masks did
                  not come, the scheduler that writes them
     5. LOST      it reported that the connection to a peer was lost
+
+What happened also decides what may be used again: memory that outlives its process is good after a kill, a
+hang or an exception, and not to be trusted after native code has crashed or a GPU has failed
+(`Fault.forfeits`).
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ from __future__ import annotations
 import re
 import signal
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 from tpworker.errors import RuntimeFailed
@@ -29,6 +33,25 @@ _NO_MASKS = "MasksMissing"
 #: Words that say that somebody else has ended: of gloo, of NCCL, and our own, which may be wrapped.
 _LOST = re.compile(
     r"connection (closed|reset|refused)|broken pipe|timed out waiting|BarrierAborted", re.IGNORECASE
+)
+#: Signals of code that has gone wrong, and may have written anywhere before.
+_CRASHES = frozenset(
+    {
+        signal.SIGSEGV,
+        signal.SIGBUS,
+        signal.SIGABRT,
+        signal.SIGFPE,
+        signal.SIGILL,
+        signal.SIGTRAP,
+        signal.SIGSYS,
+    }
+)
+#: A GPU that could not do what it was asked for, as torch, CUDA's libraries, NCCL and Triton say it; that its
+#: memory is full ('CUDA out of memory') is none. In a line that begins with it: a traceback indents what it
+#: quotes.
+_CUDA_ERROR = re.compile(
+    r"^(?=\S).*(AcceleratorError|CUDA[ _]?((driver|runtime) )?error|\[CUDA\]|CU(BLAS|DNN)_STATUS_)",
+    re.IGNORECASE | re.MULTILINE,
 )
 
 
@@ -60,6 +83,25 @@ class Ending:
     def was_killed(self) -> bool:
         """Whether it ended by SIGKILL, which none of ours sends before a fault is found."""
         return self.report is None and self.status == -signal.SIGKILL
+
+    @property
+    def was_killed_by_others(self) -> bool:
+        """Whether a signal ended it that does not come of what a process does."""
+        return self.report is None and self.status is not None and self.status < 0 and not self.has_crashed
+
+    @property
+    def has_crashed(self) -> bool:
+        """Whether it ended by a signal that native code gets for what it does."""
+        return self.report is None and self.status is not None and -self.status in _CRASHES
+
+    @property
+    def forfeits(self) -> bool:
+        """Whether nobody can vouch for the memory that it leaves, on the host and on its GPU: it has crashed,
+        a GPU of its has failed, or nobody knows why it ended (native code that exits has a reason)."""
+        if self.report is None:
+            return not self.was_killed_by_others
+        said = f"{self.report.error}: {self.report.summary}\n{self.report.traceback}"
+        return _CUDA_ERROR.search(said) is not None
 
     @property
     def kind(self) -> Kind:
@@ -105,6 +147,8 @@ class Fault:
     report: Report | None = None  # of the process at fault, if it could still write one
     traceback: str | None = None
     hung: bool = False  # the process lives, but does not go on
+    forfeits: bool = False  # nobody can vouch for what is in memory that outlives the processes
+    is_external: bool = False  # killed or stopped by somebody else: no request can have caused it
 
     def failure(self) -> RuntimeFailed:
         """What everyone gets who waits for the runtime; a new one each, as an exception is raised once."""
@@ -118,6 +162,19 @@ def find_cause(endings: Sequence[Ending], standings: Mapping[str, Standing]) -> 
         endings: at least one.
         standings: of each process that still lives, by name.
     """
+    fault = _blame(endings, standings)
+    cause = min(endings, key=_rank_of)
+    # Libraries abort when a peer is gone: only of the first to go that says something about its memory.
+    forfeits = any(
+        ending.forfeits and (ending is cause or ending.kind is not Kind.ABORTED) for ending in endings
+    )
+    is_external = cause.was_killed_by_others or (
+        fault.process in standings and standings[fault.process].stopped
+    )
+    return replace(fault, forfeits=forfeits, is_external=is_external and not forfeits)
+
+
+def _blame(endings: Sequence[Ending], standings: Mapping[str, Standing]) -> Fault:
     first = min(endings, key=_rank_of)  # min keeps the first of equals
     if not standings and len(endings) > 1 and all(ending.was_killed for ending in endings):
         names = ", ".join(ending.process for ending in endings)

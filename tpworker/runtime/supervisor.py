@@ -36,7 +36,7 @@ from tpworker.ipc.masks import MaskBoard
 from tpworker.ipc.patience import Patience
 from tpworker.ipc.spawn import child_environment
 from tpworker.runtime.children import Child
-from tpworker.runtime.faults import Fault, Kind, Standing, find_cause
+from tpworker.runtime.faults import Ending, Fault, Kind, Standing, find_cause
 
 logger = logging.getLogger(__name__)
 
@@ -217,7 +217,8 @@ class Supervisor:
         grace: Patience | None = None
         while not self._killed and self._stopping is None:
             if self._blamed is not None:
-                return self._explained(self._blamed)
+                forfeits = self._blamed.forfeits or any(ending.forfeits for ending in self._endings())
+                return self._explained(replace(self._blamed, forfeits=forfeits))
             if len(self._over) == len(self._children) or (grace is not None and not grace.left()):
                 return self._cause()
             self._collect(None if grace is None else grace.slice())
@@ -259,10 +260,14 @@ class Supervisor:
 
     def _cause(self) -> Fault:
         standings = {child.name: self._standing(child) for child in self._children if not child.over}
+        return self._explained(find_cause(self._endings(), standings))
+
+    def _endings(self) -> list[Ending]:
+        """Of all that have ended, with the status of those that have nothing else to say."""
         for child in self._over:
             if child.report is None:
                 child.wait(STATUS_SECONDS)
-        return self._explained(find_cause([child.ending for child in self._over], standings))
+        return [child.ending for child in self._over]
 
     def _standing(self, child: Child) -> Standing:
         row = self.board.row(child.name)
@@ -270,15 +275,17 @@ class Supervisor:
         return Standing(child.stopped, () if child.name == SCHEDULER_NAME else progress)
 
     def _explained(self, fault: Fault) -> Fault:
-        """If a process hangs: its stacks, and where everybody stands."""
+        """If a process hangs: its stacks, where everybody stands, and whether somebody has stopped it."""
         if not fault.hung:
             return fault
+        at_fault = [child for child in self._children if child.name in fault.process.split(", ")]
+        is_external = fault.is_external or any(child.stopped for child in at_fault)
         parts = [fault.traceback] if fault.traceback else []
         parts.append("Where each process stands (steps so far):\n" + self._positions())
-        for child in self._children:
-            if child.name in fault.process.split(", ") and (stacks := self._stacks_of(child)):
+        for child in at_fault:
+            if stacks := self._stacks_of(child):
                 parts.append(f"Stacks of {child.name}:\n{stacks}")
-        return replace(fault, traceback="\n".join(parts))
+        return replace(fault, traceback="\n".join(parts), is_external=is_external)
 
     def _positions(self) -> str:
         lines = []
