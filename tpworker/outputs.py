@@ -98,8 +98,8 @@ class RuntimeEvent:
     """What has become of a runtime's processes, for its owner: for a health view, say."""
 
     kind: EventKind
-    """'lost': a process died, hangs, diverged or raised. 'recovering': the group is started anew. 'recovered':
-    requests go on. 'given_up': after too many restarts; the runtime has failed."""
+    """'lost': a process died, hangs, diverged or raised. 'recovering': the group is started anew.
+    'recovered': requests go on. 'given_up': after too many restarts; the runtime has failed."""
     time: float
     """When: time.time()."""
     generation: int

@@ -44,15 +44,23 @@ class StartTimes:
     stages: tuple[Stage, ...]
 
     @classmethod
-    def of(cls, ranks: Sequence[Row], began_ns: int, spawned_ns: int, ready_ns: int) -> StartTimes:
+    def of(
+        cls,
+        ranks: Sequence[Row],
+        began_ns: int,
+        spawned_ns: int,
+        ready_ns: int,
+        before: str = "model found",
+    ) -> StartTimes:
         """From the rows of all ranks, which are ready.
 
         Args:
             began_ns: when somebody asked for the start; CLOCK_MONOTONIC, as the other two.
             spawned_ns: when the first process was about to be started.
             ready_ns: when requests could come.
+            before: what was done until the first process was started.
         """
-        stages = [Stage("model found", (spawned_ns - began_ns) / 1e9)]
+        stages = [Stage(before, (spawned_ns - began_ns) / 1e9)]
         last = spawned_ns
         for phase, name in _STAGES.items():
             ends = [_left(row, phase) for row in ranks]
@@ -74,9 +82,12 @@ class StartTimes:
         """Seconds."""
         return sum(stage.seconds for stage in self.stages)
 
+    def listed(self) -> str:
+        """All stages in one line."""
+        return ", ".join(f"{stage.name} {stage.seconds:.2f}" for stage in self.stages)
+
     def __str__(self) -> str:
-        parts = [f"{stage.name} {stage.seconds:.2f}" for stage in self.stages]
-        return f"ready in {self.total:.1f} s: {', '.join(parts)}"
+        return f"ready in {self.total:.1f} s: {self.listed()}"
 
     def table(self) -> str:
         """A line a stage: its name, how long it took, and when it was over, in seconds; with a heading."""

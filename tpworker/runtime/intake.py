@@ -21,11 +21,11 @@ from typing import TypeVar
 from tpworker.config import SchedulingPolicy
 from tpworker.errors import InvalidRequest, QueueFull
 from tpworker.ipc.arrays import pack_int32, unpack_int32
-from tpworker.ipc.messages import NO_LOGPROBS, Abort, Sampling, Submit, Vocabulary
+from tpworker.ipc.messages import NO_LOGPROBS, Sampling, Submit
 from tpworker.outputs import RequestOutput
 from tpworker.runtime.admission import check_priority, fit, pack_prompt, resolve_sampling
 from tpworker.runtime.choices import Choices
-from tpworker.runtime.generation import Generation
+from tpworker.runtime.dispatch import Dispatch
 from tpworker.runtime.grammars import Grammars
 from tpworker.runtime.logprobs import LogprobRecord
 from tpworker.runtime.requests import Bell, Request, Requests
@@ -63,15 +63,14 @@ class Intake:
         self._promises: list[float] = []  # until when each of those may still come, though we drain
         self._closed: asyncio.Future[None] | None = None  # set when one of them is closed, for `all_closed`
         self._served: Served | None = None
-        self._generation: Generation | None = None
+        self._dispatch: Dispatch | None = None
         self._grammars: Grammars | None = None
-        self._told_vocabulary: int | None = None  # to the scheduler of this generation
-        self._telling = asyncio.Lock()
+        self._reading = asyncio.Lock()
 
-    def serve(self, served: Served, generation: Generation) -> None:
-        """Processes are ready: from now on requests are checked against what is served, and go to them."""
+    def serve(self, served: Served, dispatch: Dispatch) -> None:
+        """From now on requests are checked against what is served, and dispatched."""
         self._served = served
-        self._generation = generation
+        self._dispatch = dispatch
         spec = served.model.spec
         self._grammars = Grammars(served.tokenizer, spec.vocab_size, spec.eos_ids)
 
@@ -169,15 +168,16 @@ class Intake:
     ) -> None:
         """Checks what is asked for, and tells the scheduler. Errors are those of `Runtime.generate`."""
         check_priority(params, self._policy)
-        served, _ = self._serving()
+        served, dispatch = self._serving()
         tokens = pack_prompt(await self._tokenise(prompt, served), served.model.spec)
         sampling = await self._resolve(params, len(tokens) // 4, default_max_tokens, served)
-        grammar = await self._grammar(params, served)
+        grammar = await self._grammar(params, served, dispatch)
         for request in choices.requests:
             self._describe(request, tokens, params, sampling, served)
         for request in choices.requests:
             if request in self.requests:  # else it was aborted meanwhile
-                self._send(request, tokens, params, sampling, grammar)
+                request.submit = self._made(request, tokens, params, sampling, grammar)
+                dispatch.submit(request)
 
     def _describe(
         self, request: Request, tokens: bytes, params: SamplingParams, sampling: Sampling, served: Served
@@ -204,29 +204,25 @@ class Intake:
                 include_stop=params.include_stop_str_in_output,
             )
 
-    def _send(
+    def _made(
         self,
         request: Request,
         tokens: bytes,
         params: SamplingParams,
         sampling: Sampling,
         grammar: str | None,
-    ) -> None:
-        """All that the scheduler is told of a request: what would bring it back after a restart."""
-        _, generation = self._serving()
-        request.is_submitted = True
-        generation.send(
-            Submit(
-                generation.number,
-                request.number,
-                tokens,
-                0,
-                self._of_choice(sampling, request.index),
-                request.first.number if params.n > 1 else None,
-                params.priority,
-                params.cache_salt or "",
-                grammar,
-            )
+    ) -> Submit:
+        """All that a scheduler is told of a request, of whatever generation it is."""
+        return Submit(
+            0,
+            request.number,
+            tokens,
+            0,
+            self._of_choice(sampling, request.index),
+            request.first.number if params.n > 1 else None,
+            params.priority,
+            params.cache_salt or "",
+            grammar,
         )
 
     @staticmethod
@@ -259,29 +255,22 @@ class Intake:
             return work()
         return await self._tokenisers.run(work, sum(map(len, params.bad_words)))  # up to 0.4 s
 
-    async def _grammar(self, params: SamplingParams, served: Served) -> str | None:
+    async def _grammar(self, params: SamplingParams, served: Served, dispatch: Dispatch) -> str | None:
         """What the output is held to, known to compile; the scheduler knows for what vocabulary."""
         if params.structured_outputs is None:
             return None
         assert self._grammars is not None, "a request before `serve`"
         grammar = await self._grammars.check(params.structured_outputs)
-        await self._tell_vocabulary(served)
+        async with self._reading:  # the vocabulary, once, however many wait for it: it is large
+            if dispatch.vocabulary is None:
+                tokenizer = await self._tokenisers.run(served.needed_tokenizer().to_json, 0)
+                dispatch.vocabulary = tokenizer, pack_int32(sorted(served.model.spec.eos_ids))
         return grammar
 
-    async def _tell_vocabulary(self, served: Served) -> None:
-        """Once, however many wait for it: it is large, and the scheduler reads all that it is sent."""
-        async with self._telling:
-            _, generation = self._serving()
-            if self._told_vocabulary != generation.number:
-                tokenizer = await self._tokenisers.run(served.needed_tokenizer().to_json, 0)
-                eos_ids = pack_int32(sorted(served.model.spec.eos_ids))
-                generation.send(Vocabulary(generation.number, tokenizer, eos_ids))
-                self._told_vocabulary = generation.number
-
-    def _serving(self) -> tuple[Served, Generation]:
+    def _serving(self) -> tuple[Served, Dispatch]:
         assert self._served is not None, "a request before `serve`"
-        assert self._generation is not None, "a request before `serve`"
-        return self._served, self._generation
+        assert self._dispatch is not None, "a request before `serve`"
+        return self._served, self._dispatch
 
     # ------------------------------------------------------------------------------- its end
 
@@ -312,15 +301,16 @@ class Intake:
         self._withdraw(request)
         if request.finish in ("stop", "length"):
             self.num_finished += 1
-        elif request.is_submitted:
+        elif request.submit is not None:
             self.num_aborted += 1
         self._wake()
 
     def _withdraw(self, request: Request) -> None:
         """Nobody wants its tokens any more."""
-        if self.requests.close(request) and request.is_submitted:
-            _, generation = self._serving()
-            generation.send(Abort(generation.number, request.number))
+        if self._dispatch is not None:
+            self._dispatch.withdraw(request)
+        else:
+            self.requests.close(request)
 
     def abandon_prompts(self, error: Callable[[], Exception]) -> None:
         """Whoever waits for a prompt to be made gets an error, though threads may go on; `error` makes it."""

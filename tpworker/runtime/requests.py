@@ -16,12 +16,14 @@ All of this belongs to one event loop's thread.
 from __future__ import annotations
 
 import asyncio
+from array import array
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from tpworker.errors import RequestFailed
-from tpworker.ipc.arrays import unpack_int32, unpack_int64, unpack_logprobs
-from tpworker.ipc.messages import Failed, StepOutput
+from tpworker.ipc.arrays import pack_int32, unpack_int32, unpack_int64, unpack_logprobs
+from tpworker.ipc.messages import Failed, StepOutput, Submit
 from tpworker.outputs import FinishReason, RequestOutput
 from tpworker.runtime.logprobs import LogprobRecord
 
@@ -67,8 +69,8 @@ class Request:
 
     __slots__ = (
         "_bell",
+        "_num_looked_at",
         "_num_taken",
-        "_tokens",
         "error",
         "finish",
         "first",
@@ -77,15 +79,19 @@ class Request:
         "is_submitted",
         "logprobs",
         "num_accepted",
+        "num_at_crash",
         "num_cached",
+        "num_crashes",
         "num_drafts",
         "num_prompt",
-        "num_received",
         "number",
         "own_stop_ids",
+        "received",
         "request_id",
+        "submit",
         "text",
         "wants_tokens",
+        "was_running",
     )
 
     def __init__(
@@ -102,8 +108,10 @@ class Request:
         self.index = index
         self.num_prompt = 0
         self.num_cached = 0
-        self.num_received = 0
-        """Tokens that came from the scheduler: the position of the next."""
+        self.received = array("i")
+        """Tokens that came from the scheduler."""
+        self.submit: Submit | None = None
+        """What the scheduler was told of it, or is to be, once there is one."""
         self.num_drafts = 0
         self.num_accepted = 0
         """Drafts that steps had for it, and those that came of them as tokens."""
@@ -111,6 +119,12 @@ class Request:
         """Whether the scheduler knows of it."""
         self.is_running = False
         """Whether it has got a slot."""
+        self.was_running = False
+        """Whether it has ever got one, of this scheduler or of one before it."""
+        self.num_crashes = 0
+        """In a row, in which it was there."""
+        self.num_at_crash = 0
+        """How many tokens it had at the last of these."""
         self.finish: FinishReason | None = None
         """Why no more tokens will come."""
         self.error: Callable[[], Exception] | None = None
@@ -122,14 +136,26 @@ class Request:
         """What has come of logprobs; None: not asked for."""
         self.wants_tokens = True
         """False: max_tokens is 0. A step yields a token at least; that one is nobody's."""
-        self._tokens: list[int] = []  # arrived, not taken yet
-        self._num_taken = 0
+        self._num_looked_at = 0  # of the received
+        self._num_taken = 0  # of these, without those that do not count
         self._bell = bell or Bell()
+
+    @property
+    def num_received(self) -> int:
+        """How many tokens came from the scheduler: the position of the next."""
+        return len(self.received)
+
+    def resubmit(self, generation: int) -> Submit:
+        """What tells the scheduler of that generation all of it, `submit` being known."""
+        assert self.submit is not None
+        if not self.received:
+            return replace(self.submit, generation=generation)
+        tokens = self.submit.tokens + pack_int32(self.received)
+        return replace(self.submit, generation=generation, tokens=tokens, num_delivered=self.num_received)
 
     def append(self, token: int) -> None:
         """The next token has arrived; its logprobs, if they are asked for, have already."""
-        self._tokens.append(token)
-        self.num_received += 1
+        self.received.append(token)
         if self._bell.waiter is not None:  # seldom: a consumer may have many choices
             self._bell.ring()
 
@@ -146,11 +172,12 @@ class Request:
 
     def has_arrived(self) -> bool:
         """Whether there is something to take."""
-        return self.finish is not None or bool(self._tokens)
+        return self.finish is not None or len(self.received) > self._num_looked_at
 
     def take(self) -> RequestOutput:
         """All that has arrived, as one output. A stop string in it ends the request, at its position."""
-        tokens, self._tokens = self._tokens, []
+        tokens = self.received[self._num_looked_at :].tolist()
+        self._num_looked_at = len(self.received)
         if not self.wants_tokens and tokens:
             tokens, self.finish = [], "length"
         finish = self.finish
@@ -225,6 +252,26 @@ class Requests:
         else:
             self.num_waiting -= 1
         return True
+
+    @property
+    def num_told(self) -> int:
+        """Those of which a scheduler has been told, or is to be: not those that are tokenised still."""
+        return sum(request.submit is not None for request in self._by_number.values())
+
+    def unended(self) -> list[Request]:
+        """All of them, in the order in which they came."""
+        return list(self._by_number.values())
+
+    def interrupt(self) -> list[Request]:
+        """The scheduler is gone: it knows of none any more, and all wait. Returns those that it knew of."""
+        known = [request for request in self._by_number.values() if request.is_submitted]
+        for request in known:
+            request.is_submitted = False
+            if request.is_running:
+                request.is_running = False
+                self.num_running -= 1
+                self.num_waiting += 1
+        return known
 
     def fail_all(self, error: Callable[[], Exception]) -> None:
         """Ends all with an error; `error` makes one for each, as an exception is raised once only."""
@@ -306,6 +353,8 @@ class Requests:
         request = self._by_number.get(number)
         if request is not None and not request.is_running:
             request.is_running = True
-            request.num_cached = num_cached
+            if not request.was_running:
+                request.was_running = True
+                request.num_cached = num_cached
             self.num_waiting -= 1
             self.num_running += 1

@@ -24,13 +24,17 @@ from tpworker.ipc.messages import Failed, SchedulerLoad, StepOutput
 from tpworker.observe.gpus import resolve_gpus
 from tpworker.observe.start import StartTimes
 from tpworker.observe.watch import GpuState, GpuWatch
-from tpworker.outputs import Health, RequestOutput, RuntimeState, Stats
+from tpworker.outputs import Health, RequestOutput, RuntimeEvent, RuntimeState, Stats
+from tpworker.runtime.dispatch import Dispatch
+from tpworker.runtime.events import Events
 from tpworker.runtime.facts import Facts
 from tpworker.runtime.faults import Fault
 from tpworker.runtime.generation import Generation, StartFailed
 from tpworker.runtime.home_loop import HomeLoop
 from tpworker.runtime.intake import Intake
 from tpworker.runtime.loading import Progress
+from tpworker.runtime.processes import Processes
+from tpworker.runtime.recovery import Restarts
 from tpworker.runtime.start import RANK_MODULE, SCHEDULER_MODULE, find, set_up, start_error, until_ready
 from tpworker.runtime.steps import Steps
 from tpworker.sampling_params import SamplingParams, checked
@@ -55,6 +59,7 @@ class Runtime(Facts):
         progress: called on the event loop while starting, with what is going on and how much of that is
             done, from 0 to 1, or None where nobody can tell.
         needs_tokenizer: refuse a model that has none, before a process is started.
+        on_event: called on the event loop when processes are lost, and when requests go on.
         rank_module, scheduler_module: what the processes run, for tests and benchmarks.
         options: fields of `RuntimeConfig`.
 
@@ -69,6 +74,7 @@ class Runtime(Facts):
         config: RuntimeConfig | None = None,
         progress: Progress | None = None,
         needs_tokenizer: bool = False,
+        on_event: Callable[[RuntimeEvent], None] | None = None,
         rank_module: str = RANK_MODULE,
         scheduler_module: str = SCHEDULER_MODULE,
         **options: Any,
@@ -83,9 +89,12 @@ class Runtime(Facts):
         self._rank_module, self._scheduler_module = rank_module, scheduler_module
         self._state: RuntimeState = "stopped"
         self._is_used = False  # started or stopped before
-        self._fault: Fault | None = None  # once it has failed
+        self._fault: Fault | None = None  # once it has failed, and while it recovers
+        self._events = Events(on_event)
+        self._num_resumed = 0
         self._home = HomeLoop()
-        self._generation: Generation | None = None  # once processes were started
+        self._processes: Processes | None = None  # once they were started
+        self._dispatch: Dispatch | None = None  # once they are ready
         self._gpu_watch: GpuWatch | None = None  # if there are GPUs
         self._intake = Intake(self.config.max_queue, self.config.seed, self.config.scheduling_policy)
         self._steps = Steps()
@@ -135,17 +144,24 @@ class Runtime(Facts):
         if gpus:
             self._gpu_watch = GpuWatch(gpus)
         spawned_ns = time.monotonic_ns()
-        is_busy = self._intake.requests.any_submitted
-        self._generation = generation = Generation(setup.group, self._on_output, self._on_fault, is_busy)
-        self._served = await until_ready(setup, generation, self._progress)
+        restarts = Restarts(self.config.max_restarts, self.config.restart_window)
+        requests = self._intake.requests
+        self._processes = processes = Processes(setup.group, restarts, requests, self._events, self)
+        self._served = await until_ready(setup, processes, self._progress)
         self._check_starting()  # stopping takes the board away
-        self.start_times = StartTimes.of(generation.ranks, began_ns, spawned_ns, time.monotonic_ns())
+        ranks = processes.generation.ranks
+        self.start_times = StartTimes.of(ranks, began_ns, spawned_ns, time.monotonic_ns())
         logger.info("%s", self.start_times)
-        self._intake.serve(self._served, generation)
+        scheduler = setup.group.scheduler
+        in_flight = (scheduler.lookahead + 1) * (scheduler.num_drafts + 1)
+        self._dispatch = dispatch = Dispatch(requests, in_flight)
+        self._intake.serve(self._served, dispatch)
+        if processes.is_up:
+            dispatch.resume(processes.generation)
 
     def _check_starting(self) -> None:
         """Whether it has neither failed nor been stopped meanwhile."""
-        if self._fault is not None:
+        if self._state == "failed" and self._fault is not None:
             raise self._fault.failure()
         if self._state != "starting":
             raise _stopped_while_starting()
@@ -159,7 +175,7 @@ class Runtime(Facts):
             RuntimeStopped: it was started on another event loop, which must stop it; or had to, and has been
                 closed: then the processes have been killed.
         """
-        if self._generation is None or self._generation.is_over:
+        if self._processes is None or self._processes.is_over:
             self._home.leave()
         stray = self._home.astray()
         if stray is not None and not self._home.is_closed:
@@ -172,8 +188,8 @@ class Runtime(Facts):
             self._intake.requests.fail_all(_stopped)
         self._intake.close_processes()
         try:
-            if self._generation is not None:
-                await self._generation.stop()
+            if self._processes is not None:
+                await self._processes.stop()
         finally:
             if self._gpu_watch is not None:
                 self._gpu_watch.close()  # last: it waits for an answer of the driver, which may be sick
@@ -209,7 +225,7 @@ class Runtime(Facts):
         except TimeoutError:
             num_open = self._intake.num_open
             raise TimeoutError(f"{num_open} requests are still open after {timeout:g} s") from None
-        if self._fault is not None:
+        if self._state == "failed" and self._fault is not None:
             raise self._fault.failure()
 
     # ------------------------------------------------------------------------------ requests
@@ -299,25 +315,41 @@ class Runtime(Facts):
 
     def _check_taking(self, is_promised: bool = False) -> None:
         """Whether requests are taken now: raises RuntimeFailed or RuntimeStopped."""
-        if self._fault is not None:
+        if self._state == "failed" and self._fault is not None:
             raise self._fault.failure()
         if self._state != "ready" and not (self._state == "draining" and is_promised):
             raise RuntimeStopped(f"the runtime takes no requests: it is {self._state}")
         self._home.check()
 
-    # ------------------------------------------------------------------ from the generation
+    # ------------------------------------------------------------------- from the processes
 
-    def _on_output(self, output: StepOutput | Failed) -> None:
-        if isinstance(output, Failed):
-            self._intake.requests.fail(output)
-            return
-        self._intake.requests.deliver(output)
-        self._steps.add(output)
+    def on_output(self, output: StepOutput | Failed) -> None:
+        """For `Processes`."""
+        if self._dispatch is not None:
+            self._dispatch.deliver(output)
+        if isinstance(output, StepOutput):
+            self._steps.add(output)
 
-    def _on_fault(self, fault: Fault) -> None:
+    def on_lost(self, fault: Fault) -> None:
+        """For `Processes`."""
+        self._fault = fault
+        if self._dispatch is not None:
+            self._dispatch.interrupt(fault)
+        self._steps.restart()
+
+    def on_recovered(self, generation: Generation) -> int:
+        """For `Processes`."""
+        self._fault = None
+        if self._dispatch is None:
+            return 0
+        num_requests = self._dispatch.resume(generation)
+        self._num_resumed += num_requests
+        return num_requests
+
+    def on_failed(self, fault: Fault) -> None:
+        """For `Processes`."""
         self._fault = fault
         self._state = "failed"
-        logger.error("%s", fault.failure())
         self._intake.requests.fail_all(fault.failure)
         self._intake.abandon_prompts(fault.failure)
 
@@ -325,13 +357,22 @@ class Runtime(Facts):
 
     def health(self) -> Health:
         """Whether it can serve. Costs nothing; for readiness and liveness probes."""
-        return Health(self._state, None if self._fault is None else str(self._fault.failure()))
+        state = self._state
+        if state == "ready" and self._fault is not None:
+            state = "recovering"
+        return Health(state, None if self._fault is None else str(self._fault.failure()))
+
+    @property
+    def events(self) -> tuple[RuntimeEvent, ...]:
+        """The last ones, at most 64, oldest first."""
+        return tuple(self._events.recent)
 
     def stats(self) -> Stats:
         """How busy it is, and what it has done so far."""
-        intake, steps = self._intake, self._steps
+        intake, steps, processes = self._intake, self._steps, self._processes
         total_blocks = 0 if self._served is None else self._served.total_blocks
         load = steps.load or SchedulerLoad(total_blocks, 0, 0, 0)
+        lost = () if processes is None else tuple(sorted(processes.lost.items()))
         return Stats(
             open=intake.num_open,
             running=intake.requests.num_running,
@@ -348,6 +389,10 @@ class Runtime(Facts):
             recent_steps=tuple(steps.recent),
             draft_tokens=load.drafts,
             accepted_tokens=load.accepted,
+            restarts=0 if processes is None else processes.generation.number,
+            resumed_requests=self._num_resumed,
+            lost=lost,
+            last_recovery_seconds=None if processes is None else processes.last_recovery_seconds,
         )
 
     def gpus(self) -> tuple[GpuState, ...]:

@@ -1,6 +1,6 @@
 """What happens at a start: from a configuration to what is served.
 
-find ──► FoundModel ──► set_up ──► Setup ──► (Runtime starts the Generation) ──► until_ready ──► Served
+find ──► FoundModel ──► set_up ──► Setup ──► (Runtime starts the Processes) ──► until_ready ──► Served
 files, maybe a download        no process yet; the same for each generation      processes and tokenizer
 """
 
@@ -16,7 +16,6 @@ from tpworker.errors import ConfigError, InvalidRequest, ModelError
 from tpworker.observe.affinity import near_cpus
 from tpworker.runtime.admission import Limits
 from tpworker.runtime.faults import Fault
-from tpworker.runtime.generation import Generation
 from tpworker.runtime.loading import (
     FoundModel,
     Progress,
@@ -25,6 +24,7 @@ from tpworker.runtime.loading import (
     in_daemon_thread,
     load_tokenizer_of,
 )
+from tpworker.runtime.processes import Processes
 from tpworker.runtime.settings import rank_settings, resolve_max_model_len, scheduler_settings
 from tpworker.runtime.supervisor import Group
 from tpworker.runtime.tokenisers import SHORT_CHARS
@@ -128,7 +128,7 @@ def set_up(
     return Setup(model, group)
 
 
-async def until_ready(setup: Setup, generation: Generation, progress: Progress) -> Served:
+async def until_ready(setup: Setup, processes: Processes, progress: Progress) -> Served:
     """Loads the tokenizer while the processes get ready, and waits for both.
 
     Raises:
@@ -137,7 +137,7 @@ async def until_ready(setup: Setup, generation: Generation, progress: Progress) 
         StartFailed: the processes did not get ready.
     """
     model, rank = setup.model, setup.group.rank
-    ready = asyncio.ensure_future(generation.ready(rank.start_timeout, progress))
+    ready = asyncio.ensure_future(processes.ready(progress))
     loading = in_daemon_thread(lambda: load_tokenizer_of(model))
     try:
         both: list[asyncio.Future[Any]] = [ready, loading]

@@ -1,0 +1,177 @@
+"""The generations of a runtime's processes, one after the other.
+
+    start ──► generation 0 ──► fault ──► all of it is killed, and reaped ──► generation 1 ──► …
+                  │                          ▲                                  │ not ready: one more fault
+                  └──► stop                  └──────────────────────────────────┘
+                                             too many within the window: failed, for good
+
+One path, whatever was lost. What goes on in the meantime is for its `Owner`. Belongs to one event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import Counter
+from dataclasses import replace
+from typing import Protocol
+
+from tpworker.ipc.messages import Failed, StepOutput
+from tpworker.observe.start import StartTimes
+from tpworker.runtime.events import Events
+from tpworker.runtime.faults import Fault
+from tpworker.runtime.generation import Generation, StartFailed
+from tpworker.runtime.loading import Progress
+from tpworker.runtime.recovery import Restarts
+from tpworker.runtime.requests import Requests
+from tpworker.runtime.supervisor import Group
+
+logger = logging.getLogger(__name__)
+
+
+class Owner(Protocol):
+    """Whom the processes serve."""
+
+    def on_output(self, output: StepOutput | Failed) -> None:
+        """The scheduler says something."""
+
+    def on_lost(self, fault: Fault) -> None:
+        """The processes are gone, as far as anybody outside can tell."""
+
+    def on_recovered(self, generation: Generation) -> int:
+        """There are others. Returns how many requests go on."""
+
+    def on_failed(self, fault: Fault) -> None:
+        """There will be no others."""
+
+
+class Processes:
+    """Starts the processes, and starts them anew after a fault. Make it in a running event loop.
+
+    Args:
+        group: what to start; its generation is that of the first.
+        restarts: how often that may be.
+        requests: the open ones.
+        events: told of all of it, and `owner` before.
+        owner: see above.
+    """
+
+    def __init__(
+        self, group: Group, restarts: Restarts, requests: Requests, events: Events, owner: Owner
+    ) -> None:
+        self.restarts = restarts
+        self.lost: Counter[str] = Counter()
+        """Processes at fault, by kind."""
+        self.last_recovery_seconds: float | None = None
+        self._group = group
+        self._requests = requests
+        self._events = events
+        self._owner = owner
+        self._faults: asyncio.Queue[tuple[Fault, int]] = asyncio.Queue()  # and when it was noticed
+        self._is_over = False
+        self._replacing: asyncio.Task[None] | None = None
+        self.is_up = True
+        """Whether the generation has not been lost."""
+        self.generation = self._begin(group.generation)
+        """The present one, or the last."""
+
+    async def ready(self, progress: Progress) -> int:
+        """Waits until the first generation is ready; returns its number of KV blocks. From then on faults
+        have it replaced.
+
+        Raises:
+            StartFailed: it did not get ready.
+        """
+        num_blocks = await self.generation.ready(self._group.rank.start_timeout, progress)
+        # The same for those that follow, however much memory is free then: what was taken must go on.
+        self._group = replace(self._group, rank=replace(self._group.rank, num_kv_blocks=num_blocks))
+        self._replacing = asyncio.create_task(self._replace(), name="tpworker-recovery")
+        return num_blocks
+
+    async def stop(self) -> None:
+        """Ends the processes, see `Generation.stop`; there will be no others."""
+        self._is_over = True
+        replacing = self._replacing
+        if replacing is not None and not replacing.get_loop().is_closed():
+            replacing.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await replacing
+        await self.generation.stop()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing is left of them."""
+        return self.generation.is_over
+
+    def _begin(self, number: int) -> Generation:
+        group = replace(self._group, generation=number)
+        return Generation(group, self._owner.on_output, self._on_fault, self._requests.any_submitted)
+
+    def _on_fault(self, fault: Fault) -> None:
+        """Of a generation that was ready."""
+        noticed_ns = time.monotonic_ns()
+        self.is_up = False
+        if self._note(fault):
+            self._owner.on_lost(fault)
+            self._faults.put_nowait((fault, noticed_ns))
+
+    def _note(self, fault: Fault) -> bool:
+        """Counts a fault, and says whether there is to be another generation."""
+        number = self.generation.number
+        self.lost[_kind_of(fault.process)] += 1
+        logger.error("%s", fault.failure())
+        self._events.add("lost", number, fault)
+        if not self.restarts.allow():
+            why = self.restarts.why_not()
+            self._is_over = True
+            fault = replace(fault, summary=f"{fault.summary}; {why}")
+            self._events.add("given_up", number, fault)
+            self._owner.on_failed(fault)
+            return False
+        return True
+
+    async def _replace(self) -> None:
+        while not self._is_over:
+            fault, noticed_ns = await self._faults.get()
+            try:
+                while not self._is_over and not await self._attempt(fault, noticed_ns):
+                    pass
+            except Exception as error:
+                logger.exception("the processes cannot be replaced")
+                self._is_over = True
+                summary = f"the processes cannot be replaced: {type(error).__name__}: {error}"
+                self._owner.on_failed(Fault("tpworker-supervisor", summary))
+
+    async def _attempt(self, fault: Fault, noticed_ns: int) -> bool:
+        """One more generation. False: it did not get ready."""
+        await self.generation.stop()
+        number = self.generation.number + 1
+        self._events.add("recovering", number, fault, requests=self._requests.num_told)
+        ended_ns = time.monotonic_ns()
+        self.generation = generation = self._begin(number)
+        try:
+            await generation.ready(self._group.rank.start_timeout, _unseen)
+        except StartFailed as failed:
+            self._note(failed.fault)
+            return False
+        if not self._faults.empty():
+            return True  # it is lost already: nobody needs to know that it was there
+        self.is_up, ready_ns = True, time.monotonic_ns()
+        self.last_recovery_seconds = seconds = (ready_ns - noticed_ns) / 1e9
+        times = StartTimes.of(generation.ranks, noticed_ns, ended_ns, ready_ns, "processes ended")
+        num_requests = self._owner.on_recovered(generation)
+        logger.warning("recovered in %.2f s, %d requests go on (%s)", seconds, num_requests, times.listed())
+        self._events.add("recovered", number, fault, seconds, num_requests)
+        return True
+
+
+def _kind_of(process: str) -> str:
+    """'rank' of 'tpworker-rank1', and of several of them."""
+    name = process.partition(",")[0].removeprefix("tpworker-").rstrip("0123456789")
+    return "standby" if name.endswith("standby") else name
+
+
+def _unseen(text: str, fraction: float | None) -> None:
+    pass
