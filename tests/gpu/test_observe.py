@@ -79,10 +79,10 @@ def test_a_runtime_tells_of_its_gpus_and_of_its_start(tmp_path: Path) -> None:
             assert runtime.start_times is not None
             names = [stage.name for stage in runtime.start_times.stages]
             assert {"torch imported", "kernels warmed up", "graphs captured"} <= set(names)
-            assert runtime._generation is not None
+            assert runtime._processes is not None
             for child, cpus in zip(
-                runtime._generation._supervisor._children[1:],
-                runtime._generation._supervisor.group.rank_cpus,
+                runtime._processes.generation._supervisor._children[1:],
+                runtime._processes.generation._supervisor.group.rank_cpus,
                 strict=True,
             ):
                 allowed = os.sched_getaffinity(0) if cpus is None else cpus

@@ -31,8 +31,8 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> FakeNvml:
 async def _run(runtime: Runtime) -> list[set[int]]:
     async with runtime:
         assert [(state.rank, state.gpu.uuid) for state in runtime.gpus()] == [(0, "GPU-1"), (1, "GPU-2")]
-        assert runtime._generation is not None
-        children = runtime._generation._supervisor._children
+        assert runtime._processes is not None
+        children = runtime._processes.generation._supervisor._children
         return [set(os.sched_getaffinity(child.process.pid)) for child in children if "rank" in child.name]
 
 
@@ -75,7 +75,7 @@ def loading(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
 async def all_but_the_tokenizer(runtime: Runtime) -> asyncio.Task[None]:
     """A start whose processes are ready."""
     starting = asyncio.create_task(runtime.start())
-    while runtime._generation is None or not runtime._generation._ready.done():
+    while runtime._processes is None or not runtime._processes.generation._ready.done():
         await asyncio.sleep(0.01)
     return starting
 

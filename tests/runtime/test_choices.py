@@ -224,8 +224,8 @@ def test_text_and_stop_strings_of_every_choice(fake_runtime: MakeRuntime, model_
 
 def sent_by(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What goes to the scheduler from now on."""
-    generation = runtime._generation
-    assert generation is not None
+    assert runtime._processes is not None
+    generation = runtime._processes.generation
     sent: list[Any] = []
     send: Callable[[Any], None] = generation.send
     monkeypatch.setattr(generation, "send", lambda message: (sent.append(message), send(message)))

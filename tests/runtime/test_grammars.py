@@ -26,8 +26,9 @@ from tests.grammar.tokenizers import END, END_ID, THINK, TOOL, VOCAB_SIZE, added
 from tpworker.errors import InvalidRequest, RuntimeStopped
 from tpworker.grammar import grammar_of
 from tpworker.ipc.arrays import pack_int32
-from tpworker.ipc.messages import Message, Vocabulary
+from tpworker.ipc.messages import Sampling, Submit, Vocabulary
 from tpworker.runtime import grammars as grammars_module
+from tpworker.runtime.dispatch import Dispatch
 from tpworker.runtime.grammars import Grammars
 from tpworker.runtime.intake import Intake
 from tpworker.sampling_params import SamplingParams
@@ -472,28 +473,42 @@ def test_a_tokenizer_that_is_too_large_to_be_sent_is_refused(
 
 
 def test_the_scheduler_is_told_the_vocabulary_once_and_before_any_grammar() -> None:
-    """Several ask for it at the same time, and who was the first may leave."""
+    """Several ask for it at the same time, and who was the first may leave; each scheduler is told anew."""
     spec = SimpleNamespace(vocab_size=VOCAB_SIZE, eos_ids=frozenset({END_ID}))
     served: Any = SimpleNamespace(
         tokenizer=TOKENIZER, model=SimpleNamespace(spec=spec), needed_tokenizer=lambda: TOKENIZER
     )
-    sent: list[Message] = []
-    generation: Any = SimpleNamespace(number=3, send=sent.append)
+    sent: list[Any] = []
     params = SamplingParams(structured_outputs=OTHER)
+    sampling = Sampling(0.0, 1.0, 0, 0, 5, 0, b"")
 
     async def main() -> None:
         intake = Intake(10, 0, "fcfs")
-        intake.serve(served, generation)
+        dispatch = Dispatch(intake.requests, 1)
+        intake.serve(served, dispatch)
         try:
-            assert await intake._grammar(SamplingParams(), served) is None
-            assert sent == []
-            asked = [asyncio.ensure_future(intake._grammar(params, served)) for _ in range(6)]
-            while not intake._telling.locked():
+            assert await intake._grammar(SamplingParams(), served, dispatch) is None
+            assert dispatch.vocabulary is None
+            asked = [asyncio.ensure_future(intake._grammar(params, served, dispatch)) for _ in range(6)]
+            while not intake._reading.locked():
                 await asyncio.sleep(0)
             asked[0].cancel()
             grammars = await asyncio.gather(*asked, return_exceptions=True)
             assert grammars[1:] == [grammar_of(OTHER)] * 5
-            assert sent == [Vocabulary(3, TOKENIZER.to_json(), pack_int32([END_ID]))]
+            for name in "ab":
+                request = intake.requests.open(name)
+                grammar = grammar_of(OTHER)
+                request.submit = Submit(0, request.number, pack_int32([1]), 0, sampling, grammar=grammar)
+                dispatch.submit(request)
+            assert sent == []
+            for number in (3, 4):
+                generation: Any = SimpleNamespace(number=number, send=sent.append)
+                dispatch.resume(generation)
+                told = Vocabulary(number, TOKENIZER.to_json(), pack_int32([END_ID]))
+                assert sent[0] == told
+                assert [(m.generation, m.request) for m in sent[1:]] == [(number, 0), (number, 1)]
+                sent.clear()
+                intake.requests.interrupt()
         finally:
             intake.abandon_prompts(lambda: RuntimeStopped("the test has ended"))
             intake.close_processes()

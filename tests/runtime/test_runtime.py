@@ -112,11 +112,11 @@ def test_no_message_is_overlooked_while_we_send(fake_runtime: MakeRuntime) -> No
 
     async def main() -> None:
         async with fake_runtime() as runtime:
-            assert runtime._generation is not None
+            assert runtime._processes is not None
             task = asyncio.ensure_future(collect(runtime, [5], ids_only(1)))
             await asyncio.sleep(0)  # it is submitted
             time.sleep(0.2)  # the answer has come, and the event loop has not seen it
-            runtime._generation.send(Abort(0, 999))
+            runtime._processes.generation.send(Abort(0, 999))
             await asyncio.wait_for(task, 20)
 
     run(main)
@@ -802,7 +802,7 @@ def test_progress_is_told_of(fake_runtime: MakeRuntime, model_folder: Path) -> N
 @pytest.mark.parametrize("name", ["tpworker-scheduler", "tpworker-rank0", "tpworker-rank1"])
 def test_open_requests_fail_when_a_process_dies(fake_runtime: MakeRuntime, name: str) -> None:
     async def main() -> None:
-        async with fake_runtime(tensor_parallel_size=2) as runtime:
+        async with fake_runtime(tensor_parallel_size=2, max_restarts=0) as runtime:
             requests = [runtime.generate([5], ids_only()) for _ in range(3)]
             for request in requests:
                 await anext(request)
@@ -836,7 +836,7 @@ def test_open_requests_fail_when_a_process_dies(fake_runtime: MakeRuntime, name:
 def test_a_scheduler_that_goes_astray_is_named(fake_runtime: MakeRuntime, token: int, words: str) -> None:
     async def main() -> None:
         options = {"scheduler_module": "tests.children.odd_scheduler", "step_timeout": 0.5}
-        async with fake_runtime(**options) as runtime:
+        async with fake_runtime(**options, max_restarts=0) as runtime:
             with pytest.raises(RuntimeFailed) as caught:
                 await collect(runtime, [token, 100], ids_only(), request_id="a")
             assert caught.value.process == "tpworker-scheduler"
@@ -892,7 +892,7 @@ def test_an_error_of_any_kind_over_a_message_ends_the_runtime(
         raise kind("out of the blue")
 
     async def main() -> None:
-        async with fake_runtime() as runtime:
+        async with fake_runtime(max_restarts=0) as runtime:
             monkeypatch.setattr(runtime._intake.requests, "deliver", broken)
             with pytest.raises(RuntimeFailed, match="out of the blue") as caught:
                 await asyncio.wait_for(collect(runtime, [5], ids_only(3)), 10)
@@ -909,8 +909,8 @@ def test_the_processes_end_also_when_they_cannot_be_told(
 
     async def main() -> None:
         async with fake_runtime() as runtime:
-            assert runtime._generation is not None
-            monkeypatch.setattr(runtime._generation._channel, "send", broken)
+            assert runtime._processes is not None
+            monkeypatch.setattr(runtime._processes.generation._channel, "send", broken)
             await asyncio.wait_for(runtime.stop(), 10)
             assert not children("")
 
@@ -960,7 +960,7 @@ asyncio.run(main())
 
 def test_two_runtimes_in_one_process(fake_runtime: MakeRuntime) -> None:
     async def main() -> None:
-        async with fake_runtime() as one, fake_runtime(tensor_parallel_size=2) as two:
+        async with fake_runtime() as one, fake_runtime(tensor_parallel_size=2, max_restarts=0) as two:
             both = await asyncio.gather(collect(one, [5], ids_only(50)), collect(two, [6], ids_only(50)))
             assert [tokens_of(outputs) for outputs in both] == [[5] * 50, [6] * 50]
             for child in children("rank1"):  # the other one's
@@ -1151,7 +1151,7 @@ def test_who_waits_for_a_prompt_to_be_tokenised_is_told_at_once(
     done = threading.Event()
 
     async def main(fails: bool) -> None:
-        async with fake_runtime() as runtime:
+        async with fake_runtime(max_restarts=0) as runtime:
             begun = asyncio.Event()
             loop = asyncio.get_running_loop()
 

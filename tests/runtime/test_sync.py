@@ -148,13 +148,14 @@ def test_a_start_that_fails_leaves_nothing(tmp_path: Path) -> None:
         pass
 
 
-def test_a_failure_is_raised_where_it_is_waited_for(runtime: SyncRuntime) -> None:
-    outputs = runtime.generate([5], SamplingParams(detokenize=False))
-    next(outputs)
-    next(child for child in psutil.Process().children() if "rank0" in child.name()).kill()
-    with pytest.raises(RuntimeFailed, match="tpworker-rank0"):
-        list(outputs)
-    assert runtime.health().state == "failed"
+def test_a_failure_is_raised_where_it_is_waited_for(model_folder: Path) -> None:
+    with sync_runtime(model_folder, max_restarts=0) as runtime:
+        outputs = runtime.generate([5], SamplingParams(detokenize=False))
+        next(outputs)
+        next(child for child in psutil.Process().children() if "rank0" in child.name()).kill()
+        with pytest.raises(RuntimeFailed, match="tpworker-rank0"):
+            list(outputs)
+        assert runtime.health().state == "failed"
 
 
 def test_drain_and_stop(runtime: SyncRuntime) -> None:

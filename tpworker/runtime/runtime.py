@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 from tpworker.config import RuntimeConfig
 from tpworker.errors import RuntimeStopped
-from tpworker.ipc.messages import Failed, SchedulerLoad, StepOutput
+from tpworker.ipc.messages import Failed, StepOutput
 from tpworker.observe.gpus import resolve_gpus
 from tpworker.observe.start import StartTimes
 from tpworker.observe.watch import GpuState, GpuWatch
@@ -36,6 +36,7 @@ from tpworker.runtime.loading import Progress
 from tpworker.runtime.processes import Processes
 from tpworker.runtime.recovery import Restarts
 from tpworker.runtime.start import RANK_MODULE, SCHEDULER_MODULE, find, set_up, start_error, until_ready
+from tpworker.runtime.statistics import stats_of
 from tpworker.runtime.steps import Steps
 from tpworker.sampling_params import SamplingParams, checked
 
@@ -369,31 +370,8 @@ class Runtime(Facts):
 
     def stats(self) -> Stats:
         """How busy it is, and what it has done so far."""
-        intake, steps, processes = self._intake, self._steps, self._processes
         total_blocks = 0 if self._served is None else self._served.total_blocks
-        load = steps.load or SchedulerLoad(total_blocks, 0, 0, 0)
-        lost = () if processes is None else tuple(sorted(processes.lost.items()))
-        return Stats(
-            open=intake.num_open,
-            running=intake.requests.num_running,
-            waiting=intake.num_waiting,
-            free_blocks=load.free_blocks,
-            total_blocks=total_blocks,
-            steps=steps.num,
-            prompt_tokens=load.prompt_tokens,
-            cached_tokens=load.cached_tokens,
-            output_tokens=intake.requests.num_output_tokens,
-            preemptions=load.preemptions,
-            finished=intake.num_finished,
-            aborted=intake.num_aborted,
-            recent_steps=tuple(steps.recent),
-            draft_tokens=load.drafts,
-            accepted_tokens=load.accepted,
-            restarts=0 if processes is None else processes.generation.number,
-            resumed_requests=self._num_resumed,
-            lost=lost,
-            last_recovery_seconds=None if processes is None else processes.last_recovery_seconds,
-        )
+        return stats_of(self._intake, self._steps, self._processes, total_blocks, self._num_resumed)
 
     def gpus(self) -> tuple[GpuState, ...]:
         """How the ranks' GPUs do, at most a second old; none on the CPU, and before the start."""

@@ -116,11 +116,12 @@ class FakeScheduler:
                 case Stop():
                     return False
                 case Submit():
-                    prompt = unpack_int32(message.tokens).tolist()
+                    tokens = unpack_int32(message.tokens).tolist()
+                    prompt = tokens[: len(tokens) - message.num_delivered]
                     room = self.boot.settings.max_model_len - len(prompt)
                     limit = max(1, min(room, message.sampling.max_tokens))
                     stop_ids = frozenset(unpack_int32(message.sampling.stop_ids))
-                    self.waiting.append(Echo(message, prompt, stop_ids, limit))
+                    self.waiting.append(Echo(message, prompt, stop_ids, limit, message.num_delivered))
                 case Vocabulary():
                     pass
                 case Abort():
