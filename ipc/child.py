@@ -1,10 +1,11 @@
 """What a child process is told, how it lives and dies with its parent, and how it says why it ended.
 
-    parent                                   child
-      ├── stdin: boot message, then silence ───►│  EOF: the parent is gone (the lifeline)
+    runtime                                  child
+      ├── lifeline: nothing ever comes ────────►│  EOF: the runtime's process is gone
       │◄── report pipe: at most one report ─────┤  EOF: the child is gone, the fastest sign there is
-      ├── memfds, inherited ───────────────────►│  barriers, board, masks, store
-      └── the thread that starts it stays         PDEATHSIG: the kernel kills the child with that thread
+      ├── memfds ──────────────────────────────►│  barriers, board, masks, store
+      └── standby, from a thread that stays ───►│  PDEATHSIG: the kernel kills the standby with that thread,
+                                                   and the child with the standby, of which it was forked
 
 The lifeline and PDEATHSIG cover each other: the lifeline works when the parent died before the child had
 asked for PDEATHSIG; PDEATHSIG when the child hangs in native code and no Python thread gets to run.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import ctypes
 import faulthandler
+import gc
 import logging
 import os
 import signal
@@ -21,8 +23,8 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Annotated, NoReturn, TypeVar
+from dataclasses import dataclass, fields, replace
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import setproctitle
 
@@ -37,10 +39,16 @@ from tpworker.ipc.messages import (
     NumDrafts,
     Rank,
 )
+from tpworker.ipc.standby import MAX_BOOT_BYTES, Forked, serve, take_control
 from tpworker.ipc.streams import leave, make_output_safe
 
 RANK_NAME = "tpworker-rank{}"
 SCHEDULER_NAME = "tpworker-scheduler"
+RANK_STANDBY = "tpworker-rank-standby"
+SCHEDULER_STANDBY = "tpworker-scheduler-standby"
+
+READY = b"ready"
+"""What a standby says once it can be forked; otherwise it sends a `Report`."""
 
 STACKS_SIGNAL = signal.SIGUSR1
 """Asks a child for the Python stacks of all its threads, on its report pipe; it works in a hung child too."""
@@ -54,7 +62,6 @@ Seconds = Annotated[float, Within(0, 1e9)]
 MAX_VOCAB = 1 << 24
 MAX_LOOKUP = 16  # tokens of an n-gram that is looked up
 
-_MAX_BOOT_BYTES = 1 << 16  # what fits into a pipe: the parent never waits when it writes one
 _MAX_SUMMARY = 2_000  # characters; up to 4 bytes each, and a whole report fits into a pipe
 _MAX_TRACEBACK = 12_000
 
@@ -151,11 +158,20 @@ def board_names(num_ranks: int) -> list[str]:
 
 
 def pack_boot(boot: SchedulerBoot | RankBoot) -> bytes:
-    """A boot message as the child reads it from its stdin."""
+    """A boot message as a standby is sent it."""
     packed = pack_dataclass(boot)
-    if len(packed) > _MAX_BOOT_BYTES - 4:
-        raise MessageError(f"a boot message of {len(packed)} bytes; the limit is {_MAX_BOOT_BYTES - 4}")
-    return len(packed).to_bytes(4, "little") + packed
+    if len(packed) > MAX_BOOT_BYTES:
+        raise MessageError(f"a boot message of {len(packed)} bytes; the limit is {MAX_BOOT_BYTES}")
+    return packed
+
+
+def descriptors_of(boot: SchedulerBoot | RankBoot) -> list[int]:
+    """The descriptors that go with a boot message, all but the report pipe, in the order of its fields."""
+    return [getattr(boot, name) for name in _descriptor_fields(type(boot))]
+
+
+def _descriptor_fields(boot_class: type[SchedulerBoot | RankBoot]) -> list[str]:
+    return [f.name for f in fields(boot_class) if f.name.endswith("_fd") and f.name != "report_fd"]
 
 
 # ------------------------------------------------------------------------------------ how it reports
@@ -222,71 +238,92 @@ def read_report(data: bytes) -> tuple[Report | None, str]:
 # ---------------------------------------------------------------------------------- how it lives
 
 
-def run_child(boot_class: type[Boot], main: Callable[[Boot], None]) -> NoReturn:
-    """The life of a child process: reads its boot message from stdin, runs `main`, reports, ends.
+def run_child(
+    boot_class: type[Boot], main: Callable[[Boot], None], prepare: Callable[[str], None] | None = None
+) -> NoReturn:
+    """The life of a standby, and of every child that is forked from it: each runs `main`, reports, ends.
 
-    The process ends with status 0 when `main` returns and 1, with a report, when it raises. It ends
+    A child ends with status 0 when `main` returns and 1, with a report, when it raises. It ends
     without running exit handlers: threads and native libraries that hang there would keep it alive.
+
+    Args:
+        prepare: called in the standby with 'cpu' or 'cuda': imports what `main` would. It must start no
+            thread, and not so much as look for a GPU: CUDA cannot be used in the child of a process that has.
     """
     make_output_safe()
-    boot = _read_boot(boot_class)
-    os.set_inheritable(boot.report_fd, False)  # EOF must mean that this process is gone, not its children
-    setproctitle.setproctitle(boot.name)
-    threading.current_thread().name = boot.name
+    control = take_control()
+    name, device = sys.argv[1:3]
+    _be_called(name, logging.WARNING)
     _die_with_parent()
     # A service manager or a terminal may signal all processes at once; when to stop is for the parent to say.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     faulthandler.enable()  # a crash in native code leaves its stacks on stderr
-    faulthandler.register(STACKS_SIGNAL, file=boot.report_fd, all_threads=True)
-    _log_as(boot.name, boot.log_level)
+    gc.disable()  # or it looks through what torch is made of, time and again: a fifth of the import
     try:
+        if prepare is not None:
+            prepare(device)
+    except BaseException as error:
+        control.send(pack_dataclass(Report.of(error)))
+        leave(1)
+    gc.freeze()  # what is there is never looked through again: its pages stay shared with the children
+    gc.enable()
+    control.send(READY)
+    _live(serve(control, lambda fd, error: write_report(fd, Report.of(error))), boot_class, main)
+
+
+def _live(forked: Forked, boot_class: type[Boot], main: Callable[[Boot], None]) -> NoReturn:
+    """The life of a child, from fork to end."""
+    try:
+        os.setsid()  # keys typed in a terminal (Ctrl-C, Ctrl-Z) are signals to all of a session
+        boot = unpack_dataclass(boot_class, forked.request.boot)
+        numbers: dict[str, Any] = dict(zip(_descriptor_fields(boot_class), forked.descriptors, strict=True))
+        boot = replace(boot, report_fd=forked.report_fd, **numbers)
+        _be_called(boot.name, boot.log_level)
+        _die_with_parent(forked.standby)
+        _keep_to(forked.request.cpus)
+        faulthandler.register(STACKS_SIGNAL, file=boot.report_fd, all_threads=True)
+        threading.Thread(
+            target=_watch_lifeline, args=(forked.lifeline,), name="lifeline", daemon=True
+        ).start()
         main(boot)
     except BaseException as error:
-        write_report(boot.report_fd, Report.of(error))
+        write_report(forked.report_fd, Report.of(error))
         leave(1)
     leave(0)
 
 
-def _read_boot(boot_class: type[Boot]) -> Boot:
-    size = int.from_bytes(_read_exactly(0, 4), "little")
-    if size > _MAX_BOOT_BYTES:
-        raise MessageError(f"a boot message of {size} bytes; the limit is {_MAX_BOOT_BYTES}")
-    return unpack_dataclass(boot_class, _read_exactly(0, size))
+def _be_called(name: str, log_level: int) -> None:
+    setproctitle.setproctitle(name)
+    threading.current_thread().name = name
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter(f"%(asctime)s {name} %(levelname)s %(message)s"))
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.WARNING)
+    logging.getLogger("tpworker").setLevel(log_level)
 
 
-def _read_exactly(fd: int, size: int) -> bytes:
-    data = b""
-    while len(data) < size:
-        part = os.read(fd, size - len(data))
-        if not part:
-            raise MessageError("no boot message on stdin: only tpworker itself starts this program")
-        data += part
-    return data
-
-
-def _die_with_parent() -> None:
+def _die_with_parent(parent: int | None = None) -> None:
+    """Args: parent: whose child we are, if it lives still."""
     libc = ctypes.CDLL(None, use_errno=True)
     pr_set_pdeathsig = 1
     if libc.prctl(pr_set_pdeathsig, signal.SIGKILL, 0, 0, 0) != 0:
         logger.warning("no PDEATHSIG: %s; the lifeline has to do", os.strerror(ctypes.get_errno()))
-    lifeline = os.dup(0)
-    null = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(null, 0)  # nothing else shall read from the lifeline
-    os.close(null)
-    threading.Thread(target=_watch_lifeline, args=(lifeline,), name="lifeline", daemon=True).start()
+    if parent is not None and os.getppid() != parent:
+        os._exit(1)  # it died before we had asked
+
+
+def _keep_to(cpus: tuple[int, ...]) -> None:
+    """Has this process run on these CPUs alone: before it has other threads, which would not follow."""
+    if cpus:
+        try:
+            os.sched_setaffinity(0, cpus)
+        except OSError as error:  # they were taken from us meanwhile
+            logger.warning("it cannot be kept to its CPUs: %s", error)
 
 
 def _watch_lifeline(lifeline: int) -> None:
     while os.read(lifeline, 1):
         pass
     os._exit(1)
-
-
-def _log_as(name: str, level: int) -> None:
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter(f"%(asctime)s {name} %(levelname)s %(message)s"))
-    root = logging.getLogger()
-    root.handlers[:] = [handler]
-    root.setLevel(logging.WARNING)
-    logging.getLogger("tpworker").setLevel(level)

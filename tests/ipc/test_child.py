@@ -3,28 +3,33 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
-from pathlib import Path
+from typing import get_type_hints
 
 import psutil
 import pytest
 
 from tests.conftest import eventually, is_gone
 from tpworker.ipc.child import (
+    READY,
     STACKS_SIGNAL,
+    Descriptor,
     RankBoot,
     RankSettings,
     Report,
     SchedulerBoot,
     SchedulerSettings,
+    descriptors_of,
     pack_boot,
     read_report,
     write_report,
 )
 from tpworker.ipc.codec import MessageError, unpack_dataclass
+from tpworker.ipc.standby import ForkRequest, read_told
 
 SCHEDULER_BOOT = SchedulerBoot(
     generation=3, name="tpworker-scheduler", log_level=20, report_fd=9, num_ranks=2, runtime_address="ipc://@r",
@@ -41,16 +46,24 @@ RANK_BOOT = RankBoot(
 
 @pytest.mark.parametrize("boot", [SCHEDULER_BOOT, RANK_BOOT])
 def test_a_boot_message_comes_out_as_it_went_in(boot: SchedulerBoot | RankBoot) -> None:
-    packed = pack_boot(boot)
-    assert int.from_bytes(packed[:4], "little") == len(packed) - 4
-    assert unpack_dataclass(type(boot), packed[4:]) == boot
+    assert unpack_dataclass(type(boot), pack_boot(boot)) == boot
+
+
+@pytest.mark.parametrize("boot_class", [SchedulerBoot, RankBoot])
+def test_descriptors_are_known_by_their_names(boot_class: type[SchedulerBoot | RankBoot]) -> None:
+    """They are sent with the message, whichever fields it has."""
+    hints = get_type_hints(boot_class, include_extras=True)
+    assert {name for name in hints if name.endswith("_fd")} == {
+        name for name, hint in hints.items() if hint == Descriptor
+    }
+    assert descriptors_of(RANK_BOOT) == [5, 7, 9, 10, 8]
 
 
 def test_a_boot_message_of_the_wrong_kind_or_out_of_bounds_is_refused() -> None:
     with pytest.raises(MessageError, match="RankBoot"):
-        unpack_dataclass(RankBoot, pack_boot(SCHEDULER_BOOT)[4:])
+        unpack_dataclass(RankBoot, pack_boot(SCHEDULER_BOOT))
     with pytest.raises(MessageError, match="within 1 and 64"):
-        unpack_dataclass(RankBoot, pack_boot(dataclasses.replace(RANK_BOOT, num_ranks=65))[4:])
+        unpack_dataclass(RankBoot, pack_boot(dataclasses.replace(RANK_BOOT, num_ranks=65)))
     with pytest.raises(MessageError, match="limit"):
         pack_boot(dataclasses.replace(RANK_BOOT, model="x" * 70_000))
 
@@ -95,40 +108,52 @@ def test_the_first_report_counts() -> None:
 
 
 class Started:
-    """A child that runs `code` as the body of its main function."""
+    """A child that runs `code` as the body of its main function, forked from a standby of its own."""
 
-    def __init__(self, code: str, *, lifeline: int = subprocess.PIPE) -> None:
-        self.report_fd, write_end = os.pipe()
+    def __init__(self, code: str) -> None:
+        self.report_fd, report = os.pipe()
+        lifeline, self.lifeline = os.pipe()
+        self.status, status = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.control, control = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         program = "import os, signal, subprocess, sys, time, logging\nfrom tpworker.ipc.child import *\n"
         program += "def main(boot):\n" + textwrap.indent(textwrap.dedent(code), "    ")
         program += "\nrun_child(SchedulerBoot, main)\n"
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", program], stdin=lifeline, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            pass_fds=[write_end],
+        self.standby = subprocess.Popen(
+            [sys.executable, "-c", program, "tpworker-scheduler-standby", "cpu"], stdin=control.fileno(),
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
-        os.close(write_end)
-        self.boot = pack_boot(dataclasses.replace(SCHEDULER_BOOT, report_fd=write_end))
-        if self.process.stdin is not None:
-            self.process.stdin.write(self.boot)
-            self.process.stdin.flush()
+        descriptors = [status.fileno(), lifeline, report, report, report]  # the last two stand for memfds
+        ForkRequest(pack_boot(SCHEDULER_BOOT)).send(self.control, descriptors)
+        for fd in (report, lifeline):
+            os.close(fd)
+        status.close()
+        control.close()
+        self.pid = read_told(self.status.recv(64))
 
     def line(self) -> str:
-        assert self.process.stdout is not None
-        return self.process.stdout.readline().decode().strip()
+        assert self.standby.stdout is not None
+        return self.standby.stdout.readline().decode().strip()
 
     def end(self) -> tuple[int, Report | None, str]:
         """Waits for it; its status, its report and its stacks."""
         data = b"".join(iter(lambda: os.read(self.report_fd, 1 << 16), b""))
-        return self.process.wait(20), *read_report(data)
+        self.status.settimeout(20)
+        return read_told(self.status.recv(64)), *read_report(data)
+
+    def close_lifeline(self) -> None:
+        os.close(self.lifeline)
+        self.lifeline = -1
 
     def close(self) -> None:
         os.close(self.report_fd)
-        if self.process.poll() is None:
-            self.process.kill()
-        for pipe in (self.process.stdin, self.process.stdout, self.process.stderr):
-            if pipe is not None:
-                pipe.close()
-        self.process.wait()
+        if self.lifeline >= 0:
+            self.close_lifeline()
+        self.standby.kill()
+        for pipe in (self.standby.stdout, self.standby.stderr, self.status, self.control):
+            assert pipe is not None
+            pipe.close()
+        self.standby.wait()
+        eventually(lambda: is_gone(self.pid))
 
 
 @pytest.fixture
@@ -136,8 +161,8 @@ def start() -> Iterator[type[Started]]:
     started: list[Started] = []
 
     class Tracked(Started):
-        def __init__(self, code: str, *, lifeline: int = subprocess.PIPE) -> None:
-            super().__init__(code, lifeline=lifeline)
+        def __init__(self, code: str) -> None:
+            super().__init__(code)
             started.append(self)
 
     yield Tracked
@@ -150,11 +175,12 @@ def test_a_child_bears_its_name_in_its_title_and_in_every_log_line(start: type[S
         "logging.getLogger('tpworker.x').info('hello'); print(boot.name, flush=True); time.sleep(60)"
     )
     assert child.line() == "tpworker-scheduler"
-    assert psutil.Process(child.process.pid).cmdline()[0].strip("\0 ") == "tpworker-scheduler"
-    assert psutil.Process(child.process.pid).name().startswith("tpworker-schedu")
-    child.process.kill()
-    assert child.process.stderr is not None
-    assert "tpworker-scheduler INFO hello" in child.process.stderr.read().decode()
+    for pid, name in ((child.pid, "tpworker-scheduler"), (child.standby.pid, "tpworker-scheduler-standby")):
+        assert psutil.Process(pid).cmdline()[0].strip("\0 ") == name
+        assert psutil.Process(pid).name() == name
+    child.standby.kill()
+    assert child.standby.stderr is not None
+    assert "tpworker-scheduler INFO hello" in child.standby.stderr.read().decode()
 
 
 def test_a_child_that_returns_ends_with_status_0_and_no_report(start: type[Started]) -> None:
@@ -180,8 +206,9 @@ def test_a_child_that_ends_is_gone_though_its_threads_are_not(start: type[Starte
 def test_when_to_stop_is_for_the_parent_to_say(start: type[Started]) -> None:
     child = start("print('up', flush=True); sys.stdout.flush(); time.sleep(0.3); print('done', flush=True)")
     assert child.line() == "up"
-    child.process.send_signal(signal.SIGINT)
-    child.process.send_signal(signal.SIGTERM)
+    for pid in (child.pid, child.standby.pid):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            os.kill(pid, number)
     assert child.line() == "done"
     assert child.end()[0] == 0
 
@@ -189,9 +216,23 @@ def test_when_to_stop_is_for_the_parent_to_say(start: type[Started]) -> None:
 def test_a_child_ends_when_its_lifeline_does(start: type[Started]) -> None:
     child = start("print('up', flush=True); time.sleep(1000)")
     assert child.line() == "up"
-    assert child.process.stdin is not None
-    child.process.stdin.close()
+    child.close_lifeline()
     assert child.end()[0] == 1
+
+
+def test_a_child_ends_when_its_standby_does_though_its_lifeline_holds(start: type[Started]) -> None:
+    child = start("print('up', flush=True); time.sleep(1000)")
+    assert child.line() == "up"
+    child.standby.kill()
+    eventually(lambda: is_gone(child.pid))
+
+
+def test_a_standby_ends_when_its_parent_lets_go_of_it(start: type[Started]) -> None:
+    child = start("print('up', flush=True); time.sleep(1000)")
+    assert child.line() == "up"
+    child.control.close()
+    assert child.standby.wait(20) == 0
+    eventually(lambda: is_gone(child.pid))
 
 
 def test_nobody_can_read_the_lifeline_away(start: type[Started]) -> None:
@@ -199,31 +240,28 @@ def test_nobody_can_read_the_lifeline_away(start: type[Started]) -> None:
     assert child.line() == "'' False"
 
 
-def test_a_child_ends_with_the_thread_that_started_it_though_its_lifeline_holds(tmp_path: Path) -> None:
-    """PDEATHSIG: somebody else holds the lifeline's other end, as a process forked by the user would."""
-    receiver, sender = os.pipe()
-    report_receiver, report_sender = os.pipe()
-    boot = pack_boot(dataclasses.replace(SCHEDULER_BOOT, report_fd=report_sender))
-    child = "import time\nfrom tpworker.ipc.child import *\n"
-    child += "run_child(SchedulerBoot, lambda boot: (print('up', flush=True), time.sleep(1000)))"
+def test_a_standby_ends_with_its_parent_though_its_control_socket_holds() -> None:
+    """PDEATHSIG: somebody else has the other end as well, as a process forked by the user would."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    child = "from tpworker.ipc.child import *\nrun_child(SchedulerBoot, print)"
     parent = (
         "import subprocess, sys, time\n"
-        f"child = subprocess.Popen([sys.executable, '-c', {child!r}], stdin={receiver}, "
-        f"stdout=subprocess.PIPE, pass_fds=[{report_sender}])\n"
-        "child.stdout.readline()\nprint(child.pid, flush=True)\ntime.sleep(1000)\n"
+        f"command = [sys.executable, '-c', {child!r}, 'standby', 'cpu']\n"
+        f"child = subprocess.Popen(command, stdin={theirs.fileno()})\n"
+        "print(child.pid, flush=True)\ntime.sleep(1000)\n"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", parent], stdout=subprocess.PIPE, pass_fds=[receiver, report_sender]
+        [sys.executable, "-c", parent], stdout=subprocess.PIPE, pass_fds=[theirs.fileno()]
     )
-    os.write(sender, boot)
+    theirs.close()
     assert process.stdout is not None
     pid = int(process.stdout.readline())
+    assert ours.recv(100) == READY
     process.kill()
     process.wait()
     process.stdout.close()
     eventually(lambda: is_gone(pid))
-    for fd in (receiver, sender, report_receiver, report_sender):
-        os.close(fd)
+    ours.close()
 
 
 def test_a_hung_child_writes_its_stacks_when_asked_and_may_report_later(start: type[Started]) -> None:
@@ -238,7 +276,7 @@ def test_a_hung_child_writes_its_stacks_when_asked_and_may_report_later(start: t
         """
     )
     assert child.line() == "up"
-    child.process.send_signal(STACKS_SIGNAL)
+    os.kill(child.pid, STACKS_SIGNAL)
     status, report, stacks = child.end()
     assert status == 1
     assert report is not None
@@ -255,9 +293,29 @@ def test_a_grandchild_does_not_hold_the_report_pipe(start: type[Started]) -> Non
         os.kill(pid, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("data", [b"", b"\x05\0\0\0", b"\x03\0\0\0abc", b"\xff\xff\xff\xff"])
-def test_a_child_started_by_somebody_else_ends_at_once(data: bytes) -> None:
+def test_a_program_started_by_somebody_else_ends_at_once() -> None:
     program = "from tpworker.ipc.child import *\nrun_child(SchedulerBoot, print)"
-    done = subprocess.run([sys.executable, "-c", program], input=data, capture_output=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", program], input=b"", capture_output=True, timeout=60)
     assert done.returncode == 1
-    assert b"MessageError" in done.stderr
+    assert b"MessageError: no control socket on stdin: only tpworker itself" in done.stderr
+
+
+def test_a_request_that_makes_no_sense_is_refused_and_the_standby_goes_on(start: type[Started]) -> None:
+    child = start("print('up', flush=True); time.sleep(1000)")
+    assert child.line() == "up"
+    receiver, sender = os.pipe()
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    lifeline = os.open(os.devnull, os.O_RDONLY)
+    socket.send_fds(child.control, [b"\xc1"], [theirs.fileno(), lifeline, sender])
+    for fd in (sender, lifeline):
+        os.close(fd)
+    theirs.close()
+    report, _ = read_report(b"".join(iter(lambda: os.read(receiver, 1 << 16), b"")))
+    assert report is not None
+    assert report.error == "MessageError"
+    assert ours.recv(64) == b""
+    socket.send_fds(child.control, [b"\xc1"], [])
+    assert child.control.recv(100) == READY  # the one of its beginning: it has not said anything since
+    assert child.standby.poll() is None
+    ours.close()
+    os.close(receiver)

@@ -1,21 +1,33 @@
-import gc
+import contextlib
+import importlib
 
-from tpworker.ipc.board import Board, Phase
-from tpworker.ipc.child import RankBoot, board_names, run_child
+from tpworker.ipc.child import RankBoot, run_child
 from tpworker.rank.context import open_early
+
+_ON_CUDA = (
+    "tpworker.kernels.cuda_operations",
+    "tpworker.kernels.symmetric_kernels",
+    "tpworker.rank.cuda",
+    "tpworker.rank.cuda_collectives",
+    "tpworker.rank.compilations",
+)
+"""What ranks import besides, sooner or later."""
+
+
+def prepare(device: str) -> None:
+    importlib.import_module("tpworker.rank.process")
+    if device == "cuda":
+        with contextlib.suppress(ImportError):  # the rank will say so itself, where it needs it
+            for module in _ON_CUDA:
+                importlib.import_module(module)
 
 
 def main(boot: RankBoot) -> None:
-    board = Board.attach(boot.board_fd, board_names(boot.num_ranks))
-    board.row(boot.name).enter(Phase.IMPORTING)
     if boot.settings.device == "cuda":
         open_early(boot.rank)
-    gc.disable()  # or it looks through what torch is made of, time and again: a fifth of the import
-    from tpworker.rank.process import rank_main  # seconds, once this process has a name
+    from tpworker.rank.process import rank_main
 
-    gc.freeze()
-    gc.enable()
     rank_main(boot)
 
 
-run_child(RankBoot, main)
+run_child(RankBoot, main, prepare)

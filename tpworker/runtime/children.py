@@ -1,95 +1,69 @@
-"""One child process, as its parent sees it. Its own side is ipc/child.py."""
+"""One child process, as the runtime's process sees it. Its own side is ipc/child.py.
+
+It is a standby's child, not ours: the standby tells its pid and its status through a socket (ipc/standby.py).
+"""
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
-import subprocess
-import sys
-from collections.abc import Mapping, Sequence
-from collections.abc import Set as AbstractSet
-from dataclasses import replace
+import select
+import signal
+import socket
 from pathlib import Path
+from typing import Protocol
 
-from tpworker.ipc.child import (
-    STACKS_SIGNAL,
-    RankBoot,
-    Report,
-    SchedulerBoot,
-    pack_boot,
-    read_report,
-)
+from tpworker.ipc.child import STACKS_SIGNAL, Report, read_report
 from tpworker.ipc.patience import Patience
-from tpworker.ipc.spawn import log_descriptor
+from tpworker.ipc.standby import read_told
 from tpworker.runtime.faults import Ending
-
-logger = logging.getLogger(__name__)
 
 _STATES = {"R": "running", "S": "sleeping", "D": "in the kernel", "T": "stopped", "t": "traced", "Z": "dead"}
 
 
-class Child:
-    """A process that was started, until it is reaped. Belongs to one thread. Make it with `spawn`."""
+class Parent(Protocol):
+    """What a child needs of the standby that it is forked from."""
 
-    def __init__(self, name: str, process: subprocess.Popen[bytes], report_fd: int) -> None:
+    name: str
+    is_ready: bool
+
+    @property
+    def over(self) -> bool: ...
+
+    def read(self) -> None: ...
+
+    def kill(self) -> None: ...
+
+
+class Child:
+    """A process that a standby was asked for, until it is reaped. Belongs to one thread.
+
+    Make it with `Standby.fork`.
+
+    Args:
+        status: told its pid, then its exit status. Non-blocking.
+        report_fd: the read end of its report pipe. Non-blocking.
+        lifeline: it ends when this is closed.
+    """
+
+    def __init__(
+        self, name: str, parent: Parent, status: socket.socket, report_fd: int, lifeline: int
+    ) -> None:
         self.name = name
-        self.process = process
+        self.parent = parent
+        self.status_socket = status
         self.report_fd = report_fd
-        """The read end of its report pipe, non-blocking."""
-        self.pidfd: int | None = None
-        """Readable once it can be reaped. None where the kernel has no such thing: then the pipe must do."""
-        with contextlib.suppress(OSError):
-            self.pidfd = os.pidfd_open(process.pid)
+        self._lifeline: int | None = lifeline
+        self.pid: int | None = None
+        """None while it is not known. While its standby lives, and before `close`, it is nobody else's."""
+        self.status: int | None = None
+        """Its exit status, negative the signal that killed it; None while it is not known."""
+        self.is_lost = False
+        """Nobody will tell its status any more: its standby has died, or has not forked it at all."""
         self.silent = False
         """Nothing will come out of its pipe any more."""
         self._data = b""
-        self._oom_kills = _oom_kills()
-
-    @classmethod
-    def spawn(
-        cls,
-        module: str,
-        boot: SchedulerBoot | RankBoot,
-        descriptors: Sequence[int],
-        environment: Mapping[str, str],
-    ) -> Child:
-        """Starts `python -m module` and hands it its boot message, in which `report_fd` is filled in here.
-
-        The calling thread must live as long as the process shall (PDEATHSIG).
-
-        Raises:
-            OSError: it cannot be started.
-        """
-        log = log_descriptor()
-        read_end, write_end = os.pipe2(os.O_CLOEXEC)
-        try:
-            process = subprocess.Popen(
-                [sys.executable, "-P", "-m", module, boot.name],
-                stdin=subprocess.PIPE,
-                stdout=log,  # our own standard output may be somebody's data
-                stderr=log,
-                pass_fds=[*descriptors, write_end],
-                env=environment,
-                # Keys typed in a terminal (Ctrl-C, Ctrl-Z) are signals to all of a session: they are for us.
-                start_new_session=True,
-            )
-        except BaseException:
-            os.close(read_end)
-            raise
-        finally:
-            os.close(write_end)
-        os.set_blocking(read_end, False)
-        assert process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it is dead already, which its report pipe will tell
-            process.stdin.write(pack_boot(replace(boot, report_fd=write_end)))
-            process.stdin.flush()
-        return cls(boot.name, process, read_end)
-
-    @property
-    def status(self) -> int | None:
-        """Its exit status, negative the signal that killed it; None while it is not reaped."""
-        return self.process.poll()
+        self._oom_kills = count_oom_kills()
 
     @property
     def report(self) -> Report | None:
@@ -104,57 +78,86 @@ class Child:
     @property
     def over(self) -> bool:
         """Whether it has ended, or has said why it is about to."""
-        return self.silent or self.report is not None or self.status is not None
+        return self.silent or self.report is not None or self.has_ended
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether its status is known, or never will be."""
+        return self.status is not None or self.is_lost
+
+    @property
+    def is_orphan(self) -> bool:
+        """Whether it was lost, without a word, since its standby has ended."""
+        return self.is_lost and self.report is None and self.parent.over
 
     @property
     def ending(self) -> Ending:
         """How it ended, as far as it is known."""
-        before, now = self._oom_kills, _oom_kills()
+        before, now = self._oom_kills, count_oom_kills()
         oom_kills = None if before is None or now is None else now - before
         return Ending(self.name, self.status, self.report, oom_kills)
 
     def read(self) -> None:
-        """Takes what is in its pipe. At EOF it is `silent`."""
+        """Takes what is in its pipe, at EOF of which it is `silent`, and what its standby has told of it."""
         while not self.silent:
             try:
                 data = os.read(self.report_fd, 1 << 16)
             except BlockingIOError:
-                return
+                break
             self._data += data
             self.silent = not data
+        while not self.has_ended:
+            try:
+                told = self.status_socket.recv(64)
+            except BlockingIOError:
+                break
+            except ConnectionError:
+                told = b""
+            if not told:
+                self.is_lost = True
+            elif self.pid is None:
+                self.pid = read_told(told)
+            else:
+                self.status = read_told(told)
 
     def wait(self, timeout: float) -> bool:
-        """Whether it has been reaped, within `timeout` seconds."""
+        """Whether it has ended, within `timeout` seconds, and its status come, if it ever will."""
         patience = Patience(timeout)
-        while True:
-            try:
-                self.process.wait(patience.slice())
-                return True
-            except subprocess.TimeoutExpired:
-                if not patience.left():
-                    return False
+        poll = select.poll()
+        poll.register(self.status_socket, select.POLLIN)
+        self.read()
+        while not self.has_ended and patience.left():
+            poll.poll(patience.slice() * 1000)
+            self.read()
+        return self.has_ended
 
     def kill(self) -> None:
-        """SIGKILL; nothing if it is dead already."""
-        self.process.kill()
-
-    def keep_to(self, cpus: AbstractSet[int]) -> None:
-        """Has it run on these CPUs alone. Of threads that it has already only the first one will: call it
-        right after `spawn`, while there is no other."""
-        try:
-            os.sched_setaffinity(self.process.pid, cpus)
-        except OSError as error:  # they were taken from us meanwhile; or it is dead, as will be seen
-            logger.warning("%s cannot be kept to its CPUs: %s", self.name, error)
+        """SIGKILL; nothing if it is dead already. If it is not forked yet, it never is, or ends at once."""
+        self.read()
+        if self.pid is not None and not self.is_lost:
+            self._signal(signal.SIGKILL)
+            return
+        self._release()
+        if self.is_lost:
+            return  # the kernel has killed it with its standby
+        self.parent.read()
+        if not self.parent.is_ready:  # it has not looked at the request: when it does, it sees that we went
+            self.is_lost = True
 
     def ask_for_stacks(self) -> None:
         """It will write the stacks of its threads into its pipe, even if it hangs (not if it is stopped)."""
-        self.process.send_signal(STACKS_SIGNAL)
+        self._signal(STACKS_SIGNAL)
+
+    def _signal(self, number: int) -> None:
+        if self.pid is not None and not self.has_ended:
+            with contextlib.suppress(ProcessLookupError):  # its standby has died, and it with it
+                os.kill(self.pid, number)
 
     @property
     def state(self) -> str:
         """What the kernel says that it does, e.g. 'sleeping'; 'stopped' by SIGSTOP."""
         try:
-            stat = Path(f"/proc/{self.process.pid}/stat").read_text()
+            stat = Path(f"/proc/{self.pid}/stat").read_text()
         except OSError:
             return "gone"
         letter = stat.rpartition(")")[2].split()[0]
@@ -165,17 +168,27 @@ class Child:
         """Whether somebody has stopped it: SIGSTOP, or a debugger."""
         return self.state in ("stopped", "traced")
 
+    @property
+    def is_gone(self) -> bool:
+        """Whether it runs no more, and has no memory any more, whether or not that has been told."""
+        return self.has_ended if self.pid is None else self.state in ("dead", "gone")
+
     def close(self) -> None:
-        """Frees its descriptors; its lifeline too, so that it ends if it lives still."""
+        """Frees what is held for it here, and has it reaped. If it lives still, it ends with its lifeline."""
+        self._release()
+        self.status_socket.close()
         os.close(self.report_fd)
-        if self.pidfd is not None:
-            os.close(self.pidfd)
-        assert self.process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.close()
+
+    def _release(self) -> None:
+        """From now on it is sent no signals."""
+        with contextlib.suppress(OSError):  # its standby is gone
+            self.status_socket.shutdown(socket.SHUT_WR)  # which tells, whoever else has been forked with it
+        if self._lifeline is not None:
+            os.close(self._lifeline)
+            self._lifeline = None
 
 
-def _oom_kills() -> int | None:
+def count_oom_kills() -> int | None:
     """How many processes the kernel has killed for want of memory since the machine was started."""
     try:
         for line in Path("/proc/vmstat").read_text().splitlines():

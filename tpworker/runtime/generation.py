@@ -23,6 +23,7 @@ from tpworker.ipc.patience import Patience
 from tpworker.ipc.streams import open_standard_descriptors
 from tpworker.runtime.faults import Fault
 from tpworker.runtime.loading import Progress
+from tpworker.runtime.standby import Standbys
 from tpworker.runtime.supervisor import Group, Supervisor
 
 logger = logging.getLogger(__name__)
@@ -66,6 +67,7 @@ class Generation:
         on_output: given every StepOutput, and every request that failed, in order.
         on_fault: called once if, after `ready`, the processes had to be ended.
         is_busy: whether the scheduler has work; only then is it watched.
+        standbys: see `Supervisor`.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class Generation:
         on_output: Callable[[StepOutput | Failed], None],
         on_fault: Callable[[Fault], None],
         is_busy: Callable[[], bool],
+        standbys: Standbys | None = None,
     ) -> None:
         self.number = group.generation
         # To its own deadline the scheduler sees itself.
@@ -93,7 +96,7 @@ class Generation:
         open_standard_descriptors()
         self._channel: Channel | None = Channel.bind(new_address("runtime"))
         try:
-            self._supervisor = Supervisor(group, self._channel.address, self._fault_from_thread)
+            self._supervisor = Supervisor(group, self._channel.address, self._fault_from_thread, standbys)
         except BaseException:
             self._channel.close()
             raise

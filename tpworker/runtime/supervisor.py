@@ -1,8 +1,8 @@
 """Starts, watches and stops the processes of one generation: a scheduler and its TP ranks.
 
-One thread does all of it, and stays as long as the processes live: Linux' PDEATHSIG ends a child with the
-*thread* that started it. It sleeps on every child's report pipe (EOF: the child is gone) and process
-handle, and on a pipe through which other threads wake it.
+The processes are forked from standbys (standby.py). One thread does all of it. It sleeps on every child's
+report pipe (EOF: the child is gone) and status socket, on the standbys' control sockets (EOF: the standby is
+gone, and all children of its with it), and on a pipe through which other threads wake it.
 
     start ──► watch ──► one has ended, or `blame` ──► whose fault? ──► kill all ──► `on_fault` ──► reap all
                 └─────► `stop` ──► all end by themselves, or are killed at the deadline ───────────────┘
@@ -16,6 +16,7 @@ import logging
 import os
 import selectors
 import threading
+import time
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
@@ -34,9 +35,9 @@ from tpworker.ipc.child import (
 )
 from tpworker.ipc.masks import MaskBoard
 from tpworker.ipc.patience import Patience
-from tpworker.ipc.spawn import child_environment
 from tpworker.runtime.children import Child
 from tpworker.runtime.faults import Ending, Fault, Kind, Standing, find_cause
+from tpworker.runtime.standby import Standby, Standbys
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,8 @@ STATUS_SECONDS = 2.0
 """How long a process that ended without a report may take to be reaped; its memory is freed before."""
 STACKS_SECONDS = 0.5
 """How long a process that hangs may take to write its stacks."""
+ANSWER_SECONDS = 1.0
+"""How long a standby may take to tell of a child that is gone: then the standby hangs, and is killed."""
 REAP_SECONDS = 30.0
 """How long a killed process may take to end."""
 
@@ -81,16 +84,27 @@ class Supervisor:
         runtime_address: where the scheduler connects to; somebody is bound to it already.
         on_fault: called from the supervisor's thread, at most once, when a process has ended or was blamed;
             by then all have been sent SIGKILL.
+        standbys: what the processes are forked from, which serve nobody else until it has `ended`; those that
+            do not live are started. None: its own, which end with it.
     """
 
-    def __init__(self, group: Group, runtime_address: str, on_fault: Callable[[Fault], None]) -> None:
+    def __init__(
+        self,
+        group: Group,
+        runtime_address: str,
+        on_fault: Callable[[Fault], None],
+        standbys: Standbys | None = None,
+    ) -> None:
         self.group = group
+        self._standbys = standbys or Standbys(group.scheduler_module, group.rank_module, group.rank.device)
+        self._owns_standbys = standbys is None
         self._runtime_address = runtime_address
         self.ended: concurrent.futures.Future[None] = concurrent.futures.Future()
         self.ended.set_running_or_notify_cancel()  # whoever waits for it cannot cancel it
         self._on_fault = on_fault
         self._children: list[Child] = []
-        self._over: list[Child] = []  # in the order in which they were seen to end
+        self._used: tuple[Standby, ...] = ()
+        self._over: list[Child | Standby] = []  # in the order in which they were seen to end
         self._blamed: Fault | None = None
         self._stopping: Patience | None = None
         self._killed = False
@@ -171,25 +185,29 @@ class Supervisor:
         log_level = logging.getLogger("tpworker").getEffectiveLevel()
         store_fd = os.memfd_create("tpworker-store", os.MFD_CLOEXEC)
         try:
-            self._spawn(
-                group.scheduler_module,
+            self._used = scheduler, ranks = self._standbys.start()
+            for standby in self._used:
+                self._selector.register(standby, selectors.EVENT_READ, standby)
+            self._fork(
+                scheduler,
                 SchedulerBoot(
                     group.generation, SCHEDULER_NAME, log_level, 0, group.num_ranks, self._runtime_address,
                     plan_addresses, result_address, self.board.fd, self._masks.fd, group.scheduler,
                 ),
-                [self.board.fd, self._masks.fd],
             )  # fmt: skip
             for rank, plan_address in enumerate(plan_addresses):
-                self._spawn(
-                    group.rank_module,
+                name = RANK_NAME.format(rank)
+                self.board.row(name).enter(
+                    Phase.IMPORTING
+                )  # the standby does, until the rank enters the next
+                self._fork(
+                    ranks,
                     RankBoot(
-                        group.generation, RANK_NAME.format(rank), log_level, 0, rank, group.num_ranks,
-                        plan_address, result_address, self._barrier.fd, self.board.fd, self._meeting.fd,
-                        self._masks.fd, store_fd,
-                        group.model, group.rank,
+                        group.generation, name, log_level, 0, rank, group.num_ranks, plan_address,
+                        result_address, self._barrier.fd, self.board.fd, self._meeting.fd, self._masks.fd,
+                        store_fd, group.model, group.rank,
                     ),
-                    [self.board.fd, self._barrier.fd, self._meeting.fd, self._masks.fd, store_fd],
-                    cpus=group.rank_cpus[rank] if rank < len(group.rank_cpus) else None,
+                    group.rank_cpus[rank] if rank < len(group.rank_cpus) else None,
                 )  # fmt: skip
         except OSError as error:
             return Fault("tpworker-supervisor", f"a process could not be started: {error}")
@@ -197,20 +215,13 @@ class Supervisor:
             os.close(store_fd)
         return None
 
-    def _spawn(
-        self,
-        module: str,
-        boot: SchedulerBoot | RankBoot,
-        descriptors: Sequence[int],
-        cpus: AbstractSet[int] | None = None,
+    def _fork(
+        self, standby: Standby, boot: SchedulerBoot | RankBoot, cpus: AbstractSet[int] | None = None
     ) -> None:
-        child = Child.spawn(module, boot, descriptors, child_environment(self.group.rank.device))
-        if cpus is not None:
-            child.keep_to(cpus)
+        child = standby.fork(boot, cpus)
         self._children.append(child)
-        for fd in (child.report_fd, child.pidfd):
-            if fd is not None:
-                self._selector.register(fd, selectors.EVENT_READ, child)
+        for fd in (child.report_fd, child.status_socket.fileno()):
+            self._selector.register(fd, selectors.EVENT_READ, child)
 
     def _watch(self) -> Fault | None:
         """Sleeps until there is a reason to end everything. None: it was asked for."""
@@ -219,11 +230,12 @@ class Supervisor:
             if self._blamed is not None:
                 forfeits = self._blamed.forfeits or any(ending.forfeits for ending in self._endings())
                 return self._explained(replace(self._blamed, forfeits=forfeits))
-            if len(self._over) == len(self._children) or (grace is not None and not grace.left()):
+            all_over = all(child.over for child in self._children)
+            if all_over or (grace is not None and not grace.left()):
                 return self._cause()
             self._collect(None if grace is None else grace.slice())
             if self._over:
-                seconds = min(GRACE_SECONDS[child.ending.kind] for child in self._over)
+                seconds = min(GRACE_SECONDS[one.ending.kind] for one in self._over)
                 if grace is None or seconds < grace.left():
                     grace = Patience(seconds)
         self._watch_stopping()
@@ -232,29 +244,36 @@ class Supervisor:
     def _watch_stopping(self) -> None:
         """Waits until all have ended, to the deadline; a process that ends badly now is only logged."""
         while not self._killed and self._stopping is not None:
-            if all(child.status is not None for child in self._children):
+            if all(child.has_ended for child in self._children):
                 break
             if not self._stopping.left():
-                late = [child.name for child in self._children if child.status is None]
+                late = [child.name for child in self._children if not child.has_ended]
                 logger.warning("%s did not end in time and will be killed", ", ".join(late))
                 return
-            self._collect(min(self._stopping.slice(), 0.1))  # not all kernels have pidfds
+            self._collect(self._stopping.slice())
         for child in self._children:
-            if child.status not in (0, None):
+            if child.has_ended and child.status != 0:
                 logger.warning("while stopping, %s", child.ending.describe())
 
     def _collect(self, timeout: float | None) -> None:
         """Sleeps until something happens, at most so many seconds, and notes what has."""
         for key, _ in self._selector.select(timeout):
-            child = key.data
-            if child is None:
+            one: Child | Standby | None = key.data
+            if one is None:
                 os.read(self._wake_receiver, 1 << 16)
                 continue
-            child.read()
-            if child.silent or key.fd == child.pidfd:
+            one.read()
+            if isinstance(one, Child) and key.fd != one.report_fd:
+                nothing_comes = one.has_ended
+            else:
+                nothing_comes = one.silent
+            if nothing_comes:
                 self._selector.unregister(key.fd)
-            if child.over and child not in self._over:
-                self._over.append(child)
+            self._note(one)
+
+    def _note(self, one: Child | Standby) -> None:
+        if one.over and one not in self._over:
+            self._over.append(one)
 
     # -------------------------------------------------------------------------- whose fault it is
 
@@ -264,10 +283,14 @@ class Supervisor:
 
     def _endings(self) -> list[Ending]:
         """Of all that have ended, with the status of those that have nothing else to say."""
-        for child in self._over:
-            if child.report is None:
-                child.wait(STATUS_SECONDS)
-        return [child.ending for child in self._over]
+        for one in self._over:
+            if one.report is None:
+                one.wait(STATUS_SECONDS)
+        for standby in self._used:
+            standby.read()
+            self._note(standby)
+        # A standby takes its children along: their ends say nothing.
+        return [one.ending for one in self._over if not (isinstance(one, Child) and one.is_orphan)]
 
     def _standing(self, child: Child) -> Standing:
         row = self.board.row(child.name)
@@ -293,7 +316,7 @@ class Supervisor:
             row = self.board.row(child.name)
             steps = ", ".join(f"{field.name.lower()} {row[field]}" for field in _STEPS)
             phase = Phase(row[Field.PHASE]).name.lower()
-            lines.append(f"  {child.name} (pid {child.process.pid}, {child.state}, {phase}): {steps}")
+            lines.append(f"  {child.name} (pid {child.pid}, {child.state}, {phase}): {steps}")
         return "\n".join(lines)
 
     def _stacks_of(self, child: Child) -> str:
@@ -323,11 +346,28 @@ class Supervisor:
                 logger.exception("on_fault raised")
         patience = Patience(REAP_SECONDS)
         for child in self._children:
-            if not child.wait(patience.left()):
-                logger.error("%s (pid %d) was killed, but does not end", child.name, child.process.pid)
+            self._reap(child, patience)
+        for child in self._children:
             child.close()
+        if self._owns_standbys:
+            self._standbys.close()
         self._selector.close()
         self._barrier.close()
         self._meeting.close()
         self._masks.close()
         self.ended.set_result(None)
+
+    def _reap(self, child: Child, patience: Patience) -> None:
+        """Waits until a child that was killed is gone, and its standby has told so."""
+        answer = Patience(ANSWER_SECONDS)
+        while not (child.wait(min(patience.slice(), answer.slice())) and child.is_gone):
+            child.kill()
+            if not patience.left():
+                logger.error("%s (pid %s) was killed, but does not end", child.name, child.pid)
+                return
+            if child.pid is not None and not child.is_gone:
+                answer.restart()
+                time.sleep(min(patience.slice(), 0.01))
+            elif not answer.left():
+                logger.error("%s hangs, and will be killed", child.parent.name)
+                child.parent.kill()

@@ -1,0 +1,242 @@
+"""Processes to fork others from, which live as long as the runtime: one for schedulers, one for ranks.
+
+A standby is started by exec and imports what its children need, which takes seconds. A child is forked from
+it in milliseconds, has those imports, and shares the memory that they take. A standby's own side is
+ipc/standby.py.
+
+    Runtime ── Standbys ──┬── tpworker-scheduler-standby ──► tpworker-scheduler     one a generation
+                          └── tpworker-rank-standby ───────► tpworker-rank0…N
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Set as AbstractSet
+from concurrent.futures import Future
+
+from tpworker.ipc.child import (
+    RANK_STANDBY,
+    READY,
+    SCHEDULER_STANDBY,
+    RankBoot,
+    Report,
+    SchedulerBoot,
+    descriptors_of,
+    pack_boot,
+)
+from tpworker.ipc.codec import unpack_dataclass
+from tpworker.ipc.spawn import child_environment, log_descriptor
+from tpworker.ipc.standby import ForkRequest
+from tpworker.runtime.children import Child, count_oom_kills
+from tpworker.runtime.faults import Ending
+
+logger = logging.getLogger(__name__)
+
+KILL_SECONDS = 10.0
+"""How long a standby that was killed may take to end."""
+
+_MAX_ANNOUNCED = 1 << 17
+_SEND_BUFFER = 1 << 20  # bytes, as many as the kernel allows: the ranks' requests while it still imports
+
+
+class Standby:
+    """A standby process, started at once. `close` it.
+
+    `fork`, `read`, `over` and `ending` belong to one thread at a time: that of the generation that is there.
+
+    Args:
+        name: what it is called.
+        module: what it runs (`python -m`): imports, then `run_child`.
+        device: 'cpu' or 'cuda': what its children will use.
+
+    Raises:
+        OSError: it cannot be started.
+    """
+
+    def __init__(self, name: str, module: str, device: str) -> None:
+        self.name = name
+        self.is_ready = False
+        """Whether it has imported everything."""
+        self.report: Report | None = None
+        """Why it will never be ready."""
+        self.silent = False
+        """Nothing more will come from it: it ends, or has."""
+        self._oom_kills = count_oom_kills()
+        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._control.setblocking(False)
+        self._control.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
+        self._closing = threading.Event()
+        started: Future[subprocess.Popen[bytes]] = Future()
+
+        def stay() -> None:
+            """PDEATHSIG ends a process with the *thread* that started it: so this one stays."""
+            try:
+                started.set_result(_execute(name, module, device, theirs))
+            except BaseException as error:
+                started.set_exception(error)
+            else:
+                self._closing.wait()
+
+        self._thread = threading.Thread(target=stay, name=name, daemon=True)
+        self._thread.start()
+        try:
+            self.process = started.result()
+        except BaseException:
+            self._thread.join()
+            self._control.close()
+            raise
+        finally:
+            theirs.close()
+
+    def fileno(self) -> int:
+        """Readable when there is something to `read`."""
+        return self._control.fileno()
+
+    def fork(self, boot: SchedulerBoot | RankBoot, cpus: AbstractSet[int] | None = None) -> Child:
+        """Asks for a child, and returns before it is there. If the standby is dead, so is the child.
+
+        Args:
+            boot: what the child is told. The descriptors that it names, in all fields `*_fd`, are those of
+                this process here, and the child's own there; `report_fd` is filled in.
+            cpus: the CPUs that the child keeps to; None: those that the standby was started on.
+
+        Raises:
+            OSError: no pipe or socket can be made, or the standby takes no more requests.
+        """
+        self._oom_kills = count_oom_kills()
+        with contextlib.ExitStack() as theirs, contextlib.ExitStack() as ours:
+            status, their_status = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            ours.callback(status.close)
+            theirs.callback(their_status.close)
+            their_lifeline, lifeline = os.pipe2(os.O_CLOEXEC)
+            theirs.callback(os.close, their_lifeline)
+            ours.callback(os.close, lifeline)
+            report_fd, their_report = os.pipe2(os.O_CLOEXEC)
+            theirs.callback(os.close, their_report)
+            ours.callback(os.close, report_fd)
+            request = ForkRequest(pack_boot(boot), tuple(sorted(cpus or ())))
+            descriptors = [their_status.fileno(), their_lifeline, their_report, *descriptors_of(boot)]
+            with contextlib.suppress(ConnectionError):  # dead, as everybody will see who looks
+                request.send(self._control, descriptors)
+            status.setblocking(False)
+            os.set_blocking(report_fd, False)
+            ours.pop_all()
+            return Child(boot.name, self, status, report_fd, lifeline)
+
+    def read(self) -> None:
+        """Takes what it says of itself."""
+        while not self.silent:
+            try:
+                data = self._control.recv(_MAX_ANNOUNCED)
+            except BlockingIOError:
+                return
+            except ConnectionError:
+                data = b""
+            if data == READY:
+                self.is_ready = True
+            elif data:
+                self.report = unpack_dataclass(Report, data)
+            else:
+                self.silent = True
+
+    @property
+    def over(self) -> bool:
+        """Whether it has ended, or is about to."""
+        return self.silent or self.report is not None
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether children can still be forked from it. May be asked from any thread."""
+        return not self.over and self.process.poll() is None
+
+    @property
+    def ending(self) -> Ending:
+        """How it ended, as far as it is known."""
+        before, now = self._oom_kills, count_oom_kills()
+        oom_kills = None if before is None or now is None else now - before
+        return Ending(self.name, self.process.poll(), self.report, oom_kills)
+
+    def wait(self, timeout: float) -> bool:
+        """Whether it has been reaped, within `timeout` seconds."""
+        try:
+            self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    def kill(self) -> None:
+        """SIGKILL, and the kernel ends its children with it; nothing if it is dead already."""
+        self.process.kill()
+
+    def close(self) -> None:
+        """Ends it, and what is left of its children; waits until it is gone. Once more does no harm."""
+        self.kill()
+        if not self.wait(KILL_SECONDS):
+            logger.error("%s (pid %d) was killed, but does not end", self.name, self.process.pid)
+        self._closing.set()
+        self._thread.join()
+        self._control.close()
+
+
+def _execute(name: str, module: str, device: str, control: socket.socket) -> subprocess.Popen[bytes]:
+    log = log_descriptor()
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", module, name, device],
+        stdin=control.fileno(),
+        stdout=log,  # our own standard output may be somebody's data
+        stderr=log,
+        env=child_environment(device),
+        # Keys typed in a terminal (Ctrl-C, Ctrl-Z) are signals to all of a session: they are for us.
+        start_new_session=True,
+    )
+
+
+class Standbys:
+    """The standbys of a runtime. Nothing is started before `start`; `close` them.
+
+    All methods may be called from any thread; but see `Standby`, which serves one generation at a time.
+
+    Args:
+        scheduler_module, rank_module: what they run.
+        device: 'cpu' or 'cuda'.
+    """
+
+    def __init__(self, scheduler_module: str, rank_module: str, device: str) -> None:
+        self._device = device
+        self._modules = {SCHEDULER_STANDBY: scheduler_module, RANK_STANDBY: rank_module}
+        self._standbys: dict[str, Standby] = {}
+        self._lock = threading.Lock()
+        self._is_closed = False
+
+    def start(self) -> tuple[Standby, Standby]:
+        """Starts those that do not live; returns the schedulers' and the ranks', which may still import.
+
+        Raises:
+            OSError: one cannot be started; or they have been closed.
+        """
+        with self._lock:
+            if self._is_closed:
+                raise OSError("the standbys have been closed")
+            for name, module in self._modules.items():
+                standby = self._standbys.get(name)
+                if standby is not None and not standby.is_alive:
+                    del self._standbys[name]
+                    standby.close()
+                    standby = None
+                if standby is None:
+                    self._standbys[name] = Standby(name, module, self._device)
+            return self._standbys[SCHEDULER_STANDBY], self._standbys[RANK_STANDBY]
+
+    def close(self) -> None:
+        """Ends them, and waits until they are gone. Once more does no harm."""
+        with self._lock:
+            self._is_closed = True
+            for standby in self._standbys.values():
+                standby.close()
+            self._standbys.clear()
