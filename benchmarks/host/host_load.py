@@ -61,12 +61,13 @@ class Driven:
         Several may run at a time, but not start at a time: whose child a process is shows in the order.
         """
         fake_model(folder, step_seconds=step_seconds, max_model_len=_MAX_MODEL_LEN, vocab_size=_VOCAB_SIZE)
-        before = set(psutil.Process().children())
+        before = set(psutil.Process().children(recursive=True))
         async with Runtime(folder, num_kv_blocks=_NUM_KV_BLOCKS, **FAKE_RANKS, **options) as runtime:
             pids: dict[str, list[int]] = {part: [] for part in PARTS}
             pids["runtime"].append(os.getpid())
-            for child in set(psutil.Process().children()) - before:
-                pids[_part(child.name())].append(child.pid)
+            for child in set(psutil.Process().children(recursive=True)) - before:
+                if "standby" not in child.name():
+                    pids[_part(child.name())].append(child.pid)
             yield cls(runtime, pids)
 
     async def decode(self, batch: int, context: int, seconds: float) -> Window:

@@ -237,7 +237,9 @@ def test_a_rank_that_dies_in_a_collective_leaves_gpus_that_can_be_used_again(fol
                 await asyncio.sleep(0.001)
                 assert not endless.done()
             victim = next(
-                child for child in psutil.Process().children() if child.cmdline()[0] == "tpworker-rank1"
+                child
+                for child in psutil.Process().children(recursive=True)
+                if child.cmdline()[0] == "tpworker-rank1"
             )
             victim.kill()
             with pytest.raises(RuntimeFailed) as caught:

@@ -86,6 +86,6 @@ def test_a_runtime_tells_of_its_gpus_and_of_its_start(tmp_path: Path) -> None:
                 strict=True,
             ):
                 allowed = os.sched_getaffinity(0) if cpus is None else cpus
-                assert os.sched_getaffinity(child.process.pid) == allowed
+                assert os.sched_getaffinity(child.pid or 0) == allowed
 
     asyncio.run(main())

@@ -74,8 +74,9 @@ class Embedder:
         return status
 
     def children(self) -> dict[str, psutil.Process]:
-        """Its processes, by the names that `ps` shows."""
-        return {child.cmdline()[0]: child for child in psutil.Process(self.process.pid).children()}
+        """Its processes, and theirs, by the names that `ps` shows."""
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        return {child.cmdline()[0]: child for child in children}
 
     def __enter__(self) -> Embedder:
         return self

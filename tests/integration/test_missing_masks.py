@@ -98,7 +98,9 @@ def test_a_process_that_is_stopped_meanwhile_is_named(spelling: Path, victim: st
             outputs = runtime.generate("abc", endless)
             await anext(outputs)
             (process,) = (
-                child for child in psutil.Process(os.getpid()).children() if victim in child.cmdline()[0]
+                child
+                for child in psutil.Process(os.getpid()).children(recursive=True)
+                if child.cmdline()[0] == victim
             )
             process.send_signal(signal.SIGSTOP)
             with pytest.raises(RuntimeFailed) as caught:

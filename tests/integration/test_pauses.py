@@ -38,6 +38,8 @@ def test_a_pause_of_all_processes_is_nobodys_fault(tmp_path: Path) -> None:
             psutil.Process(embedder.process.pid),
             children["tpworker-scheduler"],
             children["tpworker-rank0"],
+            children["tpworker-scheduler-standby"],
+            children["tpworker-rank-standby"],
         ]
         for _ in range(2):
             rank1.suspend()

@@ -28,7 +28,13 @@ def client(server: Server) -> openai.OpenAI:
 def test_a_day_in_the_life(start_server: Start, real_model: Path) -> None:
     """One server, many kinds of requests; none hurts the next."""
     server = start_server("--tensor-parallel-size", "2", "--device", "cpu", "--max-num-seqs", "8")
-    assert set(server.children()) == {"tpworker-scheduler", "tpworker-rank0", "tpworker-rank1"}
+    parents = {name: process.parent().cmdline()[0] for name, process in server.children().items()}
+    assert {name: parent for name, parent in parents.items() if "standby" in parent} == {
+        "tpworker-scheduler": "tpworker-scheduler-standby",
+        "tpworker-rank0": "tpworker-rank-standby",
+        "tpworker-rank1": "tpworker-rank-standby",
+    }
+    assert len(parents) == 5
     api = client(server)
     model = api.models.list().data[0].id
     assert model == MODEL

@@ -33,7 +33,7 @@ async def _run(runtime: Runtime) -> list[set[int]]:
         assert [(state.rank, state.gpu.uuid) for state in runtime.gpus()] == [(0, "GPU-1"), (1, "GPU-2")]
         assert runtime._processes is not None
         children = runtime._processes.generation._supervisor._children
-        return [set(os.sched_getaffinity(child.process.pid)) for child in children if "rank" in child.name]
+        return [set(os.sched_getaffinity(child.pid or 0)) for child in children if "rank" in child.name]
 
 
 def test_it_watches_its_gpus_and_keeps_ranks_near_them(
@@ -100,7 +100,8 @@ def test_a_process_that_dies_while_the_tokenizer_is_loaded_is_named(
     async def run() -> None:
         runtime = fake_runtime(device="cpu")
         starting = await all_but_the_tokenizer(runtime)
-        (rank,) = [child for child in psutil.Process().children() if child.name() == "tpworker-rank0"]
+        children = psutil.Process().children(recursive=True)
+        (rank,) = [child for child in children if child.name() == "tpworker-rank0"]
         rank.kill()
         while runtime.health().state != "failed":
             await asyncio.sleep(0.01)

@@ -67,7 +67,7 @@ def tokens_of(outputs: list[RequestOutput]) -> list[int]:
 
 
 def children(name: str) -> list[psutil.Process]:
-    return [child for child in psutil.Process().children() if name in child.name()]
+    return [child for child in psutil.Process().children(recursive=True) if name in child.name()]
 
 
 # ------------------------------------------------------------------------------------ generating
@@ -924,14 +924,14 @@ from tpworker import Runtime
 async def main():
     modules = dict(rank_module="tests.children.idle_rank", scheduler_module="tpworker.testing.fake_scheduler")
     async with Runtime(sys.argv[1], tensor_parallel_size=3, **modules):
-        print(*[child.pid for child in psutil.Process().children()], flush=True)
+        print(*[child.pid for child in psutil.Process().children(recursive=True)], flush=True)
         await asyncio.sleep(1000)
 asyncio.run(main())
 """
     parent = subprocess.Popen([sys.executable, "-c", program, str(model_folder)], stdout=subprocess.PIPE)
     assert parent.stdout is not None
     pids = [int(pid) for pid in parent.stdout.readline().split()]
-    assert len(pids) == 4
+    assert len(pids) == 6  # and two standbys
     parent.kill()
     parent.wait()
     parent.stdout.close()
@@ -947,7 +947,7 @@ from tpworker import Runtime
 async def main():
     modules = dict(rank_module="tests.children.idle_rank", scheduler_module="tpworker.testing.fake_scheduler")
     await Runtime(sys.argv[1], **modules).start()
-    print(*[child.pid for child in psutil.Process().children()], flush=True)
+    print(*[child.pid for child in psutil.Process().children(recursive=True)], flush=True)
 asyncio.run(main())
 """
     command = [sys.executable, "-c", program, str(model_folder)]

@@ -152,7 +152,7 @@ def test_a_failure_is_raised_where_it_is_waited_for(model_folder: Path) -> None:
     with sync_runtime(model_folder, max_restarts=0) as runtime:
         outputs = runtime.generate([5], SamplingParams(detokenize=False))
         next(outputs)
-        next(child for child in psutil.Process().children() if "rank0" in child.name()).kill()
+        next(child for child in psutil.Process().children(recursive=True) if "rank0" in child.name()).kill()
         with pytest.raises(RuntimeFailed, match="tpworker-rank0"):
             list(outputs)
         assert runtime.health().state == "failed"

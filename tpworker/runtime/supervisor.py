@@ -269,11 +269,8 @@ class Supervisor:
                 nothing_comes = one.silent
             if nothing_comes:
                 self._selector.unregister(key.fd)
-            self._note(one)
-
-    def _note(self, one: Child | Standby) -> None:
-        if one.over and one not in self._over:
-            self._over.append(one)
+            if one.over and one not in self._over:
+                self._over.append(one)
 
     # -------------------------------------------------------------------------- whose fault it is
 
@@ -288,7 +285,9 @@ class Supervisor:
                 one.wait(STATUS_SECONDS)
         for standby in self._used:
             standby.read()
-            self._note(standby)
+            if standby.over and standby not in self._over:  # it has ended meanwhile
+                self._over.append(standby)
+                standby.wait(STATUS_SECONDS)
         # A standby takes its children along: their ends say nothing.
         return [one.ending for one in self._over if not (isinstance(one, Child) and one.is_orphan)]
 
