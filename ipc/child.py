@@ -147,6 +147,7 @@ class RankBoot:
     store_fd: Descriptor  # an empty file, the same for all ranks, for whatever their collectives need
     model: Path
     settings: RankSettings
+    kept_fd: Descriptor  # what outlives this rank's process, see rank/kept.py
 
 
 Boot = TypeVar("Boot", SchedulerBoot, RankBoot)

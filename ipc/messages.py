@@ -24,7 +24,7 @@ from typing import Annotated
 
 from tpworker.ipc.codec import Within
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 
 MAX_STEP = 2**62
 MAX_RANKS = 64
@@ -84,6 +84,7 @@ class RankLoaded:
     generation: Generation
     rank: Rank
     max_kv_blocks: Annotated[int, Within(0, MAX_BLOCKS)]
+    has_kept: bool = False  # its KV cache is what an earlier generation left, whole, with just so many blocks
 
 
 @dataclass(frozen=True, slots=True)

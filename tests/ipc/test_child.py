@@ -41,6 +41,7 @@ RANK_BOOT = RankBoot(
     plan_address="ipc://@p1", result_address="ipc://@s", barrier_fd=5, board_fd=7, meeting_fd=9,
     masks_fd=10, store_fd=8, model="/models/ä",
     settings=RankSettings(2, 64, 512, 2048, 16, 0, 0.9, "cpu", "float32", "auto", 0, False, 60.0, 600.0),
+    kept_fd=11,
 )  # fmt: skip
 
 

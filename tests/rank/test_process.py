@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ from tpworker.ipc.messages import Allocate, Message, RankLoaded
 from tpworker.model.kv_cache import KVCache
 from tpworker.model.tp import Shard
 from tpworker.rank import process
+from tpworker.rank.kept import HostMemory
 from tpworker.rank.process import agree_on_cache, in_thread
 
 CPU = torch.device("cpu")
@@ -28,17 +30,19 @@ class Wire:
 
     def __init__(self, answer: int | None = None) -> None:
         self.offers: list[int] = []
+        self.kept: list[bool] = []
         self.answer = answer
 
     def send(self, message: Message) -> None:
         assert isinstance(message, RankLoaded)
         self.offers.append(message.max_kv_blocks)
+        self.kept.append(message.has_kept)
 
     def receive(self, timeout: float) -> Message:
         return Allocate(0, self.answer or self.offers[-1])
 
 
-def agree(wire: Wire, free_bytes: int, **changes: Any) -> KVCache:
+def agree(wire: Wire, free_bytes: int, kept: HostMemory | None = None, **changes: Any) -> KVCache:
     fields = {
         "num_kv_blocks": 0, "gpu_memory_utilization": 0.5, "max_num_seqs": 4, "max_model_len": 64,
         "block_size": 16, "start_timeout": 1.0, **changes,
@@ -46,9 +50,15 @@ def agree(wire: Wire, free_bytes: int, **changes: Any) -> KVCache:
     boot: Any = SimpleNamespace(generation=0, rank=0, num_ranks=1, settings=SimpleNamespace(**fields))
     weights = SimpleNamespace(mtp=None)
     decoder: Any = SimpleNamespace(spec=SPEC, shard=Shard.of(SPEC, 0, 1), weights=weights)
-    device: Any = SimpleNamespace(torch_device=CPU, free_bytes=lambda num_ranks: free_bytes)
+    device: Any = SimpleNamespace(torch_device=CPU, free_bytes=lambda num_ranks: free_bytes, synchronize=list)
     plans: Any = wire
-    return agree_on_cache(boot, plans, decoder, torch.float32, device)
+    if kept is not None:
+        return agree_on_cache(boot, plans, decoder, torch.float32, device, kept)
+    fd = os.memfd_create("tpworker-kept")
+    try:
+        return agree_on_cache(boot, plans, decoder, torch.float32, device, HostMemory(fd))
+    finally:
+        os.close(fd)
 
 
 def test_the_offer_is_what_fits_into_its_share_of_the_free_memory() -> None:
@@ -71,6 +81,42 @@ def test_the_number_that_was_asked_for_is_offered_whatever_is_free() -> None:
 
 def test_what_all_agreed_on_is_allocated() -> None:
     assert agree(Wire(answer=5), free_bytes=2**40).num_blocks == 5
+
+
+def test_keys_and_values_that_an_earlier_process_left_are_taken_whatever_is_free() -> None:
+    fd, wire = os.memfd_create("tpworker-kept"), Wire()
+    cache = agree(wire, 2 * 7 * BLOCK_BYTES, HostMemory(fd))
+    assert not cache.keys[0].any()
+    cache.keys[1][6, 3] = 5.0
+    cache.values[0][2] = 7.0
+    again = agree(wire, 0, HostMemory(fd))
+    assert (wire.offers, wire.kept) == ([7, 7], [False, True])
+    assert again.keys[1].data_ptr() != cache.keys[1].data_ptr()
+    for one, other in zip((*again.keys, *again.values), (*cache.keys, *cache.values), strict=True):
+        assert torch.equal(one, other)
+    os.close(fd)
+
+
+@pytest.mark.parametrize("change", [{"block_size": 8}, {"num_kv_blocks": 6}])
+def test_a_cache_of_another_layout_is_not_taken(change: dict[str, Any]) -> None:
+    fd, wire = os.memfd_create("tpworker-kept"), Wire()
+    agree(wire, 2 * 7 * BLOCK_BYTES, HostMemory(fd)).keys[0].fill_(1.0)
+    cache = agree(wire, 2 * 4 * BLOCK_BYTES, HostMemory(fd), **change)
+    assert wire.kept == [False, False]
+    assert not any(tensor.any() for tensor in (*cache.keys, *cache.values))
+    os.close(fd)
+
+
+def test_a_cache_is_made_anew_if_another_number_is_agreed_on() -> None:
+    fd = os.memfd_create("tpworker-kept")
+    agree(Wire(), 2 * 7 * BLOCK_BYTES, HostMemory(fd)).keys[0].fill_(1.0)
+    wire = Wire(answer=5)
+    cache = agree(wire, 0, HostMemory(fd))
+    assert (wire.offers, wire.kept, cache.num_blocks) == ([7], [True], 5)
+    assert not any(tensor.any() for tensor in (*cache.keys, *cache.values))
+    assert agree(wire, 0, HostMemory(fd)).num_blocks == 5
+    assert (wire.offers[-1], wire.kept[-1]) == (5, True)
+    os.close(fd)
 
 
 @pytest.mark.parametrize("blocks", [0, 1])

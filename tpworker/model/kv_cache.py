@@ -16,12 +16,14 @@ class KVCache:
     """One rank's paged keys and values.
 
     Block 0 is the null block: rows that only pad a batch write there, and it is never granted. The memory is
-    zeroed, so that what nobody has written yet is finite.
+    zeroed once, so that what nobody has written yet is finite.
 
     Args:
         num_blocks: blocks, the null block included.
         block_size: tokens in a block.
         num_layers: None: the model's; one more where its head for multi-token prediction is served.
+        memory: uint8, `num_blocks * bytes_per_block(…)` on the device: zeros, or what an earlier cache of the
+            same sizes left. None: new memory.
 
     Attributes:
         keys, values: for each layer [num_blocks, block_size, kv_heads_local, head_dim].
@@ -36,14 +38,15 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
         num_layers: int | None = None,
+        memory: Tensor | None = None,
     ) -> None:
         num_layers = num_layers or spec.num_layers
         shape = (2, num_layers, num_blocks, block_size, shard.num_kv_heads, spec.head_dim)
-        memory = zeroed(shape, dtype, device)
+        whole = zeroed(shape, dtype, device) if memory is None else memory.view(dtype).view(shape)
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self.keys: list[Tensor] = list(memory[0].unbind(0))
-        self.values: list[Tensor] = list(memory[1].unbind(0))
+        self.keys: list[Tensor] = list(whole[0].unbind(0))
+        self.values: list[Tensor] = list(whole[1].unbind(0))
 
     @staticmethod
     def bytes_per_block(

@@ -39,6 +39,7 @@ from tpworker.model.weights import DecoderWeights
 from tpworker.rank.collectives import LIBRARY_SECONDS, connect
 from tpworker.rank.device import CpuDevice, Device, StreamBroken
 from tpworker.rank.drafter import Drafter, MtpDrafter, NgramDrafter
+from tpworker.rank.kept import HostMemory, KeptMemory
 from tpworker.rank.loop import RankLoop
 from tpworker.rank.publisher import Publisher
 from tpworker.rank.runner import Runner
@@ -109,6 +110,7 @@ def assemble(
     meeting = in_thread(partial(meet, boot, device))  # it takes a second or more, and so does loading
     with torch.inference_mode():
         row.enter(Phase.LOADING)
+        kept = HostMemory(boot.kept_fd)
         spec, shard, weights, dtype = load_shard(boot, device, row)
         row.enter(Phase.MEETING)
         collectives = meeting.result()
@@ -118,7 +120,7 @@ def assemble(
         decoder = Decoder(spec, weights, shard, collectives, most_positions)
         row.enter(Phase.ALLOCATING)
         slots = make_slots(boot, device, spec, shard, most_positions)
-        cache = agree_on_cache(boot, plans, decoder, dtype, device)
+        cache = agree_on_cache(boot, plans, decoder, dtype, device, kept)
         return runner_class(
             decoder,
             cache,
@@ -291,35 +293,54 @@ def check_room(boot: RankBoot, device: Device, wanted: int) -> None:
 
 
 def agree_on_cache(
-    boot: RankBoot, plans: Channel, decoder: Decoder, dtype: torch.dtype, device: Device
+    boot: RankBoot, plans: Channel, decoder: Decoder, dtype: torch.dtype, device: Device, kept: KeptMemory
 ) -> KVCache:
-    """Offers what fits, allocates what all can hold.
+    """Offers what fits, allocates what all can hold; or takes what an earlier process of this rank left.
 
     Raises:
         ConfigError: nothing fits.
         ChannelError: the scheduler did not answer within start_timeout.
     """
     settings, spec, shard = boot.settings, decoder.spec, decoder.shard
-    offer, num_layers = settings.num_kv_blocks, spec.num_layers + (decoder.weights.mtp is not None)
+    num_layers = spec.num_layers + (decoder.weights.mtp is not None)
     block_bytes = KVCache.bytes_per_block(spec, shard, settings.block_size, dtype, num_layers)
-    if not offer:
-        share = int(device.free_bytes(boot.num_ranks) * settings.gpu_memory_utilization)
-        most = settings.max_num_seqs * -(-settings.max_model_len // settings.block_size) + 1
-        offer = min(most, share // block_bytes)
-        if offer < 2:  # the null block, and one to be of use
-            raise ConfigError(
-                f"no memory for the KV cache beside the model: {share} bytes may be used, one block takes "
-                f"{block_bytes}. Raise --gpu-memory-utilization, take a smaller --block-size, or more TP "
-                "ranks"
-            )
-    plans.send(RankLoaded(boot.generation, boot.rank, offer))
+    layout = repr((spec, shard, settings.block_size, settings.num_kv_blocks, dtype, num_layers))
+    memory = kept.find("kv", layout)
+    if memory is not None:
+        offer = memory.nbytes // block_bytes
+    else:
+        offer = settings.num_kv_blocks or blocks_that_fit(boot, device, block_bytes)
+    plans.send(RankLoaded(boot.generation, boot.rank, offer, has_kept=memory is not None))
     answer = plans.receive(settings.start_timeout)
     if answer is None:
         raise ChannelError(
             f"no answer from the scheduler within {settings.start_timeout:g} s (start_timeout)"
         )
     num_blocks = expect(answer, Allocate).num_kv_blocks
-    return KVCache(spec, shard, num_blocks, settings.block_size, dtype, device.torch_device, num_layers)
+    if memory is None or num_blocks != offer:
+        memory = kept.make("kv", layout, num_blocks * block_bytes)
+        device.synchronize()
+        kept.finish("kv")
+    block_size = settings.block_size
+    return KVCache(spec, shard, num_blocks, block_size, dtype, device.torch_device, num_layers, memory)
+
+
+def blocks_that_fit(boot: RankBoot, device: Device, block_bytes: int) -> int:
+    """How many blocks of the KV cache a rank has memory for, and a use.
+
+    Raises:
+        ConfigError: not even two: the null block, and one to be of use.
+    """
+    settings = boot.settings
+    share = int(device.free_bytes(boot.num_ranks) * settings.gpu_memory_utilization)
+    most = settings.max_num_seqs * -(-settings.max_model_len // settings.block_size) + 1
+    if share < 2 * block_bytes:
+        raise ConfigError(
+            f"no memory for the KV cache beside the model: {share} bytes may be used, one block takes "
+            f"{block_bytes}. Raise --gpu-memory-utilization, take a smaller --block-size, or more TP "
+            "ranks"
+        )
+    return min(most, share // block_bytes)
 
 
 @contextlib.contextmanager

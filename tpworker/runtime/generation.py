@@ -22,6 +22,7 @@ from tpworker.ipc.messages import Failed, Message, SchedulerReady, StepOutput, S
 from tpworker.ipc.patience import Patience
 from tpworker.ipc.streams import open_standard_descriptors
 from tpworker.runtime.faults import Fault
+from tpworker.runtime.keeping import Keeping
 from tpworker.runtime.loading import Progress
 from tpworker.runtime.standby import Standbys
 from tpworker.runtime.supervisor import Group, Supervisor
@@ -68,6 +69,7 @@ class Generation:
         on_fault: called once if, after `ready`, the processes had to be ended.
         is_busy: whether the scheduler has work; only then is it watched.
         standbys: see `Supervisor`.
+        keeping: see `Supervisor`.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class Generation:
         on_fault: Callable[[Fault], None],
         is_busy: Callable[[], bool],
         standbys: Standbys | None = None,
+        keeping: Keeping | None = None,
     ) -> None:
         self.number = group.generation
         # To its own deadline the scheduler sees itself.
@@ -96,7 +99,9 @@ class Generation:
         open_standard_descriptors()
         self._channel: Channel | None = Channel.bind(new_address("runtime"))
         try:
-            self._supervisor = Supervisor(group, self._channel.address, self._fault_from_thread, standbys)
+            self._supervisor = Supervisor(
+                group, self._channel.address, self._fault_from_thread, standbys, keeping
+            )
         except BaseException:
             self._channel.close()
             raise

@@ -37,6 +37,7 @@ from tpworker.ipc.masks import MaskBoard
 from tpworker.ipc.patience import Patience
 from tpworker.runtime.children import Child
 from tpworker.runtime.faults import Ending, Fault, Kind, Standing, find_cause
+from tpworker.runtime.keeping import Keeping
 from tpworker.runtime.standby import Standby, Standbys
 
 logger = logging.getLogger(__name__)
@@ -86,6 +87,7 @@ class Supervisor:
             by then all have been sent SIGKILL.
         standbys: what the processes are forked from, which serve nobody else until it has `ended`; those that
             do not live are started. None: its own, which end with it.
+        keeping: what outlives the ranks, which stays the caller's; None: nothing does.
     """
 
     def __init__(
@@ -94,6 +96,7 @@ class Supervisor:
         runtime_address: str,
         on_fault: Callable[[Fault], None],
         standbys: Standbys | None = None,
+        keeping: Keeping | None = None,
     ) -> None:
         self.group = group
         self._standbys = standbys or Standbys(group.scheduler_module, group.rank_module, group.rank.device)
@@ -110,6 +113,7 @@ class Supervisor:
         self._killed = False
         self._lock = threading.Lock()  # of the wake-up pipe: a closed descriptor's number may be another's
         self._closed = False
+        self._owns_keeping = keeping is None
         with contextlib.ExitStack() as undo:
             self.board = Board.create(board_names(group.num_ranks))
             undo.callback(self.board.close)
@@ -119,6 +123,8 @@ class Supervisor:
             undo.callback(self._meeting.close)
             self._masks = MaskBoard.create(group.scheduler.max_num_seqs, group.scheduler.vocab_size)
             undo.callback(self._masks.close)
+            self._keeping = keeping or Keeping(group.num_ranks)
+            undo.callback(self._close_keeping)
             self._wake_receiver, self._wake_sender = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
             undo.callback(os.close, self._wake_receiver)
             undo.callback(os.close, self._wake_sender)
@@ -205,7 +211,7 @@ class Supervisor:
                     RankBoot(
                         group.generation, name, log_level, 0, rank, group.num_ranks, plan_address,
                         result_address, self._barrier.fd, self.board.fd, self._meeting.fd, self._masks.fd,
-                        store_fd, group.model, group.rank,
+                        store_fd, group.model, group.rank, self._keeping.fd(rank),
                     ),
                     group.rank_cpus[rank] if rank < len(group.rank_cpus) else None,
                 )  # fmt: skip
@@ -354,6 +360,7 @@ class Supervisor:
         self._barrier.close()
         self._meeting.close()
         self._masks.close()
+        self._close_keeping()
         self.ended.set_result(None)
 
     def _reap(self, child: Child, patience: Patience) -> None:
@@ -370,3 +377,7 @@ class Supervisor:
             elif not answer.left():
                 logger.error("%s hangs, and will be killed", child.parent.name)
                 child.parent.kill()
+
+    def _close_keeping(self) -> None:
+        if self._owns_keeping:
+            self._keeping.close()

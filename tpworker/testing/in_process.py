@@ -24,6 +24,7 @@ from tpworker.ipc.messages import Failed, Message, StepOutput, Stop, Submit
 from tpworker.model.families import read_spec
 from tpworker.rank.device import CpuDevice
 from tpworker.rank.process import assemble, connect_loop
+from tpworker.runtime.keeping import Keeping
 from tpworker.scheduler.process import Scheduler, agree_on_blocks
 
 _names = itertools.count()
@@ -96,6 +97,7 @@ class InProcessGroup:
         self._meeting = Barrier.create(num_ranks)
         self._masks = MaskBoard.create(self.settings.max_num_seqs, self.settings.vocab_size)
         self._store = os.memfd_create("tpworker-store")
+        self._keeping = Keeping(num_ranks)
         self._runtime = Channel.bind(f"{self._address}-runtime")
         self._plans = [Channel.bind(f"{self._address}-plan{rank}") for rank in range(num_ranks)]
         self._results = Channel.bind(f"{self._address}-results")
@@ -125,6 +127,7 @@ class InProcessGroup:
         self._meeting.close()
         self._masks.close()
         os.close(self._store)
+        self._keeping.close()
         self._board.close()
         if exception[0] is None and self.errors:
             raise self.errors[0]
@@ -240,6 +243,7 @@ class InProcessGroup:
                 prompt_lookup_max=3,
                 prompt_lookup_min=1,
             ),
+            kept_fd=self._keeping.fd(rank),
         )
 
     def _rank(self, rank: int) -> None:
