@@ -109,6 +109,7 @@ class SchedulerReady:
 
     generation: Generation
     num_kv_blocks: Annotated[int, Within(1, MAX_BLOCKS)]
+    num_kept_blocks: Count = 0  # whose contents an earlier generation has computed
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +170,7 @@ class Submit:
     priority: Priority = 0  # lower is earlier
     salt: Salt = ""  # KV blocks are shared only with those of the same
     grammar: GrammarText | None = None  # what the output is held to, known to compile
+    is_resumed: bool = False  # it had a slot before a restart: its prompt has been counted
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ class Committed:
     proposed: list[int] = field(default_factory=list)  # none, where nobody had any
     finished: list[Finish] = field(default_factory=list)
     ended: list[Request] = field(default_factory=list)
+    filled: list[Request] = field(default_factory=list)  # whose tokens fill a block more
     logprobs_of: list[int] = field(default_factory=list)
     logprobs: list[bytes] = field(default_factory=list)
 
@@ -48,6 +49,8 @@ class Committed:
             given = committed._give(request, answer.tokens[first:row], request in complete)
             if given < most and request.state is State.DECODING:
                 request.computed = request.most_length - 1
+            if len(request.tokens) > request.fills_at:
+                committed.filled.append(request)
             if given and result.proposed:
                 committed.proposed += [proposed] + [0] * (given - 1)
             if plan.wants_logprobs and request.wants_logprobs:

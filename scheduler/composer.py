@@ -29,15 +29,17 @@ from __future__ import annotations
 
 import heapq
 from bisect import insort
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 from operator import attrgetter
 
 from tpworker.ipc.arrays import pack_int32
 from tpworker.ipc.drafting import most_drafts
-from tpworker.ipc.messages import MAX_TOLD, Admission, BatchPlan, Chunk, Grant, Started
+from tpworker.ipc.messages import Admission, BatchPlan, Chunk, Grant, Started
+from tpworker.scheduler.draft import Draft
 from tpworker.scheduler.drafting import Drafting
 from tpworker.scheduler.inflight import InFlight, PromptPart
-from tpworker.scheduler.kv_blocks import BlockPool, Node
+from tpworker.scheduler.kept_blocks import Node
+from tpworker.scheduler.kv_blocks import BlockPool
 from tpworker.scheduler.queue import Queue
 from tpworker.scheduler.requests import Request, State
 
@@ -49,21 +51,6 @@ MAX_ADMITTED_TOKENS = 1 << 20
 choices, or a shared prefix, would let very many long prompts in at once."""
 
 _by_key = attrgetter("key")
-
-
-@dataclass(slots=True)
-class _Draft:
-    """A plan in the making."""
-
-    budget: int
-    num_drafts: int
-    room_to_tell: int = MAX_TOLD  # of the budget, for prompts whose logprobs are asked for
-    decoding: list[Request] = field(default_factory=list)
-    prefilling: list[Request] = field(default_factory=list)
-    admitted: list[Admission] = field(default_factory=list)
-    grants: list[Grant] = field(default_factory=list)
-    chunks: list[Chunk] = field(default_factory=list)
-    told: list[PromptPart] = field(default_factory=list)
 
 
 class Composer:
@@ -102,7 +89,7 @@ class Composer:
     def add(self, request: Request) -> None:
         """Puts a new request at its place in the queue. It must fit into the pool on its own."""
         assert self.blocks_for(request.max_length - 1) <= self.pool.num_usable, "refused by the runtime"
-        request.root = self.pool.root(request.salt, request.group)
+        request.root = self.pool.root(request.salt, request.id if request.group is None else request.group)
         self.waiting.push(request)
 
     def finish(self, request: Request) -> None:
@@ -133,14 +120,14 @@ class Composer:
 
         None when nothing can be computed before a result or a request comes in.
         """
-        draft = _Draft(self._budget, self._choose_num_drafts())
+        draft = Draft(self._budget, self._choose_num_drafts())
         self._decode(draft)
         self._prefill(draft)
         self._admit(draft)
         if not draft.decoding and not draft.chunks:
             return None
         for request in draft.prefilling:  # from the next plan on, others may share what this one computes
-            self._register(request, request.computed)
+            self._register(request, request.computed, 0)
             if request.state is State.DECODING:
                 self._let_siblings_pass(request)
         return self._plan(draft, generation, step), self._snapshot(draft, step)
@@ -154,7 +141,7 @@ class Composer:
         most = most_drafts(choices, num_sampled, self._budget // 2)
         return self.drafting.choose(num_sampled, most)
 
-    def _decode(self, draft: _Draft) -> None:
+    def _decode(self, draft: Draft) -> None:
         index = 0
         while index < len(self.running):  # preemption takes requests off its end
             request = self.running[index]
@@ -172,12 +159,12 @@ class Composer:
             draft.decoding.append(request)
         draft.budget -= len(draft.decoding) * (1 + draft.num_drafts)
 
-    def _prefill(self, draft: _Draft) -> None:
+    def _prefill(self, draft: Draft) -> None:
         for request in self.running:
             if request.state is State.PREFILLING:
                 self._chunk(request, draft)
 
-    def _admit(self, draft: _Draft) -> None:
+    def _admit(self, draft: Draft) -> None:
         num_known = 0
         passed_over = []
         while self.waiting and self._free_slots and draft.budget > 0:
@@ -194,7 +181,7 @@ class Composer:
         for request in passed_over:
             self.waiting.push(request)
 
-    def _chunk(self, request: Request, draft: _Draft) -> None:
+    def _chunk(self, request: Request, draft: Draft) -> None:
         length = min(request.target - request.computed, draft.budget)
         if request.wants_prompt_logprobs:
             length = min(length, draft.room_to_tell)
@@ -213,7 +200,7 @@ class Composer:
             request.state = State.DECODING
             request.in_flight += 1
 
-    def _plan(self, draft: _Draft, generation: int, step: int) -> BatchPlan:
+    def _plan(self, draft: Draft, generation: int, step: int) -> BatchPlan:
         decode = [request.slot for request in draft.decoding]
         unchanged = decode == self._last_decode
         self._last_decode = decode
@@ -229,7 +216,7 @@ class Composer:
             draft.num_drafts,
         )
 
-    def _snapshot(self, draft: _Draft, step: int) -> InFlight:
+    def _snapshot(self, draft: Draft, step: int) -> InFlight:
         sampled = draft.decoding + [
             request for request, chunk in zip(draft.prefilling, draft.chunks, strict=True) if chunk.sample
         ]
@@ -256,11 +243,12 @@ class Composer:
             num_decodes,
             draft.num_drafts,
             guided,
+            self.pool.take_unanswered(),
         )
 
     # ----------------------------------------------------------------------- slots and blocks
 
-    def _give_slot(self, request: Request, draft: _Draft) -> bool:
+    def _give_slot(self, request: Request, draft: Draft) -> bool:
         """Admits a waiting request if there are blocks for all of its known tokens."""
         situation = (request.id, self.pool.num_free, len(self.running))
         if situation == self._blocked:
@@ -312,11 +300,11 @@ class Composer:
             return
         request.started = True
         self._started.append(Started(request.id, num_cached))
-        if request.group is None or request.group == request.id:
+        if not request.is_resumed and request.group in (None, request.id):
             self.num_prompt_tokens += request.target
             self.num_cached_tokens += num_cached
 
-    def _grow(self, request: Request, length: int, draft: _Draft) -> bool:
+    def _grow(self, request: Request, length: int, draft: Draft) -> bool:
         """Grants blocks for so many tokens to a decoding request, or more.
 
         False: it was preempted, as the last in order of all.
@@ -343,7 +331,7 @@ class Composer:
         self.num_preemptions += 1
 
     def _take_slot_away(self, request: Request) -> None:
-        self._register(request, min(request.computed, len(request.tokens)))
+        self._register(request, min(request.computed, len(request.tokens)), len(request.tokens) - 1)
         self.running.remove(request)
         self._num_asking -= request.wants_logprobs
         self._num_guided -= request.is_guided
@@ -359,14 +347,29 @@ class Composer:
         if request.group is not None and self._computing.get(request.group) is request:
             del self._computing[request.group]
 
-    def _register(self, request: Request, length: int) -> None:
-        """Offers the blocks that are full within `length` tokens, known and computed, to the cache."""
-        size = self.pool.block_size
-        while (request.num_registered + 1) * size <= length:
-            index = request.num_registered
-            tokens = request.tokens[index * size : (index + 1) * size]
-            request.last_node = self.pool.register(request.last_node, tokens, request.blocks[index])
+    def register_filled(self, requests: Iterable[Request]) -> None:
+        """Offers the blocks of decoding requests that answered plans have filled."""
+        for request in requests:
+            if request.state is State.DECODING:
+                self._register(request, len(request.tokens) - 1, len(request.tokens) - 1)
+
+    def _register(self, request: Request, length: int, num_answered: int) -> None:
+        """Offers the blocks that are full within `length` tokens, known and computed, to the cache.
+
+        Args:
+            num_answered: of the tokens, computed by plans that have been answered.
+        """
+        end = request.num_registered * self.pool.block_size
+        while (start := end) + self.pool.block_size <= length:
+            end += self.pool.block_size
+            request.last_node = self.pool.register(
+                request.last_node,
+                request.tokens[start:end],
+                request.blocks[request.num_registered],
+                end <= num_answered,
+            )
             request.num_registered += 1
+        request.fills_at = end + self.pool.block_size
 
     def check_integrity(self) -> None:
         """Asserts what must hold between plans: slots, blocks and lengths fit together."""

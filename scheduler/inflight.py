@@ -42,6 +42,7 @@ class InFlight:
     num_decodes: int
     num_drafts: int
     guided: list[tuple[int, Request, int]]  # of `sampled`: the slot, whose it is, which token of its output
+    registered: list[tuple[int, int]]  # blocks with their contents, known to be computed when it is answered
 
 
 @dataclass(frozen=True, slots=True)

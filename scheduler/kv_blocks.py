@@ -15,18 +15,21 @@ two texts can never be taken for one another. It has several roots: only texts t
 share (see `BlockPool.root`). A block is registered only once its content will have been computed by an
 earlier plan than any that can share it: plans run in order on the device, so a plan may share what the plans
 before it computed, although nobody has seen a result yet.
+
+What a block holds is told a table in shared memory too (`kept_blocks.py`), for the scheduler of the next
+generation: once it has been computed for certain, which is when the results are here.
 """
 
 from __future__ import annotations
 
 from array import array
 from collections import OrderedDict
+from collections.abc import Iterable
+from hashlib import sha256
 
-Root = tuple[str, int | None]
-"""The node of an empty text: a salt, and a group's number if it is that group's alone."""
+from tpworker.scheduler.kept_blocks import KeptBlocks, Node, Root
 
-Node = int | Root | None
-"""None: a text that is not cached."""
+_NO_SALT = bytes(32)
 
 
 class BlockPool:
@@ -36,9 +39,12 @@ class BlockPool:
         num_blocks: blocks of the KV cache, the null block included.
         block_size: tokens in a block.
         caching: False: nobody shares blocks but the choices of one request.
+        kept: what these blocks are known to hold; told of what they will. None: nobody comes after us.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, caching: bool) -> None:
+    def __init__(
+        self, num_blocks: int, block_size: int, caching: bool, kept: KeptBlocks | None = None
+    ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.caching = caching
@@ -47,12 +53,45 @@ class BlockPool:
         self._idle: OrderedDict[int, None] = OrderedDict()
         self._edge_of_block: dict[int, tuple[Node, bytes]] = {}
         self._children: dict[tuple[Node, bytes], tuple[int, int]] = {}  # (parent, tokens) -> (node, block)
-        self._next_node = 0
+        self._next_node = 1
+        self._kept = kept
+        self._unanswered: list[tuple[int, int]] = []
+        if kept is not None:
+            self._restore(kept)
+
+    def _restore(self, kept: KeptBlocks) -> None:
+        """Takes what blocks hold as idle contents, those without their beginnings excepted.
+
+        Leaves are evicted first, and of them those whose texts have not been added to for longest.
+        """
+        newest: dict[int, int] = {}  # by content: what was added to it last
+        blocks: dict[int, int] = {}
+        for node, block, parent, tokens in kept.read():
+            self._next_node = node + 1
+            if isinstance(parent, int) and parent not in blocks:
+                kept.clear(block)
+                continue
+            edge = (parent, tokens)
+            self._children[edge] = (node, block)
+            self._edge_of_block[block] = edge
+            newest[node], blocks[node] = node, block
+        for node in reversed(blocks):  # descending
+            parent, _ = self._edge_of_block[blocks[node]]
+            if isinstance(parent, int):
+                newest[parent] = max(newest[parent], newest[node])
+        order = sorted(blocks, key=lambda node: (newest[node], -node))
+        self._idle = OrderedDict.fromkeys(blocks[node] for node in order)
+        self._plain = [block for block in self._plain if block not in self._idle]
 
     @property
     def num_free(self) -> int:
         """Blocks that `allocate` can give, idle contents included."""
         return len(self._plain) + len(self._idle)
+
+    @property
+    def num_cached(self) -> int:
+        """Blocks whose contents are known."""
+        return len(self._edge_of_block)
 
     @property
     def num_usable(self) -> int:
@@ -69,6 +108,8 @@ class BlockPool:
             else:
                 block, _ = self._idle.popitem(last=False)
                 del self._children[self._edge_of_block.pop(block)]
+                if self._kept is not None:
+                    self._kept.clear(block)
             self._references[block] = 1
             blocks.append(block)
         return blocks
@@ -84,18 +125,17 @@ class BlockPool:
                 else:
                     self._plain.append(block)
 
-    def root(self, salt: str = "", group: int | None = None) -> Root | None:
-        """Where a request begins. Those that begin at the same node share blocks; at None, with nobody.
+    def root(self, salt: str, owner: int) -> Root:
+        """Where a request begins. Those that begin at the same node share blocks.
 
         Args:
             salt: of the request: only those that bring the same one share. '' is one too.
-            group: its number, for one of several choices: without caching these share, and only these.
+            owner: its number, or its group's for one of several choices: without caching only these share.
         """
-        if self.caching:
-            return salt, None
-        return None if group is None else (salt, group)
+        digest = sha256(salt.encode()).digest() if salt else _NO_SALT
+        return Root(digest, None if self.caching else owner)
 
-    def match(self, tokens: array[int], root: Root | None) -> tuple[list[int], Node]:
+    def match(self, tokens: array[int], root: Root) -> tuple[list[int], Node]:
         """The longest cached prefix of `tokens` in whole blocks, and its node.
 
         At least one token is left over: its logits are what the request waits for. References are
@@ -103,14 +143,13 @@ class BlockPool:
         """
         blocks: list[int] = []
         node: Node = root
-        if root is not None:
-            size = self.block_size
-            for start in range(0, (len(tokens) - 1) // size * size, size):
-                found = self._children.get((node, tokens[start : start + size].tobytes()))
-                if found is None:
-                    break
-                node, block = found
-                blocks.append(block)
+        size = self.block_size
+        for start in range(0, (len(tokens) - 1) // size * size, size):
+            found = self._children.get((node, tokens[start : start + size].tobytes()))
+            if found is None:
+                break
+            node, block = found
+            blocks.append(block)
         return blocks, node
 
     def num_idle(self, blocks: list[int]) -> int:
@@ -124,13 +163,12 @@ class BlockPool:
                 del self._idle[block]
             self._references[block] += 1
 
-    def register(self, parent: Node, tokens: array[int], block: int) -> Node:
+    def register(self, parent: Node, tokens: array[int], block: int, is_answered: bool = False) -> int:
         """Makes the content of a full block known: `tokens` after the text of `parent`. Returns its node.
 
         If that content is known from another block already, that one stays, and this stays private.
+        Unless all plans that compute it have been answered, the table learns of it from `answered`.
         """
-        if parent is None:
-            return None
         edge = (parent, tokens.tobytes())
         found = self._children.get(edge)
         if found is not None:
@@ -139,7 +177,25 @@ class BlockPool:
         self._next_node += 1
         self._children[edge] = (node, block)
         self._edge_of_block[block] = edge
+        if self._kept is not None:
+            if is_answered:
+                self._kept.write(block, node, *edge)
+            else:
+                self._unanswered.append((block, node))
         return node
+
+    def take_unanswered(self) -> list[tuple[int, int]]:
+        """What was registered since the last call, and is computed by plans that are not answered yet: the
+        blocks and their nodes. To be given to `answered`."""
+        taken, self._unanswered = self._unanswered, []
+        return taken
+
+    def answered(self, registered: Iterable[tuple[int, int]]) -> None:
+        """All plans that compute these have been answered. What has been evicted meanwhile stays unknown."""
+        for block, node in registered:
+            edge = self._edge_of_block.get(block)
+            if self._kept is not None and edge is not None and self._children[edge][0] == node:
+                self._kept.write(block, node, *edge)
 
     def check_integrity(self, owned: list[list[int]]) -> None:
         """Asserts that every block is in exactly one place, given the block lists of all requests."""
@@ -158,3 +214,7 @@ class BlockPool:
         assert all(block in self._edge_of_block for block in self._idle), "an idle block without content"
         assert not any(block in self._edge_of_block for block in self._plain), "a plain block with content"
         assert {block: edge for edge, (_, block) in self._children.items()} == self._edge_of_block
+        for node, block, *edge in self._kept.read() if self._kept is not None else ():
+            known = self._edge_of_block.get(block)
+            assert known == tuple(edge), f"block {block} is not known to hold what the table says"
+            assert self._children[known] == (node, block), f"block {block} is kept by another name"

@@ -12,7 +12,6 @@ import gc
 import logging
 import time
 from itertools import accumulate
-from typing import TypeVar
 
 from tpworker.ipc.arrays import pack_int32, pack_int64
 from tpworker.ipc.board import Board, Field, Phase
@@ -23,12 +22,9 @@ from tpworker.ipc.drafting import draft_choices
 from tpworker.ipc.masks import MaskBoard
 from tpworker.ipc.messages import (
     Abort,
-    Allocate,
     BatchPlan,
     Failed,
     Message,
-    RankLoaded,
-    RankReady,
     SchedulerLoad,
     SchedulerReady,
     StepOutput,
@@ -37,20 +33,19 @@ from tpworker.ipc.messages import (
     Submit,
     Vocabulary,
 )
-from tpworker.ipc.patience import Patience
-from tpworker.ipc.wire import encode, expect
+from tpworker.ipc.wire import encode
+from tpworker.scheduler.agreement import allocate, take_offers
 from tpworker.scheduler.commit import Committed
 from tpworker.scheduler.composer import Composer
 from tpworker.scheduler.drafting import Drafting
 from tpworker.scheduler.guides import Guides
 from tpworker.scheduler.inflight import Answer, InFlight, InFlightPlans
+from tpworker.scheduler.kept_blocks import KeptBlocks
 from tpworker.scheduler.kv_blocks import BlockPool
 from tpworker.scheduler.requests import Request, State
 from tpworker.scheduler.told import prompt_logprobs
 
 logger = logging.getLogger(__name__)
-
-_M = TypeVar("_M")
 
 STEP_PATIENCE = 1.25
 """Times step_timeout: the ranks, who wait for each other that long, know better whom they miss."""
@@ -85,6 +80,7 @@ class Scheduler:
         plans: a channel to each rank, in rank order.
         board: the status board, with a row for the scheduler and one for each rank.
         masks: for requests that are held to a grammar.
+        kept: what the KV blocks hold, for whoever comes after us; None: nobody does.
     """
 
     def __init__(
@@ -97,10 +93,11 @@ class Scheduler:
         plans: list[Channel],
         board: Board,
         masks: MaskBoard,
+        kept: KeptBlocks | None = None,
     ) -> None:
         self.generation = generation
         self.settings = settings
-        pool = BlockPool(num_kv_blocks, settings.block_size, settings.prefix_caching)
+        pool = BlockPool(num_kv_blocks, settings.block_size, settings.prefix_caching, kept)
         self.drafting = Drafting(draft_choices(settings.num_drafts))
         self.composer = Composer(settings.max_num_seqs, settings.max_num_batched_tokens, pool, self.drafting)
         self.in_flight = InFlightPlans(settings.lookahead, settings.step_timeout * STEP_PATIENCE)
@@ -108,6 +105,8 @@ class Scheduler:
         self._open: dict[int, Request] = {}
         self._num_arrived = 0
         self._committed: list[StepOutput | Failed] = []  # not forwarded yet
+        self._computed: list[tuple[int, int]] = []  # and what is not remembered: blocks with their contents
+        self._filled: list[Request] = []  # and who has filled one
         self.guides = Guides(masks)
         self._runtime = runtime
         self._results = results
@@ -121,6 +120,7 @@ class Scheduler:
         while self.receive(poller):  # requests, aborts; results: 6 commit
             self.compose_ahead()  # 1 compose, 2 stream
             self.forward()  # what was committed, to the runtime
+            self.remember()  # what blocks hold, for requests and schedulers to come
         self.guides.let_go()
 
     def compose_ahead(self) -> None:
@@ -228,6 +228,8 @@ class Scheduler:
         if self.settings.num_drafts:
             self._learn(answer)
         committed = Committed.of(answer, complete)
+        self._computed += plan.registered
+        self._filled += committed.filled
         for request in committed.ended:
             self.composer.finish(request)
             del self._open[request.id]
@@ -295,6 +297,13 @@ class Scheduler:
             self._runtime.send(output)
         self._committed.clear()
 
+    def remember(self) -> None:
+        """Tells the prefix cache and the table for the next generation what answered plans have computed."""
+        self.composer.pool.answered(self._computed)
+        self.composer.register_filled(self._filled)
+        self._computed.clear()
+        self._filled.clear()
+
     def load(self, num_drafts: int = 0) -> SchedulerLoad:
         """See `SchedulerLoad`."""
         composer = self.composer
@@ -339,14 +348,19 @@ def scheduler_main(boot: SchedulerBoot) -> None:
     runtime = Channel.connect(boot.runtime_address, boot.name, boot.generation)
     ranks = [RANK_NAME.format(rank) for rank in range(boot.num_ranks)]
     accept_all(list(zip(plans, ranks, strict=True)), boot.generation, timeout)
-    num_kv_blocks = agree_on_blocks(plans, ranks, boot.generation, timeout)
+    num_kv_blocks, are_kept = take_offers(plans, ranks, boot.generation, timeout)
+    kept = None
+    if boot.blocks_fd is not None:  # cleared, if at all, before there is a KV cache: see there
+        kept = KeptBlocks(boot.blocks_fd, num_kv_blocks, boot.settings.block_size, are_kept)
+    allocate(plans, ranks, boot.generation, num_kv_blocks, timeout)
     results.accept(ranks[0], boot.generation, timeout)
-    logger.info("%d KV blocks of %d tokens", num_kv_blocks, boot.settings.block_size)
     masks = MaskBoard.attach(boot.masks_fd, boot.settings.max_num_seqs, boot.settings.vocab_size)
     scheduler = Scheduler(
-        boot.generation, boot.settings, num_kv_blocks, runtime, results, plans, board, masks
+        boot.generation, boot.settings, num_kv_blocks, runtime, results, plans, board, masks, kept
     )
-    runtime.send(SchedulerReady(boot.generation, num_kv_blocks))
+    num_kept = scheduler.composer.pool.num_cached
+    logger.info("%d KV blocks of %d tokens, %d kept", num_kv_blocks, boot.settings.block_size, num_kept)
+    runtime.send(SchedulerReady(boot.generation, num_kv_blocks, num_kept))
     board.rows()[0][Field.PHASE] = Phase.READY
     gc.collect()
     gc.freeze()
@@ -355,34 +369,3 @@ def scheduler_main(boot: SchedulerBoot) -> None:
     for channel in plans:
         channel.send(Stop(boot.generation))
     close_all(STOP_SECONDS)
-
-
-def agree_on_blocks(plans: list[Channel], ranks: list[str], generation: int, timeout: float) -> int:
-    """Takes every rank's offer, tells all the smallest, waits until they have allocated it.
-
-    Raises:
-        TimeoutError: names the ranks that did not answer within `timeout` seconds.
-    """
-    offers = gather(plans, ranks, RankLoaded, timeout)
-    num_kv_blocks = min(offer.max_kv_blocks for offer in offers)
-    for channel in plans:
-        channel.send(Allocate(generation, num_kv_blocks))
-    gather(plans, ranks, RankReady, timeout)
-    return num_kv_blocks
-
-
-def gather(channels: list[Channel], ranks: list[str], kind: type[_M], timeout: float) -> list[_M]:
-    """One message of a kind from every rank."""
-    patience = Patience(timeout)
-    answers: dict[Channel, _M] = {}
-    while len(answers) < len(channels):
-        waiting = [channel for channel in channels if channel not in answers]
-        ready = Poller(waiting).wait(patience.slice())
-        if not ready and not patience.left():
-            late = [name for channel, name in zip(channels, ranks, strict=True) if channel in waiting]
-            raise TimeoutError(f"{', '.join(late)}: no {kind.__name__} within {timeout:g} s (start_timeout)")
-        for channel in ready:
-            message = channel.receive_now()
-            if message is not None:
-                answers[channel] = expect(message, kind)
-    return [answers[channel] for channel in channels]

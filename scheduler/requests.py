@@ -27,13 +27,17 @@ from typing import TYPE_CHECKING
 
 from tpworker.ipc.arrays import unpack_int32
 from tpworker.ipc.messages import NO_LOGPROBS, Chunk, Sampling, Submit
-from tpworker.scheduler.kv_blocks import Node, Root
+from tpworker.scheduler.kept_blocks import Node, Root
 
 if TYPE_CHECKING:
     from tpworker.scheduler.guide import Guide
 
 Key = tuple[int, int]
 """(priority, arrival): who is served first, and preempted last. Unique."""
+
+
+NEVER = 1 << 62
+"""More tokens than any request has."""
 
 
 class State(Enum):
@@ -51,11 +55,13 @@ class Request:
         "capacity",
         "computed",
         "drafted",
+        "fills_at",
         "grammar",
         "group",
         "guide",
         "id",
         "in_flight",
+        "is_resumed",
         "key",
         "last_node",
         "max_length",
@@ -80,8 +86,10 @@ class Request:
         self.salt = submit.salt
         self.group = submit.group
         """Of one of several choices: their number."""
-        self.root: Root | None = None
+        self.root: Root
         """Where it begins in the prefix cache; the composer knows."""
+        self.last_node: Node
+        """The cache's name for what it has registered, once it has a slot."""
         self.tokens: array[int] = unpack_int32(submit.tokens)
         self.num_prompt = len(self.tokens) - submit.num_delivered
         self.grammar = submit.grammar
@@ -95,6 +103,9 @@ class Request:
         """What it asks for; of its prompt's logprobs as long as plans have not told them all, see `tell`."""
         self.num_told = 0
         """Prompt tokens behind the first one whose logprobs the plans composed so far tell."""
+        if submit.num_delivered:  # a prompt's come before the first token, or with it
+            self.num_told = self.num_prompt - 1
+            self.sampling = replace(self.sampling, num_prompt_logprobs=NO_LOGPROBS)
         self.stop_ids = frozenset(unpack_int32(submit.sampling.stop_ids))
         max_length = min(self.num_prompt + submit.sampling.max_tokens, max_model_len)
         self.max_length = max(max_length, self.num_prompt + 1)
@@ -103,6 +114,8 @@ class Request:
         self.state = State.WAITING
         self.started = False
         """Whether it has ever had a slot."""
+        self.is_resumed = submit.is_resumed or submit.num_delivered > 0
+        """Whether it had one before a restart."""
         self.in_flight = 0
         """Plans that are not answered yet and sample it."""
         self.drafted = 0
@@ -116,8 +129,8 @@ class Request:
         self.capacity = 0  # tokens that `blocks` can hold
         self.computed = 0
         self.target = 0  # known tokens to prefill, set at admission
-        self.num_registered = 0  # blocks offered to the prefix cache so far, and the cache's name
-        self.last_node: Node = None  # for the content up to there
+        self.num_registered = 0  # blocks offered to the prefix cache so far
+        self.fills_at = NEVER  # tokens beyond which one block more is full, and computed for certain
 
     def num_shareable(self, block_size: int) -> int:
         """Blocks of its prompt that choices of the same request can share with it."""

@@ -137,14 +137,14 @@ def test_what_is_wrong_is_said(data: bytes, complaint: str) -> None:
 def test_nan_is_out_of_bounds() -> None:
     sampling = [float("nan"), 1.0, 0, 0, 1, 0, b"", 0.0, None, -1, -1]
     with pytest.raises(MessageError, match="nan is not within"):
-        decode(msgpack.packb([10, 0, 0, b"", 0, sampling, None, 0, "", None]))
+        decode(msgpack.packb([10, 0, 0, b"", 0, sampling, None, 0, "", None, False]))
 
 
 def test_a_part_that_need_not_be_there_is_checked_where_it_is() -> None:
     rules = [0.0, 0.0, 0.0, b"", b"", None, []]
     sampling = [0.0, 1.0, 0, 0, 1, 0, b"", 0.0, rules, -1, -1]
     with pytest.raises(MessageError, match=r"Sampling: LogitRules: 0\.0 is not within 1e-06"):
-        decode(msgpack.packb([10, 0, 0, b"", 0, sampling, None, 0, "", None]))
+        decode(msgpack.packb([10, 0, 0, b"", 0, sampling, None, 0, "", None, False]))
 
 
 def test_too_large() -> None:

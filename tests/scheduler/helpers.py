@@ -21,6 +21,7 @@ from tpworker.ipc.messages import (
     Submit,
 )
 from tpworker.ipc.wire import decode
+from tpworker.scheduler.kept_blocks import KeptBlocks
 from tpworker.scheduler.process import Scheduler
 from tpworker.testing.fake_rank import FakeRank, expected_output
 
@@ -94,7 +95,13 @@ class World:
     """
 
     def __init__(
-        self, lookahead: int = 2, num_blocks: int = 64, block_size: int = 4, seed: int = 0, **settings: Any
+        self,
+        lookahead: int = 2,
+        num_blocks: int = 64,
+        block_size: int = 4,
+        seed: int = 0,
+        kept: KeptBlocks | None = None,
+        **settings: Any,
     ) -> None:
         fields: dict[str, Any] = {
             "lookahead": lookahead, "max_num_seqs": 4, "max_num_batched_tokens": 16, "max_model_len": 64,
@@ -114,6 +121,7 @@ class World:
             [self.plans],  # type: ignore[list-item]
             self.board,
             self.masks,
+            kept,
         )
         if scheduler.num_drafts:
             drafting: Any = AnyDrafts(self.scheduler.drafting.choices, seed)
@@ -164,6 +172,7 @@ class World:
             return False
         self.scheduler.take(self.answers.popleft())
         self.scheduler.forward()
+        self.scheduler.remember()
         while self.outputs.sent:
             output = self.outputs.sent.popleft()
             assert isinstance(output, StepOutput)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.scheduler.helpers import VOCAB, World, choices, submit
 from tpworker.ipc.arrays import pack_int32, unpack_int32
 from tpworker.ipc.messages import LOGPROB_ROW_BYTES, NO_LOGPROBS, Abort, Submit
-from tpworker.scheduler import composer as composer_module
+from tpworker.scheduler import draft as draft_module
 from tpworker.scheduler.inflight import ProtocolError
 from tpworker.scheduler.requests import Request
 from tpworker.testing.fake_rank import expected_output, logprob_row
@@ -108,7 +108,7 @@ def test_a_request_that_is_preempted_begins_again_and_repeats_nothing(lookahead:
     [(1, 6, 4), (2, 12, 12), (4, 18, 16)],
     ids=["in the middle of a block", "at the end of one", "all"],
 )
-def test_what_has_been_told_is_not_computed_again_where_the_cache_has_it(
+def test_what_has_been_told_is_not_computed_again(
     num_steps: int, num_told: int, num_found: int, is_cached: bool
 ) -> None:
     """Nor is what comes behind it found there, though another request has computed all of it."""
@@ -134,13 +134,13 @@ def test_what_has_been_told_is_not_computed_again_where_the_cache_has_it(
     world.run()
     check(world, [other, asked])
     (admission,) = [a for plan in world.executed[before:] for a in plan.admitted]
-    assert admission.num_cached == (num_found if is_cached else 0)
+    assert admission.num_cached == num_found, "its own, if caching is off"
     assert (admission.sampling.num_prompt_logprobs == NO_LOGPROBS) == (num_told == len(PROMPT) - 1)
 
 
 def test_chunks_that_are_told_of_are_bounded_in_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     """A result is one message. Those that ask for nothing have the rest of the budget."""
-    monkeypatch.setattr(composer_module._Draft, "__init__", _with_room(7))
+    monkeypatch.setattr(draft_module.Draft, "__init__", _with_room(7))
     messages = [submit(i, PROMPT, num_prompt_logprobs=1) for i in (1, 2)] + [submit(3, PROMPT)]
     world = run(messages, max_num_batched_tokens=40)
     asking = {1, 2}
@@ -155,7 +155,7 @@ def test_chunks_that_are_told_of_are_bounded_in_a_plan(monkeypatch: pytest.Monke
 
 
 def _with_room(room: int) -> Any:
-    init = composer_module._Draft.__init__
+    init = draft_module.Draft.__init__
     return lambda self, budget, num_drafts: init(self, budget, num_drafts, room)
 
 

@@ -30,7 +30,7 @@ from tpworker.ipc.messages import (
     Submit,
     Vocabulary,
 )
-from tpworker.scheduler.process import agree_on_blocks
+from tpworker.scheduler.agreement import allocate, take_offers
 from tpworker.testing.fake_rank import logprob_row
 
 STEP_SECONDS = 0.001
@@ -87,7 +87,8 @@ class FakeScheduler:
         self.runtime = Channel.connect(boot.runtime_address, boot.name, boot.generation)
         timeout = boot.settings.start_timeout
         accept_all(list(zip(plans, ranks, strict=True)), boot.generation, timeout)
-        self.num_blocks = agree_on_blocks(plans, ranks, boot.generation, timeout)
+        self.num_blocks = take_offers(plans, ranks, boot.generation, timeout).num_kv_blocks
+        allocate(plans, ranks, boot.generation, self.num_blocks, timeout)
         self.plans = plans
         self.step = 0
         self.drafted = [0] * boot.settings.num_drafts  # by position

@@ -25,7 +25,8 @@ from tpworker.model.families import read_spec
 from tpworker.rank.device import CpuDevice
 from tpworker.rank.process import assemble, connect_loop
 from tpworker.runtime.keeping import Keeping
-from tpworker.scheduler.process import Scheduler, agree_on_blocks
+from tpworker.scheduler.agreement import allocate, take_offers
+from tpworker.scheduler.process import Scheduler
 
 _names = itertools.count()
 
@@ -198,7 +199,7 @@ class InProcessGroup:
         ranks = [RANK_NAME.format(rank) for rank in range(self._num_ranks)]
         try:
             accept_all(list(zip(self._plans, ranks, strict=True)), 0, 30.0)
-            agree_on_blocks(self._plans, ranks, 0, 30.0)
+            allocate(self._plans, ranks, 0, take_offers(self._plans, ranks, 0, 30.0).num_kv_blocks, 30.0)
             self._results.accept(ranks[0], 0, 30.0)
             self._ready.wait(60)
             self.scheduler.run()
