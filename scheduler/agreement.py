@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, TypeVar
 
 from tpworker.ipc.channels import Channel, Poller
@@ -19,17 +20,20 @@ class Offer(NamedTuple):
     are_kept: bool
     """Whether every rank has just so many from an earlier generation, with what was in them."""
 
+    @classmethod
+    def of(cls, loaded: Sequence[RankLoaded]) -> Offer:
+        """What the ranks' offers come to."""
+        fewest = min(offer.max_kv_blocks for offer in loaded)
+        return cls(fewest, all(offer.has_kept and offer.max_kv_blocks == fewest for offer in loaded))
 
-def take_offers(plans: list[Channel], ranks: list[str], generation: int, timeout: float) -> Offer:
+
+def take_offers(plans: list[Channel], ranks: list[str], timeout: float) -> Offer:
     """Waits for the offer of every rank.
 
     Raises:
         TimeoutError: names the ranks that did not answer within `timeout` seconds.
     """
-    offers = gather(plans, ranks, RankLoaded, timeout)
-    fewest = min(offer.max_kv_blocks for offer in offers)
-    are_kept = all(offer.has_kept and offer.max_kv_blocks == fewest for offer in offers)
-    return Offer(fewest, are_kept and generation > 0)
+    return Offer.of(gather(plans, ranks, RankLoaded, timeout))
 
 
 def allocate(

@@ -164,13 +164,8 @@ class Scheduler:
             case StepResult():
                 self.commit(message)
             case Submit():
-                request = Request(message, self.settings.max_model_len, self._num_arrived)
+                self._submit(Request(message, self.settings.max_model_len, self._num_arrived))
                 self._num_arrived += 1
-                self._open[request.id] = request
-                if request.is_guided:
-                    self.guides.compile(request)
-                else:
-                    self.composer.add(request)
             case Abort():
                 request_or_none = self._open.pop(message.request, None)
                 if request_or_none is not None:
@@ -179,6 +174,18 @@ class Scheduler:
                 self.guides.use(message)
             case _:
                 raise MessageError(f"not for the scheduler: {message}")
+
+    def _submit(self, request: Request) -> None:
+        needed, usable = self.composer.blocks_for(request.max_length - 1), self.composer.pool.num_usable
+        if needed > usable:  # the runtime knew of more, before a restart
+            reason = f"it may need {needed} KV blocks, and there are {usable} only since a restart"
+            self._committed.append(Failed(self.generation, request.id, reason))
+            return
+        self._open[request.id] = request
+        if request.is_guided:
+            self.guides.compile(request)
+        else:
+            self.composer.add(request)
 
     def take_compiled(self) -> None:
         """Puts requests whose grammars are compiled into the queue."""
@@ -348,7 +355,7 @@ def scheduler_main(boot: SchedulerBoot) -> None:
     runtime = Channel.connect(boot.runtime_address, boot.name, boot.generation)
     ranks = [RANK_NAME.format(rank) for rank in range(boot.num_ranks)]
     accept_all(list(zip(plans, ranks, strict=True)), boot.generation, timeout)
-    num_kv_blocks, are_kept = take_offers(plans, ranks, boot.generation, timeout)
+    num_kv_blocks, are_kept = take_offers(plans, ranks, timeout)
     kept = None
     if boot.blocks_fd is not None:  # cleared, if at all, before there is a KV cache: see there
         kept = KeptBlocks(boot.blocks_fd, num_kv_blocks, boot.settings.block_size, are_kept)

@@ -87,7 +87,7 @@ class FakeScheduler:
         self.runtime = Channel.connect(boot.runtime_address, boot.name, boot.generation)
         timeout = boot.settings.start_timeout
         accept_all(list(zip(plans, ranks, strict=True)), boot.generation, timeout)
-        self.num_blocks = take_offers(plans, ranks, boot.generation, timeout).num_kv_blocks
+        self.num_blocks = take_offers(plans, ranks, timeout).num_kv_blocks
         allocate(plans, ranks, boot.generation, self.num_blocks, timeout)
         self.plans = plans
         self.step = 0

@@ -199,7 +199,7 @@ class InProcessGroup:
         ranks = [RANK_NAME.format(rank) for rank in range(self._num_ranks)]
         try:
             accept_all(list(zip(self._plans, ranks, strict=True)), 0, 30.0)
-            allocate(self._plans, ranks, 0, take_offers(self._plans, ranks, 0, 30.0).num_kv_blocks, 30.0)
+            allocate(self._plans, ranks, 0, take_offers(self._plans, ranks, 30.0).num_kv_blocks, 30.0)
             self._results.accept(ranks[0], 0, 30.0)
             self._ready.wait(60)
             self.scheduler.run()
