@@ -45,6 +45,7 @@ FLAGS = {
     "--max-num-batched-tokens",
     "--max-num-seqs",
     "--max-queue",
+    "--max-restarts",
     "--model",
     "--no-enable-overlap-schedule",
     "--no-prefix-caching",
@@ -53,6 +54,7 @@ FLAGS = {
     "--prompt-lookup-max",
     "--prompt-lookup-min",
     "--reasoning-parser",
+    "--restart-window",
     "--root-path",
     "--scheduling-policy",
     "--seed",
@@ -142,6 +144,7 @@ def test_every_option_gets_to_its_place() -> None:
         --model m -tp 4 --device cpu --dtype bfloat16 --max-model-len 99 --load-format dummy --seed 5
         --max-num-seqs 8 --max-num-batched-tokens 80 --lookahead 3 --block-size 32
         --gpu-memory-utilization 0.5 --no-prefix-caching --max-queue 7 --step-timeout 1.5 --start-timeout 90
+        --max-restarts 3 --restart-window 60.5
         --scheduling-policy priority --host 0.0.0.0 --port 81 --served-model-name name other name
         --api-key key
         --root-path /llm/ --shutdown-timeout 2.5 --enable-force-include-usage --chat-template t.jinja
@@ -167,6 +170,8 @@ def test_every_option_gets_to_its_place() -> None:
         max_queue=7,
         step_timeout=1.5,
         start_timeout=90.0,
+        max_restarts=3,
+        restart_window=60.5,
         chat_template="t.jinja",
         speculative_method="ngram",
         num_speculative_tokens=3,
@@ -353,6 +358,7 @@ def test_the_default_number_of_ranks(
     [
         ("--no-enable-overlap-schedule --lookahead 2", "--lookahead 2 has no effect"),
         ("--enable-overlap-schedule --lookahead 0", "--lookahead 0 switches off"),
+        ("--max-restarts 0 --restart-window 9", "--restart-window has no effect with --max-restarts 0"),
         ("--ask Hi --port 8001", "--port has no effect with --ask"),
         ("--ask Hi --host 0.0.0.0", "--host has no effect"),
         ("--ask Hi --api-key k", "--api-key has no effect"),
@@ -454,7 +460,10 @@ def test_hosts_that_can_be(host: str, meant: str) -> None:
     assert parse("--host", host).host == meant
 
 
-@pytest.mark.parametrize("flag", ["--gpu-memory-utilization", "--step-timeout", "--start-timeout"])
+NUMBERS = ["--gpu-memory-utilization", "--step-timeout", "--start-timeout", "--restart-window"]
+
+
+@pytest.mark.parametrize("flag", NUMBERS)
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e999", "9" * 5000])
 def test_numbers_that_are_none(capsys: pytest.CaptureFixture[str], flag: str, value: str) -> None:
     error = refused(capsys, "serve", f"{flag}={value}")
@@ -462,7 +471,8 @@ def test_numbers_that_are_none(capsys: pytest.CaptureFixture[str], flag: str, va
 
 
 @pytest.mark.parametrize(
-    "flag", ["--seed", "--port", "--max-num-seqs", "--max-queue", "-tp", "--max-model-len"]
+    "flag",
+    ["--seed", "--port", "--max-num-seqs", "--max-queue", "-tp", "--max-model-len", "--max-restarts"],
 )
 @pytest.mark.parametrize("digits", [30, 4000, 5000])
 def test_integers_of_any_length(capsys: pytest.CaptureFixture[str], flag: str, digits: int) -> None:

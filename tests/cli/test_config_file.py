@@ -122,8 +122,8 @@ def test_files_that_cannot_be_read(file: Path, kind: str) -> None:
 
 
 def test_a_file_that_is_written_as_yaml_does_it(file: Path) -> None:
-    options: dict[str, Any] = {"host": "::", "root-path": "/llm", "step-timeout": 1.5, "seed": 7}
+    options: dict[str, Any] = {"host": "::", "root-path": "/llm", "step-timeout": 1.5, "max-restarts": 0}
     file.write_text(yaml.safe_dump(options))
     parsed = parse("--config", str(file))
     assert (parsed.host, parsed.root_path) == ("::", "/llm")
-    assert (parsed.config.step_timeout, parsed.config.seed) == (1.5, 7)
+    assert (parsed.config.step_timeout, parsed.config.max_restarts) == (1.5, 0)

@@ -40,6 +40,9 @@ NAMES = {
     "--enable-priority-scheduling": "--scheduling-policy priority",
     "--max-queued-requests": "--max-queue",
     "--watchdog-timeout": "--step-timeout",
+    "--graceful-timeout": "--shutdown-timeout",
+    "--timeout-graceful-shutdown": "--shutdown-timeout",
+    "--migration-limit": "--max-restarts, of the ranks and not of a request: all that is open goes on",
     "--disable-radix-cache": "--no-prefix-caching",
     "--no-enable-prefix-caching": "--no-prefix-caching",
     "--disable-overlap-schedule": "--no-enable-overlap-schedule",
@@ -76,10 +79,14 @@ _ADAPTIVE = "not needed: how many drafts a step has is chosen by what they cost 
 _ADAPTERS = "not supported yet: merge the adapter into the weights"
 _TOOLS = "always on, for requests with tools (--tool-call-parser none switches it off): leave it out"
 _LLGUIDANCE = "not needed: llguidance, which is part of it, does that"
+_RECOVERS = "always on (--max-restarts 0 switches it off): ranks that are lost come back, and requests go on"
 _SIZED = "not an option: KV blocks take the share that --gpu-memory-utilization gives"
 _EMBEDDED = "not an option: a field of RuntimeConfig, for programs that embed tpworker"
 
 FACTS = {
+    "--enable-fault-tolerance": _RECOVERS,
+    "--fault-tolerance-config": _RECOVERS,
+    "--soft-watchdog-timeout": "not needed: the log has the stacks of a process that hangs (--step-timeout)",
     "--enable-prefix-caching": "always on (--no-prefix-caching switches it off): leave it out",
     "--enable-chunked-prefill": _ON,
     "--enable-mixed-chunk": _ON,

@@ -133,6 +133,8 @@ def _serve_options(given: dict[str, Any]) -> Options:
         raise ConfigError(f"--port {shown(serving['port'])}: must be from 0 (any that is free) to 65535")
     if ask == "":
         raise ConfigError("--ask must not be empty: leave it out")
+    if given.get("max_restarts") == 0 and "restart_window" in given:
+        raise ConfigError("--restart-window has no effect with --max-restarts 0: leave out one")
     timeout = serving.get("shutdown_timeout")
     if timeout is not None and not 0 <= timeout <= 86400:
         raise ConfigError(f"--shutdown-timeout {shown(timeout)}: must be from 0 to 86400 seconds")

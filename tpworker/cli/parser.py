@@ -71,6 +71,7 @@ def make_parser(source: str = "") -> tuple[argparse.ArgumentParser, dict[str, di
     _add_model_options(serve.add_argument_group("model"))
     _add_schedule_options(serve.add_argument_group("schedule and memory"))
     _add_speculation_options(serve.add_argument_group("speculation"))
+    _add_fault_options(serve.add_argument_group("faults"))
     _add_server_options(serve.add_argument_group("server"))
     doctor = commands.add_parser(
         "doctor",
@@ -110,6 +111,8 @@ def flag_of(name: str) -> str:
 
 
 _Group = Any  # argparse's groups have no public type
+_COUNT: dict[str, Any] = {"type": _integer, "metavar": "N"}
+_SECONDS: dict[str, Any] = {"type": _number, "metavar": "SECONDS"}
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(RuntimeConfig)}
 
 
@@ -143,7 +146,7 @@ def _add_model_options(group: _Group) -> None:
         "a file with a chat template (Jinja), which takes the place of the model's own",
         metavar="FILE",
     )
-    _add(group, "--seed", "of dummy weights, and of requests that give none", type=_integer, metavar="N")
+    _add(group, "--seed", "of dummy weights, and of requests that give none", **_COUNT)
 
 
 def _add_model(group: _Group, text: str) -> None:
@@ -156,8 +159,7 @@ def _add_ranks(group: _Group) -> None:
         "--tensor-parallel-size",
         "number of TP ranks, a process each, and on GPUs a GPU each (default: 1 if there is a GPU, else 2)",
         "-tp",
-        type=_integer,
-        metavar="N",
+        **_COUNT,
     )
     _add(
         group,
@@ -182,8 +184,7 @@ def _add_max_model_len(group: _Group) -> None:
         group,
         "--max-model-len",
         "most tokens of one request, prompt and output together (default: what the model's config says)",
-        type=_integer,
-        metavar="N",
+        **_COUNT,
     )
 
 
@@ -203,18 +204,16 @@ def _add_memory_options(group: _Group) -> None:
         group,
         "--max-num-seqs",
         "most requests that run at once (default: 256 on GPUs, 64 on the CPU)",
-        type=_integer,
-        metavar="N",
+        **_COUNT,
     )
     _add(
         group,
         "--max-num-batched-tokens",
         "most tokens of one step: one for each request that decodes, the rest for prompts (default: 2048 on "
         "GPUs, 512 on the CPU)",
-        type=_integer,
-        metavar="N",
+        **_COUNT,
     )
-    _add(group, "--block-size", "tokens in one KV block, a power of two", type=_integer, metavar="N")
+    _add(group, "--block-size", "tokens in one KV block, a power of two", **_COUNT)
     _add(
         group,
         "--gpu-memory-utilization",
@@ -231,13 +230,7 @@ def _add_schedule_options(group: _Group) -> None:
         action=argparse.BooleanOptionalAction,
         help="launch the next steps while one computes (default: on); --no-… is --lookahead 0",
     )
-    _add(
-        group,
-        "--lookahead",
-        "steps launched beyond the oldest one that is not answered",
-        type=_integer,
-        metavar="N",
-    )
+    _add(group, "--lookahead", "steps launched beyond the oldest one that is not answered", **_COUNT)
     _add(
         group,
         "--no-prefix-caching",
@@ -256,23 +249,28 @@ def _add_schedule_options(group: _Group) -> None:
         "--max-queue",
         "most requests that wait for a slot, those still being tokenised included; each prompt of a request "
         "counts, and each choice; one more is refused with status 429",
-        type=_integer,
-        metavar="N",
+        **_COUNT,
     )
+
+
+def _add_fault_options(group: _Group) -> None:
+    """Of what is a fault, and how many may be."""
     _add(
         group,
         "--step-timeout",
-        "seconds after which a step that is not answered ends the server",
-        type=_number,
-        metavar="SECONDS",
+        "seconds after which a step that is not answered is a fault of whoever is late",
+        **_SECONDS,
     )
+    _add(group, "--start-timeout", "seconds within which all ranks must have loaded the model", **_SECONDS)
     _add(
         group,
-        "--start-timeout",
-        "seconds within which all ranks must have loaded the model",
-        type=_number,
-        metavar="SECONDS",
+        "--max-restarts",
+        "a process that dies, hangs or raises has all of them started anew, and open requests go on; after "
+        "more restarts than these within --restart-window the server ends with status 1. 0: at the first "
+        "fault",
+        **_COUNT,
     )
+    _add(group, "--restart-window", "seconds within which restarts are counted", **_SECONDS)
 
 
 def _add_method(group: _Group) -> None:
@@ -293,14 +291,13 @@ def _add_speculation_options(group: _Group) -> None:
         "--num-speculative-tokens",
         f"most drafts of one request in a step, up to {MAX_SPECULATIVE_TOKENS}; how many there are is chosen "
         "by what they cost and how many are right (default: 4 with ngram, 1 with mtp)",
-        type=_integer,
-        metavar="N",
+        **_COUNT,
     )
     for flag, which, default in (("--prompt-lookup-max", "most", 4), ("--prompt-lookup-min", "fewest", 1)):
         text = (
             f"with ngram: {which} tokens that are looked up, up to {MAX_PROMPT_LOOKUP} (default: {default})"
         )
-        _add(group, flag, text, type=_integer, metavar="N")
+        _add(group, flag, text, **_COUNT)
     group.add_argument(
         "--speculative-config",
         metavar="JSON",
@@ -315,8 +312,7 @@ def _add_server_options(group: _Group) -> None:
     )
     group.add_argument(
         "--port",
-        type=_integer,
-        metavar="N",
+        **_COUNT,
         help=f"port to listen on; 0: any that is free (default: {DEFAULT_PORT})",
     )
     group.add_argument(
@@ -336,8 +332,7 @@ def _add_server_options(group: _Group) -> None:
     _add_web_options(group)
     group.add_argument(
         "--shutdown-timeout",
-        type=_number,
-        metavar="SECONDS",
+        **_SECONDS,
         help="how long open requests may take after the first signal to end (default: 20)",
     )
     group.add_argument(
