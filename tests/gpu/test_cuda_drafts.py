@@ -73,7 +73,9 @@ def drive(runner: Runner, drafts: list[int], temperature: float) -> tuple[dict[i
             (), tuple(Chunk(slot, 0, len(texts[slot]), True) for slot in admitted), pack_int32(decode),
             drafts[step],
         )  # fmt: skip
-        right += take(runner.launch(plan), runner, decode + admitted, outputs)
+        launched = runner.launch(plan)
+        runner.catch_up()
+        right += take(launched, runner, decode + admitted, outputs)
         step += 1
     everybody = list(range(NUM))
     plans = [
@@ -83,6 +85,7 @@ def drive(runner: Runner, drafts: list[int], temperature: float) -> tuple[dict[i
     flying: list[Launched] = []
     for plan in plans:  # two are in flight
         flying.append(runner.launch(plan))
+        runner.catch_up()
         if len(flying) == 2:
             right += take(flying.pop(0), runner, everybody, outputs)
     for launched in flying:
@@ -93,15 +96,17 @@ def drive(runner: Runner, drafts: list[int], temperature: float) -> tuple[dict[i
     return outputs, right
 
 
-@pytest.mark.parametrize("captured", [True, False])
+@pytest.mark.parametrize("captured", ["beforehand", "late", "never"])
 @pytest.mark.parametrize(("method", "num_drafts"), [("ngram", 1), ("ngram", 4), ("mtp", 1), ("mtp", 2)])
 def test_tokens_are_the_models_whatever_is_drafted(
-    folder: Path, method: str, num_drafts: int, captured: bool
+    folder: Path, method: str, num_drafts: int, captured: str
 ) -> None:
     device = CudaDevice(0)
     [runner] = cuda_runners(folder, device, 1, method, num_drafts)
-    if captured:
+    if captured == "beforehand":
         runner.prepare(1024)
+    elif captured == "late":
+        runner.prepare_late(1024)
     draw = random.Random(num_drafts)
     for drafts in ([num_drafts] * 90, [draw.choice([0, num_drafts // 2, num_drafts]) for _ in range(90)]):
         device.compute.run(runner.steps.begin)

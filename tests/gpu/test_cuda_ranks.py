@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from tpworker.model.sampling import SamplingMode
 from tpworker.observe.gpus import count_gpus
 from tpworker.rank.cuda import CudaDevice
 from tpworker.rank.graphs import TokenGraphs
+from tpworker.rank.runner import Runner
 
 pytestmark = [
     pytest.mark.gpu,
@@ -217,6 +219,78 @@ def test_captured_mixed_steps_give_what_eager_ones_give(folder: Path) -> None:
                 assert mine.isfinite().all(), "padding has left something in the null block"
                 mine.copy_(other)
     assert same > 0.9 * total
+
+
+def sampled_plans() -> Iterator[BatchPlan]:
+    """`mixed_plans`, behind which all go on together, drawing."""
+    yield from mixed_plans(11)
+    blocks = pack_int32(range(1, BLOCKS_PER_SLOT + 1))
+    drawing = Sampling(0.8, 0.9, 20, 3, 9, 0, b"")
+    admitted = (Admission(0, pack_int32([5, 6, 7]), 3, 0, blocks, drawing),)
+    yield BatchPlan(0, 36, released=(0,), admitted=admitted, chunks=(Chunk(0, 0, 3, True),), decode=b"")
+    yield BatchPlan(0, 37, decode=pack_int32(range(NUM_SLOTS)))
+    for step in range(38, 50):
+        yield BatchPlan(0, step)
+
+
+def test_graphs_made_on_demand_give_what_those_made_beforehand_do(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of two runners on one device, whose graphs share a pool: each runs all plans on its own. Which tokens
+    are chosen is compared, and every key and value."""
+    device = CudaDevice(0)
+    late, beforehand = cuda_runners(folder, device, 2)
+    capture_late, num_captured = device.capture_late, 0
+    told: list[str] = []
+
+    def count(work: Callable[[], None]) -> Callable[[], None]:
+        nonlocal num_captured
+        num_captured += 1
+        return capture_late(work)
+
+    device.capture_late = count  # type: ignore[method-assign]
+
+    def run_all(runner: Runner, name: str) -> list[list[int]]:
+        rows = []
+        for number, plan in enumerate(sampled_plans()):
+            before = num_captured
+            started = time.perf_counter()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                launched = runner.launch(plan)
+                launched_at = time.perf_counter()
+                runner.catch_up()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            caught_up_at = time.perf_counter()
+            launched.done.synchronize()
+            done_at = time.perf_counter()
+            rows.append(launched.ring_row.tolist())
+            runner.staging.give_back(launched.staging)
+            if number < 6:
+                parts = (launched_at - started, caught_up_at - launched_at, done_at - started)
+                launch_ms, capture_ms, all_ms = (f"{1e3 * part:.1f}" for part in parts)
+                told.append(
+                    f"{name}, step {number}: launched in {launch_ms} ms, {num_captured - before} captures in "
+                    f"{capture_ms} ms, done after {all_ms} ms"
+                )
+        return rows
+
+    started = time.perf_counter()
+    late.prepare_late(64)
+    told.append(f"prepare_late: {1e3 * (time.perf_counter() - started):.0f} ms")
+    assert num_captured == 0
+    rows = run_all(late, "on demand")
+    assert 0 < num_captured < 20, "of some hundred kinds"
+    started = time.perf_counter()
+    beforehand.prepare(64)
+    told.append(f"prepare: {1e3 * (time.perf_counter() - started):.0f} ms")
+    expected = run_all(beforehand, "beforehand")
+    with capsys.disabled():
+        print("", *told, sep="\n")
+    assert rows == expected
+    ours, theirs = (runner._cache.keys + runner._cache.values for runner in (late, beforehand))
+    assert all(torch.equal(mine[1:], other[1:]) for mine, other in zip(ours, theirs, strict=True))
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4])

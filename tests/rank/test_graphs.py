@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from tpworker.ipc.drafting import MOST_ROWS
 from tpworker.model.sampling import SamplingMode
 from tpworker.rank.device import CpuDevice
-from tpworker.rank.graphs import GREEDY, MODES, MOST_TOKENS, SlotGraphs, TokenGraphs, ladder, token_ladder
+from tpworker.rank.graphs import (
+    GREEDY,
+    MODES,
+    MOST_TOKENS,
+    Backlog,
+    SlotGraphs,
+    TokenGraphs,
+    ladder,
+    token_ladder,
+)
 
 
 def test_the_ladder_ends_at_the_largest_batch() -> None:
@@ -96,3 +107,73 @@ def test_tokens_take_the_next_larger_size_if_there_is_one() -> None:
         graphs.replay(size)
     assert done == [16, 100]
     device.close()
+
+
+class Captor(CpuDevice):
+    """Notes what it captures late, and what is replayed of it: captures are not run."""
+
+    def __init__(self, done: list[object]) -> None:
+        super().__init__()
+        self._done = done
+        self.num_captured = 0
+
+    def capture_late(self, work: Callable[[], None]) -> Callable[[], None]:
+        self.num_captured += 1
+        return lambda: self._done.append("replay") or work()
+
+
+def work_off(backlog: Backlog) -> None:
+    while backlog:
+        backlog.pop(0)()
+
+
+def test_a_kind_that_is_captured_late_runs_as_it_is_and_is_captured_behind_the_largest() -> None:
+    done: list[object] = []
+    device, backlog = Captor(done), Backlog()
+    graphs = SlotGraphs(20, (0, 1))
+    graphs.capture_late(device, lambda *kind: done.append(kind), backlog)
+    truncated = SamplingMode(True, True, False)
+
+    def step(count: int, mode: SamplingMode) -> list[object]:
+        done.clear()
+        run = graphs.find(count, 0, mode)
+        assert run is not None
+        run()
+        return list(done)
+
+    assert step(3, truncated) == [(4, 0, MODES[1])], "padded, and in a mode that is captured"
+    assert device.num_captured == 0
+    work_off(backlog)
+    assert device.num_captured == 2
+    assert done == [(4, 0, MODES[1])], "a capture does not run"
+    assert step(4, truncated) == ["replay", (4, 0, MODES[1])]
+    assert step(1, GREEDY) == [(1, 0, GREEDY)]
+    assert step(1, GREEDY) == [(1, 0, GREEDY)], "not captured yet"
+    work_off(backlog)
+    assert device.num_captured == 3
+    assert set(graphs._replays) == {(20, 1, MODES[0]), (4, 0, MODES[1]), (1, 0, GREEDY)}
+    assert step(20, MODES[0]) == [(20, 0, MODES[0])]
+    device.close()
+
+
+def test_tokens_have_their_sizes_before_any_is_captured() -> None:
+    done: list[object] = []
+    device, backlog = Captor(done), Backlog()
+    graphs = TokenGraphs()
+    graphs.capture_late(device, 100, done.append, backlog)
+    assert [graphs.size_for(count) for count in (1, 17, 100, 101)] == [16, 32, 100, None]
+    graphs.replay(32)
+    work_off(backlog)
+    graphs.replay(32)
+    graphs.replay(100)
+    assert done == [32, "replay", 32, "replay", 100], "the largest was captured first"
+    assert device.num_captured == 2
+    device.close()
+
+
+def test_a_few_kinds_stand_for_all() -> None:
+    graphs = SlotGraphs(200, (0, 4))
+    samples = graphs.samples()
+    assert {kind[1:] for kind in samples} == {kind[1:] for kind in graphs.kinds()}
+    assert {kind[0] for kind in samples if not kind[1]} == {1, 2, 16, 200}
+    assert len(samples) < len(graphs.kinds()) / 2

@@ -23,6 +23,7 @@ class Recorder:
     def __init__(self) -> None:
         self.launched: list[int] = []
         self.published: list[int] = []
+        self.caught_up: list[tuple[int, int]] = []  # after so many launched and published
 
     def launch(self, plan: BatchPlan) -> Any:
         self.launched.append(plan.step)
@@ -30,6 +31,9 @@ class Recorder:
 
     def publish(self, launched: Any) -> None:
         self.published.append(launched)
+
+    def catch_up(self) -> None:
+        self.caught_up.append((len(self.launched), len(self.published)))
 
 
 class Group:
@@ -105,6 +109,7 @@ def test_plans_are_launched_and_published_in_order(make_group: Any, size: int) -
     group.join()
     for rank in group.ranks:
         assert rank.launched == rank.published == list(range(50))
+        assert rank.caught_up == [(number, number) for number in range(1, 51)]
     for row in group.board.rows():
         assert row[Field.RECEIVED] == row[Field.ADMITTED] == row[Field.LAUNCHED] == 50
     assert group.errors == [None] * size

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,7 +20,7 @@ from tpworker.model.kv_cache import KVCache
 from tpworker.model.tp import Shard
 from tpworker.rank import process
 from tpworker.rank.kept import HostMemory
-from tpworker.rank.process import agree_on_cache, in_thread
+from tpworker.rank.process import agree_on_cache, in_thread, prepare
 
 CPU = torch.device("cpu")
 BLOCK_BYTES = KVCache.bytes_per_block(SPEC, Shard.of(SPEC, 0, 1), 16, torch.float32)
@@ -156,3 +157,27 @@ def test_what_is_done_in_a_thread_comes_back() -> None:
     assert in_thread(threading.current_thread).result(10) is not here
     with pytest.raises(KeyError, match="nobody"):
         in_thread(lambda: {}["nobody"]).result(10)
+
+
+@pytest.mark.parametrize(
+    ("generation", "prepared"),
+    [(0, ["WARMING_UP", "prepare 77", "CAPTURING"]), (3, ["WARMING_UP", "prepare_late 77"])],
+)
+def test_graphs_are_captured_beforehand_at_the_first_start_alone(
+    generation: int, prepared: list[str]
+) -> None:
+    events: list[str] = []
+
+    class Prepared:
+        def prepare(self, max_tokens: int, capturing: Callable[[], None]) -> None:
+            events.append(f"prepare {max_tokens}")
+            capturing()
+
+        def prepare_late(self, max_tokens: int) -> None:
+            events.append(f"prepare_late {max_tokens}")
+
+    boot: Any = SimpleNamespace(generation=generation, settings=SimpleNamespace(max_num_batched_tokens=77))
+    row: Any = SimpleNamespace(enter=lambda phase: events.append(phase.name))
+    runner: Any = Prepared()
+    prepare(boot, runner, row)
+    assert events == prepared

@@ -133,15 +133,10 @@ def test_the_ring_goes_round(rig: Rig) -> None:
         assert launched.ring_row.data_ptr() == rig.runner.sampler.ring[step % 3].data_ptr()
 
 
-def test_captured_mixed_steps_give_what_exact_ones_give(rig: Rig) -> None:
-    """Prompts in chunks beside a request that decodes; the prepared runner pads them all."""
-    prepared = Rig()
-    prepared.runner.prepare(20)
-    sizes: list[int] = []
-    replay = prepared.runner.steps.forwards.replay
-    prepared.runner.steps.forwards.replay = lambda size: (sizes.append(size), replay(size))[1]  # type: ignore[method-assign]
+def chunked_plans() -> list[BatchPlan]:
+    """Prompts in chunks beside a request that decodes."""
     long = list(range(3, 24))
-    plans = [
+    return [
         first_plan(),
         BatchPlan(
             0, 1, admitted=(admission(0, long, [4, 5, 6, 7, 8, 9]),),
@@ -154,7 +149,16 @@ def test_captured_mixed_steps_give_what_exact_ones_give(rig: Rig) -> None:
         ),
         BatchPlan(0, 4, decode=pack_int32([2, 0, 1])),
     ]  # fmt: skip
-    for plan in plans:
+
+
+def test_captured_mixed_steps_give_what_exact_ones_give(rig: Rig) -> None:
+    """The prepared runner pads them all."""
+    prepared = Rig()
+    prepared.runner.prepare(20)
+    sizes: list[int] = []
+    replay = prepared.runner.steps.forwards.replay
+    prepared.runner.steps.forwards.replay = lambda size: (sizes.append(size), replay(size))[1]  # type: ignore[method-assign]
+    for plan in chunked_plans():
         assert prepared.row(prepared.launch(plan)) == rig.row(rig.launch(plan))
         for name in ("position", "last_token"):
             ours, theirs = getattr(prepared.slots.state, name), getattr(rig.slots.state, name)
@@ -164,6 +168,77 @@ def test_captured_mixed_steps_give_what_exact_ones_give(rig: Rig) -> None:
     cache = prepared.runner._cache
     assert all(bool(values.isfinite().all()) for values in cache.keys + cache.values)
     prepared.device.close()
+
+
+def late_rig(monkeypatch: pytest.MonkeyPatch, captured: list[str], check_agreement: bool = False) -> Rig:
+    """Prepared as after a restart. Notes what is captured: steps' names and sizes."""
+    rig = Rig(check_agreement=check_agreement)
+
+    def capture_late(work: Any) -> Any:
+        kind = work.args[0]
+        name = "forward" if isinstance(kind, int) else "slots"
+        captured.append(f"{name} {kind if isinstance(kind, int) else kind[0]}")
+        return work
+
+    monkeypatch.setattr(rig.device, "capture_late", capture_late)
+    monkeypatch.setattr(rig.device, "capture", lambda work: pytest.fail("captured beforehand"))
+    rig.runner.prepare_late(20)
+    assert captured == []
+    return rig
+
+
+def test_after_a_restart_steps_are_captured_when_their_kinds_have_run(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    captured: list[str] = []
+    late = late_rig(monkeypatch, captured)
+    assert (late.runner.sampler.ring == -1).all(), "nothing has run"
+    captures = []
+    steady = [BatchPlan(0, step) for step in (5, 6)]
+    for plan in [*chunked_plans(), *steady]:
+        before = len(captured)
+        assert late.row(late.launch(plan)) == rig.row(rig.launch(plan))
+        assert len(captured) == before, "tokens come first"
+        late.runner.catch_up()
+        captures.append(captured[before:])
+        for name in ("position", "last_token"):
+            ours, theirs = getattr(late.slots.state, name), getattr(rig.slots.state, name)
+            assert torch.equal(ours[:-1], theirs[:-1]), name
+        assert late.slots.state.position[-1] == 0, "padding stays where it is"
+    assert captures == [
+        ["forward 20", "forward 16", "slots 4", "slots 1"],
+        [],  # 20 tokens, of which the largest was captured before
+        [],
+        ["slots 4"],  # of another mode
+        ["slots 4", "slots 4"],  # decode steps, a family of their own
+        [],
+        [],
+    ]
+    late.device.close()
+
+
+def test_after_a_restart_a_few_steps_are_rehearsed(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    forward = Decoder.forward
+
+    def note(self: Decoder, batch: Any, cache: KVCache) -> torch.Tensor:
+        sizes.append(len(batch.token_ids))
+        return forward(self, batch, cache)
+
+    monkeypatch.setattr(Decoder, "forward", note)
+    monkeypatch.setattr(rig.device, "compile_ahead", rig.device.compute.run)
+    rig.runner.prepare_late(64)
+    assert sorted(sizes) == [1, 2, 4, 16, 64]
+
+
+def test_nothing_is_captured_late_where_values_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    captured: list[str] = []
+    late = late_rig(monkeypatch, captured, check_agreement=True)
+    for plan in chunked_plans():
+        late.row(late.launch(plan))
+        late.runner.catch_up()
+    assert captured == []
+    late.device.close()
 
 
 def test_a_mixed_step_of_more_tokens_than_were_captured_is_exact(rig: Rig) -> None:

@@ -223,12 +223,20 @@ class CudaDevice:
         the largest first. Waits for the device."""
         self.compute.run(work)  # loads kernels and makes workspaces, which cannot be done in a capture
         _cuda.synchronize()
+        # Other threads may go on with their copies meanwhile.
+        return self._capture(work, "thread_local")
+
+    def capture_late(self, work: Callable[[], None]) -> Callable[[], None]:
+        # A kernel may be launched for the first time, and be loaded: the largest of its kind has not run.
+        return self._capture(work, "relaxed")
+
+    def _capture(self, work: Callable[[], None], error_mode: str) -> Callable[[], None]:
+        # Not `torch.cuda.graph`, which waits for the device, collects garbage and empties caches.
         if self._pool is None:
             self._pool = _cuda.graph_pool_handle()
         graph = _cuda.CUDAGraph()
         with torch.inference_mode(), _cuda.stream(self.compute.stream):
-            # Other threads may go on with their copies meanwhile.
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            graph.capture_begin(pool=self._pool, capture_error_mode=error_mode)
             try:
                 work()
             finally:

@@ -96,6 +96,10 @@ class Device(Protocol):
         """Work of the compute stream that does the same every time, made quick to repeat: `run` what it
         returns instead. May run the work, and wait for it."""
 
+    def capture_late(self, work: Callable[[], None]) -> Callable[[], None]:
+        """As `capture`, of work that has run, or whose like has: does not run it, and waits for nothing.
+        Steps may be on their way, and other threads do what they like meanwhile."""
+
     def synchronize(self) -> None:
         """Waits for everything that is queued. Not while steps are served."""
 
@@ -210,6 +214,9 @@ class CpuDevice:
         """Nothing is compiled here."""
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        return work
+
+    def capture_late(self, work: Callable[[], None]) -> Callable[[], None]:
         return work
 
     def synchronize(self) -> None:

@@ -29,6 +29,9 @@ class StepRunner(Protocol):
     def launch(self, plan: BatchPlan) -> Launched:
         """Queues a step on the device and returns at once."""
 
+    def catch_up(self) -> None:
+        """Does what can wait until a step has been launched and published, the same on all ranks."""
+
 
 class RankLoop:
     """Executes plans in step order until told to stop.
@@ -72,6 +75,7 @@ class RankLoop:
             launched = self._runner.launch(plan)  # 4 launch
             self._row[Field.LAUNCHED] = plan.step + 1
             self._publisher.publish(launched)  # 5 publish
+            self._runner.catch_up()
 
     def receive(self) -> tuple[BatchPlan, int] | None:
         """The next plan and the digest of its bytes; None for Stop."""

@@ -79,8 +79,7 @@ def run_rank(boot: RankBoot, device: Device, runner_class: type[Runner]) -> None
     torch.set_num_threads(max(1, usable_cores() // boot.num_ranks))
     runner = assemble(boot, device, plans, row, runner_class)
     if device.captures:
-        row.enter(Phase.WARMING_UP)
-        runner.prepare(boot.settings.max_num_batched_tokens, partial(row.enter, Phase.CAPTURING))
+        prepare(boot, runner, row)
 
     def fail(error: BaseException) -> NoReturn:
         while isinstance(error, StreamBroken) and error.__cause__ is not None:
@@ -95,6 +94,15 @@ def run_rank(boot: RankBoot, device: Device, runner_class: type[Runner]) -> None
     publisher.close()
     device.close()
     close_all(LINGER_SECONDS)
+
+
+def prepare(boot: RankBoot, runner: Runner, row: Row) -> None:
+    """Steps that are captured."""
+    row.enter(Phase.WARMING_UP)
+    if boot.generation:  # a restart: requests wait
+        runner.prepare_late(boot.settings.max_num_batched_tokens)
+    else:
+        runner.prepare(boot.settings.max_num_batched_tokens, partial(row.enter, Phase.CAPTURING))
 
 
 def own_row(boot: RankBoot) -> Row:

@@ -146,6 +146,22 @@ class Runner:
         self._device.compute.run(self.steps.begin)
         self._device.synchronize()
 
+    def prepare_late(self, max_tokens: int) -> None:
+        """In place of `prepare`, where requests wait for the first plan: after a restart. Runs and captures
+        nothing yet: each kind of step is captured once it has run, see `catch_up`.
+
+        Kernels are loaded before, as far as that is quick: loading one may wait for the device, and the
+        device for the masks of the step that needs it.
+
+        Args:
+            max_tokens: of a step.
+        """
+        if not self.sampler.check_agreement:  # which looks at values
+            self._device.compile_ahead(partial(self.steps.rehearse_few, max_tokens))
+            self.steps.capture_late(max_tokens)
+        self._device.compute.run(self.steps.begin)
+        self._device.synchronize()
+
     def _run_once(self, length: int) -> None:
         """A step with a chunk of this length, for each kind of sampling."""
         null = self._slots.num_slots
@@ -182,6 +198,11 @@ class Runner:
             sampler.logprob_row(plan.step, count * width) if step.mode.logprobs else None,
             sampler.prompt_logprob_row(plan.step, prompt_rows.count) if prompt_rows else None,
         )
+
+    def catch_up(self) -> None:
+        """Captures the kinds of steps that have run for the first time, after `prepare_late`. Some ten
+        milliseconds each: call it when the step has been launched and published. Waits for nothing."""
+        self.steps.catch_up()
 
     def _stage(self, plan: BatchPlan) -> _Step:
         staging = self.staging.take()

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -27,7 +27,15 @@ from tpworker.model.kv_cache import KVCache
 from tpworker.model.sampling import SamplingMode
 from tpworker.rank.device import Device
 from tpworker.rank.drafter import Computed, Drafter
-from tpworker.rank.graphs import GREEDY, MOST_TOKENS, SlotGraphs, TokenGraphs, token_ladder
+from tpworker.rank.graphs import (
+    GREEDY,
+    MOST_TOKENS,
+    Backlog,
+    SlotGraphs,
+    SlotKind,
+    TokenGraphs,
+    token_ladder,
+)
 from tpworker.rank.mixed import Left, MixedInputs, MixedShape, PromptRows, pack
 from tpworker.rank.sampler import Sampler
 from tpworker.rank.slots import SlotTable
@@ -89,6 +97,7 @@ class Steps:
         self.forwards = TokenGraphs()
         self.samplings = SlotGraphs(slots.num_slots, choices)
         self.heads = {drafts: TokenGraphs() for drafts in choices}
+        self._backlog: Backlog = []
 
     def padded(self, num_tokens: int) -> MixedShape:
         """Of mixed steps that are captured for up to so many tokens."""
@@ -109,14 +118,22 @@ class Steps:
 
     def rehearse(self, max_tokens: int) -> None:
         """Launches every kernel that captured steps will. Those that take longest to compile come first."""
+        self._rehearse(self.decodes.kinds(), token_ladder(max_tokens))
+
+    def rehearse_few(self, max_tokens: int) -> None:
+        """Launches most of them, in a small part of the time."""
+        sizes = token_ladder(max_tokens)
+        self._rehearse(self.decodes.samples(), dict.fromkeys((sizes[0], sizes[-1])))
+
+    def _rehearse(self, kinds: Iterable[SlotKind], sizes: Iterable[int]) -> None:
         mixed, decode = self._can_capture()
         brief = copy.copy(self)
         brief.decoder = self.decoder.excerpt()
-        for kind in self.decodes.kinds():
+        for kind in kinds:
             if decode and kind[-1] == GREEDY:
                 brief.decode_step(*kind)
             brief.sample_padded(*kind)
-        for size in token_ladder(max_tokens) if mixed else ():
+        for size in sizes if mixed else ():
             brief.forward_padded(size)
             for drafts in self.heads if self._drafts_of_hidden else ():
                 brief.draft_padded(drafts, size)
@@ -142,6 +159,24 @@ class Steps:
         if decode:
             self.decodes.capture(self._device, self.decode_step)
         return after_mixed - started, time.monotonic() - after_mixed
+
+    def capture_late(self, max_tokens: int) -> None:
+        """From now on each kind of step is captured when it has run for the first time, by `catch_up`."""
+        mixed, decode = self._can_capture()
+        self._device.compute.run(self.begin)
+        if mixed:
+            self.forwards.capture_late(self._device, max_tokens, self.forward_padded, self._backlog)
+            self.samplings.capture_late(self._device, self.sample_padded, self._backlog)
+            for drafts, graphs in self.heads.items() if self._drafts_of_hidden else ():
+                draft = partial(self.draft_padded, drafts)
+                graphs.capture_late(self._device, max_tokens, draft, self._backlog)
+        if decode:
+            self.decodes.capture_late(self._device, self.decode_step, self._backlog)
+
+    def catch_up(self) -> None:
+        """Captures what has run for the first time; steps may be on their way meanwhile."""
+        while self._backlog:
+            self._backlog.pop(0)()
 
     def _put_padding(self, size: int) -> None:
         """The input of a mixed step that has nothing but padding."""

@@ -88,6 +88,9 @@ class FakeDevice:
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         return work
 
+    def capture_late(self, work: Callable[[], None]) -> Callable[[], None]:
+        return work
+
     def synchronize(self) -> None:
         """Work is done when it is queued."""
 
