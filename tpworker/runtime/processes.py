@@ -5,7 +5,9 @@
                   └──► stop                  └──────────────────────────────────┘
                                              too many within the window: failed, for good
 
-One path, whatever was lost. What goes on in the meantime is for its `Owner`. Belongs to one event loop.
+One path, whatever was lost. What makes it quick outlives a generation: standbys to fork its processes from,
+and memory that is kept (weights on GPUs, keys and values, what blocks hold). What goes on in the meantime is
+for its `Owner`. Belongs to one event loop.
 """
 
 from __future__ import annotations
@@ -23,9 +25,11 @@ from tpworker.observe.start import StartTimes
 from tpworker.runtime.events import Events
 from tpworker.runtime.faults import Fault
 from tpworker.runtime.generation import Generation, StartFailed
+from tpworker.runtime.keeping import Keeping
 from tpworker.runtime.loading import Progress
 from tpworker.runtime.recovery import Restarts
 from tpworker.runtime.requests import Requests
+from tpworker.runtime.standby import Standbys
 from tpworker.runtime.supervisor import Group
 
 logger = logging.getLogger(__name__)
@@ -74,8 +78,14 @@ class Processes:
         self._replacing: asyncio.Task[None] | None = None
         self.is_up = True
         """Whether the generation has not been lost."""
-        self.generation = self._begin(group.generation)
-        """The present one, or the last."""
+        self._standbys = Standbys(group.scheduler_module, group.rank_module, group.rank.device)
+        self._keeping = Keeping(group.num_ranks)
+        try:
+            self.generation = self._begin(group.generation)
+            """The present one, or the last."""
+        except BaseException:
+            self._close()
+            raise
 
     async def ready(self, progress: Progress) -> int:
         """Waits until the first generation is ready; returns its number of KV blocks. From then on faults
@@ -98,7 +108,15 @@ class Processes:
             replacing.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await replacing
-        await self.generation.stop()
+        try:
+            await self.generation.stop()
+        finally:
+            if self.generation.is_over:
+                self._close()
+
+    def _close(self) -> None:
+        self._standbys.close()
+        self._keeping.close()
 
     @property
     def is_over(self) -> bool:
@@ -107,7 +125,14 @@ class Processes:
 
     def _begin(self, number: int) -> Generation:
         group = replace(self._group, generation=number)
-        return Generation(group, self._owner.on_output, self._on_fault, self._requests.any_submitted)
+        return Generation(
+            group,
+            self._owner.on_output,
+            self._on_fault,
+            self._requests.any_submitted,
+            self._standbys,
+            self._keeping,
+        )
 
     def _on_fault(self, fault: Fault) -> None:
         """Of a generation that was ready."""
@@ -147,6 +172,8 @@ class Processes:
     async def _attempt(self, fault: Fault, noticed_ns: int) -> bool:
         """One more generation. False: it did not get ready."""
         await self.generation.stop()
+        if fault.forfeits:
+            self._keeping.forget()
         number = self.generation.number + 1
         self._events.add("recovering", number, fault, requests=self._requests.num_told)
         ended_ns = time.monotonic_ns()
@@ -154,6 +181,7 @@ class Processes:
         try:
             await generation.ready(self._group.rank.start_timeout, _unseen)
         except StartFailed as failed:
+            self._keeping.forget()  # whatever it was: not once more with what it has found
             self._note(failed.fault)
             return False
         if not self._faults.empty():

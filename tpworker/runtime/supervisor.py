@@ -199,6 +199,7 @@ class Supervisor:
                 SchedulerBoot(
                     group.generation, SCHEDULER_NAME, log_level, 0, group.num_ranks, self._runtime_address,
                     plan_addresses, result_address, self.board.fd, self._masks.fd, group.scheduler,
+                    self._keeping.blocks_fd,
                 ),
             )  # fmt: skip
             for rank, plan_address in enumerate(plan_addresses):
