@@ -148,12 +148,12 @@ class Standby:
     @property
     def over(self) -> bool:
         """Whether it has ended, or is about to."""
-        return self.silent or self.report is not None
+        return self.silent or self.report is not None or self.process.poll() is not None
 
     @property
     def is_alive(self) -> bool:
         """Whether children can still be forked from it. May be asked from any thread."""
-        return not self.over and self.process.poll() is None
+        return not self.over
 
     @property
     def ending(self) -> Ending:

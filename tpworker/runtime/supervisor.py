@@ -291,10 +291,9 @@ class Supervisor:
             if one.report is None:
                 one.wait(STATUS_SECONDS)
         for standby in self._used:
-            standby.read()
-            if standby.over and standby not in self._over:  # it has ended meanwhile
-                self._over.append(standby)
-                standby.wait(STATUS_SECONDS)
+            lost = any(child.is_lost and child.parent is standby for child in self._children)
+            if lost and standby not in self._over and standby.wait(STATUS_SECONDS):
+                self._over.append(standby)  # of a process that ends any descriptor may be the first to close
         # A standby takes its children along: their ends say nothing.
         return [one.ending for one in self._over if not (isinstance(one, Child) and one.is_orphan)]
 
