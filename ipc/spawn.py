@@ -21,6 +21,8 @@ def child_environment(device: str) -> dict[str, str]:
     if home not in _site_folders():  # in front, those would hide parts of the standard library
         paths = environment.get("PYTHONPATH", "").split(os.pathsep)
         environment["PYTHONPATH"] = os.pathsep.join([home, *(path for path in paths if path)])
+    # numpy's, which nobody uses, or importing it would start threads: standbys are forked, and have one.
+    environment.setdefault("OPENBLAS_NUM_THREADS", "1")
     if device == "cpu":
         environment.setdefault("OMP_NUM_THREADS", "1")  # as many ranks as cores, or more: they would fight
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the ranks are on one host

@@ -136,8 +136,8 @@ class Standby:
                 data = self._control.recv(_MAX_ANNOUNCED)
             except BlockingIOError:
                 return
-            except ConnectionError:
-                data = b""
+            except ConnectionResetError:
+                continue  # it has ended over requests that it never read; what it said before comes next
             if data == READY:
                 self.is_ready = True
             elif data:
