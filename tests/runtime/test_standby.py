@@ -337,6 +337,9 @@ def ready_forks(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest)
 
 
 def test_the_ranks_standby_has_torch_and_one_thread_and_no_cuda(ready_forks: Forks) -> None:
+    standby = ready_forks.standby
+    eventually(lambda: standby.read() or standby.is_ready)  # type: ignore[func-returns-value]
+    assert len(os.listdir(f"/proc/{standby.process.pid}/task")) == 1
     code = """
 import sys
 assert "tpworker.rank.process" in sys.modules
@@ -345,7 +348,6 @@ say(boot, len(os.listdir('/proc/self/task')), torch.cuda.is_initialized(), torch
 """
     assert status_of(ready_forks.fork(code)) == 0
     assert ready_forks.said() == ["2 False False"]  # its own and the lifeline's
-    assert len(os.listdir(f"/proc/{ready_forks.standby.process.pid}/task")) == 1
 
 
 def test_a_forked_rank_computes_with_several_threads(ready_forks: Forks) -> None:

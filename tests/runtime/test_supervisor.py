@@ -17,8 +17,10 @@ from tests.conftest import eventually
 from tests.ipc.test_child import RANK_BOOT, SCHEDULER_BOOT
 from tpworker.ipc.board import Field, Phase
 from tpworker.ipc.channels import Channel, new_address
+from tpworker.ipc.child import RANK_STANDBY, SCHEDULER_STANDBY
 from tpworker.ipc.messages import SchedulerReady, Stop
 from tpworker.runtime.faults import Fault
+from tpworker.runtime.standby import Standbys
 from tpworker.runtime.supervisor import Group, Supervisor
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
@@ -29,7 +31,9 @@ GENERATION = 5
 class Watched:
     """A supervisor, its processes and what it said of them."""
 
-    def __init__(self, model: Path, num_ranks: int = 2, **options: Any) -> None:
+    def __init__(
+        self, model: Path, num_ranks: int = 2, standbys: Standbys | None = None, **options: Any
+    ) -> None:
         self.channel = Channel.bind(new_address("runtime"))
         self.faults: list[Fault] = []
         options.setdefault("rank_module", "tests.children.idle_rank")
@@ -38,7 +42,7 @@ class Watched:
             generation=GENERATION, num_ranks=num_ranks, model=str(model), scheduler=SCHEDULER_BOOT.settings,
             rank=RANK_BOOT.settings, **options,
         )  # fmt: skip
-        self.supervisor = Supervisor(group, self.channel.address, self.faults.append)
+        self.supervisor = Supervisor(group, self.channel.address, self.faults.append, standbys)
 
     def ready(self) -> None:
         self.channel.accept("tpworker-scheduler", GENERATION, 20)
@@ -97,6 +101,64 @@ def test_a_process_that_is_killed_is_named(watched: Watched, name: str) -> None:
     fault = watched.fault()
     assert fault.process == name
     assert fault.summary.startswith(f"{name} was killed by SIGKILL")
+
+
+@pytest.mark.parametrize("name", ["tpworker-scheduler-standby", "tpworker-rank-standby"])
+def test_a_standby_that_is_killed_is_named_and_not_its_children(watched: Watched, name: str) -> None:
+    watched.ready()
+    (standby,) = (process for process in own_children() if process.name() == name)
+    standby.kill()
+    fault = watched.fault()
+    assert fault.process == name
+    assert fault.summary.startswith(f"{name} was killed by SIGKILL")
+    assert not own_children()
+
+
+@pytest.fixture
+def standbys() -> Iterator[Standbys]:
+    standbys = Standbys("tpworker.testing.fake_scheduler", "tests.children.idle_rank", "cpu")
+    yield standbys
+    standbys.close()
+
+
+def test_generations_are_forked_from_the_same_standbys(model_folder: Path, standbys: Standbys) -> None:
+    pids, parents = [], []
+    for how in ("killed", "stopped", "stopped"):
+        watched = Watched(model_folder, standbys=standbys)
+        watched.ready()
+        pids.append(watched.pid("tpworker-rank1"))
+        parents.append(psutil.Process(pids[-1]).ppid())
+        if how == "killed":
+            os.kill(pids[-1], signal.SIGKILL)
+            assert watched.fault().process == "tpworker-rank1"
+        else:
+            watched.stop()
+        watched.close()
+        assert {process.name() for process in own_children()} == {SCHEDULER_STANDBY, RANK_STANDBY}
+        assert not [child for standby in own_children() for child in standby.children()]
+    assert len(set(pids)) == 3
+    assert len(set(parents)) == 1
+
+
+@pytest.mark.parametrize("name", [SCHEDULER_STANDBY, RANK_STANDBY])
+def test_a_standby_that_hangs_is_replaced(
+    model_folder: Path, standbys: Standbys, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And a rank that dies meanwhile is noticed nevertheless."""
+    watched = Watched(model_folder, standbys=standbys)
+    watched.ready()
+    old = {standby.name: standby for standby in standbys.start()}
+    os.kill(old[name].process.pid, signal.SIGSTOP)
+    os.kill(watched.pid("tpworker-rank1"), signal.SIGKILL)
+    assert watched.fault().process == "tpworker-rank1"
+    watched.close()
+    assert f"{name} hangs" in caplog.text
+    new = {standby.name: standby for standby in standbys.start()}
+    assert {each for each in new if new[each] is not old[each]} == {name}
+    watched = Watched(model_folder, standbys=standbys)
+    watched.ready()
+    watched.close()
+    assert not watched.faults
 
 
 def test_when_one_ends_all_have_ended(watched: Watched) -> None:
