@@ -51,7 +51,7 @@ def agree(wire: Wire, free_bytes: int, kept: HostMemory | None = None, **changes
     boot: Any = SimpleNamespace(generation=0, rank=0, num_ranks=1, settings=SimpleNamespace(**fields))
     weights = SimpleNamespace(mtp=None)
     decoder: Any = SimpleNamespace(spec=SPEC, shard=Shard.of(SPEC, 0, 1), weights=weights)
-    device: Any = SimpleNamespace(torch_device=CPU, free_bytes=lambda num_ranks: free_bytes, synchronize=list)
+    device: Any = SimpleNamespace(torch_device=CPU, free_bytes=lambda num_ranks: free_bytes)
     plans: Any = wire
     if kept is not None:
         return agree_on_cache(boot, plans, decoder, torch.float32, device, kept)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from tpworker.checkpoint.regions import Region
 from tpworker.kernels.operands import Matrix
 from tpworker.kernels.operations import Operations
 from tpworker.model.families import FAMILIES, ModelSpec, MoeNames, MoeSpec, WeightNames
@@ -31,41 +32,61 @@ def assemble(
     shard: Shard,
     dtype: torch.dtype,
     device: torch.device,
-    fill: Fill,
+    fill: Fill | None,
     *,
     with_mtp: bool = False,
     layers: EachLayer = map,
     sized_for: torch.device | None = None,
+    regions: Sequence[Region] | None = None,
 ) -> DecoderWeights:
     """Build every tensor of a rank; `fill` is called for each published tensor that it is made of.
 
     Args:
+        fill: None: nothing is filled or changed, as the regions hold what an earlier process built, or only
+            sizes are wanted.
         with_mtp: the head for multi-token prediction, too; the spec has one.
         layers: as `map`, and may run several at once.
         sized_for: where the weights would be, if `device` is the meta device.
+        regions: `num_regions` of them, on `device`, to have all tensors in; None: each has its own memory.
     """
     names = FAMILIES[spec.family].names
     operations = operations_of(device)
     build = _Builder(spec, shard, dtype, device, sized_for or device, fill, operations)
+    if regions is not None:
+        build = replace(build, region=regions[-1])
+
+    def layer(number: int) -> LayerWeights:
+        own = build if regions is None else replace(build, region=regions[number])
+        return own.layer(number)
+
     embed = build.rows([(f"{names.embed}.weight", shard.vocab)])
-    built = tuple(layers(build.layer, range(spec.num_layers + with_mtp)))
+    built = tuple(layers(layer, range(spec.num_layers + with_mtp)))
     final_norm = build.norm(names.final_norm, spec.hidden_size)
     head = embed if spec.tie_embeddings else build.rows([(f"{names.lm_head}.weight", shard.vocab)])
     mtp = build.mtp(built[-1], final_norm) if with_mtp else None
     return DecoderWeights(embed, built[: spec.num_layers], final_norm, operations.linear(head), mtp)
 
 
+def num_regions(spec: ModelSpec, with_mtp: bool) -> int:
+    """One for each layer, the head's too, and one for all that is in none."""
+    return spec.num_layers + with_mtp + 1
+
+
 @dataclass(frozen=True, slots=True)
 class _Builder:
-    """Allocates zeros and has them filled. Plain weights are dropped as soon as they are packed."""
+    """Allocates zeros and has them filled. Plain weights are dropped as soon as they are packed.
+
+    What is changed once it is filled is changed only where `fills`.
+    """
 
     spec: ModelSpec
     shard: Shard
     dtype: torch.dtype
     device: torch.device
     sized_for: torch.device
-    fill: Fill
+    filler: Fill | None
     operations: Operations
+    region: Region | None = None
 
     # ------------------------------------------------------------------------------ parts of a layer
 
@@ -98,7 +119,7 @@ class _Builder:
         """All query heads, then keys, then values."""
         parts = [(names.query, queries), (names.key, keys), (names.value, keys)]
         weight, bias = self.columns(parts, self.spec.qkv_bias)
-        if self.spec.rope.interleaved:
+        if self.fills and self.spec.rope.interleaved:
             rotated = queries.local + keys.local
             _to_halves(weight[:rotated], self.spec.head_dim)
             if bias is not None:
@@ -121,7 +142,7 @@ class _Builder:
         assert spec is not None
         assert published is not None
         assert width is not None
-        gate = torch.zeros(spec.num_experts, self.spec.hidden_size, dtype=self.gate_dtype, device=self.device)
+        gate = self.zeros(spec.num_experts, self.spec.hidden_size, dtype=self.gate_dtype)
         self.fill(gate, f"{published.router}.weight", 0, Split.whole(spec.num_experts))
         bias = self.router_bias(spec, published) if spec.has_bias else None
         experts = list(_experts(spec, published, width))
@@ -133,7 +154,7 @@ class _Builder:
             return Moe(spec, operations.linear(gate), bias, gate_ups, downs, operations)
         gate_up = self.zeros(len(experts), 2 * width.local, self.spec.hidden_size)
         down = self.zeros(len(experts), self.spec.hidden_size, width.local)
-        for number, e in enumerate(experts):
+        for number, e in enumerate(experts if self.fills else ()):
             self.fill(gate_up[number, : width.local], f"{e.gate}.weight", 0, e.split)
             self.fill(gate_up[number, width.local :], f"{e.up}.weight", 0, e.split)
             self.fill(down[number], f"{e.down}.weight", 1, e.split)
@@ -147,7 +168,7 @@ class _Builder:
 
     def router_bias(self, spec: MoeSpec, names: MoeNames) -> Tensor:
         """float32 [E]."""
-        bias = torch.zeros(1, spec.num_experts, dtype=torch.float32, device=self.device)
+        bias = self.zeros(1, spec.num_experts, dtype=torch.float32)
         if names.bias_is_row:
             self.fill(bias, names.bias, 1, Split.whole(spec.num_experts))
         else:
@@ -164,7 +185,7 @@ class _Builder:
         self.fill(weight, f"{names.projection}.weight", 0, Split.whole(size))
         bias = self.vector(f"{names.projection}.bias", size) if spec.mtp.has_bias else None
         hidden_norm = self.norm(names.hidden_norm, size)
-        if spec.mtp.before_final_norm:
+        if self.fills and spec.mtp.before_final_norm:
             hidden_norm.div_(final_norm).nan_to_num_()  # a weight of 0 has left nothing of the state
         return MtpWeights(
             embedding_norm=self.norm(names.embedding_norm, size),
@@ -176,9 +197,22 @@ class _Builder:
 
     # -------------------------------------------------------------------------------------- tensors
 
-    def zeros(self, *shape: int) -> Tensor:
+    @property
+    def fills(self) -> bool:
+        """Whether the tensors are new, and theirs is more to be than sizes."""
+        return self.filler is not None
+
+    def fill(self, out: Tensor, name: str, dim: int, split: Split) -> None:
+        """See `Fill`."""
+        if self.filler is not None:
+            self.filler(out, name, dim, split)
+
+    def zeros(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """What is to be filled; padding stays zero."""
-        return torch.zeros(shape, dtype=self.dtype, device=self.device)
+        dtype = dtype or self.dtype
+        if self.region is not None:
+            return self.region.take(shape, dtype)
+        return torch.zeros(shape, dtype=dtype, device=self.device)
 
     def rows(self, parts: list[tuple[str, Split]]) -> Tensor:
         """[sum of the parts' local rows, hidden]: weights split by output rows, one below the other."""
@@ -190,7 +224,8 @@ class _Builder:
 
     def norm(self, name: str, size: int) -> Tensor:
         """[size], the weight of a norm."""
-        return self.vector(f"{name}.weight", size).add_(self.spec.norm_offset)
+        weight = self.vector(f"{name}.weight", size)
+        return weight.add_(self.spec.norm_offset) if self.fills else weight
 
     def post_norm(self, name: str) -> Tensor | None:
         """The weight of a norm of what a layer adds to the residual stream, where the model has them."""
@@ -210,7 +245,7 @@ class _Builder:
         bias = None
         if has_bias:
             bias = self.vector(f"{name}.bias", self.spec.hidden_size)
-            if self.shard.rank > 0:
+            if self.fills and self.shard.rank > 0:
                 bias.zero_()
         return self.operations.linear(weight, bias)
 

@@ -8,13 +8,15 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from tpworker.checkpoint.assembly import assemble
+from tpworker.checkpoint.assembly import assemble, num_regions
 from tpworker.checkpoint.checkpoint import Checkpoint
+from tpworker.checkpoint.regions import Kept, Place, sizes_of
 from tpworker.checkpoint.weight_files import WeightFiles, check_mtp, output_head
 from tpworker.model.families import FAMILIES, ModelSpec
 from tpworker.model.linear import can_pack
@@ -43,6 +45,7 @@ def load_weights(
     admit: Admit = lambda total: None,
     *,
     with_mtp: bool = False,
+    kept: Kept | None = None,
 ) -> DecoderWeights:
     """Read one rank's slices of model.safetensors, or of the files of model.safetensors.index.json.
 
@@ -52,12 +55,18 @@ def load_weights(
     Args:
         admit: told the bytes of the rank's weights before any are allocated; may raise.
         with_mtp: the head for multi-token prediction, too; the spec has one (see `why_no_mtp`).
+        kept: memory for weights that are not packed. Those that it has already are not read, nor admitted.
 
     Raises:
         ModelError: a file is missing, truncated or no safetensors; a tensor is missing, has another shape
             than config.json says, is not of a float type, or is one that this decoder has no use for.
     """
     checkpoint, spec = _open(folder, spec, with_mtp)
+    place = _place(kept, str(folder), spec, shard, dtype, device, with_mtp)
+    build = partial(assemble, spec, shard, dtype, device, with_mtp=with_mtp)
+    if place is not None and (regions := place.find()) is not None:
+        progress(place.num_bytes, place.num_bytes)
+        return build(None, regions=regions)
     total = shard_bytes(spec, shard, dtype, device, checkpoint.look_up, with_mtp=with_mtp)
     skipped = _refuse_unused(checkpoint, spec, with_mtp)
     if skipped and shard.rank == 0:
@@ -75,7 +84,9 @@ def load_weights(
 
     num_readers = MAX_READERS if device.type == "cuda" else min(MAX_READERS, torch.get_num_threads())
     with torch.no_grad(), ThreadPoolExecutor(num_readers, "weights", _use, (device,)) as pool:
-        weights = assemble(spec, shard, dtype, device, fill, with_mtp=with_mtp, layers=pool.map)
+        weights = build(fill, layers=pool.map, regions=None if place is None else place.make())
+    if place is not None:
+        place.finish()
     progress(total, total)
     return weights
 
@@ -125,11 +136,17 @@ def dummy_weights(
     admit: Admit = lambda total: None,
     *,
     with_mtp: bool = False,
+    kept: Kept | None = None,
 ) -> DecoderWeights:
     """Random weights for benchmarks: normal with σ 0.02, norms 1, biases 0. Other TP sizes, other models.
 
-    `progress`, `admit` and `with_mtp` are as those of `load_weights`.
+    `progress`, `admit`, `with_mtp` and `kept` are as those of `load_weights`.
     """
+    place = _place(kept, f"dummy {seed}", spec, shard, dtype, device, with_mtp)
+    build = partial(assemble, spec, shard, dtype, device, with_mtp=with_mtp)
+    if place is not None and (regions := place.find()) is not None:
+        progress(place.num_bytes, place.num_bytes)
+        return build(None, regions=regions)
     total = shard_bytes(spec, shard, dtype, device, with_mtp=with_mtp)
     admit(total)
     done = 0
@@ -156,9 +173,30 @@ def dummy_weights(
         progress(min(done, total), total)
 
     with torch.no_grad():
-        weights = assemble(spec, shard, dtype, device, fill, with_mtp=with_mtp)
+        weights = build(fill, regions=None if place is None else place.make())
+    if place is not None:
+        place.finish()
     progress(total, total)
     return weights
+
+
+def _place(
+    kept: Kept | None,
+    source: str,
+    spec: ModelSpec,
+    shard: Shard,
+    dtype: torch.dtype,
+    device: torch.device,
+    with_mtp: bool,
+) -> Place | None:
+    """Where weights from this source lie, if they are kept."""
+    if kept is None:
+        return None
+    assert not can_pack(device, dtype), "packed weights lie where oneDNN puts them"
+    meta = torch.device("meta")
+    measure = partial(assemble, spec, shard, dtype, meta, None, with_mtp=with_mtp, sized_for=device)
+    sizes = sizes_of(num_regions(spec, with_mtp), lambda regions: measure(regions=regions))
+    return Place(kept, repr((source, spec, shard, dtype, with_mtp)), sizes)
 
 
 def shard_bytes(

@@ -48,7 +48,7 @@ class KeptMemory(Protocol):
         """New memory, all zero, which is not whole before `finish`."""
 
     def finish(self, name: str) -> None:
-        """The area that was made, or found, is whole: all that was queued to fill it has been done."""
+        """The area that was made is whole. Waits for all that was queued to fill it."""
 
 
 class Marks:

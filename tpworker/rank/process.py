@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 
@@ -119,7 +119,7 @@ def assemble(
     with torch.inference_mode():
         row.enter(Phase.LOADING)
         kept = HostMemory(boot.kept_fd)
-        spec, shard, weights, dtype = load_shard(boot, device, row)
+        spec, shard, weights, dtype = load_shard(boot, device, row, kept)
         row.enter(Phase.MEETING)
         collectives = meeting.result()
         # Drafts may be fed behind the end of the longest sequence, though to no effect; and behind a prompt
@@ -247,9 +247,9 @@ def ring_rows(settings: RankSettings) -> int:
 
 
 def load_shard(
-    boot: RankBoot, device: Device, row: Row
+    boot: RankBoot, device: Device, row: Row, kept: KeptMemory
 ) -> tuple[ModelSpec, Shard, DecoderWeights, torch.dtype]:
-    """This rank's shard of the model, and its dtype.
+    """This rank's shard of the model, and its dtype; weights that an earlier process left are taken.
 
     Raises:
         ModelError: the folder is not a model that is supported, or is broken.
@@ -264,12 +264,15 @@ def load_shard(
         row[Field.PROGRESS_TOTAL] = total
         row[Field.PROGRESS_DONE] = row[Field.WEIGHTS] = done
 
-    admit, with_mtp = partial(check_room, boot, device), settings.speculative_method == "mtp"
-    here = device.torch_device
+    more: dict[str, Any] = {
+        "with_mtp": settings.speculative_method == "mtp",
+        "kept": kept if kept.keeps("weights") else None,
+    }
+    admit, here = partial(check_room, boot, device), device.torch_device
     if settings.load_format == "dummy":
-        weights = dummy_weights(spec, shard, dtype, here, settings.seed, progress, admit, with_mtp=with_mtp)
+        weights = dummy_weights(spec, shard, dtype, here, settings.seed, progress, admit, **more)
     else:
-        weights = load_weights(folder, spec, shard, dtype, here, progress, admit, with_mtp=with_mtp)
+        weights = load_weights(folder, spec, shard, dtype, here, progress, admit, **more)
     device.synchronize()  # or the copies would count as part of what comes next
     return spec, shard, weights, dtype
 
@@ -327,7 +330,6 @@ def agree_on_cache(
     num_blocks = expect(answer, Allocate).num_kv_blocks
     if memory is None or num_blocks != offer:
         memory = kept.make("kv", layout, num_blocks * block_bytes)
-        device.synchronize()
         kept.finish("kv")
     block_size = settings.block_size
     return KVCache(spec, shard, num_blocks, block_size, dtype, device.torch_device, num_layers, memory)
