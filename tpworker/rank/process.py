@@ -315,12 +315,14 @@ def agree_on_cache(
     settings, spec, shard = boot.settings, decoder.spec, decoder.shard
     num_layers = spec.num_layers + (decoder.weights.mtp is not None)
     block_bytes = KVCache.bytes_per_block(spec, shard, settings.block_size, dtype, num_layers)
-    layout = repr((spec, shard, settings.block_size, settings.num_kv_blocks, dtype, num_layers))
-    memory = kept.find("kv", layout)
+    layout = repr((spec, shard, settings.block_size, dtype, num_layers))
+    memory, wanted = kept.find("kv", layout), settings.num_kv_blocks
+    if memory is not None and wanted not in (0, memory.nbytes // block_bytes):
+        memory = None
     if memory is not None:
         offer = memory.nbytes // block_bytes
     else:
-        offer = settings.num_kv_blocks or blocks_that_fit(boot, device, block_bytes)
+        offer = wanted or blocks_that_fit(boot, device, block_bytes)
     plans.send(RankLoaded(boot.generation, boot.rank, offer, has_kept=memory is not None))
     answer = plans.receive(settings.start_timeout)
     if answer is None:
