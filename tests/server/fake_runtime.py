@@ -16,7 +16,15 @@ from tpworker.config import RuntimeConfig
 from tpworker.errors import QueueFull, RuntimeFailed, RuntimeStopped
 from tpworker.model.families.spec import ModelSpec, RopeSpec
 from tpworker.observe.watch import GpuState
-from tpworker.outputs import Health, RequestOutput, RuntimeState, Stats, StepRecord, TokenLogprobs
+from tpworker.outputs import (
+    Health,
+    RequestOutput,
+    RuntimeEvent,
+    RuntimeState,
+    Stats,
+    StepRecord,
+    TokenLogprobs,
+)
 from tpworker.runtime.admission import Limits, check_priority, fit, pack_prompt, resolve_sampling
 from tpworker.runtime.facts import Facts
 from tpworker.runtime.loading import FoundModel
@@ -120,6 +128,9 @@ class FakeRuntime(Facts):
     accepted_tokens: tuple[int, ...] = ()
     requests: list[tuple[str, SamplingParams, str | None]] = field(default_factory=list)
     aborted: list[str | None] = field(default_factory=list)
+    events: tuple[RuntimeEvent, ...] = ()
+    resumed_requests: int = 0
+    lost: tuple[tuple[str, int], ...] = ()
     num_open: int = 0
     drained: float | None = None
     tokenising_threads: set[str] = field(default_factory=set)
@@ -134,6 +145,8 @@ class FakeRuntime(Facts):
         self._fault = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
+        self._up = asyncio.Event()  # not while it recovers
+        self._up.set()
         if self.is_found:
             self._find()
         if self.state == "ready":
@@ -186,6 +199,21 @@ class FakeRuntime(Facts):
         self.error = f"{process} was killed by SIGKILL\nTraceback: secret details"
         self._fault.set()
 
+    def lose(self, process: str = "tpworker-rank1") -> None:
+        """A process is lost; requests are taken, and wait."""
+        self.state = "recovering"
+        self.error = f"{process} was killed by SIGKILL at step 7\nTraceback: secret details"
+        self._up.clear()
+
+    def recover(self, seconds: float) -> None:
+        """They go on."""
+        self.state, self.error = "ready", None
+        number = self.events[-1].generation + 1 if self.events else 1
+        summary = "tpworker-rank1 was killed by SIGKILL at step 7"
+        event = RuntimeEvent("recovered", 0.0, number, "tpworker-rank1", summary, seconds, self.num_open)
+        self.events = (*self.events, event)[-64:]
+        self._up.set()
+
     def gpus(self) -> tuple[GpuState, ...]:
         return self.gpu_states
 
@@ -213,6 +241,9 @@ class FakeRuntime(Facts):
             recent_steps=steps,
             draft_tokens=self.draft_tokens,
             accepted_tokens=self.accepted_tokens,
+            restarts=self.events[-1].generation if self.events else 0,
+            resumed_requests=self.resumed_requests,
+            lost=self.lost,
         )
 
     async def generate(
@@ -226,7 +257,7 @@ class FakeRuntime(Facts):
         sampling = sampling or SamplingParams()
         if sampling.max_tokens is None and default_max_tokens is not None:
             sampling = replace(sampling, max_tokens=max(default_max_tokens, sampling.min_tokens))
-        if self.state != "ready":
+        if self.state not in ("ready", "recovering"):
             raise RuntimeStopped(f"the runtime is {self.state}")
         ids = await self._checked_ids(prompt, sampling)
         if sampling.detokenize:
@@ -315,7 +346,7 @@ class FakeRuntime(Facts):
             include_stop=sampling.include_stop_str_in_output,
         )
         for position, token_id in enumerate(script[:limit]):
-            if self.before is not None:
+            if self.before is not None or not self._up.is_set():
                 await self._wait_or_fail(position)
             if position == self.abort_at:
                 yield RequestOutput(request_id, "", (), "abort", None, num_prompt, 0, position, index)
@@ -344,8 +375,12 @@ class FakeRuntime(Facts):
             await asyncio.sleep(0)
 
     async def _wait_or_fail(self, position: int) -> None:
-        assert self.before is not None
-        waiting = asyncio.ensure_future(self.before(position))
+        async def wait() -> None:
+            await self._up.wait()
+            if self.before is not None:
+                await self.before(position)
+
+        waiting = asyncio.ensure_future(wait())
         fault = asyncio.ensure_future(self._fault.wait())
         try:
             await asyncio.wait([waiting, fault], return_when=asyncio.FIRST_COMPLETED)

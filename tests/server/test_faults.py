@@ -14,11 +14,19 @@ import pytest
 from tests.server.conftest import MODEL, LiveServer
 from tests.server.fake_runtime import FakeRuntime
 from tests.server.test_refusals import error_of
-from tpworker.errors import RequestFailed
+from tpworker.errors import InvalidRequest, RequestFailed
+from tpworker.server import answer
 from tpworker.server.errors import describe
 
 Start = Callable[..., LiveServer]
 COMPLETIONS = "/v1/completions"
+
+
+@pytest.fixture
+def brief_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After which comments are sent."""
+    monkeypatch.setattr(answer, "FIRST_SILENCE_S", 0.02)
+    monkeypatch.setattr(answer, "SILENCE_S", 0.01)
 
 
 async def for_ever(position: int) -> None:
@@ -120,9 +128,10 @@ def test_what_nobody_waits_for_is_not_prepared(start: Start, path: str, body: di
 def test_requests_have_to_wait_until_it_is_ready(start: Start, state: Any) -> None:
     server = start(FakeRuntime(state=state))
     response = server.post(COMPLETIONS, json={"prompt": "a"})
-    assert (response.status_code, response.headers["retry-after"]) == (503, "1")
+    assert (response.status_code, response.headers["retry-after"]) == (503, "5")
     assert state in error_of(response)["message"]
-    assert server.get("/ready").status_code == 503
+    ready = server.get("/ready")
+    assert (ready.status_code, ready.headers["retry-after"]) == (503, "5")
     assert server.get("/health").status_code == (503 if state == "stopped" else 200)
     assert server.get("/health").json() == {"status": state}
 
@@ -142,6 +151,105 @@ def test_some_of_several_prompts_that_find_the_queue_full_end_the_others(start: 
     server = start(FakeRuntime(before=for_ever, max_queue=2))
     assert server.post(COMPLETIONS, json={"prompt": ["a", "b", "c"]}).status_code == 429
     server.wait_until(lambda: server.runtime.num_open == 0)
+
+
+# ------------------------------------------------------------------------------ recoveries
+
+
+def test_it_lives_while_it_recovers_but_others_are_quicker(start: Start) -> None:
+    server = start()
+    server.call(server.runtime.lose)
+    health, ready = server.get("/health"), server.get("/ready")
+    told = {"status": "recovering", "error": "tpworker-rank1 was killed by SIGKILL at step 7"}
+    assert (health.status_code, ready.status_code) == (200, 503)
+    assert health.json() == ready.json() == told, "which process, what happened, and no traceback"
+    assert ready.headers["retry-after"] == "1"
+    assert server.get("/v1/models").status_code == 200
+    server.call(server.runtime.recover, 1.5)
+    assert server.get("/ready").json() == {"status": "ready"}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_requests_that_come_while_it_recovers_wait(start: Start, stream: bool) -> None:
+    server = start()
+    server.call(server.runtime.lose)
+
+    async def run() -> httpx.Response:
+        async with httpx.AsyncClient(timeout=20) as client:
+            body = {"prompt": "a", "stream": stream}
+            waiting = asyncio.create_task(client.post(server.url + COMPLETIONS, json=body))
+            while server.runtime.num_open == 0:
+                await asyncio.sleep(0.01)
+            server.call(server.runtime.recover, 1.5)
+            return await waiting
+
+    response = asyncio.run(run())
+    assert response.status_code == 200
+    assert response.text.endswith("data: [DONE]\n\n") == stream
+
+
+def test_streams_are_kept_open_for_as_long_as_it_takes(start: Start, brief_silence: None) -> None:
+    async def before(position: int) -> None:
+        if position == 3:
+            server.runtime.lose()
+            await server.runtime._up.wait()
+
+    server = start(FakeRuntime(before=before))
+    with httpx.stream("POST", server.url + COMPLETIONS, json={"prompt": "a", "stream": True}) as response:
+        text = ""
+        for part in response.iter_text():
+            text += part
+            if text.count("\n:\n\n") >= 3 and server.runtime.state == "recovering":
+                server.call(server.runtime.recover, 1.5)
+    events = [event for event in text.split("\n\n") if event != ":"]
+    said = [json.loads(event.removeprefix("data: "))["choices"][0]["text"] for event in events[:-2]]
+    assert "".join(said) == "You said 'a'."
+    assert events[-2:] == ["data: [DONE]", ""]
+
+
+def test_a_stream_begins_before_its_first_output_if_that_takes_long(
+    start: Start, brief_silence: None
+) -> None:
+    server = start()
+    server.call(server.runtime.lose)
+    with httpx.stream("POST", server.url + COMPLETIONS, json={"prompt": "a", "stream": True}) as response:
+        assert response.status_code == 200
+        assert response.headers["content-type"].startswith("text/event-stream")
+        parts = response.iter_text()
+        assert next(parts).startswith(":\n\n")
+        server.call(server.runtime.fail)
+        *_, last, end = "".join(parts).split("\n\n")
+    assert end == ""
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "runtime_failed"
+    assert server.metric('tpworker_requests_total{outcome="failed"}') == 1
+
+
+def test_what_is_refused_after_a_stream_has_begun_is_in_the_clients_words(
+    start: Start, brief_silence: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def generate(*arguments: Any, **options: Any) -> Any:
+        await asyncio.sleep(0.2)
+        raise InvalidRequest("temperature=x: must be y", "temperature")
+        yield
+
+    server = start()
+    monkeypatch.setattr(server.runtime, "generate", generate)
+    text = server.post(COMPLETIONS, json={"prompt": "a", "stream": True}).text
+    assert text.startswith(":\n\n")
+    assert json.loads(text.split("\n\n")[-2].removeprefix("data: "))["error"]["param"] == "temperature"
+
+
+def test_clients_skip_comments_before_and_between_outputs(start: Start, brief_silence: None) -> None:
+    async def before(position: int) -> None:
+        await asyncio.sleep(0.1 if position in (0, 5) else 0)
+
+    server = start(FakeRuntime(before=before))
+    stream = server.openai.completions.create(model=MODEL, prompt="a", stream=True)
+    assert "".join(chunk.choices[0].text for chunk in stream) == "You said 'a'."
+    with server.openai.responses.stream(model=MODEL, input="a") as events:
+        assert events.get_final_response().output_text == "You said '[user]a[assistant]'."
+    whole = server.post(COMPLETIONS, json={"prompt": "a"})
+    assert whole.json()["choices"][0]["text"] == "You said 'a'.", "which is one document"
 
 
 # ------------------------------------------------------------------------------- failures
@@ -166,8 +274,9 @@ def test_a_failure_ends_waiting_requests_with_503(start: Start) -> None:
 
     response = server.post(COMPLETIONS, json={"prompt": "a"})
     assert (response.status_code, error_of(response)["code"]) == (503, "runtime_failed")
+    assert response.headers["retry-after"] == "5"
     health = server.get("/health")
-    assert health.status_code == 503
+    assert (health.status_code, health.headers["retry-after"]) == (503, "5")
     assert health.json() == {"status": "failed", "error": "tpworker-rank1 was killed by SIGKILL"}
     assert server.get("/ready").status_code == 503
     assert server.metric('tpworker_requests_total{outcome="unavailable"}') == 2

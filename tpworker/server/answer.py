@@ -1,12 +1,15 @@
 """An answer in the making: from outputs of the runtime to HTTP, whole or streamed.
 
-Nothing is sent before the first output has come, so that whatever is refused until then has its status.
+Nothing is sent before the first output has come, so that whatever is refused until then has its status. But a
+stream of events does not stay silent, however long its outputs take: a queue, or a runtime that recovers, may
+hold them up for longer than a proxy or a client waits for a byte.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing, suppress
 
@@ -18,7 +21,7 @@ from tpworker.outputs import RequestOutput
 from tpworker.server.errors import describe, internal_error
 from tpworker.server.formats import Format
 from tpworker.server.gate import HALF_CLOSED, OUTCOME
-from tpworker.server.leaving import client_left
+from tpworker.server.leaving import CUT, client_left
 from tpworker.server.merge import Outputs, merge
 from tpworker.server.metrics import Timing
 
@@ -26,6 +29,10 @@ logger = logging.getLogger(__name__)
 
 _EVENT_STREAM = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
 _COMMENT = b":\n\n"  # in a stream of events: of no meaning
+FIRST_SILENCE_S = 15.0
+"""After which a stream of events begins without its first output: what is refused, is refused long before."""
+SILENCE_S = 5.0
+"""After which a comment is sent in a stream that has begun; proxies cut what is silent for half a minute."""
 
 
 class Answer(Response):
@@ -57,32 +64,35 @@ class Answer(Response):
         count = len(streams) * answer_format.num_generated
         keeps_tokens = not stream and answer_format.tells_tokens
         self._choices = [answer_format.choice(keeps_tokens) for _ in range(count)]
-        self._is_sent = False
+        self._is_begun = False  # as a stream of events
+        self._is_over = False  # nothing is to be sent any more
+        self._sent_at = time.monotonic()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         answering = asyncio.create_task(
             self._send_events(scope, send) if self._stream else self._send_whole(send)
         )
         leaving = asyncio.create_task(client_left(receive))
-        probing = asyncio.create_task(self._probe(scope, send))
+        keeping = asyncio.create_task(self._keep_open(scope, send)) if self._stream else None
         try:
             await asyncio.wait([answering, leaving], return_when=asyncio.FIRST_COMPLETED)
             if not answering.done():
                 scope[OUTCOME] = "disconnected"
                 return
             await answering
-        except InvalidRequest as error:
-            raise self._reword(error) from error
+        except (InvalidRequest, RuntimeStopped) as error:
+            raise self._told(error) from error
         finally:
             answering.cancel()
             leaving.cancel()
-            probing.cancel()
+            if keeping is not None:
+                keeping.cancel()
             with suppress(asyncio.CancelledError, Exception):  # raised above, or of no interest any more
                 await answering
 
     def _book(self, index: int, output: RequestOutput) -> None:
         if output.finish_reason == "abort":
-            raise RuntimeStopped("the request was aborted: the server is shutting down")
+            raise RuntimeStopped(CUT)
         self._choices[index].add(output)
         self._timing.add(index, output)
 
@@ -99,33 +109,53 @@ class Answer(Response):
         await send({"type": "http.response.body", "body": body})
 
     async def _send_events(self, scope: Scope, send: Send) -> None:
-        started = False
         try:
             async with aclosing(self._events()) as events:
                 async for event in events:
-                    if not started:
-                        await send({"type": "http.response.start", "status": 200, "headers": _EVENT_STREAM})
-                        started = True
-                    await send({"type": "http.response.body", "body": event.encode(), "more_body": True})
+                    await self._send_part(event.encode(), send)
         except Exception as error:
-            if not started:
+            if not self._is_begun:
+                self._is_over = True  # it has a status, and no comment may take that away now
                 raise
             scope[OUTCOME] = "failed"
-            described = describe(error)
+            described = describe(self._told(error))
             if described is None:
                 logger.exception("while answering %s", self._format.request_id)
             event = self._format.failing(described or internal_error())
-            await send({"type": "http.response.body", "body": event.encode(), "more_body": True})
-        self._is_sent = True
+            await self._send_part(event.encode(), send)
+        self._is_over = True
         await send({"type": "http.response.body", "body": b""})
 
-    async def _probe(self, scope: Scope, send: Send) -> None:
-        """Sends a comment into a stream of events that has begun, when it is time to see who reads it."""
-        half_closed = scope.get("extensions", {}).get(HALF_CLOSED)
-        if half_closed is not None and self._stream:
-            await half_closed.wait()
-            if not self._is_sent:
-                await send({"type": "http.response.body", "body": _COMMENT, "more_body": True})
+    async def _send_part(self, part: bytes, send: Send) -> None:
+        """Of a stream of events, which begins with the first. Two tasks send: where one has to wait for the
+        client to read, the other waits behind it."""
+        self._sent_at = time.monotonic()
+        if not self._is_begun:
+            self._is_begun = True
+            await send({"type": "http.response.start", "status": 200, "headers": _EVENT_STREAM})
+        await send({"type": "http.response.body", "body": part, "more_body": True})
+
+    async def _keep_open(self, scope: Scope, send: Send) -> None:
+        """Sends a comment whenever a stream of events has been silent for a while; and once more when it is
+        time to see who reads it."""
+        half_closed = scope.get("extensions", {}).get(HALF_CLOSED) or asyncio.Event()
+        while not self._is_over:
+            silence = SILENCE_S if self._is_begun else FIRST_SILENCE_S
+            try:
+                async with asyncio.timeout(self._sent_at + silence - time.monotonic()):
+                    await half_closed.wait()
+                half_closed = asyncio.Event()  # it is set once
+            except TimeoutError:
+                if time.monotonic() < self._sent_at + silence:
+                    continue  # something was sent meanwhile
+            if not self._is_over:
+                await self._send_part(_COMMENT, send)
+
+    def _told(self, error: Exception) -> Exception:
+        """What a client is told of an error of the runtime."""
+        if isinstance(error, InvalidRequest):
+            return self._reword(error)
+        return RuntimeStopped(CUT) if isinstance(error, RuntimeStopped) else error
 
     async def _events(self) -> AsyncGenerator[str, None]:
         """The events of all choices; one string for what is there at once."""

@@ -6,7 +6,7 @@ import asyncio
 
 from starlette.types import Receive
 
-from tpworker.server.errors import RETRY, ApiError
+from tpworker.server.errors import SOON, ApiError
 
 BODY_BYTES = 1 << 20
 BODY_BYTES_PER_TOKEN = 16
@@ -100,7 +100,7 @@ class Bodies:
             "later, or send shorter prompts",
             "service_unavailable",
             code="bodies_full",
-            headers=RETRY,
+            headers=SOON,
         )
 
     def take(self, num_bytes: int) -> bool:

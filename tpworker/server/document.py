@@ -34,7 +34,7 @@ def complete(app: FastAPI, runtime: Runtime, has_key: bool) -> None:
         app.openapi_schema = None  # what FastAPI keeps, lacks what is added here
         document = made_by_fastapi()
         _correct(document, has_key)
-        is_known = runtime.health().state in ("ready", "draining")
+        is_known = runtime.health().state in ("ready", "recovering", "draining")
         _mend_numbers(document, runtime.vocab_size - 1 if is_known else TOKEN_ID["maximum"])
         return document
 

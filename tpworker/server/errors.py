@@ -17,7 +17,10 @@ from tpworker.errors import (
     RuntimeStopped,
 )
 
-RETRY = {"Retry-After": "1"}
+SOON = {"Retry-After": "1"}
+"""For what may be over at any moment: a full queue, a recovery."""
+LATER = {"Retry-After": "5"}
+"""For what takes a start: this server's, or that of whoever takes its place."""
 
 
 @dataclass(frozen=True)
@@ -55,13 +58,13 @@ def describe(error: Exception) -> ApiError | None:
         case InvalidRequest():
             return ApiError(400, str(error), param=error.parameter)
         case QueueFull():
-            return ApiError(429, str(error), "rate_limit_error", code="queue_full", headers=RETRY)
+            return ApiError(429, str(error), "rate_limit_error", code="queue_full", headers=SOON)
         case RequestFailed():  # for a reason of its own: not to be tried again
             return ApiError(400, str(error), code="request_failed")
         case RuntimeStopped():
-            return ApiError(503, str(error), "service_unavailable", code="unavailable", headers=RETRY)
+            return ApiError(503, str(error), "service_unavailable", code="unavailable", headers=LATER)
         case RuntimeFailed():
-            return ApiError(503, error.summary, "server_error", code="runtime_failed")
+            return ApiError(503, error.summary, "server_error", code="runtime_failed", headers=LATER)
     return None
 
 

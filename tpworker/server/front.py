@@ -80,7 +80,7 @@ class Front:
         health = self.runtime.health()
         if health.state == "failed":
             raise RuntimeFailed(health.summary)
-        if health.state != "ready":
+        if health.state not in ("ready", "recovering"):  # what comes meanwhile, waits
             raise RuntimeStopped(f"the server is not ready, it is {health.state}: try again later")
         self.check_model(model)
         return timing

@@ -1,4 +1,4 @@
-"""Clients that leave before they have their answer."""
+"""Clients that leave before they have their answer, and servers that do."""
 
 from __future__ import annotations
 
@@ -9,9 +9,14 @@ from typing import Any, TypeVar
 from starlette.requests import Request
 from starlette.types import Receive
 
+from tpworker.errors import RuntimeStopped
 from tpworker.server.gate import OUTCOME
 
 T = TypeVar("T")
+
+
+CUT = "the server is shutting down before this request has ended: send it again"
+"""What clients are told whose requests were taken."""
 
 
 class ClientLeft(Exception):
@@ -29,6 +34,7 @@ async def unless_left(request: Request, work: Coroutine[Any, Any, T]) -> T:
 
     Raises:
         ClientLeft: it has left.
+        RuntimeStopped: the runtime has, in words for the client.
     """
     working = asyncio.create_task(work)
     leaving = asyncio.create_task(client_left(request.receive))
@@ -37,7 +43,10 @@ async def unless_left(request: Request, work: Coroutine[Any, Any, T]) -> T:
         if not working.done():
             request.scope[OUTCOME] = "disconnected"
             raise ClientLeft
-        return working.result()
+        try:
+            return working.result()
+        except RuntimeStopped as error:
+            raise RuntimeStopped(CUT) from error
     finally:
         working.cancel()
         leaving.cancel()

@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from tpworker.outputs import RuntimeState
+
 
 class _Shape(BaseModel):
     """All of the fields, and no other ones."""
@@ -278,9 +280,9 @@ class TokenizerInfo(_Shape):
 
 
 class Probe(_Shape):
-    status: Literal["stopped", "starting", "ready", "draining", "failed"]
+    status: RuntimeState
     error: str = ""
-    """With "failed": what happened, on one line."""
+    """With "failed" and "recovering": what happened, on one line."""
 
 
 class Version(_Shape):

@@ -7,6 +7,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from tpworker.runtime.loading import in_daemon_thread
+from tpworker.server.errors import LATER, SOON
 from tpworker.server.front import Front
 from tpworker.server.metrics import Metrics
 from tpworker.server.shapes import Documented, Load, Probe, Version, documented
@@ -22,12 +23,13 @@ def add_probes(app: FastAPI, front: Front, metrics: Metrics) -> None:
 
     @app.get("/health", responses=probes)
     async def health() -> Response:
-        """200 while the server lives, also while it loads or drains; 503 when it cannot recover."""
-        return probe({"starting", "ready", "draining"})
+        """200 while the server lives, also while it loads, recovers or drains; 503 when it cannot recover."""
+        return probe({"starting", "ready", "recovering", "draining"})
 
     @app.get("/ready", responses=probes)
     async def ready() -> Response:
-        """200 while requests are taken, else 503."""
+        """200 while requests are worked on as they come, else 503. Those that come while it recovers are
+        taken, and wait: another server would be quicker."""
         return probe({"ready"})
 
     @app.get("/ping", responses=probes)
@@ -55,4 +57,6 @@ def add_probes(app: FastAPI, front: Front, metrics: Metrics) -> None:
     def probe(good: set[str]) -> Response:
         health = runtime.health()
         body = {"status": health.state} | ({"error": health.summary} if health.error else {})
-        return JSONResponse(body, 200 if health.state in good else 503)
+        if health.state in good:
+            return JSONResponse(body)
+        return JSONResponse(body, 503, SOON if health.state == "recovering" else LATER)
