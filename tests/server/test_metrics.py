@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 from prometheus_client import CollectorRegistry, Counter
@@ -18,7 +19,7 @@ from tests.server.fake_runtime import FakeRuntime
 from tpworker.config import RuntimeConfig
 from tpworker.observe.nvml import Nvml, find_gpus
 from tpworker.observe.watch import GpuState, GpuWatch
-from tpworker.outputs import RequestOutput, StepRecord
+from tpworker.outputs import RequestOutput, RuntimeState, StepRecord
 from tpworker.server.metrics import Metrics, Timing, step_gaps
 
 Start = Callable[..., LiveServer]
@@ -56,6 +57,36 @@ def test_the_page_tells_how_the_runtime_does(start: Start) -> None:
         "tpworker_request_duration_seconds_count": 2,
     }
     assert {name: server.metric(name) for name in expected} == expected
+
+
+def test_faults_and_recoveries_are_counted(start: Start) -> None:
+    server = start(FakeRuntime(lost=(("rank", 2), ("scheduler", 1)), resumed_requests=40))
+    for _ in range(2):
+        server.call(server.runtime.lose)
+        assert server.metric('tpworker_runtime_state{state="recovering"}') == 1
+        assert server.metric('tpworker_runtime_state{state="ready"}') == 0
+        server.call(server.runtime.recover, 0.75)
+        assert server.metric('tpworker_runtime_state{state="ready"}') == 1
+    for _ in range(100):  # more than are remembered
+        server.call(server.runtime.recover, 2.5)
+        server.get("/metrics")
+    expected = {
+        "tpworker_restarts_total": 102,
+        "tpworker_resumed_requests_total": 40,
+        'tpworker_lost_processes_total{process="rank"}': 2,
+        'tpworker_lost_processes_total{process="scheduler"}': 1,
+        "tpworker_recovery_seconds_count": 102,
+        "tpworker_recovery_seconds_sum": 251.5,
+        'tpworker_recovery_seconds_bucket{le="0.5"}': 0,
+        'tpworker_recovery_seconds_bucket{le="1.0"}': 2,
+    }
+    assert {name: server.metric(name) for name in expected} == expected
+    page = server.get("/metrics").text
+    for process in ("standby", "keeper"):
+        assert f'tpworker_lost_processes_total{{process="{process}"}} 0.0\n' in page, (
+            "a first one is a change"
+        )
+    assert page.count("tpworker_runtime_state{") == len(get_args(RuntimeState))
 
 
 def test_what_is_served_and_on_what(start: Start) -> None:

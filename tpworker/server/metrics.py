@@ -5,14 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise, zip_longest
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from tpworker.observe.watch import GpuState
-from tpworker.outputs import RequestOutput, Stats, StepRecord
+from tpworker.outputs import Health, RequestOutput, RuntimeState, Stats, StepRecord
 from tpworker.version import version
 
 if TYPE_CHECKING:
@@ -20,7 +20,12 @@ if TYPE_CHECKING:
 
 _FIRST_TOKEN = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _EACH_TOKEN = (0.0005, 0.001, 0.002, 0.004, 0.006, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
+_RECOVERY = (0.25, 0.5, 1, 1.5, 2, 3, 5, 10, 20, 30, 60, 120, 300)
 _WHOLE = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800)
+
+
+PROCESSES = ("rank", "scheduler", "standby", "keeper")
+"""The kinds that may be lost. Each has a sample from the start, so that the first loss is a change."""
 
 
 class _Registry(CollectorRegistry):
@@ -93,11 +98,18 @@ class Timing:
 
 
 class _RuntimeCollector(Collector):
-    """Reads `Runtime.stats()` and `Runtime.gpus()` when it is scraped."""
+    """Reads what the runtime tells of itself when it is scraped."""
 
     def __init__(self, runtime: Runtime, served_model_name: str | None) -> None:
         self._runtime = runtime
         self._name = served_model_name
+        self._recoveries = Histogram(
+            "tpworker_recovery_seconds",
+            "From the notice of a lost process until requests went on.",
+            buckets=_RECOVERY,
+            registry=None,
+        )
+        self._last_seen = 0  # of the generations of processes, the last one whose coming has been counted
 
     def describe(self) -> Iterable[Metric]:
         return ()  # registering must not ask a runtime that has not started
@@ -145,9 +157,38 @@ class _RuntimeCollector(Collector):
         for quantile in (0.5, 0.99) if gaps else ():
             gap.add_metric([str(quantile)], gaps[int(quantile * (len(gaps) - 1))])
         yield gap
+        yield from _fault_metrics(self._runtime.health(), stats)
+        yield from self._recovery_times()
         if num_drafts := self._runtime.speculation.num_drafts:
             yield from _draft_metrics(stats, num_drafts)
         yield from _gpu_metrics(self._runtime.gpus())
+
+    def _recovery_times(self) -> Iterable[Metric]:
+        """The runtime remembers its last 64 events: what comes between two scrapes is far less."""
+        for event in self._runtime.events:
+            if event.kind == "recovered" and event.generation > self._last_seen:
+                self._last_seen = event.generation
+                self._recoveries.observe(event.seconds or 0.0)
+        return self._recoveries.collect()
+
+
+def _fault_metrics(health: Health, stats: Stats) -> Iterable[Metric]:
+    """Whether it serves, and what became of its processes."""
+    state = GaugeMetricFamily("tpworker_runtime_state", "1 for the state it is in.", labels=["state"])
+    for name in get_args(RuntimeState):
+        state.add_metric([name], float(name == health.state))
+    yield state
+    lost = CounterMetricFamily(
+        "tpworker_lost_processes", "Processes that died, hung or raised, by kind.", labels=["process"]
+    )
+    for process, count in (dict.fromkeys(PROCESSES, 0) | dict(stats.lost)).items():
+        lost.add_metric([process], count)
+    yield lost
+    for name, text, value in (
+        ("restarts", "How often the processes were started anew.", stats.restarts),
+        ("resumed_requests", "Requests that went on after a restart.", stats.resumed_requests),
+    ):
+        yield CounterMetricFamily(f"tpworker_{name}", text, value)
 
 
 def _draft_metrics(stats: Stats, num_drafts: int) -> Iterable[Metric]:
