@@ -6,6 +6,7 @@ python -m tests.server.fake_cli serve --model MANNER …
 from __future__ import annotations
 
 import asyncio
+import signal
 import sys
 from typing import Any
 
@@ -45,6 +46,8 @@ class TalkingRuntime(FakeRuntime):
 
     async def stop(self) -> None:
         await super().stop()
+        if self.config.model in ("clinging", "endless-clinging"):
+            await asyncio.Event().wait()
         print("the runtime was stopped", file=sys.stderr, flush=True)
 
     async def drain(self, timeout: float | None = None) -> None:
@@ -53,8 +56,13 @@ class TalkingRuntime(FakeRuntime):
 
     async def _before(self, position: int) -> None:
         if position == 3:
-            if self.config.model in ("endless", "hasty"):
+            if self.config.model in ("endless", "hasty", "endless-clinging"):
                 await asyncio.Event().wait()
+            if self.config.model == "held":  # until SIGUSR1, which the last of them gets
+                go = asyncio.Event()
+                asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, go.set)
+                print("it holds on", file=sys.stderr, flush=True)
+                await go.wait()
             if self.config.model == "lazy":
                 await asyncio.sleep(1)
             if self.config.model == "mortal":

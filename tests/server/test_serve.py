@@ -337,27 +337,85 @@ def test_open_requests_are_ended_and_no_new_ones_taken(run: Run) -> None:
         httpx.get(f"{url}/health")
 
 
-def test_the_second_signal_ends_them_at_once(run: Run) -> None:
-    process = run("--port", "0", "--model", "endless")
+def test_while_it_drains_all_are_told_to_go_elsewhere(run: Run) -> None:
+    """Those with a connection and those with a new one; what is open goes on."""
+    process = run("--port", "0", "--model", "held")
     url = process.url()
-    with stream_of(url) as response, httpx.Client(timeout=WAIT_S) as connected:
+    answers: list[httpx.Response] = []
+
+    def ask() -> None:
+        answers.append(httpx.post(f"{url}/v1/completions", json={"prompt": "a"}, timeout=WAIT_S))
+
+    with httpx.Client(base_url=url, timeout=WAIT_S) as connected:
+        assert connected.get("/ready").headers.get("connection") is None
+        asking = threading.Thread(target=ask)
+        asking.start()
+        process.wait_for("it holds on")
+        process.popen.send_signal(signal.SIGTERM)
+        process.wait_for("1 request is open")
+        refusals = [connected.post("/v1/completions", json={"prompt": "a"})]
+        for _ in range(2):
+            refusals.append(httpx.post(f"{url}/v1/completions", json={"prompt": "a"}, timeout=WAIT_S))
+            refusals.append(httpx.get(f"{url}/ready", timeout=WAIT_S))
+            time.sleep(1.1)  # uvicorn makes its headers anew every second
+        health = connected.get("/health")
+        process.popen.send_signal(signal.SIGUSR1)
+        asking.join(WAIT_S)
+    for refusal in refusals:
+        assert (refusal.status_code, refusal.headers["retry-after"]) == (503, "5")
+        assert "draining" in refusal.text
+    assert (health.status_code, health.json()) == (200, {"status": "draining"})
+    (answer,) = answers
+    assert answer.json()["choices"][0]["text"] == "You said 'a'."
+    for told in (answer, health, *refusals):
+        assert told.headers["connection"] == "close"
+    assert process.end()[0] == 0
+
+
+def test_a_stream_that_ends_in_the_drain_is_its_connections_last(run: Run) -> None:
+    process = run("--port", "0", "--model", "held")
+    address = "127.0.0.1", int(process.url().rpartition(":")[2])
+    body = b'{"prompt": "a", "stream": true}'
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: "
+    with socket.create_connection(address, timeout=WAIT_S) as client, stream_of(process.url()) as other:
+        client.sendall(head + str(len(body)).encode() + b"\r\n\r\n" + body)
+        begun = client.recv(1 << 16)
+        process.wait_for("it holds on\nit holds on")  # the other one holds the server up behind this one's end
+        process.popen.send_signal(signal.SIGTERM)
+        process.wait_for("2 requests are open")
+        process.popen.send_signal(signal.SIGUSR1)
+        rest = b"".join(iter(lambda: client.recv(1 << 16), b""))
+        assert (begun + rest).endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+        other.close()
+        assert process.popen.wait(WAIT_S) == 0
+
+
+@pytest.mark.parametrize("stuck", [False, True], ids=["", "processes-too"])
+def test_the_second_signal_ends_them_at_once(run: Run, stuck: bool) -> None:
+    process = run("--port", "0", "--model", "endless-clinging" if stuck else "endless")
+    url = process.url()
+    with stream_of(url) as response:
         parts = response.iter_text()
         text = next(parts)
-        assert connected.get(f"{url}/health").json() == {"status": "ready"}
         process.popen.send_signal(signal.SIGTERM)
-        # Who has a connection can still ask; nobody gets a new one.
-        while connected.get(f"{url}/health").json() != {"status": "draining"}:
-            pass
-        assert connected.post(f"{url}/v1/completions", json={"prompt": "a"}).status_code == 503
-        with pytest.raises(httpx.ConnectError):
-            httpx.get(f"{url}/health")
-        time.sleep(0.5)  # uvicorn, if the signal were its own, would close this connection in 0.1 s
-        assert connected.get(f"{url}/health").json() == {"status": "draining"}
+        process.wait_for("1 request is open")
         process.popen.send_signal(signal.SIGTERM)
         text += "".join(parts)
-    assert json.loads(text.split("\n\n")[-2].removeprefix("data: "))["error"]["code"] == "unavailable"
+    error = json.loads(text.split("\n\n")[-2].removeprefix("data: "))["error"]
+    assert (error["code"], "shutting down" in error["message"]) == ("unavailable", True)
     assert process.end()[0] == 0
     assert "1 request is cut at once, at one more signal (SIGTERM)" in process.errors
+    assert ("did not end at once, and have been killed" in process.errors) == stuck
+
+
+def test_one_more_signal_is_quick_also_when_nothing_is_open(run: Run) -> None:
+    process = run("--port", "0", "--model", "clinging")
+    process.url()
+    process.popen.send_signal(signal.SIGTERM)
+    process.wait_for("SIGTERM: no more requests are taken\n")
+    process.popen.send_signal(signal.SIGINT)
+    assert process.end()[0] == 0
+    assert "did not end at once, and have been killed" in process.errors
 
 
 def test_what_is_cut_at_the_deadline_is_told_to_clients_and_in_the_log(run: Run) -> None:
@@ -449,8 +507,9 @@ def test_a_failure_is_told_to_clients_and_to_the_shell(run: Run) -> None:
     error = json.loads(text.split("\n\n")[-2].removeprefix("data: "))["error"]
     assert error["message"] == "tpworker-rank1 was killed by SIGKILL"
     assert process.end()[0] == 1
-    assert "tpworker: tpworker-rank1 was killed by SIGKILL\n" in process.errors
-    assert "the runtime was stopped" in process.errors
+    *before, last, _ = process.errors.splitlines()  # behind it, the test's own
+    assert last == "tpworker: tpworker-rank1 was killed by SIGKILL", "why, at the end of the log"
+    assert "the runtime was stopped" in before
 
 
 # ----------------------------------------------------------------------------------- --ask
@@ -474,11 +533,12 @@ def test_ask_fails_as_serving_does(run: Run) -> None:
     assert "tpworker-rank1 was killed" in process.errors
 
 
-def test_ask_can_be_interrupted(run: Run) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_ask_can_be_interrupted(run: Run, number: signal.Signals) -> None:
     process = run("--ask", "Who?", "--model", "endless")
     assert process.popen.stdout is not None
     assert process.popen.stdout.read(3) == "You"
-    process.popen.send_signal(signal.SIGINT)
-    assert process.end()[0] == 130
+    process.popen.send_signal(number)
+    assert process.end()[0] == 128 + number, "there is no answer"
     assert "Traceback" not in process.errors
     assert "the runtime was stopped" in process.errors

@@ -20,7 +20,7 @@ import h11
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from tpworker.server.errors import ApiError
+from tpworker.server.errors import SOON, ApiError
 from tpworker.server.gate import HALF_CLOSED
 from tpworker.server.request_ids import RequestIds, own_header
 
@@ -112,6 +112,12 @@ class Connection(H11Protocol):
             return False
         self.transport.abort()
         return True
+
+    def close_behind_answer(self) -> None:
+        """Of what is asked for already, if it is; later answers have the server's own headers."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.default_headers = self.server_state.default_headers
+            self.cycle.keep_alive = False  # if its headers have been sent
 
     # ---------------------------------------------------- what is waited for, and how long
 
@@ -292,7 +298,7 @@ def _only_probes(app: Callable[..., Any]) -> ASGIApp:
             "raise the limit of open files (ulimit -n)",
             "service_unavailable",
             code="too_many_connections",
-            headers={"Retry-After": "1"},
+            headers=SOON,
         )
         await RequestIds(error.as_response())(scope, receive, send_last)
 

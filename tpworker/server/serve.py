@@ -9,7 +9,7 @@ import socket
 from collections.abc import Callable, Coroutine, Generator
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 DRAIN_S = 20.0
 """How long open requests may take to end after the first signal."""
 _FLUSH_S = 5  # how long clients may take to read the end of their streams
+_HASTY_S = 1  # the same, and for the processes to end by themselves, once it has to be quick
+_CLOSE = (b"connection", b"close")
 _BACKLOG = 2048  # connections that the system holds for us until we come to accept them
 _ACCEPTED_AT_ONCE = 16  # of them: so few that it is seen in time when there are too many
 _POLL_S = 0.2
@@ -87,7 +89,8 @@ async def run_server(
     """Start the runtime and serve it until a signal comes, or until it fails. Stops both in the end.
 
     The server answers while the runtime starts (/ready says when). At the first signal it takes no more
-    requests and waits for the open ones; at the second it ends them (see `Signals`, which says of which).
+    requests, which are told so, and waits for the open ones; at the second it ends them, and is quick about
+    it (see `Signals`, which says of which).
 
     Args:
         runtime: not started yet.
@@ -103,7 +106,9 @@ async def run_server(
     """
     crowd = Crowd(max_connections(runtime.config))
     server = Server(http_config(create_app(runtime, options), crowd, tls))
+    hurry: Callable[[], Coroutine[Any, Any, object]]  # when it ends, processes that have not yet are killed
     with seldom(), watched_signals() as signals:
+        hurry = signals.one
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         try:
             if not await _first_of(runtime.start(), signals.one()):
@@ -113,11 +118,14 @@ async def run_server(
             if await _first_of(_ended(runtime, serving), signals.one()):
                 # Its traceback is in the log already: the runtime wrote it when it failed.
                 raise RuntimeFailed(runtime.health().summary or "the HTTP server ended")
-            server.stop_listening()
-            await _drain(runtime, drain_timeout, signals)
+            server.close_behind_answers()
+            if not await _drain(runtime, drain_timeout, signals):
+                hurry = partial(asyncio.sleep, _HASTY_S)
+                server.config.timeout_graceful_shutdown = _HASTY_S
         finally:
             # In this order: a stopped runtime ends all streams, and the server waits for those.
-            await runtime.stop()
+            if not await _first_of(runtime.stop(), hurry()):
+                logger.warning("the processes did not end at once, and have been killed")
             server.should_exit = True
             await serving
 
@@ -173,25 +181,33 @@ class Server(uvicorn.Server):
     def capture_signals(self) -> Generator[None, None, None]:
         yield  # they are run_server's
 
-    def stop_listening(self) -> None:
-        """Take no more connections; the open ones stay."""
-        for listener in self.servers:
-            listener.close()
+    def close_behind_answers(self) -> None:
+        """From now on each answer is its connection's last, and says so. Who comes still is answered: a
+        refused connection would tell nobody that another server is to be asked."""
+        self.config.encoded_headers.append(_CLOSE)  # which every second are made the default once more
+        self.server_state.default_headers = [*self.server_state.default_headers, _CLOSE]
+        for connection in self.server_state.connections:
+            cast("Connection", connection).close_behind_answer()
 
 
-async def _drain(runtime: Runtime, timeout: float, signals: Signals) -> None:
-    """Waits for the open requests, and says how many were not waited for to their end."""
+async def _drain(runtime: Runtime, timeout: float, signals: Signals) -> bool:
+    """Waits for the open requests, and says how many were not waited for to their end.
+
+    Returns:
+        False: a signal has said not to wait.
+    """
     say = logger.warning  # no fault, but whoever reads the log wants to know why it ends there
     num_open = runtime.stats().open
     waits = f"; {_requests(num_open)} open, which may take {timeout:g} s more" if num_open else ""
     say("%s: no more requests are taken%s", signals.last, waits)
-    why = f"at the deadline, {timeout:g} s after {signals.last}"
+    why, is_hasty = f"at the deadline, {timeout:g} s after {signals.last}", False
     with suppress(TimeoutError):
         if await _first_of(runtime.drain(timeout), signals.one()):
-            return
-        why = f"at once, at one more signal ({signals.last})"
+            return True
+        why, is_hasty = f"at once, at one more signal ({signals.last})", True
     if num_open := runtime.stats().open:
         say("%s cut %s", _requests(num_open), why)
+    return not is_hasty
 
 
 def _requests(number: int) -> str:
