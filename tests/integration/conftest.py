@@ -24,13 +24,14 @@ class Server:
     """`tpworker serve` as a process of its own.
 
     Args:
-        options: of `tpworker serve`; a free port is chosen.
+        options: of `tpworker serve`.
+        port: to listen on; None: one that is free.
     """
 
-    def __init__(self, *options: str) -> None:
+    def __init__(self, *options: str, port: int | None = None) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+            self.port = port or free.getsockname()[1]
         command = [sys.executable, "-m", "tpworker", "serve", "--port", str(self.port), *options]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         self.lines: list[str] = []
@@ -75,8 +76,8 @@ def start_server() -> Iterator[Callable[..., Server]]:
     """Starts servers; afterwards they are gone, with every process and socket of theirs."""
     servers: list[tuple[Server, list[psutil.Process]]] = []
 
-    def start(*options: str) -> Server:
-        server = Server(*options)
+    def start(*options: str, port: int | None = None) -> Server:
+        server = Server(*options, port=port)
         servers.append((server, []))
         server.wait_until_ready()
         servers[-1][1].extend(server.children().values())

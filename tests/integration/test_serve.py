@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -169,7 +170,7 @@ def test_many_at_once_and_some_leave(start_server: Start, real_model: Path) -> N
 @pytest.mark.parametrize("victim", ["tpworker-rank1", "tpworker-scheduler"])
 def test_a_process_that_dies_is_named(start_server: Start, real_model: Path, victim: str) -> None:
     """Open requests end with an error event, the server exits non-zero, nothing is left."""
-    server = start_server("-tp", "2", "--device", "cpu")
+    server = start_server("-tp", "2", "--device", "cpu", "--max-restarts", "0")
     body = {"model": MODEL, "prompt": "Once", "max_tokens": 2000, "stream": True, "ignore_eos": True}
     with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as response:
         lines = response.iter_lines()
@@ -178,12 +179,42 @@ def test_a_process_that_dies_is_named(start_server: Start, real_model: Path, vic
         rest = "\n".join(lines)
     assert '"error"' in rest
     assert victim in rest
-    assert server.wait() != 0
-    assert victim in server.stderr
+    assert server.wait() == 1
+    assert victim in server.lines[-1]
+
+
+@pytest.mark.parametrize("victim", ["tpworker-rank1", "tpworker-scheduler"])
+def test_a_process_that_dies_costs_nobody_a_token(start_server: Start, real_model: Path, victim: str) -> None:
+    """Until there are too many of them: then it ends as above, and says so."""
+    server = start_server("-tp", "2", "--device", "cpu", "--dtype", "float32", "--max-restarts", "1")
+    body = {"prompt": "Once", "max_tokens": 60, "temperature": 0, "stream": True, "ignore_eos": True}
+
+    def stream(hurt: bool) -> str:
+        text = ""
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=100) as response:
+            for number, event in enumerate(line for line in response.iter_lines() if line[:5] == "data:"):
+                if hurt and number == 5:
+                    server.children()[victim].send_signal(signal.SIGKILL)
+                if event != "data: [DONE]":
+                    text += json.loads(event[5:])["choices"][0]["text"]
+        return text
+
+    assert stream(hurt=True) == stream(hurt=False)
+    metrics = httpx.get(f"{server.url}/metrics").text
+    kind = victim.removeprefix("tpworker-").rstrip("1")
+    assert "tpworker_restarts_total 1.0" in metrics
+    assert f'tpworker_lost_processes_total{{process="{kind}"}} 1.0' in metrics
+    assert "tpworker_recovery_seconds_count 1.0" in metrics
+    assert "tpworker_resumed_requests_total 1.0" in metrics
+    assert httpx.get(f"{server.url}/ready").json() == {"status": "ready"}
+    server.children()[victim].send_signal(signal.SIGKILL)
+    assert server.wait() == 1
+    assert victim in server.lines[-1]
+    assert "--max-restarts" in server.lines[-1]
 
 
 def test_a_rank_that_hangs_is_named(start_server: Start, real_model: Path) -> None:
-    server = start_server("-tp", "2", "--device", "cpu", "--step-timeout", "2")
+    server = start_server("-tp", "2", "--device", "cpu", "--step-timeout", "2", "--max-restarts", "0")
     server.children()["tpworker-rank1"].send_signal(signal.SIGSTOP)
     response = httpx.post(
         f"{server.url}/v1/completions", json={"model": MODEL, "prompt": "Once", "max_tokens": 50}, timeout=60
@@ -197,6 +228,8 @@ def test_a_rank_that_hangs_is_named(start_server: Start, real_model: Path) -> No
 def test_kill_9_of_the_server_takes_everything_along(start_server: Start, real_model: Path) -> None:
     server = start_server("-tp", "2", "--device", "cpu")
     server.process.kill()  # the fixture asserts that its processes and sockets go
+    again = start_server("-tp", "2", "--device", "cpu", port=server.port)  # at once, beside what still ends
+    assert again.stop() == 0, again.stderr
 
 
 def test_eight_ranks_on_this_machine(start_server: Start, real_model: Path) -> None:

@@ -380,7 +380,7 @@ def test_a_stream_that_ends_in_the_drain_is_its_connections_last(run: Run) -> No
     with socket.create_connection(address, timeout=WAIT_S) as client, stream_of(process.url()) as other:
         client.sendall(head + str(len(body)).encode() + b"\r\n\r\n" + body)
         begun = client.recv(1 << 16)
-        process.wait_for("it holds on\nit holds on")  # the other one holds the server up behind this one's end
+        process.wait_for("it holds on\nit holds on")  # the other one goes on behind this one's end
         process.popen.send_signal(signal.SIGTERM)
         process.wait_for("2 requests are open")
         process.popen.send_signal(signal.SIGUSR1)
