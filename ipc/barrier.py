@@ -78,11 +78,12 @@ class BarrierError(Exception):
 
 
 class BarrierTimeout(BarrierError):
-    """Not every rank came before the deadline. `missing` are those who did not."""
+    """Not every rank came before the deadline, after `seconds`. `missing` are those who did not."""
 
-    def __init__(self, message: str, missing: list[int]) -> None:
+    def __init__(self, message: str, missing: list[int], seconds: float) -> None:
         super().__init__(message)
         self.missing = missing
+        self.seconds = seconds
 
 
 class BarrierDiverged(BarrierError):
@@ -293,7 +294,7 @@ class Barrier:
             raise _diverged(step, digests, missing)
         if missing:  # or else the last of them has come just now
             names = ", ".join(self._where(rank) for rank in missing)
-            raise BarrierTimeout(f"step {step}: waited {timeout:g} s for {names}", missing)
+            raise BarrierTimeout(f"step {step}: waited {timeout:g} s for {names}", missing, timeout)
 
     def _differs(self, rank: int, step: int, patience: Patience) -> NoReturn:
         """A digest is not ours. Who is wrong shows when the others have come, or soon enough."""

@@ -43,6 +43,8 @@ class Field(IntEnum):
     """Bytes of weights that the process holds."""
     COMPILED = 10
     """Kernels that it had to compile."""
+    DEADLINE = 11
+    """Of the scheduler: milliseconds that the steps in flight may take, see deadlines.py; 0: none yet."""
 
 
 class Phase(IntEnum):

@@ -82,9 +82,10 @@ class SchedulerSettings:
     vocab_size: Annotated[int, Within(1, MAX_VOCAB)]
     block_size: Annotated[int, Within(1, MAX_SEQUENCE)]
     prefix_caching: bool
-    step_timeout: Seconds
+    step_timeout: Seconds  # 0: chosen from what steps take
     start_timeout: Seconds
     num_drafts: NumDrafts = 0  # of a slot, at most; 0: no speculation
+    shortest_deadline: Seconds = 5.0  # of a step, if it is chosen
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +104,7 @@ class RankSettings:
     load_format: Word
     seed: Annotated[int, Within(-(2**63), 2**63 - 1)]
     check_ranks_agree: bool
-    step_timeout: Seconds
+    step_timeout: Seconds  # 0: the scheduler chooses, and says so on the board
     start_timeout: Seconds
     speculative_method: Annotated[str, Within(0, 16)] = ""  # '', 'ngram' or 'mtp'
     num_drafts: NumDrafts = 0

@@ -52,6 +52,11 @@ class Patience:
         self._looked = now
         return self._left if self._left >= _OVER else 0.0
 
+    def spent(self) -> float:
+        """Looks, and says how many seconds have counted so far."""
+        self.left()
+        return self.seconds - self._left
+
     def slice(self) -> float:
         """Looks, and says how many seconds to sleep, at most, until the next look; 0.0: it has run out."""
         return min(self.left(), self._slice)

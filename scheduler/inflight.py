@@ -12,7 +12,11 @@ from dataclasses import dataclass
 from tpworker.ipc.arrays import unpack_int32
 from tpworker.ipc.messages import LOGPROB_ROW_BYTES, StepResult
 from tpworker.ipc.patience import Patience
+from tpworker.scheduler.deadlines import Deadlines
 from tpworker.scheduler.requests import Request
+
+STEP_PATIENCE = 1.25
+"""Times a step's deadline: the ranks, who wait for each other that long, know better whom they miss."""
 
 
 class ProtocolError(Exception):
@@ -43,6 +47,11 @@ class InFlight:
     num_drafts: int
     guided: list[tuple[int, Request, int]]  # of `sampled`: the slot, whose it is, which token of its output
     registered: list[tuple[int, int]]  # blocks with their contents, known to be computed when it is answered
+
+    @property
+    def num_tokens(self) -> int:
+        """That it computes."""
+        return self.num_prefill_tokens + self.num_decodes * (1 + self.num_drafts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,13 +92,15 @@ class InFlightPlans:
 
     Args:
         lookahead: see above.
-        timeout: seconds that the oldest plan may take to be answered.
+        deadlines: how long the oldest plan may take to be answered, and told how long each took.
     """
 
-    def __init__(self, lookahead: int, timeout: float) -> None:
+    def __init__(self, lookahead: int, deadlines: Deadlines) -> None:
         self._limit = lookahead + 1
         self._plans: deque[InFlight] = deque()
-        self.patience = Patience(timeout)
+        self._deadlines = deadlines
+        self._seconds: deque[float] = deque()  # that each plan may take
+        self.patience = Patience(0.0)
         """With the oldest plan, since it has been the next to be answered. Not since it was streamed: with
         lookahead it waited its turn behind others."""
 
@@ -101,15 +112,26 @@ class InFlightPlans:
         """The one that is the next to be answered; there must be one."""
         return self._plans[0]
 
+    @property
+    def deadline(self) -> float:
+        """Seconds that the oldest plan may take; there must be one. `patience` is a little longer."""
+        return self._seconds[0]
+
+    @property
+    def longest_deadline(self) -> float:
+        """Seconds, of all plans; there must be one."""
+        return max(self._seconds)
+
     def has_room(self) -> bool:
         """Whether one more plan may be streamed before the oldest is answered."""
         return len(self._plans) < self._limit
 
     def add(self, plan: InFlight) -> None:
         assert self.has_room()
-        if not self._plans:
-            self.patience.restart()
         self._plans.append(plan)
+        self._seconds.append(self._deadlines.of(plan.num_tokens))
+        if len(self._plans) == 1:
+            self.patience = Patience(self.deadline * STEP_PATIENCE)
 
     def answered(self, result: StepResult) -> Answer:
         """The plan that a result answers, and what it says.
@@ -121,7 +143,10 @@ class InFlightPlans:
             waiting = self._plans[0].step if self._plans else None
             raise ProtocolError(f"an answer to step {result.step}, but the oldest unanswered is {waiting}")
         answer = Answer.of(self._plans.popleft(), result)
-        self.patience.restart()
+        self._seconds.popleft()
+        self._deadlines.answered(answer.plan.num_tokens, self.patience.spent())
+        if self._plans:
+            self.patience = Patience(self.deadline * STEP_PATIENCE)
         return answer
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
 import time
 from itertools import accumulate
 
@@ -37,6 +38,7 @@ from tpworker.ipc.wire import encode
 from tpworker.scheduler.agreement import allocate, take_offers
 from tpworker.scheduler.commit import Committed
 from tpworker.scheduler.composer import Composer
+from tpworker.scheduler.deadlines import Deadlines
 from tpworker.scheduler.drafting import Drafting
 from tpworker.scheduler.guides import Guides
 from tpworker.scheduler.inflight import Answer, InFlight, InFlightPlans
@@ -47,8 +49,6 @@ from tpworker.scheduler.told import prompt_logprobs
 
 logger = logging.getLogger(__name__)
 
-STEP_PATIENCE = 1.25
-"""Times step_timeout: the ranks, who wait for each other that long, know better whom they miss."""
 
 COMPILING_SECONDS = 0.25
 """How often to say that we are alive, while grammars are compiled and there is nothing else to do."""
@@ -100,7 +100,8 @@ class Scheduler:
         pool = BlockPool(num_kv_blocks, settings.block_size, settings.prefix_caching, kept)
         self.drafting = Drafting(draft_choices(settings.num_drafts))
         self.composer = Composer(settings.max_num_seqs, settings.max_num_batched_tokens, pool, self.drafting)
-        self.in_flight = InFlightPlans(settings.lookahead, settings.step_timeout * STEP_PATIENCE)
+        self.deadlines = Deadlines(settings.step_timeout, settings.shortest_deadline)
+        self.in_flight = InFlightPlans(settings.lookahead, self.deadlines)
         self.next_step = 0
         self._open: dict[int, Request] = {}
         self._num_arrived = 0
@@ -216,9 +217,11 @@ class Scheduler:
     def stream(self, plan: BatchPlan, in_flight: InFlight) -> None:
         """Encodes a plan once and sends it to every rank."""
         data = encode(plan)
+        self.in_flight.add(in_flight)
+        # Before any rank begins to wait for another.
+        self._row[Field.DEADLINE] = math.ceil(1000 * self.in_flight.longest_deadline)
         for channel in self._plans:
             channel.send_encoded(data)
-        self.in_flight.add(in_flight)
         if in_flight.guided:
             self.guides.expect(in_flight)
         self.next_step += 1
@@ -335,7 +338,8 @@ class Scheduler:
             f"launched {row[Field.LAUNCHED]}, completed {row[Field.COMPLETED]}"
             for row in rows
         )
-        late = f"was not answered within {self.settings.step_timeout:g} s (--step-timeout)"
+        chosen = "--step-timeout" if self.deadlines.is_given else "chosen from what steps took before"
+        late = f"was not answered within {self.in_flight.deadline:.3g} s ({chosen})"
         oldest = self.in_flight.oldest
         if oldest.guided and not self.guides.has_written(oldest.step):
             raise MasksUnwritten(f"step {oldest.step} {late}: its masks have not been written; {places}")

@@ -28,6 +28,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "float": (float, int),
     "bool": (bool,),
     "int | None": (int, type(None)),
+    "float | None": (float, int, type(None)),
     "str | None": (str, type(None)),
     "DeviceName": (str,),
     "DtypeName": (str,),
@@ -93,8 +94,10 @@ class RuntimeConfig:
     `prompt_lookup_min` if that is more."""
     prompt_lookup_min: int | None = None
     """With `ngram`: tokens of the shortest. None: 1."""
-    step_timeout: float = 60.0
-    """Seconds after which a step that is not answered, or a rank that has not come, is a fault."""
+    step_timeout: float | None = None
+    """Seconds after which a step that is not answered, or a rank that has not come, is a fault. None: chosen
+    from what steps take: ten times the slowest of its size so far, but at least 5 on the CPU and 4 on GPUs;
+    60 for the first steps, and at most, unless a step has taken that long."""
     max_restarts: int = 10
     """A process of the group that dies, hangs or raises has the group started anew, and open requests go on;
     after more restarts than these within `restart_window` the runtime fails. 0: at the first fault."""
@@ -177,7 +180,11 @@ class RuntimeConfig:
         self._check(0.05 <= self.gpu_memory_utilization <= 1.0, "gpu_memory_utilization", "from 0.05 to 1")
         self._check(self.scheduling_policy in ("fcfs", "priority"), "scheduling_policy", "fcfs or priority")
         self._check(1 <= self.max_queue <= 2**20, "max_queue", f"from 1 to {2**20}")
-        self._check(0 < self.step_timeout <= 86400, "step_timeout", "above 0 and at most 86400 seconds")
+        self._check(
+            self.step_timeout is None or 0 < self.step_timeout <= 86400,
+            "step_timeout",
+            "above 0 and at most 86400 seconds; leave it out to have it chosen from what steps take",
+        )
         self._check(0 < self.start_timeout <= 86400, "start_timeout", "above 0 and at most 86400 seconds")
         self._check(0 <= self.max_restarts <= 2**20, "max_restarts", f"from 0 to {2**20}")
         self._check(0 < self.restart_window <= 1e6, "restart_window", "above 0 and at most 1000000 seconds")

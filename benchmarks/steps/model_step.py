@@ -79,7 +79,7 @@ def start_ranks(size: int) -> int:
 def run_rank(arguments: argparse.Namespace) -> None:
     size, rank = arguments.tp, arguments.rank
     torch.set_num_threads(arguments.threads or max(1, usable_cores() // size))
-    collectives = connect(*arguments.fds, rank, size, 60.0)
+    collectives = connect(*arguments.fds, rank, size, lambda: 60.0)
     spec = read_spec(arguments.model)
     shard = Shard.of(spec, rank, size)
     weights = load_weights(arguments.model, spec, shard, getattr(torch, arguments.dtype), CPU)

@@ -26,6 +26,7 @@ from tpworker.ipc.child import RankBoot
 from tpworker.model.families import ModelSpec
 from tpworker.model.tp import Collectives, Shard
 from tpworker.rank import process
+from tpworker.rank.collectives import LIBRARY_SECONDS
 from tpworker.rank.cuda_collectives import SymmetricCollectives, all_gather_single, reach_each_other
 from tpworker.rank.device import Device
 
@@ -53,8 +54,8 @@ def meet(
     device.adopt_thread()
     if not reach_each_other(boot.num_ranks):
         raise ConfigError("ranks can stand in only where GPUs reach each other's memory; these do not")
-    timeout = boot.settings.step_timeout
-    return SymmetricStandIns(boot.store_fd, boot.rank, boot.num_ranks, timeout, device.torch_device, size)
+    here = device.torch_device
+    return SymmetricStandIns(boot.store_fd, boot.rank, boot.num_ranks, LIBRARY_SECONDS, here, size)
 
 
 def spread(inboxes: Inboxes, num_ranks: int) -> Inboxes:

@@ -115,3 +115,14 @@ def test_a_channel_gives_up_nobody_for_a_pause(monkeypatch: pytest.MonkeyPatch) 
     late.join()
     for channel in (bound, *others):
         channel.close()
+
+
+def test_what_was_spent_is_what_has_counted(clock: Clock) -> None:
+    patience = Patience(5.0)
+    assert patience.spent() == 0
+    clock.now += 0.25
+    assert patience.spent() == pytest.approx(0.25)
+    clock.now += 3600.0  # nobody ran
+    assert patience.spent() == pytest.approx(0.75)
+    patience.restart()
+    assert patience.spent() == 0

@@ -30,7 +30,7 @@ def gloo(size: int) -> Callable[[int], Collectives]:
 def shared_memory(size: int) -> Callable[[int], Collectives]:
     barrier = Barrier.create(size)
     fd = os.memfd_create("test")
-    return lambda rank: SharedMemoryCollectives(barrier, fd, rank, size, 30.0)
+    return lambda rank: SharedMemoryCollectives(barrier, fd, rank, size, lambda: 30.0)
 
 
 def run(make: Callable[[int], Collectives], size: int, work: Callable[[Collectives], Any]) -> list[Any]:
@@ -95,10 +95,11 @@ def test_a_half_is_not_overwritten_while_it_is_read() -> None:
 
 def test_a_peer_that_does_not_come_is_named() -> None:
     barrier = Barrier.create(2)
-    ranks = SharedMemoryCollectives(barrier, os.memfd_create("test"), 0, 2, 0.05)
+    ranks = SharedMemoryCollectives(barrier, os.memfd_create("test"), 0, 2, lambda: 0.05)
     with pytest.raises(BarrierTimeout) as caught:
         ranks.all_reduce(torch.zeros(4))
     assert caught.value.missing == [1]
+    assert str(caught.value) == "in a collective (exchange 0): waited 0.05 s for rank 1"
 
 
 def test_alone() -> None:

@@ -58,7 +58,7 @@ class Group:
         channel = Channel.connect(address, f"rank{rank}", 0)
         recorder: Any = self.ranks[rank]
         row = self.board.rows()[rank]
-        loop = RankLoop(rank, 0, channel, self.barrier, row, recorder, recorder, self.timeout)
+        loop = RankLoop(rank, 0, channel, self.barrier, row, recorder, recorder, lambda: self.timeout)
         try:
             loop.run()
         except BaseException as error:

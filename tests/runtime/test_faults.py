@@ -4,6 +4,7 @@ import signal
 
 import pytest
 
+from tpworker.ipc.board import Phase
 from tpworker.ipc.child import Report
 from tpworker.runtime.faults import Ending, Kind, Standing, find_cause
 
@@ -16,6 +17,11 @@ def reported(process: str, error: str, summary: str = "", missing: tuple[int, ..
 
 def diverging(process: str, ranks: tuple[int, ...]) -> Ending:
     return Ending(process, 1, Report("BarrierDiverged", "step 5: plans differ", "Traceback", (), ranks))
+
+
+def at(step: int) -> tuple[int, ...]:
+    """What the row of a rank says that waits for the plan of this step."""
+    return (Phase.READY, step, step, step, step)
 
 
 killed = Ending(RANK1, -signal.SIGKILL, None)
@@ -84,17 +90,20 @@ def test_an_exception_comes_with_its_words_and_its_traceback() -> None:
 
 
 def test_who_is_waited_for_is_at_fault() -> None:
-    fault = find_cause([waited], {RANK1: Standing(False, (4, 1))})
+    fault = find_cause([waited], {RANK1: Standing(False, at(1))})
     assert fault.process == RANK1
     assert fault.hung
-    assert fault.summary == f"{RANK1} hangs; {RANK0} raised BarrierTimeout: rank 1 did not come"
+    assert fault.summary == (
+        f"{RANK1} hangs; {RANK0} raised BarrierTimeout: rank 1 did not come; "
+        f"{RANK1} was waiting for the plan of step 1"
+    )
 
 
 def test_who_is_stopped_is_at_fault() -> None:
     standings = {
-        RANK0: Standing(False, (4, 1)),
-        RANK1: Standing(False, (4, 1)),
-        RANK2: Standing(True, (4, 1)),
+        RANK0: Standing(False, at(1)),
+        RANK1: Standing(False, at(1)),
+        RANK2: Standing(True, at(1)),
     }
     fault = find_cause([reported(SCHEDULER, "StepTimeout", "not answered", (1,))], standings)
     assert fault.process == RANK2
@@ -104,8 +113,8 @@ def test_who_is_stopped_is_at_fault() -> None:
 def test_who_is_behind_is_at_fault_where_nobody_is_named() -> None:
     standings = {
         SCHEDULER: Standing(False, ()),
-        RANK0: Standing(False, (4, 7)),
-        RANK1: Standing(False, (4, 6)),
+        RANK0: Standing(False, at(7)),
+        RANK1: Standing(False, at(6)),
     }
     timeout = reported(SCHEDULER, "StepTimeout", "not answered")
     assert find_cause([timeout], standings).process == RANK1
@@ -123,15 +132,15 @@ def test_the_scheduler_is_at_fault_where_masks_do_not_come() -> None:
         assert fault.process == SCHEDULER
         assert fault.hung
         assert fault.summary.startswith(f"{SCHEDULER} does not write masks; {endings[0].process} raised ")
-    level = {**standings, RANK1: Standing(False, (4, 6)), RANK2: Standing(False, (4, 6))}
+    level = {**standings, RANK1: Standing(False, at(6)), RANK2: Standing(False, at(6))}
     assert find_cause([maskless], level).process == SCHEDULER
 
 
 def test_masks_that_do_not_come_may_be_a_consequence() -> None:
     """Of a rank that is stopped, or behind, or has died: nobody answers the step that they depend on."""
     scheduler = {SCHEDULER: Standing(False, ())}
-    assert find_cause([maskless], {**scheduler, RANK1: Standing(True, (4, 6))}).process == RANK1
-    behind = {**scheduler, RANK1: Standing(False, (4, 5)), RANK2: Standing(False, (4, 6))}
+    assert find_cause([maskless], {**scheduler, RANK1: Standing(True, at(6))}).process == RANK1
+    behind = {**scheduler, RANK1: Standing(False, at(5)), RANK2: Standing(False, at(6))}
     assert find_cause([maskless], behind).process == RANK1
     assert find_cause([maskless, killed], scheduler).process == RANK1
     assert find_cause([maskless, reported(SCHEDULER, "ValueError", "x")], {}).process == SCHEDULER
@@ -141,7 +150,7 @@ def test_masks_that_do_not_come_may_be_a_consequence() -> None:
 
 
 def test_who_says_whom_it_missed_is_believed_before_who_does_not() -> None:
-    standings = {RANK1: Standing(False, (4, 6))}
+    standings = {RANK1: Standing(False, at(6))}
     endings = [
         reported(SCHEDULER, "StepTimeout", "not answered"),
         waited,
@@ -228,7 +237,7 @@ def cuda_error(process: str, error: str, summary: str, traceback: str = "") -> E
     ],
 )
 def test_what_an_ending_leaves(ending: Ending, forfeits: bool, is_external: bool) -> None:
-    fault = find_cause([ending], {RANK0: Standing(False, (4, 1)), SCHEDULER: Standing(False, ())})
+    fault = find_cause([ending], {RANK0: Standing(False, at(1)), SCHEDULER: Standing(False, ())})
     assert (fault.forfeits, fault.is_external) == (forfeits, is_external)
 
 
@@ -244,9 +253,30 @@ def test_a_peer_that_aborts_forfeits_nothing_and_one_that_crashes_does() -> None
 
 
 def test_who_is_stopped_is_stopped_by_others_and_who_hangs_is_not() -> None:
-    fault = find_cause([waited], {RANK1: Standing(True, (4, 1))})
+    fault = find_cause([waited], {RANK1: Standing(True, at(1))})
     assert (fault.hung, fault.forfeits, fault.is_external) == (True, False, True)
-    fault = find_cause([waited], {RANK1: Standing(False, (4, 1))})
+    fault = find_cause([waited], {RANK1: Standing(False, at(1))})
     assert (fault.hung, fault.forfeits, fault.is_external) == (True, False, False)
     endings = [Ending(name, -signal.SIGKILL, None) for name in (RANK0, RANK1)]
     assert find_cause(endings, {}).is_external
+
+
+@pytest.mark.parametrize(
+    ("progress", "words"),
+    [
+        ((Phase.LOADING, 0, 0, 0, 0), "was loading"),
+        ((Phase.WARMING_UP, 0, 0, 0, 0), "was warming up"),
+        ((Phase.READY, 0, 0, 0, 0), "was waiting for the plan of step 0"),
+        ((Phase.READY, 8, 8, 8, 8), "was waiting for the plan of step 8"),
+        ((Phase.READY, 8, 7, 7, 7), "was at the barrier before step 7"),
+        ((Phase.READY, 8, 8, 7, 7), "was launching step 7"),
+        ((Phase.READY, 8, 8, 8, 6), "was on its device with step 6, collectives included"),
+    ],
+)
+def test_a_fault_says_what_its_rank_was_doing(progress: tuple[int, ...], words: str) -> None:
+    stopped = {RANK1: Standing(True, progress), SCHEDULER: Standing(False, ())}
+    assert find_cause([waited], stopped).summary.endswith(f"; {RANK1} {words}")
+    died = Ending(RANK1, -signal.SIGSEGV, None, progress=progress)
+    assert find_cause([died], {}).summary == f"{RANK1} was killed by SIGSEGV; {RANK1} {words}"
+    told = reported(SCHEDULER, "ValueError", "no")
+    assert find_cause([told], stopped).summary == f"{SCHEDULER} raised ValueError: no"

@@ -8,6 +8,7 @@ import pytest
 from tpworker.config import RuntimeConfig
 from tpworker.errors import ConfigError
 from tpworker.ipc.codec import pack_dataclass, unpack_dataclass
+from tpworker.ipc.deadlines import SHORTEST_SECONDS
 from tpworker.ipc.messages import MAX_SEQUENCE
 from tpworker.runtime import settings
 
@@ -32,6 +33,16 @@ def test_settings_cross_the_pipe_also_when_seconds_are_whole_numbers() -> None:
         settings.rank_settings(config, SPEC, "cpu", 2048),
     ):
         assert unpack_dataclass(type(made), pack_dataclass(made)) == made
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_no_step_timeout_is_one_that_is_chosen(device: str) -> None:
+    scheduler = settings.scheduler_settings(RuntimeConfig(), SPEC, device, 2048)
+    assert (scheduler.step_timeout, scheduler.shortest_deadline) == (0.0, SHORTEST_SECONDS[device])
+    assert settings.rank_settings(RuntimeConfig(), SPEC, device, 2048).step_timeout == 0.0
+    given = RuntimeConfig(step_timeout=2)
+    assert settings.scheduler_settings(given, SPEC, device, 2048).step_timeout == 2.0
+    assert settings.rank_settings(given, SPEC, device, 2048).step_timeout == 2.0
 
 
 def test_what_ranks_are_told() -> None:

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from tests.scheduler.helpers import VOCAB, AnyDrafts, World, expected, run_with_aborts, sampling, submit
 from tpworker.ipc.arrays import pack_int32, unpack_int32, unpack_int64
+from tpworker.ipc.board import Field
 from tpworker.ipc.messages import Abort, StepOutput, StepResult, StepTiming, Submit
-from tpworker.scheduler.inflight import ProtocolError
+from tpworker.scheduler.inflight import STEP_PATIENCE, ProtocolError
 from tpworker.scheduler.process import StepTimeout
 
 PROMPT = list(range(1, 11))
@@ -426,3 +427,62 @@ def test_answers_that_are_here_count_however_late_they_are_seen() -> None:
     time.sleep(0.02)
     assert world.scheduler.receive(Ready(LateAnswer(world)))  # type: ignore[arg-type]
     assert len(world.scheduler.in_flight) == 0
+
+
+def test_a_deadline_that_is_chosen_is_on_the_board_before_ranks_wait() -> None:
+    world = World(lookahead=0, step_timeout=0.0, shortest_deadline=3.0)
+    seen: list[int] = []
+    send = world.plans.send_encoded
+
+    def send_encoded(data: bytes) -> None:
+        seen.append(world.board.rows()[0][Field.DEADLINE])
+        send(data)
+
+    world.plans.send_encoded = send_encoded  # type: ignore[method-assign]
+    world.submit(submit(1, PROMPT, max_tokens=6))
+    world.run()
+    assert seen[:2] == [60_000, 60_000], "nothing is known of the first steps"
+    assert set(seen[2:]) == {3000}
+    given = World(step_timeout=0.5)
+    given.submit(submit(1, PROMPT))
+    given.compose()
+    assert given.board.rows()[0][Field.DEADLINE] == 500
+
+
+def test_the_longest_deadline_of_the_plans_in_flight_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that is behind reads it for its own step, which may be the slower one."""
+    world = World(lookahead=1, step_timeout=0.0)
+    monkeypatch.setattr(world.scheduler.deadlines, "of", lambda num_tokens: 7.0 if num_tokens > 1 else 6.0)
+    row = world.board.rows()[0]
+    world.submit(submit(1, [1, 2, 3]))
+    world.compose()
+    assert [plan.num_tokens for plan in world.scheduler.in_flight._plans] == [3, 1]
+    assert (row[Field.DEADLINE], world.scheduler.in_flight.deadline) == (7000, 7.0)
+    assert world.scheduler.in_flight.patience.seconds == 7.0 * STEP_PATIENCE
+    world.answer()
+    world.compose()
+    assert (row[Field.DEADLINE], world.scheduler.in_flight.deadline) == (6000, 6.0)
+    assert world.scheduler.in_flight.patience.seconds == 6.0 * STEP_PATIENCE
+
+
+def test_a_chosen_deadline_is_told_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(lookahead=1, step_timeout=0.0)
+    monkeypatch.setattr(world.scheduler.deadlines, "of", lambda num_tokens: 0.01)
+    world.submit(submit(1, PROMPT))
+    world.compose()
+    time.sleep(0.02)
+    with pytest.raises(StepTimeout, match=r"within 0.01 s \(chosen from what steps took before\)"):
+        world.scheduler.receive(Ready())  # type: ignore[arg-type]
+
+
+def test_what_a_step_took_is_what_was_waited_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(lookahead=1, step_timeout=0.0)
+    told: list[tuple[int, float]] = []
+    monkeypatch.setattr(world.scheduler.deadlines, "answered", lambda *step: told.append(step))
+    world.submit(submit(1, [1, 2, 3]))
+    world.compose()
+    time.sleep(0.02)
+    world.answer()
+    world.answer()
+    assert [num_tokens for num_tokens, _ in told] == [3, 1]
+    assert told[0][1] >= 0.02 > told[1][1], "the second has been the next to be answered since the first was"

@@ -258,7 +258,8 @@ def _add_fault_options(group: _Group) -> None:
     _add(
         group,
         "--step-timeout",
-        "seconds after which a step that is not answered is a fault of whoever is late",
+        "seconds after which a step that is not answered, or a process that does not join it, is a fault "
+        "(default: chosen from what steps take, 5 to 60 on the CPU, 4 to 60 on GPUs)",
         **_SECONDS,
     )
     _add(group, "--start-timeout", "seconds within which all ranks must have loaded the model", **_SECONDS)

@@ -11,13 +11,14 @@ import logging
 import mmap
 import os
 import platform
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor, distributed
 
-from tpworker.ipc.barrier import Barrier
+from tpworker.ipc.barrier import Barrier, BarrierTimeout
 from tpworker.model.tp import Collectives
 
 _gloo: Any = distributed  # typed without its process groups and stores
@@ -63,14 +64,17 @@ class SharedMemoryCollectives(Collectives):
         barrier: one that serves nothing else.
         fd: of an empty memfd, the same for all ranks.
         rank, size: of the TP group.
-        timeout: seconds after which an exchange that a peer does not join raises BarrierTimeout.
+        deadline: after how many seconds an exchange that a peer does not join raises BarrierTimeout; asked
+            anew for each.
     """
 
-    def __init__(self, barrier: Barrier, fd: int, rank: int, size: int, timeout: float) -> None:
+    def __init__(
+        self, barrier: Barrier, fd: int, rank: int, size: int, deadline: Callable[[], float]
+    ) -> None:
         self.rank = rank
         self.size = size
         self._barrier = barrier
-        self._timeout = timeout
+        self._deadline = deadline
         self._exchanges = 0
         num_bytes = 2 * size * EXCHANGE_BYTES
         os.ftruncate(fd, num_bytes)  # to the same size by every rank
@@ -98,7 +102,14 @@ class SharedMemoryCollectives(Collectives):
         """From each rank's [n] to [size, n], valid until the exchange after the next."""
         half = self._halves[self._exchanges % 2][:, : part.nbytes].view(part.dtype)
         half[self.rank].copy_(part)
-        self._barrier.wait(self.rank, self._exchanges, 0, self._timeout)
+        try:
+            self._barrier.wait(self.rank, self._exchanges, 0, self._deadline())
+        except BarrierTimeout as error:  # which speaks of steps
+            waited, missing = f"waited {error.seconds:.3g} s", error.missing
+            ranks = f"rank{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))}"
+            raise BarrierTimeout(
+                f"in a collective (exchange {self._exchanges}): {waited} for {ranks}", missing, error.seconds
+            ) from None
         self._exchanges += 1
         return half
 
@@ -138,20 +149,22 @@ class GlooCollectives(Collectives):
         return gathered.view(self.size, *x.shape)
 
 
-def connect(meeting_fd: int, store_fd: int, rank: int, size: int, timeout: float) -> Collectives:
+def connect(
+    meeting_fd: int, store_fd: int, rank: int, size: int, deadline: Callable[[], float]
+) -> Collectives:
     """The collectives of CPU ranks, over memory and files that they have inherited: nothing is left behind.
 
     Args:
         meeting_fd: a `Barrier` for nothing else.
         store_fd: an empty memfd.
         rank, size: see the classes.
-        timeout: of `SharedMemoryCollectives`.
+        deadline: of `SharedMemoryCollectives`.
     """
     if size == 1:
         return SoleRank()
     if platform.machine() == "x86_64":
         barrier = Barrier.attach(meeting_fd, size)
-        return SharedMemoryCollectives(barrier, store_fd, rank, size, timeout)
+        return SharedMemoryCollectives(barrier, store_fd, rank, size, deadline)
     logger.info("%s orders memory weakly: collectives through gloo", platform.machine())
     store = _gloo.FileStore(f"/proc/self/fd/{store_fd}", size)
     return GlooCollectives(store, rank, size, LIBRARY_SECONDS)

@@ -8,6 +8,7 @@ The loop sleeps in the kernel until there is a plan; nothing in it waits for the
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 from typing import Protocol
 
 from tpworker.ipc.barrier import Barrier
@@ -43,7 +44,7 @@ class RankLoop:
         barrier: where the ranks meet before every step.
         row: of the status board.
         runner, publisher: launch and publish.
-        step_timeout: seconds to wait for the other ranks.
+        deadline: how many seconds to wait for the other ranks, asked anew at each step.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class RankLoop:
         row: Row,
         runner: StepRunner,
         publisher: Publisher,
-        step_timeout: float,
+        deadline: Callable[[], float],
     ) -> None:
         self.rank = rank
         self.generation = generation
@@ -65,7 +66,7 @@ class RankLoop:
         self._row = row
         self._runner = runner
         self._publisher = publisher
-        self._step_timeout = step_timeout
+        self._deadline = deadline
 
     def run(self) -> None:
         """Until the scheduler says Stop."""
@@ -96,5 +97,5 @@ class RankLoop:
 
     def admit(self, plan: BatchPlan, digest: int) -> None:
         """Waits until every rank has the same plan: only then may any of them launch its collectives."""
-        self._barrier.wait(self.rank, plan.step, digest, self._step_timeout)
+        self._barrier.wait(self.rank, plan.step, digest, self._deadline())
         self._row[Field.ADMITTED] = plan.step + 1

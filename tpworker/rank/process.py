@@ -25,7 +25,15 @@ from tpworker.errors import ConfigError
 from tpworker.ipc.barrier import Barrier
 from tpworker.ipc.board import Board, Field, Phase, Row
 from tpworker.ipc.channels import Channel, ChannelError, close_all
-from tpworker.ipc.child import RankBoot, RankSettings, Report, board_names, write_report
+from tpworker.ipc.child import (
+    SCHEDULER_NAME,
+    RankBoot,
+    RankSettings,
+    Report,
+    board_names,
+    write_report,
+)
+from tpworker.ipc.deadlines import step_deadline
 from tpworker.ipc.limits import available_bytes, usable_cores
 from tpworker.ipc.masks import TURNS, MaskBoard
 from tpworker.ipc.messages import Allocate, RankLoaded, RankReady
@@ -110,6 +118,12 @@ def own_row(boot: RankBoot) -> Row:
     return Board.attach(boot.board_fd, board_names(boot.num_ranks)).row(boot.name)
 
 
+def step_deadline_of(boot: RankBoot) -> Callable[[], float]:
+    """How many seconds this rank shall wait for what belongs to a step, at present."""
+    scheduler = Board.attach(boot.board_fd, board_names(boot.num_ranks)).row(SCHEDULER_NAME)
+    return partial(step_deadline, scheduler, boot.settings.step_timeout)
+
+
 def assemble(
     boot: RankBoot, device: Device, plans: Channel, row: Row, runner_class: type[Runner] = Runner
 ) -> Runner:
@@ -174,7 +188,8 @@ def host_masks(boot: RankBoot, device: Device, vocab_size: int) -> HostMasks:
     board = MaskBoard.attach(boot.masks_fd, boot.settings.max_num_seqs, vocab_size)
     device.map_host(board.address, board.num_bytes)
     rows = torch.frombuffer(board.memory, dtype=torch.int32).view(TURNS, board.num_slots, board.num_words)
-    return HostMasks(board.written_address, rows, partial(board.wait, timeout=boot.settings.step_timeout))
+    deadline = step_deadline_of(boot)
+    return HostMasks(board.written_address, rows, lambda step: board.wait(step, deadline()))
 
 
 def in_thread(work: Callable[[], T]) -> Future[T]:
@@ -224,7 +239,8 @@ def connect_loop(
         fail,
     )
     barrier = Barrier.attach(boot.barrier_fd, boot.num_ranks, spin=spin)
-    loop = RankLoop(boot.rank, boot.generation, plans, barrier, row, runner, publisher, settings.step_timeout)
+    deadline = step_deadline_of(boot)
+    loop = RankLoop(boot.rank, boot.generation, plans, barrier, row, runner, publisher, deadline)
     plans.send(RankReady(boot.generation, boot.rank))
     row.enter(Phase.READY)
     return publisher, loop
@@ -234,8 +250,8 @@ def meet(boot: RankBoot, device: Device) -> Collectives:
     """The collectives of this rank's kind of device."""
     device.adopt_thread()
     if device.torch_device.type == "cpu":
-        timeout = boot.settings.step_timeout
-        return connect(boot.meeting_fd, boot.store_fd, boot.rank, boot.num_ranks, timeout)
+        deadline = step_deadline_of(boot)
+        return connect(boot.meeting_fd, boot.store_fd, boot.rank, boot.num_ranks, deadline)
     from tpworker.rank.cuda_collectives import connect_cuda
 
     return connect_cuda(boot.store_fd, boot.rank, boot.num_ranks, LIBRARY_SECONDS, device.torch_device)

@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 from enum import IntEnum
 
 from tpworker.errors import RuntimeFailed
+from tpworker.ipc.board import Phase
 from tpworker.ipc.child import RANK_NAME, SCHEDULER_NAME, Report
 
 #: Errors of these classes say that somebody else did not do something in time.
@@ -78,6 +79,7 @@ class Ending:
     status: int | None
     report: Report | None
     oom_kills: int | None = None
+    progress: tuple[int, ...] = ()  # see `Standing`
 
     @property
     def was_killed(self) -> bool:
@@ -135,7 +137,7 @@ class Standing:
     """Where a process is, while it lives: from the status board and from the kernel."""
 
     stopped: bool  # by SIGSTOP, or by a debugger
-    progress: tuple[int, ...]  # of a rank: its phase, then the steps it has received, admitted, …
+    progress: tuple[int, ...]  # of a rank: its phase, then the steps received, admitted, launched, completed
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +165,10 @@ def find_cause(endings: Sequence[Ending], standings: Mapping[str, Standing]) -> 
         standings: of each process that still lives, by name.
     """
     fault = _blame(endings, standings)
+    progress = {ending.process: ending.progress for ending in endings}
+    progress |= {name: standing.progress for name, standing in standings.items()}
+    if doing := told_of(progress.get(fault.process, ())):
+        fault = replace(fault, summary=f"{fault.summary}; {fault.process} {doing}")
     cause = min(endings, key=_rank_of)
     # Libraries abort when a peer is gone: only of the first to go that says something about its memory.
     forfeits = any(
@@ -197,6 +203,22 @@ def _blame(endings: Sequence[Ending], standings: Mapping[str, Standing]) -> Faul
     if report and report.diverging:
         culprit = RANK_NAME.format(report.diverging[0])  # it may be its peers that say so
     return Fault(culprit, first.describe(), report, report.traceback if report else None)
+
+
+def told_of(progress: tuple[int, ...]) -> str:
+    """What a rank was doing, from its row: words behind its name; '' of who is no rank."""
+    if not progress:
+        return ""
+    phase, received, admitted, launched, completed = progress
+    if phase < Phase.READY:
+        return f"was {Phase(phase).name.lower().replace('_', ' ')}"
+    if completed < launched:
+        return f"was on its device with step {completed}, collectives included"
+    if launched < admitted:
+        return f"was launching step {launched}"
+    if admitted < received:
+        return f"was at the barrier before step {admitted}"
+    return f"was waiting for the plan of step {received}"
 
 
 def _rank_of(ending: Ending) -> tuple[Kind, bool]:

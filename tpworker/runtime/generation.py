@@ -18,6 +18,7 @@ from tpworker.ipc.board import Field, Phase, Row
 from tpworker.ipc.channels import Channel, ChannelError, new_address
 from tpworker.ipc.child import SCHEDULER_NAME
 from tpworker.ipc.codec import MessageError
+from tpworker.ipc.deadlines import step_deadline
 from tpworker.ipc.messages import Failed, Message, SchedulerReady, StepOutput, Stop
 from tpworker.ipc.patience import Patience
 from tpworker.ipc.streams import open_standard_descriptors
@@ -37,6 +38,9 @@ START_MARGIN_SECONDS = 5.0
 """The processes watch the start themselves; when they have failed to for so much longer, we step in."""
 BEAT_SECONDS = 1.0
 """A scheduler that has work beats at least as often."""
+STANDSTILL = 1.5
+"""Times a step's deadline, and BEAT_SECONDS more, for which its loop may stand still: to its own deadline, a
+little sooner, it sees itself."""
 POLL_SECONDS = 0.2
 """How often the start's progress is looked at."""
 
@@ -82,8 +86,8 @@ class Generation:
         keeping: Keeping | None = None,
     ) -> None:
         self.number = group.generation
-        # To its own deadline the scheduler sees itself.
-        self._patience = Patience(group.scheduler.step_timeout + BEAT_SECONDS)
+        self._step_timeout = group.scheduler.step_timeout
+        self._patience = Patience(math.inf)
         self._on_output = on_output
         self._on_fault = on_fault
         self._is_busy = is_busy
@@ -249,14 +253,14 @@ class Generation:
         self._watchdog = None
         if self._fault is not None or self._is_stopping or not self._is_busy():
             return
-        beat = self._supervisor.board.row(SCHEDULER_NAME)[Field.BEAT]
-        if beat != self._beat:
-            self._beat = beat
-            self._patience.restart()
+        row = self._supervisor.board.row(SCHEDULER_NAME)
+        if row[Field.BEAT] != self._beat:
+            self._beat = row[Field.BEAT]
+            self._patience = Patience(STANDSTILL * step_deadline(row, self._step_timeout) + BEAT_SECONDS)
         if not self._patience.left():
             summary = (
                 f"{SCHEDULER_NAME} hangs: there are requests, but its loop has not turned for "
-                f"{self._patience.seconds:g} s (a little more than --step-timeout)"
+                f"{self._patience.seconds:.3g} s ({STANDSTILL:g} times a step's deadline, and a second)"
             )
             self._supervisor.blame(Fault(SCHEDULER_NAME, summary, hung=True))
             return

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from tpworker.config import RuntimeConfig
 from tpworker.errors import ConfigError
 from tpworker.ipc.child import RankSettings, SchedulerSettings
+from tpworker.ipc.deadlines import SHORTEST_SECONDS
 from tpworker.ipc.messages import MAX_SEQUENCE
 
 if TYPE_CHECKING:
@@ -112,9 +113,10 @@ def scheduler_settings(
         vocab_size=spec.vocab_size,
         block_size=config.block_size,
         prefix_caching=config.prefix_caching,
-        step_timeout=float(config.step_timeout),
+        step_timeout=float(config.step_timeout or 0),
         start_timeout=float(config.start_timeout),
         num_drafts=Speculation.of(config).num_drafts,
+        shortest_deadline=SHORTEST_SECONDS[device],
     )
 
 
@@ -134,7 +136,7 @@ def rank_settings(config: RuntimeConfig, spec: ModelSpec, device: str, max_model
         load_format=config.load_format,
         seed=config.seed,
         check_ranks_agree=config.check_ranks_agree,
-        step_timeout=float(config.step_timeout),
+        step_timeout=float(config.step_timeout or 0),
         start_timeout=float(config.start_timeout),
         speculative_method=speculation.method,
         num_drafts=speculation.num_drafts,

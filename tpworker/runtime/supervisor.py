@@ -295,12 +295,22 @@ class Supervisor:
             if lost and standby not in self._over and standby.wait(STATUS_SECONDS):
                 self._over.append(standby)  # of a process that ends any descriptor may be the first to close
         # A standby takes its children along: their ends say nothing.
-        return [one.ending for one in self._over if not (isinstance(one, Child) and one.is_orphan)]
+        return [self._ending(one) for one in self._over if not (isinstance(one, Child) and one.is_orphan)]
+
+    def _ending(self, one: Child | Standby) -> Ending:
+        """How it ended, and where it stood."""
+        if isinstance(one, Child):
+            return replace(one.ending, progress=self._progress(one))
+        return one.ending
 
     def _standing(self, child: Child) -> Standing:
+        return Standing(child.stopped, self._progress(child))
+
+    def _progress(self, child: Child) -> tuple[int, ...]:
+        """See `Standing`."""
         row = self.board.row(child.name)
         progress = (row[Field.PHASE], *(row[field] for field in _STEPS))
-        return Standing(child.stopped, () if child.name == SCHEDULER_NAME else progress)
+        return () if child.name == SCHEDULER_NAME else progress
 
     def _explained(self, fault: Fault) -> Fault:
         """If a process hangs: its stacks, where everybody stands, and whether somebody has stopped it."""
