@@ -6,7 +6,7 @@ import pytest
 
 from tpworker.ipc.board import Phase
 from tpworker.ipc.child import Report
-from tpworker.runtime.faults import Ending, Kind, Standing, find_cause
+from tpworker.runtime.faults import Ending, Kind, Standing, find_cause, gpu_fault
 
 RANK0, RANK1, RANK2, SCHEDULER = "tpworker-rank0", "tpworker-rank1", "tpworker-rank2", "tpworker-scheduler"
 
@@ -280,3 +280,12 @@ def test_a_fault_says_what_its_rank_was_doing(progress: tuple[int, ...], words: 
     assert find_cause([died], {}).summary == f"{RANK1} was killed by SIGSEGV; {RANK1} {words}"
     told = reported(SCHEDULER, "ValueError", "no")
     assert find_cause([told], stopped).summary == f"{SCHEDULER} raised ValueError: no"
+
+
+def test_a_gpu_that_fails_is_the_end_of_its_rank_and_of_what_its_memory_holds() -> None:
+    fault = gpu_fault(1, "GPU 3 of rank 1 (GPU-x) reports critical error Xid 79: has fallen off the bus")
+    assert fault.process == RANK1
+    assert fault.summary.startswith(
+        f"{RANK1} has lost its GPU: GPU 3 of rank 1 (GPU-x) reports critical error"
+    )
+    assert (fault.hung, fault.forfeits, fault.is_external) == (False, True, True)

@@ -262,6 +262,12 @@ class Nvml:
             ecc_uncorrected=uncorrected,
         )
 
+    def uncorrected_errors(self, uuid: str) -> int | None:
+        """Memory errors of one of `handles` that could not be corrected, since the driver was loaded."""
+        handle = self.handles[uuid]
+        count = self.ask("nvmlDeviceGetTotalEccErrors", handle, _UNCORRECTED, _SINCE_DRIVER_LOAD)
+        return None if count is None else int(count)
+
     # ------------------------------------------------------------------------------- events
 
     def watch_xids(self, uuids: Sequence[str]) -> Any:
@@ -287,11 +293,22 @@ class Nvml:
         event = self.ask("nvmlEventSetWait", events, milliseconds)
         if event is None:
             return None
-        return self.ask("nvmlDeviceGetUUID", event.device), int(event.eventData)
+        uuid = self.ask("nvmlDeviceGetUUID", event.device)
+        if uuid is None:  # a GPU that is lost does not answer
+            uuid = next((uuid for uuid, handle in self.handles.items() if _same(handle, event.device)), None)
+        return uuid, int(event.eventData)
 
     def free(self, events: Any) -> None:
         """Ends a set of `watch_xids`."""
         self.ask("nvmlEventSetFree", events)
+
+
+def _same(first: Any, second: Any) -> bool:
+    """Whether two of the library's handles, which are pointers, are of one GPU."""
+    try:
+        return first is second or bytes(first) == bytes(second)
+    except TypeError:  # no pointers
+        return False
 
 
 def _text(value: str | bytes) -> str:

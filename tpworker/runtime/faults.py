@@ -157,6 +157,12 @@ class Fault:
         return RuntimeFailed(self.summary, self.process, self.traceback)
 
 
+def gpu_fault(rank: int, summary: str) -> Fault:
+    """The end of a rank whose GPU has failed, as `GpuWatch` tells of it."""
+    process = RANK_NAME.format(rank)
+    return Fault(process, f"{process} has lost its GPU: {summary}", forfeits=True, is_external=True)
+
+
 def find_cause(endings: Sequence[Ending], standings: Mapping[str, Standing]) -> Fault:
     """The fault behind these endings, given in the order in which they were seen.
 

@@ -141,6 +141,10 @@ class Generation:
         """Whether it has been stopped, and nothing is left of it."""
         return self._channel is None
 
+    def blame(self, fault: Fault) -> None:
+        """Somebody else found a process at fault: all ends as if that had died. From any thread."""
+        self._supervisor.blame(fault)
+
     def send(self, message: Message) -> None:
         """Sends to the scheduler; nothing happens once the generation has failed or is stopping."""
         if self._channel is None or self._fault is not None or self._is_stopping:
