@@ -93,6 +93,8 @@ class Generation:
         self._is_busy = is_busy
         self._loop = asyncio.get_running_loop()
         self._ready: asyncio.Future[int] = self._loop.create_future()
+        self.num_kept_blocks = 0
+        """KV blocks whose contents an earlier generation has computed; known when it is ready."""
         self._is_greeted = False
         self._is_draining = False
         self._is_stopping = False
@@ -228,6 +230,7 @@ class Generation:
             if self._fault is None:
                 self._on_output(message)
         elif isinstance(message, SchedulerReady):
+            self.num_kept_blocks = message.num_kept_blocks
             if not self._ready.done():
                 self._ready.set_result(message.num_kv_blocks)
         else:

@@ -23,7 +23,7 @@ from typing import Protocol
 from tpworker.ipc.messages import Failed, StepOutput
 from tpworker.observe.start import StartTimes
 from tpworker.runtime.events import Events
-from tpworker.runtime.faults import Fault
+from tpworker.runtime.faults import Fault, gpu_fault
 from tpworker.runtime.generation import Generation, StartFailed
 from tpworker.runtime.keeping import Keeping
 from tpworker.runtime.loading import Progress
@@ -99,6 +99,10 @@ class Processes:
         self._group = replace(self._group, rank=replace(self._group.rank, num_kv_blocks=num_blocks))
         self._replacing = asyncio.create_task(self._replace(), name="tpworker-recovery")
         return num_blocks
+
+    def blame_gpu(self, rank: int, summary: str) -> None:
+        """A rank's GPU has failed, and what is in its memory with it. From any thread."""
+        self.generation.blame(gpu_fault(rank, summary))
 
     async def stop(self) -> None:
         """Ends the processes, see `Generation.stop`; there will be no others."""
@@ -190,7 +194,11 @@ class Processes:
         self.last_recovery_seconds = seconds = (ready_ns - noticed_ns) / 1e9
         times = StartTimes.of(generation.ranks, noticed_ns, ended_ns, ready_ns, "processes ended")
         num_requests = self._owner.on_recovered(generation)
-        logger.warning("recovered in %.2f s, %d requests go on (%s)", seconds, num_requests, times.listed())
+        kept, listed = generation.num_kept_blocks, times.listed()
+        logger.warning(
+            "recovered in %.2f s: %d requests go on, %d KV blocks are kept (%s)",
+            seconds, num_requests, kept, listed,
+        )  # fmt: skip
         self._events.add("recovered", number, fault, seconds, num_requests)
         return True
 

@@ -148,10 +148,13 @@ class Request:
     def resubmit(self, generation: int) -> Submit:
         """What tells the scheduler of that generation all of it, `submit` being known."""
         assert self.submit is not None
-        if not self.received:
-            return replace(self.submit, generation=generation)
-        tokens = self.submit.tokens + pack_int32(self.received)
-        return replace(self.submit, generation=generation, tokens=tokens, num_delivered=self.num_received)
+        return replace(
+            self.submit,
+            generation=generation,
+            tokens=self.submit.tokens + pack_int32(self.received) if self.received else self.submit.tokens,
+            num_delivered=self.num_received,
+            is_resumed=self.was_running,
+        )
 
     def append(self, token: int) -> None:
         """The next token has arrived; its logprobs, if they are asked for, have already."""

@@ -142,12 +142,12 @@ class Runtime(Facts):
             rank_module=self._rank_module,
             scheduler_module=self._scheduler_module,
         )
-        if gpus:
-            self._gpu_watch = GpuWatch(gpus)
         spawned_ns = time.monotonic_ns()
         restarts = Restarts(self.config.max_restarts, self.config.restart_window)
         requests = self._intake.requests
         self._processes = processes = Processes(setup.group, restarts, requests, self._events, self)
+        if gpus:
+            self._gpu_watch = GpuWatch(gpus, on_fault=processes.blame_gpu)
         self._served = await until_ready(setup, processes, self._progress)
         self._check_starting()  # stopping takes the board away
         ranks = processes.generation.ranks
