@@ -178,7 +178,7 @@ def test_requests_that_come_while_it_recovers_wait(start: Start, stream: bool) -
         async with httpx.AsyncClient(timeout=20) as client:
             body = {"prompt": "a", "stream": stream}
             waiting = asyncio.create_task(client.post(server.url + COMPLETIONS, json=body))
-            while server.runtime.num_open == 0:
+            while server.runtime.num_open == 0 and not waiting.done():
                 await asyncio.sleep(0.01)
             server.call(server.runtime.recover, 1.5)
             return await waiting
@@ -229,14 +229,17 @@ def test_what_is_refused_after_a_stream_has_begun_is_in_the_clients_words(
 ) -> None:
     async def generate(*arguments: Any, **options: Any) -> Any:
         await asyncio.sleep(0.2)
-        raise InvalidRequest("temperature=x: must be y", "temperature")
+        raise InvalidRequest("max_tokens=9: more than fit", "max_tokens")
         yield
 
     server = start()
     monkeypatch.setattr(server.runtime, "generate", generate)
-    text = server.post(COMPLETIONS, json={"prompt": "a", "stream": True}).text
+    body = {"messages": [{"role": "user", "content": "a"}], "max_completion_tokens": 9, "stream": True}
+    text = server.post("/v1/chat/completions", json=body).text
     assert text.startswith(":\n\n")
-    assert json.loads(text.split("\n\n")[-2].removeprefix("data: "))["error"]["param"] == "temperature"
+    error = json.loads(text.split("\n\n")[-2].removeprefix("data: "))["error"]
+    assert error["param"] == "max_completion_tokens"
+    assert error["message"] == "max_completion_tokens=9: more than fit"
 
 
 def test_clients_skip_comments_before_and_between_outputs(start: Start, brief_silence: None) -> None:
