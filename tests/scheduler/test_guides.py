@@ -141,9 +141,9 @@ def test_drafts_are_of_those_beside_that_are_not_guided(lookahead: int) -> None:
 # --------------------------------------------------------------------------------- when they are written
 
 
-def start(messages: list[Submit], lookahead: int) -> GuidedWorld:
+def start(messages: list[Submit], lookahead: int, **settings: Any) -> GuidedWorld:
     """All in slots; their prompts' plans, and as many after them as the lookahead allows, are launched."""
-    world = GuidedWorld(lookahead, max_num_batched_tokens=64)
+    world = GuidedWorld(lookahead, max_num_batched_tokens=64, **settings)
     for message in messages:
         world.submit(message)
     world.ripen()
@@ -209,8 +209,7 @@ def test_min_tokens_holds_as_long_as_there_is_something_to_say() -> None:
 
 @pytest.mark.parametrize("is_written", [False, True])
 def test_who_keeps_a_step_waiting_is_told(is_written: bool) -> None:
-    world = start([guided(0, ENDLESS)], lookahead=1)
-    world.scheduler.in_flight.patience.seconds = 0.01
+    world = start([guided(0, ENDLESS)], lookahead=1, step_timeout=0.01)
     world.work()
     world.answer()
     world.work()
@@ -218,8 +217,7 @@ def test_who_keeps_a_step_waiting_is_told(is_written: bool) -> None:
     if not is_written:
         world.scheduler.guides._all_known = lambda plan: False  # type: ignore[method-assign]
     world.scheduler.compose_ahead()
-    world.scheduler.in_flight.patience.restart()
-    time.sleep(0.02)
+    time.sleep(0.03)
     error = StepTimeout if is_written else MasksUnwritten
     told = (
         r"^a step was not answered"
