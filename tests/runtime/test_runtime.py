@@ -806,7 +806,7 @@ def test_open_requests_fail_when_a_process_dies(fake_runtime: MakeRuntime, name:
             requests = [runtime.generate([5], ids_only()) for _ in range(3)]
             for request in requests:
                 await anext(request)
-            children(name)[0].send_signal(signal.SIGKILL)
+            next(child for child in children(name) if child.name() == name).send_signal(signal.SIGKILL)
             for request in requests:
                 with pytest.raises(RuntimeFailed, match=f"{name} was killed by SIGKILL") as caught:
                     async for _ in request:
