@@ -263,6 +263,8 @@ def test_a_standby_lives_on_when_the_thread_that_asked_for_it_ends() -> None:
     thread.join()
     (forks,) = found
     assert status_of(forks.fork("pass")) == 0
+    # PDEATHSIG ends a process with the thread that started it, if that was asked for before.
+    assert [thread.name for thread in threading.enumerate()].count(RANK_STANDBY) == 1
     forks.close()
 
 
