@@ -19,6 +19,7 @@ import gc
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 import traceback
@@ -46,6 +47,7 @@ RANK_NAME = "tpworker-rank{}"
 SCHEDULER_NAME = "tpworker-scheduler"
 RANK_STANDBY = "tpworker-rank-standby"
 SCHEDULER_STANDBY = "tpworker-scheduler-standby"
+KEEPER_NAME = "tpworker-keeper"
 
 READY = b"ready"
 """What a standby says once it can be forked; otherwise it sends a `Report`."""
@@ -150,6 +152,7 @@ class RankBoot:
     model: Path
     settings: RankSettings
     kept_fd: Descriptor  # what outlives this rank's process, see rank/kept.py
+    keeper_address: Annotated[str, Within(0, 256)] = ""  # where GPU memory is kept; empty: nowhere
 
 
 Boot = TypeVar("Boot", SchedulerBoot, RankBoot)
@@ -253,15 +256,7 @@ def run_child(
         prepare: called in the standby with 'cpu' or 'cuda': imports what `main` would. It must start no
             thread, and not so much as look for a GPU: CUDA cannot be used in the child of a process that has.
     """
-    make_output_safe()
-    control = take_control()
-    name, device = sys.argv[1:3]
-    _be_called(name, logging.WARNING)
-    _die_with_parent()
-    # A service manager or a terminal may signal all processes at once; when to stop is for the parent to say.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-    faulthandler.enable()  # a crash in native code leaves its stacks on stderr
+    control, device = begin(), sys.argv[2]
     gc.disable()  # or it looks through what torch is made of, time and again: a fifth of the import
     try:
         if prepare is not None:
@@ -273,6 +268,20 @@ def run_child(
     gc.enable()
     control.send(READY)
     _live(serve(control, lambda fd, error: write_report(fd, Report.of(error))), boot_class, main)
+
+
+def begin() -> socket.socket:
+    """What comes first in a process that lives as long as the runtime, whose name is its first argument.
+    Returns its control socket: EOF there means that the runtime is gone."""
+    make_output_safe()
+    control = take_control()
+    _be_called(sys.argv[1], logging.WARNING)
+    _die_with_parent()
+    # A service manager or a terminal may signal all processes at once; when to stop is for the parent to say.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    faulthandler.enable()  # a crash in native code leaves its stacks on stderr
+    return control
 
 
 def _live(forked: Forked, boot_class: type[Boot], main: Callable[[Boot], None]) -> NoReturn:

@@ -131,6 +131,15 @@ def test_a_load_that_did_not_come_to_its_end_has_left_nothing(
         assert len(told.admitted) == 1
 
 
+def test_ranks_load_in_inference_mode_and_their_threads_do_not(folder: Path, fd: int) -> None:
+    shard = Shard.of(read_spec(folder), 1, 2)
+    plain = tensors_of(Counting().load(folder, shard, None))
+    for _ in range(2):
+        with torch.inference_mode():
+            kept = tensors_of(Counting().load(folder, shard, fd))
+            assert all(torch.equal(kept[name], tensor) for name, tensor in plain.items())
+
+
 @pytest.mark.parametrize("change", ["rank", "size", "dtype", "folder", "mtp", "dummy"])
 def test_other_weights_are_not_taken_for_these(change: str, tmp_path: Path, fd: int) -> None:
     def load(folder: str = "one", rank: int = 0, size: int = 2, dtype: torch.dtype = DTYPE) -> int:

@@ -289,3 +289,18 @@ def test_a_gpu_that_fails_is_the_end_of_its_rank_and_of_what_its_memory_holds() 
         f"{RANK1} has lost its GPU: GPU 3 of rank 1 (GPU-x) reports critical error"
     )
     assert (fault.hung, fault.forfeits, fault.is_external) == (False, True, True)
+
+
+def test_a_keeper_that_does_not_answer_is_at_fault_and_what_it_has_is_forfeit() -> None:
+    report = Report("KeeperSilent", "tpworker-keeper has not answered within 20 s", "…", (), ())
+    fault = find_cause([Ending("tpworker-rank1", 1, report)], {})
+    assert (fault.process, fault.hung, fault.forfeits) == ("tpworker-keeper", True, True)
+    assert fault.summary.startswith("tpworker-keeper hangs; tpworker-rank1 raised KeeperSilent")
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+def test_the_keeper_takes_what_it_has_along(number: int) -> None:
+    """A kill says nothing against requests, as everywhere."""
+    fault = find_cause([Ending("tpworker-keeper", -number, None)], {})
+    assert (fault.process, fault.forfeits) == ("tpworker-keeper", True)
+    assert fault.is_external == (number == signal.SIGKILL)

@@ -20,6 +20,7 @@ from tpworker.ipc.channels import Channel, new_address
 from tpworker.ipc.child import RANK_STANDBY, SCHEDULER_STANDBY
 from tpworker.ipc.messages import SchedulerReady, Stop
 from tpworker.runtime.faults import Fault
+from tpworker.runtime.keeping import Keeping
 from tpworker.runtime.standby import Standbys
 from tpworker.runtime.supervisor import Group, Supervisor
 
@@ -32,7 +33,12 @@ class Watched:
     """A supervisor, its processes and what it said of them."""
 
     def __init__(
-        self, model: Path, num_ranks: int = 2, standbys: Standbys | None = None, **options: Any
+        self,
+        model: Path,
+        num_ranks: int = 2,
+        standbys: Standbys | None = None,
+        keeping: Keeping | None = None,
+        **options: Any,
     ) -> None:
         self.channel = Channel.bind(new_address("runtime"))
         self.faults: list[Fault] = []
@@ -42,7 +48,7 @@ class Watched:
             generation=GENERATION, num_ranks=num_ranks, model=str(model), scheduler=SCHEDULER_BOOT.settings,
             rank=RANK_BOOT.settings, **options,
         )  # fmt: skip
-        self.supervisor = Supervisor(group, self.channel.address, self.faults.append, standbys)
+        self.supervisor = Supervisor(group, self.channel.address, self.faults.append, standbys, keeping)
 
     def ready(self) -> None:
         self.channel.accept("tpworker-scheduler", GENERATION, 20)

@@ -15,6 +15,7 @@ _ON_CUDA = (
     "tpworker.rank.cuda",
     "tpworker.rank.cuda_collectives",
     "tpworker.rank.compilations",
+    "tpworker.rank.kept_device",
 )
 """What ranks on GPUs import besides, sooner or later."""
 

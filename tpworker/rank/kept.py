@@ -132,4 +132,28 @@ class HostMemory:
         self.marks.set(name)
 
     def _mapped(self, num_bytes: int) -> Tensor:
-        return torch.frombuffer(mmap.mmap(self._fd, num_bytes, offset=_PAGE), dtype=torch.uint8)
+        with torch.inference_mode(False):  # or threads that are in no such mode could not fill it
+            return torch.frombuffer(mmap.mmap(self._fd, num_bytes, offset=_PAGE), dtype=torch.uint8)
+
+
+class OwnMemory:
+    """No area is kept: what is made is the process's own, and ends with it.
+
+    Args:
+        device: where it is made.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def keeps(self, name: str) -> bool:
+        return False
+
+    def find(self, name: str, layout: str) -> Tensor | None:
+        return None
+
+    def make(self, name: str, layout: str, num_bytes: int) -> Tensor:
+        return torch.zeros(num_bytes, dtype=torch.uint8, device=self._device)
+
+    def finish(self, name: str) -> None:
+        """Nobody will ask."""

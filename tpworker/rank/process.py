@@ -132,7 +132,7 @@ def assemble(
     meeting = in_thread(partial(meet, boot, device))  # it takes a second or more, and so does loading
     with torch.inference_mode():
         row.enter(Phase.LOADING)
-        kept = HostMemory(boot.kept_fd)
+        kept = open_kept(boot, device)
         spec, shard, weights, dtype = load_shard(boot, device, row, kept)
         row.enter(Phase.MEETING)
         collectives = meeting.result()
@@ -244,6 +244,15 @@ def connect_loop(
     plans.send(RankReady(boot.generation, boot.rank))
     row.enter(Phase.READY)
     return publisher, loop
+
+
+def open_kept(boot: RankBoot, device: Device) -> KeptMemory:
+    """What earlier processes of this rank have left, on its kind of device."""
+    if device.torch_device.type == "cpu":
+        return HostMemory(boot.kept_fd)
+    from tpworker.rank import kept_device
+
+    return kept_device.open_kept(boot.kept_fd, boot.keeper_address, device.torch_device)
 
 
 def meet(boot: RankBoot, device: Device) -> Collectives:

@@ -25,12 +25,14 @@ from enum import IntEnum
 
 from tpworker.errors import RuntimeFailed
 from tpworker.ipc.board import Phase
-from tpworker.ipc.child import RANK_NAME, SCHEDULER_NAME, Report
+from tpworker.ipc.child import KEEPER_NAME, RANK_NAME, SCHEDULER_NAME, Report
 
 #: Errors of these classes say that somebody else did not do something in time.
 _WAITED = frozenset({"BarrierTimeout", "StepTimeout", "TimeoutError", "ChannelError"})
 #: Of a rank, which may have wrapped it: what the scheduler writes did not come in time.
 _NO_MASKS = "MasksMissing"
+#: Of a rank: the process that owns memory of its GPU does not answer.
+_NO_KEEPER = "KeeperSilent"
 #: Words that say that somebody else has ended: of gloo, of NCCL, and our own, which may be wrapped.
 _LOST = re.compile(
     r"connection (closed|reset|refused)|broken pipe|timed out waiting|BarrierAborted", re.IGNORECASE
@@ -183,7 +185,9 @@ def find_cause(endings: Sequence[Ending], standings: Mapping[str, Standing]) -> 
     is_external = cause.was_killed_by_others or (
         fault.process in standings and standings[fault.process].stopped
     )
-    return replace(fault, forfeits=forfeits, is_external=is_external and not forfeits)
+    is_external = is_external and not forfeits
+    lost_memory = fault.process == KEEPER_NAME  # and it was the keeper's
+    return replace(fault, forfeits=forfeits or lost_memory, is_external=is_external)
 
 
 def _blame(endings: Sequence[Ending], standings: Mapping[str, Standing]) -> Fault:
@@ -205,6 +209,9 @@ def _blame(endings: Sequence[Ending], standings: Mapping[str, Standing]) -> Faul
         ranks = [name for name, standing in standings.items() if standing.progress]
         if first.process == SCHEDULER_NAME and ranks:  # a collective hangs, and all are equally far
             return Fault(", ".join(ranks), first.describe(), traceback=report.traceback, hung=True)
+    if report and report.error == _NO_KEEPER:
+        summary = f"{KEEPER_NAME} hangs; {first.describe()}"
+        return Fault(KEEPER_NAME, summary, traceback=report.traceback, hung=True)
     culprit = first.process
     if report and report.diverging:
         culprit = RANK_NAME.format(report.diverging[0])  # it may be its peers that say so

@@ -79,7 +79,7 @@ class Processes:
         self.is_up = True
         """Whether the generation has not been lost."""
         self._standbys = Standbys(group.scheduler_module, group.rank_module, group.rank.device)
-        self._keeping = Keeping(group.num_ranks)
+        self._keeping = Keeping(group.num_ranks, group.rank.device if restarts.are_allowed else "cpu")
         try:
             self.generation = self._begin(group.generation)
             """The present one, or the last."""

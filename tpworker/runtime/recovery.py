@@ -40,6 +40,11 @@ class Restarts:
         self._now = now
         self._times: deque[float] = deque()
 
+    @property
+    def are_allowed(self) -> bool:
+        """Whether there may ever be one."""
+        return self._most > 0
+
     def allow(self) -> bool:
         """Whether there may be one more now; then it counts."""
         now = self._now()

@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from concurrent.futures import Future
 
@@ -54,12 +55,21 @@ class Standby:
         name: what it is called.
         module: what it runs (`python -m`): imports, then `run_child`.
         device: 'cpu' or 'cuda': what its children will use.
+        arguments: more of the command line.
+        descriptors: which it inherits, by the same numbers.
 
     Raises:
         OSError: it cannot be started.
     """
 
-    def __init__(self, name: str, module: str, device: str) -> None:
+    def __init__(
+        self,
+        name: str,
+        module: str,
+        device: str,
+        arguments: Sequence[str] = (),
+        descriptors: Sequence[int] = (),
+    ) -> None:
         self.name = name
         self.is_ready = False
         """Whether it has imported everything."""
@@ -77,7 +87,7 @@ class Standby:
         def stay() -> None:
             """PDEATHSIG ends a process with the *thread* that started it: so this one stays."""
             try:
-                started.set_result(_execute(name, module, device, theirs))
+                started.set_result(_execute(name, module, device, arguments, descriptors, theirs))
             except BaseException as error:
                 started.set_exception(error)
             else:
@@ -184,13 +194,21 @@ class Standby:
         self._control.close()
 
 
-def _execute(name: str, module: str, device: str, control: socket.socket) -> subprocess.Popen[bytes]:
+def _execute(
+    name: str,
+    module: str,
+    device: str,
+    arguments: Sequence[str],
+    descriptors: Sequence[int],
+    control: socket.socket,
+) -> subprocess.Popen[bytes]:
     log = log_descriptor()
     return subprocess.Popen(
-        [sys.executable, "-P", "-m", module, name, device],
+        [sys.executable, "-P", "-m", module, name, device, *arguments],
         stdin=control.fileno(),
         stdout=log,  # our own standard output may be somebody's data
         stderr=log,
+        pass_fds=descriptors,
         env=child_environment(device),
         # Keys typed in a terminal (Ctrl-C, Ctrl-Z) are signals to all of a session: they are for us.
         start_new_session=True,

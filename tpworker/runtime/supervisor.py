@@ -191,7 +191,8 @@ class Supervisor:
         log_level = logging.getLogger("tpworker").getEffectiveLevel()
         store_fd = os.memfd_create("tpworker-store", os.MFD_CLOEXEC)
         try:
-            self._used = scheduler, ranks = self._standbys.start()
+            scheduler, ranks = self._standbys.start()
+            self._used = scheduler, ranks, *self._keeping.start()
             for standby in self._used:
                 self._selector.register(standby, selectors.EVENT_READ, standby)
             self._fork(
@@ -213,6 +214,7 @@ class Supervisor:
                         group.generation, name, log_level, 0, rank, group.num_ranks, plan_address,
                         result_address, self._barrier.fd, self.board.fd, self._meeting.fd, self._masks.fd,
                         store_fd, group.model, group.rank, self._keeping.fd(rank),
+                        self._keeping.keeper_address,
                     ),
                     group.rank_cpus[rank] if rank < len(group.rank_cpus) else None,
                 )  # fmt: skip
