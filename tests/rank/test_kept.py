@@ -111,6 +111,18 @@ def test_what_is_forgotten_is_gone(keeping: Keeping) -> None:
     assert os.fstat(keeping.fd(0)).st_blocks <= 8
 
 
+def test_what_is_made_in_inference_mode_can_be_filled_outside(keeping: Keeping) -> None:
+    """By threads: the mode is a thread's own."""
+    memory = HostMemory(keeping.fd(0))
+    with torch.inference_mode():
+        areas = [memory.make("kv", LAYOUT, SIZE)]
+        memory.finish("kv")
+        areas.append(memory.find("kv", LAYOUT))  # type: ignore[arg-type]
+    for number, area in enumerate(areas, 1):
+        area.fill_(number)
+        assert areas[0][0] == areas[1][0] == number
+
+
 def test_weights_are_not_kept_on_the_cpu(keeping: Keeping) -> None:
     memory = HostMemory(keeping.fd(0))
     assert not memory.keeps("weights")
