@@ -36,7 +36,10 @@ def test_restarts_are_counted_within_a_window() -> None:
     assert allowed == [True, True, False, True, False, True, True]
     assert restarts.num == 5
     assert "--max-restarts" in restarts.why_not()
-    assert not Restarts(0, 10.0).allow()
+    assert restarts.are_allowed
+    none = Restarts(0, 10.0)
+    assert not none.are_allowed  # so nothing is kept for them
+    assert not none.allow()
 
 
 # -------------------------------------------------------------------------------- whose fault
