@@ -129,7 +129,7 @@ class SchedulerBoot:
     board_fd: Descriptor
     masks_fd: Descriptor
     settings: SchedulerSettings
-    blocks_fd: Descriptor | None = None  # what KV blocks hold, for the next generation; None: there is none
+    blocks_fd: Descriptor  # what KV blocks hold, for the next generation
 
 
 @dataclass(frozen=True, slots=True)

@@ -360,9 +360,8 @@ def scheduler_main(boot: SchedulerBoot) -> None:
     ranks = [RANK_NAME.format(rank) for rank in range(boot.num_ranks)]
     accept_all(list(zip(plans, ranks, strict=True)), boot.generation, timeout)
     num_kv_blocks, are_kept = take_offers(plans, ranks, timeout)
-    kept = None
-    if boot.blocks_fd is not None:  # cleared, if at all, before there is a KV cache: see there
-        kept = KeptBlocks(boot.blocks_fd, num_kv_blocks, boot.settings.block_size, are_kept)
+    # Cleared, if at all, before there is a KV cache: see there.
+    kept = KeptBlocks(boot.blocks_fd, num_kv_blocks, boot.settings.block_size, are_kept)
     allocate(plans, ranks, boot.generation, num_kv_blocks, timeout)
     results.accept(ranks[0], boot.generation, timeout)
     masks = MaskBoard.attach(boot.masks_fd, boot.settings.max_num_seqs, boot.settings.vocab_size)

@@ -137,6 +137,7 @@ def test_replayed_with_other_histories(kernels: Any, num_slots: int, length: int
     graph, _ = captured(lambda: kernels.look_up(at, 4, 9, 2, there))
     for seed in range(1, 5):
         state = make_state(num_slots, length, 4, 3 if seed % 2 else 30, seed)
+        state.most_drafts[0] = 4  # of one slot alone it may be 0, and nothing to be seen
         for name in ("position", "most_drafts", "history", "drafts"):
             getattr(there, name).copy_(getattr(state, name))
         graph.replay()

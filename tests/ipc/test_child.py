@@ -34,7 +34,7 @@ from tpworker.ipc.standby import ForkRequest, read_told
 SCHEDULER_BOOT = SchedulerBoot(
     generation=3, name="tpworker-scheduler", log_level=20, report_fd=9, num_ranks=2, runtime_address="ipc://@r",
     plan_addresses=("ipc://@p0", "ipc://@p1"), result_address="ipc://@s", board_fd=7, masks_fd=10,
-    settings=SchedulerSettings(2, 64, 512, 2048, 49152, 16, True, 60.0, 600.0),
+    settings=SchedulerSettings(2, 64, 512, 2048, 49152, 16, True, 60.0, 600.0), blocks_fd=12,
 )  # fmt: skip
 RANK_BOOT = RankBoot(
     generation=3, name="tpworker-rank1", log_level=20, report_fd=9, rank=1, num_ranks=2,
@@ -57,7 +57,8 @@ def test_descriptors_are_known_by_their_names(boot_class: type[SchedulerBoot | R
     assert {name for name in hints if name.endswith("_fd")} == {
         name for name, hint in hints.items() if hint == Descriptor
     }
-    assert descriptors_of(RANK_BOOT) == [5, 7, 9, 10, 8]
+    assert descriptors_of(RANK_BOOT) == [5, 7, 9, 10, 8, 11]
+    assert descriptors_of(SCHEDULER_BOOT) == [7, 10, 12]
 
 
 def test_a_boot_message_of_the_wrong_kind_or_out_of_bounds_is_refused() -> None:
@@ -123,7 +124,7 @@ class Started:
             [sys.executable, "-c", program, "tpworker-scheduler-standby", "cpu"], stdin=control.fileno(),
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
-        descriptors = [status.fileno(), lifeline, report, report, report]  # the last two stand for memfds
+        descriptors = [status.fileno(), lifeline, report, *[report] * 3]  # the last three stand for memfds
         ForkRequest(pack_boot(SCHEDULER_BOOT)).send(self.control, descriptors)
         for fd in (report, lifeline):
             os.close(fd)

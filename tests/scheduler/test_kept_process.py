@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -18,10 +16,10 @@ from tpworker.ipc.channels import Channel, new_address
 from tpworker.ipc.child import (
     RANK_NAME,
     SCHEDULER_NAME,
+    SCHEDULER_STANDBY,
     SchedulerBoot,
     SchedulerSettings,
     board_names,
-    pack_boot,
 )
 from tpworker.ipc.masks import MaskBoard
 from tpworker.ipc.messages import (
@@ -35,7 +33,7 @@ from tpworker.ipc.messages import (
     Stop,
     Submit,
 )
-from tpworker.ipc.spawn import child_environment
+from tpworker.runtime.standby import Standby
 from tpworker.scheduler.kept_blocks import KeptBlocks
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
@@ -57,22 +55,12 @@ class Group:
         self._masks = MaskBoard.create(settings.max_num_seqs, VOCAB)
         addresses = [new_address(f"plan{rank}") for rank in range(NUM_RANKS)]
         self.runtime, result_address = Channel.bind(new_address("runtime")), new_address("result")
-        report, report_fd = os.pipe()
         boot = SchedulerBoot(
-            generation, SCHEDULER_NAME, 20, report_fd, NUM_RANKS, self.runtime.address, tuple(addresses),
+            generation, SCHEDULER_NAME, 20, 0, NUM_RANKS, self.runtime.address, tuple(addresses),
             result_address, self._board.fd, self._masks.fd, settings, fd,
         )  # fmt: skip
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tpworker.scheduler"],
-            stdin=subprocess.PIPE,
-            pass_fds=[report_fd, self._board.fd, self._masks.fd, fd],
-            env=child_environment("cpu"),
-        )
-        os.close(report)
-        os.close(report_fd)
-        assert self.process.stdin is not None
-        self.process.stdin.write(pack_boot(boot))
-        self.process.stdin.flush()
+        self.standby = Standby(SCHEDULER_STANDBY, "tpworker.scheduler", "cpu")
+        self.process = self.standby.fork(boot)
         self.plans = [Channel.connect(a, RANK_NAME.format(i), generation) for i, a in enumerate(addresses)]
         self.results = Channel.connect(result_address, RANK_NAME.format(0), generation)
 
@@ -111,10 +99,8 @@ class Group:
         return len(list(KeptBlocks(self.fd, NUM_BLOCKS, SIZE, True).read()))
 
     def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        assert self.process.stdin is not None
-        self.process.stdin.close()
+        self.standby.close()  # and its child with it
+        self.process.close()
         for channel in (*self.plans, self.results, self.runtime):
             channel.close()
         self._board.close()
@@ -148,7 +134,8 @@ def test_a_scheduler_that_was_killed_is_followed_by_one_that_finds_what_it_knew(
         second.step()
     assert first.tokens + second.tokens == expected(message)
     second.runtime.send(Stop(1))
-    assert second.process.wait(SECONDS) == 0
+    assert second.process.wait(SECONDS)
+    assert second.process.status == 0
     assert second.num_known() >= num_known
     second.close()
 
