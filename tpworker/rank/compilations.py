@@ -13,9 +13,17 @@ from typing import Any
 from tpworker.ipc.board import Field, Row
 
 
+def hash_compiler() -> None:
+    """What the first kernel of a process waits for, even one that is in the folder: a hash of the whole
+    compiler, which takes half a second. Done once, it is known to whoever is forked from this process, too.
+    """
+    with contextlib.suppress(Exception):  # whatever it is, who needs the compiler will be told
+        importlib.import_module("triton.runtime.cache").triton_key()
+
+
 def wake_compiler() -> threading.Thread:
-    """Begins with what the first kernel of a process waits for, even one that is in the folder: a hash of the
-    whole compiler, half a second; and on the first start, with a module in C. Goes on in a thread.
+    """Begins with what else the first kernel of a process waits for: Triton's driver, on the first start a
+    module in C to be compiled. Goes on in a thread.
 
     Nothing depends on it: who comes too early does the same.
     """
@@ -27,7 +35,7 @@ def wake_compiler() -> threading.Thread:
 def _wake() -> None:
     with contextlib.suppress(Exception):  # whatever it is, who needs the compiler will be told
         importlib.import_module("triton").runtime.driver.active  # noqa: B018  # it is made when it is asked for
-        importlib.import_module("triton.runtime.cache").triton_key()
+    hash_compiler()
 
 
 def count_compilations(row: Row) -> None:

@@ -27,3 +27,4 @@ def import_all(device: str) -> None:
         with contextlib.suppress(ImportError):  # a rank will say so itself, where it cannot do without
             for module in _ON_CUDA:
                 importlib.import_module(module)
+            importlib.import_module("tpworker.rank.compilations").hash_compiler()
