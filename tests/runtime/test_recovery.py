@@ -7,6 +7,7 @@ import os
 import random
 import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -333,6 +334,57 @@ def test_drain_while_it_recovers(fake_runtime: MakeRuntime) -> None:
 
 
 @needs_processes
+@pytest.mark.parametrize("delay", [0.0, 0.1])
+def test_a_stop_that_is_cancelled_while_it_recovers(fake_runtime: MakeRuntime, delay: float) -> None:
+    async def main() -> None:
+        runtime = fake_runtime()
+        await runtime.start()
+        members("rank0")[0].send_signal(signal.SIGKILL)
+        await until(lambda: runtime.health().state == "recovering")
+        await asyncio.sleep(delay)
+        stopping = asyncio.ensure_future(runtime.stop())
+        await asyncio.sleep(0)
+        stopping.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.wait_for(stopping, 10)
+        assert not psutil.Process().children(recursive=True)
+
+    run(main)
+
+
+@needs_processes
+def test_who_does_not_get_ready_again_is_tried_again(
+    fake_runtime: MakeRuntime, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once it raises, and once it hangs."""
+    (model_folder / "tpworker-rank0.early").write_text(
+        "fail(MemoryError('something else has it still')) if boot.generation == 1 else "
+        "time.sleep(1000) if boot.generation == 2 else None"
+    )
+    monkeypatch.setattr("tpworker.runtime.processes.SHORTEST_START_SECONDS", 1.0)
+    monkeypatch.setattr("tpworker.runtime.processes.START_PATIENCE", 0.0)
+    monkeypatch.setattr("tpworker.runtime.generation.START_MARGIN_SECONDS", 0.5)
+    events: list[RuntimeEvent] = []
+
+    async def main() -> None:
+        async with fake_runtime(on_event=events.append) as runtime:
+            task = asyncio.ensure_future(collect(runtime, [5], ids_only(500)))
+            await until(lambda: runtime.stats().output_tokens > 5)
+            members("rank0")[0].send_signal(signal.SIGKILL)
+            assert tokens_of(await task) == [5] * 500
+            assert runtime.stats().restarts == 3
+
+    run(main)
+    lost = [event.summary for event in events if event.kind == "lost"]
+    assert len(lost) == 3
+    assert "was killed by SIGKILL" in lost[0]
+    assert "something else has it still" in lost[1]
+    assert "rank0" in lost[2], "it hangs"
+    assert events[-1].kind == "recovered"
+    assert (events[-1].generation, events[-1].requests) == (3, 1)
+
+
+@needs_processes
 def test_aborts_while_it_recovers(fake_runtime: MakeRuntime) -> None:
     async def main() -> None:
         async with fake_runtime() as runtime:
@@ -364,7 +416,7 @@ def test_a_listener_that_raises_harms_nobody(fake_runtime: MakeRuntime) -> None:
 
 
 @needs_processes
-def test_text_and_stop_strings_go_on(fake_runtime: MakeRuntime, model_folder: Any) -> None:
+def test_text_and_stop_strings_go_on(fake_runtime: MakeRuntime, model_folder: Path) -> None:
     from tests.server.fake_runtime import byte_tokenizer
 
     byte_tokenizer()._backend.save(str(model_folder / "tokenizer.json"))

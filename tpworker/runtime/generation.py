@@ -161,6 +161,10 @@ class Generation:
             self._beat = -1
             self._tick()
 
+    def kill(self) -> None:
+        """Ends the processes at once; to be awaited by `stop`."""
+        self._supervisor.kill()
+
     async def stop(self) -> None:
         """Ends the processes, in good order if they are in one, and waits until they are gone.
 

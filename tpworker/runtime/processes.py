@@ -13,7 +13,6 @@ for its `Owner`. Belongs to one event loop.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections import Counter
@@ -33,6 +32,13 @@ from tpworker.runtime.standby import Standbys
 from tpworker.runtime.supervisor import Group
 
 logger = logging.getLogger(__name__)
+
+START_PATIENCE = 3.0
+"""Times what the first start took, and it is a fault that a later one is not ready: there is less to do."""
+SHORTEST_START_SECONDS = 20.0
+"""But not less than this. `start_timeout` is the limit for all."""
+FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.1, 5.0
+"""After a start that failed, doubled each time."""
 
 
 class Owner(Protocol):
@@ -73,6 +79,7 @@ class Processes:
         self._requests = requests
         self._events = events
         self._owner = owner
+        self._began = time.monotonic()
         self._faults: asyncio.Queue[tuple[Fault, int]] = asyncio.Queue()  # and when it was noticed
         self._is_over = False
         self._replacing: asyncio.Task[None] | None = None
@@ -95,10 +102,20 @@ class Processes:
             StartFailed: it did not get ready.
         """
         num_blocks = await self.generation.ready(self._group.rank.start_timeout, progress)
-        # The same for those that follow, however much memory is free then: what was taken must go on.
-        self._group = replace(self._group, rank=replace(self._group.rank, num_kv_blocks=num_blocks))
+        self._group = self._next_group(num_blocks, time.monotonic() - self._began)
         self._replacing = asyncio.create_task(self._replace(), name="tpworker-recovery")
         return num_blocks
+
+    def _next_group(self, num_blocks: int, seconds: float) -> Group:
+        """What is started after the first generation, which took so long."""
+        group = self._group
+        timeout = min(group.rank.start_timeout, max(SHORTEST_START_SECONDS, START_PATIENCE * seconds))
+        return replace(
+            group,
+            # As many blocks, however much memory is free then: what was taken must go on.
+            rank=replace(group.rank, num_kv_blocks=num_blocks, start_timeout=timeout),
+            scheduler=replace(group.scheduler, start_timeout=timeout),
+        )
 
     def blame_gpu(self, rank: int, summary: str) -> None:
         """A rank's GPU has failed, and what is in its memory with it. From any thread."""
@@ -108,10 +125,18 @@ class Processes:
         """Ends the processes, see `Generation.stop`; there will be no others."""
         self._is_over = True
         replacing = self._replacing
-        if replacing is not None and not replacing.get_loop().is_closed():
-            replacing.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await replacing
+        try:
+            if replacing is not None and not replacing.get_loop().is_closed():
+                replacing.cancel()
+                try:
+                    await asyncio.wait([replacing])
+                except asyncio.CancelledError:
+                    self.generation.kill()
+                    raise
+        finally:
+            await self._stop_generation()
+
+    async def _stop_generation(self) -> None:
         try:
             await self.generation.stop()
         finally:
@@ -164,9 +189,11 @@ class Processes:
     async def _replace(self) -> None:
         while not self._is_over:
             fault, noticed_ns = await self._faults.get()
+            pause = FIRST_PAUSE_SECONDS
             try:
                 while not self._is_over and not await self._attempt(fault, noticed_ns):
-                    pass
+                    await asyncio.sleep(pause)  # what is wanted may not be free yet: a GPU's memory, say
+                    pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
             except Exception as error:
                 logger.exception("the processes cannot be replaced")
                 self._is_over = True
