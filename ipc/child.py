@@ -173,11 +173,12 @@ def pack_boot(boot: SchedulerBoot | RankBoot) -> bytes:
 
 def descriptors_of(boot: SchedulerBoot | RankBoot) -> list[int]:
     """The descriptors that go with a boot message, all but the report pipe, in the order of its fields."""
-    return [getattr(boot, name) for name in _descriptor_fields(type(boot))]
+    return [getattr(boot, name) for name in _descriptor_fields(boot)]
 
 
-def _descriptor_fields(boot_class: type[SchedulerBoot | RankBoot]) -> list[str]:
-    return [f.name for f in fields(boot_class) if f.name.endswith("_fd") and f.name != "report_fd"]
+def _descriptor_fields(boot: SchedulerBoot | RankBoot) -> list[str]:
+    names = (f.name for f in fields(boot) if f.name.endswith("_fd") and f.name != "report_fd")
+    return [name for name in names if getattr(boot, name) is not None]
 
 
 # ------------------------------------------------------------------------------------ how it reports
@@ -289,7 +290,7 @@ def _live(forked: Forked, boot_class: type[Boot], main: Callable[[Boot], None]) 
     try:
         os.setsid()  # keys typed in a terminal (Ctrl-C, Ctrl-Z) are signals to all of a session
         boot = unpack_dataclass(boot_class, forked.request.boot)
-        numbers: dict[str, Any] = dict(zip(_descriptor_fields(boot_class), forked.descriptors, strict=True))
+        numbers: dict[str, Any] = dict(zip(_descriptor_fields(boot), forked.descriptors, strict=True))
         boot = replace(boot, report_fd=forked.report_fd, **numbers)
         _be_called(boot.name, boot.log_level)
         _die_with_parent(forked.standby)

@@ -55,10 +55,11 @@ def test_descriptors_are_known_by_their_names(boot_class: type[SchedulerBoot | R
     """They are sent with the message, whichever fields it has."""
     hints = get_type_hints(boot_class, include_extras=True)
     assert {name for name in hints if name.endswith("_fd")} == {
-        name for name, hint in hints.items() if hint == Descriptor
+        name for name, hint in hints.items() if hint in (Descriptor, Descriptor | None)
     }
     assert descriptors_of(RANK_BOOT) == [5, 7, 9, 10, 8, 11]
     assert descriptors_of(SCHEDULER_BOOT) == [7, 10, 12]
+    assert descriptors_of(dataclasses.replace(SCHEDULER_BOOT, blocks_fd=None)) == [7, 10]
 
 
 def test_a_boot_message_of_the_wrong_kind_or_out_of_bounds_is_refused() -> None:

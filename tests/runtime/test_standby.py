@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -23,6 +24,8 @@ from tpworker.runtime.standby import Standby, Standbys
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
 MODULE = "tests.children.told_rank"
+NAMES = ("barrier", "board", "meeting", "masks", "kept")
+"""Of a rank's descriptors, beside the store."""
 SLEEP = "say(boot, os.getpid()); time.sleep(1000)"
 
 
@@ -32,15 +35,13 @@ class Forks:
     def __init__(self, module: str = MODULE, device: str = "cpu") -> None:
         self.standby = Standby(RANK_STANDBY, module, device)
         self.store_fd = os.memfd_create("tpworker-store")
-        self.other_fds = [os.memfd_create(f"tpworker-{i}") for i in range(4)]
+        fcntl.fcntl(self.store_fd, fcntl.F_SETFL, os.O_APPEND)  # or children write over each other's lines
+        self.other_fds = [os.memfd_create(f"tpworker-{name}") for name in NAMES]
         self.children: list[Child] = []
 
     def fork(self, code: str, name: str = "tpworker-rank1", cpus: frozenset[int] = frozenset()) -> Child:
-        barrier, board, meeting, masks = self.other_fds
-        boot = replace(
-            RANK_BOOT, name=name, model=code, barrier_fd=barrier, board_fd=board, meeting_fd=meeting,
-            masks_fd=masks, store_fd=self.store_fd,
-        )  # fmt: skip
+        numbers = {f"{of}_fd": fd for of, fd in zip(NAMES, self.other_fds, strict=True)}
+        boot = replace(RANK_BOOT, name=name, model=code, store_fd=self.store_fd, **numbers)
         child = self.standby.fork(boot, cpus)
         self.children.append(child)
         return child
@@ -97,25 +98,25 @@ def test_names_are_what_ps_shows(forks: Forks) -> None:
 
 def test_descriptors_arrive_under_numbers_of_their_own(forks: Forks) -> None:
     code = """
-fds = (boot.barrier_fd, boot.board_fd, boot.meeting_fd, boot.masks_fd, boot.store_fd)
+fds = (boot.barrier_fd, boot.board_fd, boot.meeting_fd, boot.masks_fd, boot.kept_fd, boot.store_fd)
 say(boot, *(links()[fd].split()[0] for fd in fds))
 say(boot, *(os.get_inheritable(fd) for fd in (*fds, boot.report_fd)))
 """
     assert status_of(forks.fork(code)) == 0
     where, inheritable = forks.said(2)
-    assert where.split() == [f"/memfd:tpworker-{name}" for name in (0, 1, 2, 3, "store")]
-    assert inheritable.split() == ["False"] * 6
+    assert where.split() == [f"/memfd:tpworker-{name}" for name in (*NAMES, "store")]
+    assert inheritable.split() == ["False"] * 7
 
 
 def test_a_child_has_nothing_of_its_siblings_or_of_the_standby(forks: Forks) -> None:
-    """Three standard descriptors, its lifeline, its report pipe, five memfds; and later children as many."""
+    """Three standard descriptors, its lifeline, its report pipe, memfds; and later children as many."""
     code = (
         "say(boot, *(link.split(':')[0] for fd, link in sorted(links().items()) if fd > 2)); time.sleep(1000)"
     )
     for i in range(3):
         forks.fork(code, f"tpworker-rank{i}")
     for line in forks.said(3):
-        assert sorted(line.split()) == ["/memfd"] * 5 + ["pipe"] * 2
+        assert sorted(line.split()) == ["/memfd"] * (len(NAMES) + 1) + ["pipe"] * 2
 
 
 def test_a_standby_keeps_nothing_of_what_it_forked(forks: Forks) -> None:
@@ -275,7 +276,7 @@ from tests.ipc.test_child import RANK_BOOT
 from tpworker.runtime.standby import Standby
 standby = Standby("tpworker-rank-standby", "tests.children.told_rank", "cpu")
 fd = os.memfd_create("one")
-boot = replace(RANK_BOOT, barrier_fd=fd, board_fd=fd, meeting_fd=fd, masks_fd=fd, store_fd=fd)
+boot = replace(RANK_BOOT, barrier_fd=fd, board_fd=fd, meeting_fd=fd, masks_fd=fd, store_fd=fd, kept_fd=fd)
 children = [standby.fork(replace(boot, model="time.sleep(1000)")) for _ in range(2)]
 while None in [child.pid for child in children]:
     [child.read() for child in children]
