@@ -188,7 +188,7 @@ def fault_of(model: Path, num_ranks: int = 2, **scripts: str) -> Fault:
 def test_an_exception_is_reported_with_its_traceback(model_folder: Path) -> None:
     fault = fault_of(model_folder, rank1="fail(ValueError('bad weights'))")
     assert fault.process == "tpworker-rank1"
-    assert fault.summary == "tpworker-rank1 raised ValueError: bad weights"
+    assert fault.summary.startswith("tpworker-rank1 raised ValueError: bad weights; tpworker-rank1 was ")
     assert fault.traceback is not None
     assert "idle_rank.py" in fault.traceback
     assert fault.report is not None
@@ -360,7 +360,7 @@ def test_the_environment_of_ranks(model_folder: Path, monkeypatch: pytest.Monkey
         model_folder,
         rank0="fail(ValueError(os.environ['OMP_NUM_THREADS'] + os.environ['GLOO_SOCKET_IFNAME']))",
     )
-    assert fault.summary.endswith("ValueError: 7lo")
+    assert "ValueError: 7lo;" in fault.summary
 
 
 def test_a_child_inherits_only_what_it_is_given(model_folder: Path) -> None:
@@ -370,7 +370,7 @@ def test_a_child_inherits_only_what_it_is_given(model_folder: Path) -> None:
         pipe = os.readlink(f"/proc/self/fd/{secret}")
         has = "[os.path.realpath('/proc/self/fd/' + fd).split('/')[-1] for fd in os.listdir('/proc/self/fd')]"
         fault = fault_of(model_folder, rank0=f"fail(ValueError({pipe!r} in {has}, len({has}) > 5))")
-        assert fault.summary.endswith("ValueError: (False, True)")
+        assert "ValueError: (False, True);" in fault.summary
     finally:
         os.close(secret)
         os.close(other)
@@ -387,4 +387,4 @@ def test_what_a_child_prints_does_not_mix_with_our_output(
 
 def test_keys_typed_in_the_terminal_are_not_for_children(model_folder: Path) -> None:
     fault = fault_of(model_folder, rank0="fail(ValueError(os.getsid(0) == os.getpid()))")
-    assert fault.summary.endswith("ValueError: True")
+    assert "ValueError: True;" in fault.summary

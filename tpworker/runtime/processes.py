@@ -20,6 +20,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from tpworker.ipc.messages import Failed, StepOutput
+from tpworker.ipc.streams import open_standard_descriptors
 from tpworker.observe.start import StartTimes
 from tpworker.runtime.events import Events
 from tpworker.runtime.faults import Fault, gpu_fault
@@ -85,6 +86,7 @@ class Processes:
         self._replacing: asyncio.Task[None] | None = None
         self.is_up = True
         """Whether the generation has not been lost."""
+        open_standard_descriptors()  # or what is kept could become one that was closed, and be written to
         self._standbys = Standbys(group.scheduler_module, group.rank_module, group.rank.device)
         self._keeping = Keeping(group.num_ranks, group.rank.device if restarts.are_allowed else "cpu")
         try:
