@@ -141,7 +141,7 @@ def test_generations_are_forked_from_the_same_standbys(model_folder: Path, stand
             watched.stop()
         watched.close()
         assert {process.name() for process in own_children()} == {SCHEDULER_STANDBY, RANK_STANDBY}
-        assert not [child for standby in own_children() for child in standby.children()]
+        eventually(lambda: not [child for standby in own_children() for child in standby.children()])
     assert len(set(pids)) == 3
     assert len(set(parents)) == 1
 
@@ -334,7 +334,9 @@ def test_blame_ends_all_and_explains(watched: Watched) -> None:
 
 def test_who_is_blamed_while_it_is_stopped_was_stopped_by_others(watched: Watched) -> None:
     watched.ready()
-    os.kill(watched.pid("tpworker-scheduler"), signal.SIGSTOP)
+    scheduler = psutil.Process(watched.pid("tpworker-scheduler"))
+    scheduler.suspend()
+    eventually(lambda: scheduler.status() == psutil.STATUS_STOPPED)
     watched.supervisor.blame(Fault("tpworker-scheduler", "it hangs", hung=True))
     assert watched.fault().is_external
 
