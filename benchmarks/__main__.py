@@ -29,6 +29,10 @@ BENCHMARKS = {
     "host": ("host.host", "what a step costs the host, with a fake device"),
     "serve": ("serving.serve", "a real model over HTTP, overlap off and on"),
     "schemas": ("serving.schemas", "outputs held to JSON schemas: whether all validate, and what that costs"),
+    "chaos": (
+        "chaos.chaos",
+        "no speed: processes are lost under load, and no request may be (scripts/chaos)",
+    ),
     "acceptance": ("speculation.acceptance", "how many tokens a step drafts bring with a real model"),
     "distill": ("speculation.distill", "trains a head for multi-token prediction on a model's own outputs"),
 }

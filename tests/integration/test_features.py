@@ -211,5 +211,7 @@ def test_a_restart_goes_on_where_the_client_is(folder: Path, oracle: dict[int, O
             group.send(replace(submit, tokens=pack_int32(known), num_delivered=len(delivered)))
             group.outputs[submit.request].tokens = list(delivered)
             group.outputs[submit.request].logprobs = whole.logprobs[: len(delivered)]
+            if delivered:  # what is told of a prompt has come before them
+                group.outputs[submit.request].prompt_logprobs = whole.prompt_logprobs
         group.wait(180)
         compare(group, oracle)

@@ -35,7 +35,7 @@ def spelling(folder: Path) -> Path:
 def start(folder: Path, num_ranks: int, step_timeout: float = 1.5, **options: Any) -> Runtime:
     return Runtime(
         folder, device="cpu", dtype="float32", num_kv_blocks=64, tensor_parallel_size=num_ranks,
-        step_timeout=step_timeout, **options,
+        step_timeout=step_timeout, max_restarts=0, **options,
     )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ It is a standby's child, not ours: the standby tells its pid and its status thro
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import select
 import signal
@@ -18,6 +19,8 @@ from tpworker.ipc.patience import Patience
 from tpworker.ipc.standby import read_told
 from tpworker.runtime.faults import Ending
 
+logger = logging.getLogger(__name__)
+
 _STATES = {"R": "running", "S": "sleeping", "D": "in the kernel", "T": "stopped", "t": "traced", "Z": "dead"}
 
 
@@ -29,6 +32,9 @@ class Parent(Protocol):
 
     @property
     def over(self) -> bool: ...
+
+    @property
+    def is_alive(self) -> bool: ...
 
     def read(self) -> None: ...
 
@@ -119,6 +125,12 @@ class Child:
                 self.pid = read_told(told)
             else:
                 self.status = read_told(told)
+
+    def kill_parent(self) -> None:
+        """Its standby, which does not tell how it has ended: it hangs."""
+        if self.parent.is_alive:
+            logger.error("%s hangs, and will be killed", self.parent.name)
+            self.parent.kill()
 
     def wait(self, timeout: float) -> bool:
         """Whether it has ended, within `timeout` seconds, and its status come, if it ever will."""

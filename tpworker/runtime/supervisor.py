@@ -252,14 +252,22 @@ class Supervisor:
 
     def _watch_stopping(self) -> None:
         """Waits until all have ended, to the deadline; a process that ends badly now is only logged."""
+        answer = Patience(ANSWER_SECONDS)  # of standbys, once their children are gone
         while not self._killed and self._stopping is not None:
             if all(child.has_ended for child in self._children):
                 break
+            gone = [child for child in self._children if child.silent and not child.has_ended]
+            if not gone:
+                answer.restart()
+            elif not answer.left():
+                for child in gone:
+                    child.kill_parent()
+                answer.restart()
             if not self._stopping.left():
                 late = [child.name for child in self._children if not child.has_ended]
                 logger.warning("%s did not end in time and will be killed", ", ".join(late))
                 return
-            self._collect(self._stopping.slice())
+            self._collect(min(self._stopping.slice(), answer.slice()))
         for child in self._children:
             if child.has_ended and child.status != 0:
                 logger.warning("while stopping, %s", child.ending.describe())
@@ -272,11 +280,8 @@ class Supervisor:
                 os.read(self._wake_receiver, 1 << 16)
                 continue
             one.read()
-            if isinstance(one, Child) and key.fd != one.report_fd:
-                nothing_comes = one.has_ended
-            else:
-                nothing_comes = one.silent
-            if nothing_comes:
+            is_status = isinstance(one, Child) and key.fd != one.report_fd
+            if one.has_ended if isinstance(one, Child) and is_status else one.silent:
                 self._selector.unregister(key.fd)
             if one.over and one not in self._over:
                 self._over.append(one)
@@ -387,8 +392,8 @@ class Supervisor:
                 answer.restart()
                 time.sleep(min(patience.slice(), 0.01))
             elif not answer.left():
-                logger.error("%s hangs, and will be killed", child.parent.name)
-                child.parent.kill()
+                child.kill_parent()
+                answer.restart()
 
     def _close_keeping(self) -> None:
         if self._owns_keeping:
