@@ -39,7 +39,8 @@ def cases(model: str, num_tokens: int, is_text: bool = True) -> list[Case]:
     Args:
         model: the name that is served.
         num_tokens: of an answer, at most.
-        is_text: False: of a model that speaks no language; then nothing is held to a schema.
+        is_text: False: of a model that speaks no language; then no text ends an answer, and nothing is held
+            to a schema.
     """
     common: dict[str, Any] = {"model": model, "max_tokens": num_tokens, "extra_body": {"ignore_eos": True}}
     kinds: dict[str, dict[str, Any]] = {
@@ -48,8 +49,9 @@ def cases(model: str, num_tokens: int, is_text: bool = True) -> list[Case]:
         "choices": {"temperature": 0.9, "seed": 6, "n": 3},
         "penalties": {"temperature": 0.6, "seed": 7, "frequency_penalty": 0.5, "presence_penalty": 0.3},
         "logprobs": {"temperature": 0, "logprobs": 3},
-        "stop": {"temperature": 0, "stop": [" the", "\n\n"], "extra_body": {}},
     }
+    if is_text:
+        kinds["stop"] = {"temperature": 0, "stop": [" the", "\n\n"], "extra_body": {}}
     found = []
     for index, (name, own) in enumerate(kinds.items()):
         for text in (TEXTS[index % len(TEXTS)], TEXTS[(index + 2) % len(TEXTS)]):

@@ -21,7 +21,7 @@ GENERATE = """
     async def main():
         model = fake_model(__import__("pathlib").Path(sys.argv[1]), step_seconds=0.05)
         seconds = float(sys.argv[2]) or None
-        options = {**FAKE_RANKS, "tensor_parallel_size": 2, "step_timeout": seconds}
+        options = {**FAKE_RANKS, "tensor_parallel_size": 2, "step_timeout": seconds, "max_restarts": 0}
         async with Runtime(model, **options) as runtime:
             params = SamplingParams(max_tokens=16000, detokenize=False)
             async for output in runtime.generate([1, 2, 3], params):

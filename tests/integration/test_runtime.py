@@ -19,7 +19,15 @@ PROMPTS = [[1, 5, 9], list(range(3, 60)), [7] * 20]
 
 
 def options(**changes: Any) -> dict[str, Any]:
-    return {"device": "cpu", "load_format": "dummy", "dtype": "float32", "num_kv_blocks": 64, **changes}
+    """One fault is the end: what is told of it is looked at."""
+    fixed = {
+        "device": "cpu",
+        "load_format": "dummy",
+        "dtype": "float32",
+        "num_kv_blocks": 64,
+        "max_restarts": 0,
+    }
+    return {**fixed, **changes}
 
 
 async def collect(runtime: Runtime, prompt: list[int], params: SamplingParams = GREEDY) -> list[int]:
@@ -110,7 +118,7 @@ def test_idle_costs_nothing(model_folder: Path) -> None:
             await collect(runtime, PROMPTS[0])
             me = psutil.Process()
             processes = [me, *me.children(recursive=True)]
-            assert len(processes) == 4
+            assert len(processes) == 6  # two standbys are among them
             await asyncio.sleep(2)
             before, start = cpu_seconds(processes), time.monotonic()
             await asyncio.sleep(5)

@@ -241,7 +241,7 @@ def test_a_failure_of_one_choice_ends_the_answer(start: Start) -> None:
     server = start(FakeRuntime(abort_at=2))
     response = server.post(COMPLETIONS, json={"prompt": "a", "n": 3})
     assert response.status_code == 503
-    assert "aborted" in error_of(response)["message"]
+    assert "send it again" in error_of(response)["message"]
     assert server.runtime.num_open == 0
 
 
