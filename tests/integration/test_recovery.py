@@ -11,8 +11,9 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.children.poisonable_rank import POISON
 from tests.integration.conftest import VOCAB
-from tpworker import RequestOutput, Runtime, SamplingParams
+from tpworker import RequestFailed, RequestOutput, Runtime, SamplingParams
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -134,5 +135,30 @@ def test_a_resumed_request_computes_its_prompt_no_second_time(folder: Path) -> N
             again = [step for step in runtime.stats().recent_steps[first:] if step.num_prefill_tokens]
             assert sum(step.num_prefill_tokens for step in again) <= 8 + 3
             assert runtime.stats().restarts == 1
+
+    asyncio.run(asyncio.wait_for(main(), 120))
+
+
+def test_a_request_that_makes_ranks_raise_fails_alone(folder: Path) -> None:
+    async def main() -> None:
+        async with Runtime(
+            folder, tensor_parallel_size=2, dtype="float32", num_kv_blocks=200, max_restarts=20,
+            rank_module="tests.children.poisonable_rank",
+        ) as runtime:  # fmt: skip
+            params = SamplingParams(max_tokens=100, temperature=0.0, detokenize=False, ignore_eos=True)
+
+            async def tokens(prompt: list[int]) -> list[int]:
+                return [one async for out in runtime.generate(prompt, params) for one in out.token_ids]
+
+            prompts = [[number, 5, 7] for number in range(9)]
+            expected = await asyncio.gather(*map(tokens, prompts))
+            good = [asyncio.ensure_future(tokens(prompt)) for prompt in prompts]
+            await asyncio.sleep(0.05)
+            with pytest.raises(RequestFailed, match="no sample of this can be taken"):
+                await tokens([POISON, 5, 7])
+            assert await asyncio.gather(*good) == expected
+            assert runtime.health().state == "ready"
+            assert runtime.stats().restarts <= 5
+            assert dict(runtime.stats().lost) == {"rank": runtime.stats().restarts}
 
     asyncio.run(asyncio.wait_for(main(), 120))
