@@ -9,7 +9,7 @@
     │   ├── QueueFull          backpressure: try again later
     │   └── RequestFailed      it was taken, and cannot go on, for a reason of its own
     ├── RuntimeStopped     the runtime is not started, drains, or has stopped
-    └── RuntimeFailed      a process died, hung, diverged or raised; names it, with its traceback
+    └── RuntimeFailed      processes died, hung, diverged or raised too often; names the last
 
 Messages say what was wrong, the limit, and the remedy.
 """
@@ -71,7 +71,7 @@ class RuntimeStopped(TpworkerError):
 
 
 class RuntimeFailed(TpworkerError):
-    """The runtime ended because one of its processes died, hung, diverged or raised.
+    """The runtime ended: its processes died, hung, diverged or raised more often than they may be restarted.
 
     Args:
         message: what happened, in one line.
