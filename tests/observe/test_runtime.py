@@ -98,7 +98,7 @@ def test_a_process_that_dies_while_the_tokenizer_is_loaded_is_named(
     fake_runtime: Callable[..., Runtime], loading: threading.Event
 ) -> None:
     async def run() -> None:
-        runtime = fake_runtime(device="cpu")
+        runtime = fake_runtime(device="cpu", max_restarts=0)
         starting = await all_but_the_tokenizer(runtime)
         children = psutil.Process().children(recursive=True)
         (rank,) = [child for child in children if child.name() == "tpworker-rank0"]

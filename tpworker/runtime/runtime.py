@@ -261,7 +261,7 @@ class Runtime(Facts):
             QueueFull: as many requests wait as `max_queue` allows.
             RequestFailed: what an output, of any choice, is held to cannot be followed to its end.
             RuntimeStopped: the runtime is not started, drains, was stopped, or started on another event loop.
-            RuntimeFailed: processes died, hung, diverged or raised too often; names the last, with its traceback.
+            RuntimeFailed: processes died, hung, diverged or raised too often; names the last one.
             TypeError: `sampling` is something else.
         """
         sampling = checked(sampling)
