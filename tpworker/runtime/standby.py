@@ -77,6 +77,7 @@ class Standby:
         """Why it will never be ready."""
         self.silent = False
         """Nothing more will come from it: it ends, or has."""
+        self._is_killed = False  # by us: it may live for a moment, and is of no use
         self._oom_kills = count_oom_kills()
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._control.setblocking(False)
@@ -163,7 +164,7 @@ class Standby:
     @property
     def is_alive(self) -> bool:
         """Whether children can still be forked from it. May be asked from any thread."""
-        return not self.over
+        return not self.over and not self._is_killed
 
     @property
     def ending(self) -> Ending:
@@ -182,6 +183,7 @@ class Standby:
 
     def kill(self) -> None:
         """SIGKILL, and the kernel ends its children with it; nothing if it is dead already."""
+        self._is_killed = True
         self.process.kill()
 
     def close(self) -> None:
