@@ -1,7 +1,8 @@
 """Kills, stops and slows a server's processes while clients ask, and judges what they get and what is left.
 
-The right answers are asked for before anything happens, each twice. Outputs are exact in float32; with
-another dtype, or random weights, only their lengths and ends are compared. Status 0: nobody lost anything.
+The right answers are asked for before anything happens, each twice. In float32 outputs are exact. In another
+dtype an answer may be another from where the model finds two tokens about as likely: it is counted as near.
+Status 0: nobody lost anything, nothing is left, and no process was replaced without a reason.
 """
 
 from __future__ import annotations
@@ -9,35 +10,32 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import json
 import random
 import signal
-import socket
-import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 
 import httpx
-import psutil
-from openai import AsyncOpenAI
+from openai import AsyncOpenAI, BadRequestError
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.chaos.faults import KINDS, disturb, members
-from benchmarks.chaos.judge import Quiet, Verdict, leaks, pauses, wrong_answers
+from benchmarks.chaos.faults import KINDS, Fault, disturb, members
+from benchmarks.chaos.judge import NEAR, Verdict, difference, pauses, quantiles, wrong_answers
 from benchmarks.chaos.load import Answer, Case, Client, ask, cases
+from benchmarks.chaos.log import recoveries, without_reason
+from benchmarks.chaos.quiet import Quiet, leaks
+from benchmarks.chaos.served import MODEL, served, still_there
 from benchmarks.common.options import positive
-from benchmarks.common.report import machine, quantile, save
-from benchmarks.common.vocabulary import write_tokenizer
+from benchmarks.common.report import machine, save
 
-READY_SECONDS = 300.0
 ASK_SECONDS = 600.0  # of a client's patience
 QUIET_SECONDS = 60.0
-MODEL = "chaos"  # the name that is served
+SCRAPE_SECONDS = 2.0  # between two looks at /metrics
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -63,119 +61,104 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Prints what happened; 0 if nobody lost anything."""
     with tempfile.TemporaryDirectory() as folder, open(Path(folder) / "log", "w+") as log:
-        with served(options, Path(folder), log) as (server, url):
-            verdict = asyncio.run(soak(options, server.pid, url))
-            there = members(server.pid)
-            server.send_signal(signal.SIGTERM)
-            verdict.status = server.wait(60)
-        verdict.left_behind = still_there(there)
-        log.seek(0)
-        report(verdict, log.read())
+        try:
+            with served(options, Path(folder), log) as (server, url):
+                verdict, faults, num_told = asyncio.run(soak(options, server.pid, url))
+                there = members(server.pid)
+                server.send_signal(signal.SIGTERM)
+                verdict.status = server.wait(60)
+            verdict.left_behind = still_there(there)
+        except BaseException:
+            sys.stderr.write(_end_of(Path(folder) / "log"))
+            raise
+        text = (Path(folder) / "log").read_text()
+    told = recoveries(text)
+    verdict.recoveries = [recovery.seconds for recovery in told]
+    verdict.odd += without_reason(told, faults)
+    if num_told != len(told):
+        verdict.odd.append(f"/metrics has {num_told:g} recoveries, the log {len(told)}")
+    report(verdict)
+    if not verdict.is_good:
+        print("\n".join(text.splitlines()[-60:]))
+    print("GOOD" if verdict.is_good else "BAD", flush=True)
     save(options.json, {"machine": machine(), "options": vars(options), "verdict": verdict.as_json()})
     return 0 if verdict.is_good else 1
 
 
-def still_there(processes: dict[str, psutil.Process]) -> list[str]:
-    """Of a server's processes, those that have not ended: zombies have, and wait for whoever is process 1."""
-    found = []
-    for name, process in processes.items():
-        with contextlib.suppress(psutil.Error):
-            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(name)
-    return found
+def _end_of(log: Path) -> str:
+    return "\n".join(log.read_text().splitlines()[-60:]) + "\n"
 
 
-@contextlib.contextmanager
-def served(
-    options: argparse.Namespace, folder: Path, log: object
-) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """A server, until it is ready and as long as it is wanted; its log goes to a file."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "tpworker", "serve", "--port", str(port), "--dtype", options.dtype]
-    command += ["--tensor-parallel-size", str(options.tensor_parallel_size), "--served-model-name", MODEL]
-    command += ["--step-timeout", str(options.step_timeout), "--max-restarts", "100000"]
-    command += ["--load-format", options.load_format, *options.server_option]
-    if options.model:
-        command += ["--model", str(with_tokenizer(Path(options.model), folder))]
-    server = subprocess.Popen(command, stdout=log, stderr=log)  # type: ignore[call-overload]
-    url = f"http://127.0.0.1:{port}"
-    try:
-        wait_until_ready(server, url)
-        yield server, url
-    finally:
-        server.kill()
-        server.wait()
-
-
-def with_tokenizer(model: Path, folder: Path) -> Path:
-    """The model's folder; of one that is a config.json alone a copy, with a tokenizer made for it."""
-    if not (model / "config.json").exists() or (model / "tokenizer.json").exists():
-        return model
-    text = (model / "config.json").read_text()
-    (folder / "model").mkdir()
-    (folder / "model" / "config.json").write_text(text)
-    write_tokenizer(folder / "model", json.loads(text)["vocab_size"])
-    return folder / "model"
-
-
-def wait_until_ready(server: subprocess.Popen[bytes], url: str) -> None:
-    """Raises RuntimeError if it does not get so."""
-    until = time.monotonic() + READY_SECONDS
-    while time.monotonic() < until and server.poll() is None:
-        with contextlib.suppress(httpx.TransportError):
-            if httpx.get(f"{url}/ready", timeout=10).status_code == 200:
-                return
-        time.sleep(0.1)
-    raise RuntimeError(f"the server did not get ready (status {server.poll()})")
-
-
-async def soak(options: argparse.Namespace, server: int, url: str) -> Verdict:
-    """Asks for the right answers, then for some time while faults are made."""
-    draw = random.Random(options.seed)
+async def soak(options: argparse.Namespace, server: int, url: str) -> tuple[Verdict, list[Fault], float]:
+    """Asks for the right answers, then for some time while faults are made. Returns the faults too, and how
+    many recoveries /metrics has."""
+    draw, is_text = random.Random(options.seed), options.load_format != "dummy"
+    is_exact = options.dtype == "float32"
     async with AsyncOpenAI(base_url=f"{url}/v1", api_key="-", timeout=ASK_SECONDS, max_retries=0) as api:
-        is_exact = options.dtype == "float32" and options.load_format != "dummy"
-        right = await right_answers(api, cases(MODEL, options.tokens, options.load_format != "dummy"))
-        before = await quiet(api, server, url, next(iter(right)))
+        is_chat = is_text and await takes_conversations(api)
+        asked = cases(MODEL, options.tokens, is_text, is_chat, not is_exact)
+        right = await right_answers(api, asked, is_exact)
+        before = await quiet(api, server, url, asked[0])
         began = time.monotonic()
         until = began + options.seconds
         clients = [
-            Client(api, right, random.Random(draw.random()), i % 4 == 0) for i in range(options.clients)
+            Client(api, asked, random.Random(draw.random()), i % 4 == 0) for i in range(options.clients)
         ]
+        scraping = asyncio.create_task(scrape(url))
         faults, *_ = await asyncio.gather(
             disturb(server, draw, options.faults_every, until, options.kinds, options.victims),
             *(client.run(until) for client in clients),
         )
         seconds = time.monotonic() - began
-        after = await quiet(api, server, url, next(iter(right)))
+        scraping.cancel()
+        await asyncio.wait([scraping])
+        after = await quiet(api, server, url, asked[0])
     answers = [one for client in clients for one in client.answers]
-    if not is_exact:
-        for answer in (*right.values(), *(answer for _, _, answer in answers)):
-            answer.texts, answer.logprobs = {}, []
-    name = "tpworker_restarts_total"
-    return Verdict(
+    wrong, num_near = wrong_answers(answers, right, is_exact)
+    verdict = Verdict(
         seconds,
         dict(sorted(Counter(f"{fault.kind} {fault.process}" for fault in faults).items())),
-        round(after.metrics[name] - before.metrics[name]),
+        round(after.metrics["tpworker_restarts_total"] - before.metrics["tpworker_restarts_total"]),
         len(answers),
         sum(client.num_left for client in clients),
-        wrong_answers(answers, right),
+        wrong,
+        num_near,
         leaks(before, after),
-        pauses(answers, [fault for fault in faults if fault.kind != "slow"]),
+        {kind: pauses(answers, [one for one in faults if one.kind == kind]) for kind in options.kinds},
         after.bytes - before.bytes,
     )
+    if not scraping.cancelled():
+        verdict.odd.append(f"/metrics did not answer: {scraping.exception()!r}")
+    return verdict, faults, after.metrics["tpworker_recovery_seconds_count"]
 
 
-async def right_answers(api: AsyncOpenAI, asked: list[Case]) -> dict[Case, Answer]:
+async def takes_conversations(api: AsyncOpenAI) -> bool:
+    """Whether the model has a chat template."""
+    try:
+        messages = [{"role": "user", "content": "Hello"}]
+        await api.chat.completions.create(model=MODEL, messages=messages, max_tokens=1)  # type: ignore[arg-type]
+    except BadRequestError:
+        return False
+    return True
+
+
+async def scrape(url: str) -> None:
+    """Looks at /metrics now and then, as Prometheus does, until it is cancelled. Raises if that fails."""
+    async with httpx.AsyncClient(timeout=60) as client:
+        while True:
+            (await client.get(f"{url}/metrics")).raise_for_status()
+            await asyncio.sleep(SCRAPE_SECONDS)
+
+
+async def right_answers(api: AsyncOpenAI, asked: Sequence[Case], is_exact: bool) -> dict[Case, Answer]:
     """Raises RuntimeError if one differs from the other of the same request."""
-    right = {case: await ask(api, case, True) for case in asked}
-    for case in asked:
-        again = await ask(api, case, False)
-        why = right[case].error or ("" if again.ends == right[case].ends else "it ends otherwise")
-        if why:
+    first = await asyncio.gather(*(ask(api, case, True) for case in asked))
+    again = await asyncio.gather(*(ask(api, case, False) for case in asked))
+    for case, one, other in zip(asked, first, again, strict=True):
+        why = one.error or difference(case, other, one, is_exact)
+        if why not in ("", NEAR):
             raise RuntimeError(f"{case.name}, without a fault: {why}")
-    return right
+    return dict(zip(asked, first, strict=True))
 
 
 async def quiet(api: AsyncOpenAI, server: int, url: str, case: Case) -> Quiet:
@@ -184,42 +167,42 @@ async def quiet(api: AsyncOpenAI, server: int, url: str, case: Case) -> Quiet:
     while time.monotonic() < until:
         answer = await ask(api, case, False)
         await asyncio.sleep(1)
-        now = await asyncio.to_thread(Quiet.of, server, url)
-        if not answer.error and not now.metrics["tpworker_open_requests"]:
-            return now
+        with contextlib.suppress(httpx.TimeoutException):
+            now = await asyncio.to_thread(Quiet.of, server, url)
+            if not answer.error and not now.metrics["tpworker_open_requests"]:
+                return now
     raise RuntimeError("the server does not come to rest")
 
 
-def report(verdict: Verdict, log: str) -> None:
+def report(verdict: Verdict) -> None:
     """Prints it."""
     console = Console(width=None if sys.stdout.isatty() else 140)
-    table = Table(title=f"{verdict.seconds:.0f} s of faults")
-    for name in ("fault", "times"):
-        table.add_column(name)
+    table = Table("fault", "times", title=f"{verdict.seconds:.0f} s of faults")
     for name, count in verdict.faults.items():
         table.add_row(name, str(count))
     console.print(table)
-    table = Table(title="What came of it")
-    for name in ("", "value"):
-        table.add_column(name)
+    table = Table("", "value", title="What came of it")
     rows = {
-        "recoveries": str(verdict.restarts),
+        "recoveries; processes started anew": f"{len(verdict.recoveries)}; {verdict.restarts} times",
+        "recovered in, s (the server's own)": _times(verdict.recoveries),
+        **{f"pause of a stream, s: {kind}": _times(times) for kind, times in verdict.pauses.items()},
         "answers": str(verdict.num_answers),
         "clients that hung up": str(verdict.num_left),
         "wrong, or failed": str(len(verdict.wrong)),
+        "near": str(verdict.num_near),
+        "odd": "; ".join(verdict.odd) or "nothing",
         "growth of the server, MiB": f"{verdict.growth / (1 << 20):.1f}",
         "leaks": "; ".join(verdict.leaks) or "none",
         "processes left": "; ".join(verdict.left_behind) or "none",
         "exit status": str(verdict.status),
     }
-    if verdict.pauses:
-        times = (quantile(verdict.pauses, share) for share in (0.5, 0.99, 1.0))
-        rows["pause of a stream, s: p50, p99, max"] = ", ".join(f"{one:.2f}" for one in times)
     for name, value in rows.items():
         table.add_row(name, value)
     console.print(table)
     for line in verdict.wrong[:10]:
         console.print(f"wrong: {line}"[:400], markup=False)
-    if not verdict.is_good:
-        print("\n".join(log.splitlines()[-60:]))
-    print("GOOD" if verdict.is_good else "BAD", flush=True)
+
+
+def _times(times: Sequence[float]) -> str:
+    found = quantiles(times)
+    return ", ".join(f"{name} {value:.4g}" for name, value in found.items())

@@ -1,96 +1,66 @@
-"""Whether a server has come through: answers, pauses, and what it has left behind."""
+"""Whether a server has come through: its answers, and how long they paused."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
-import httpx
-import psutil
-from prometheus_client.parser import text_string_to_metric_families
-
-from benchmarks.chaos.faults import Fault, members
+from benchmarks.chaos.faults import Fault
 from benchmarks.chaos.load import Answer, Case
 from benchmarks.common.report import quantile
 
-MADE_WHEN_NEEDED = 8
-"""Descriptors, or threads, that a server may have more: pools fill. What each recovery leaves is beyond."""
-MOST_GROWTH = 96 << 20
-"""Bytes that a server's process may grow by: caches of prompts' pieces and grammars fill."""
+SAME_LOGPROB = 1e-3
+"""By which two logprobs of a token may differ in float32."""
+NEAR_LOGPROB = 0.1
+"""The same where a prefix computed again is rounded otherwise, as in bfloat16."""
+NEAR = "near"
 
 
-@dataclass(frozen=True)
-class Quiet:
-    """A server that has nothing to do."""
-
-    descriptors: int
-    memfds: int
-    threads: int
-    bytes: int  # that its process has resident
-    processes: tuple[str, ...]
-    metrics: dict[str, float]
-
-    @classmethod
-    def of(cls, server: int, url: str) -> Quiet:
-        """As it is now."""
-        process, folder = psutil.Process(server), Path(f"/proc/{server}/fd")
-        links = []
-        for entry in folder.iterdir():
-            try:
-                links.append(os.readlink(entry))
-            except OSError:
-                continue
-        clients = process.net_connections("tcp")  # whose connections are kept open
-        return cls(
-            len(links) - len(clients),
-            sum("memfd:" in link for link in links),
-            process.num_threads(),
-            process.memory_info().rss,
-            tuple(sorted(members(server))),
-            metrics_of(url),
-        )
+def difference(case: Case, answer: Answer, right: Answer, is_exact: bool) -> str:
+    """In what an answer differs; '': in nothing that matters. `NEAR`, only unless it is to be exact: another
+    token was chosen where the model found both about as likely, and what follows is another text."""
+    if answer.error:
+        return f"error: {answer.error}"
+    if answer.ends.keys() != right.ends.keys():
+        return f"ends: {answer.ends} instead of {right.ends}"
+    by_choice = [_choice(case, index, answer, right, is_exact) for index in sorted(right.ends)]
+    wrong = [why for why in by_choice if why and why != NEAR]
+    if wrong:
+        return wrong[0]
+    is_near = NEAR in by_choice
+    for name in () if is_near and not case.has_fixed_length else ("ends", "usage"):
+        if getattr(answer, name) != getattr(right, name):
+            return f"{name}: {getattr(answer, name)!r} instead of {getattr(right, name)!r}"
+    if answer.usage is None:
+        return "there is no usage"
+    return NEAR if is_near else ""
 
 
-def metrics_of(url: str) -> dict[str, float]:
-    """By name, what /metrics says; of those with labels the sum."""
-    found: dict[str, float] = {}
-    for family in text_string_to_metric_families(httpx.get(f"{url}/metrics", timeout=30).text):
-        for sample in family.samples:
-            found[sample.name] = found.get(sample.name, 0.0) + sample.value
-    return found
+def _choice(case: Case, index: int, answer: Answer, right: Answer, is_exact: bool) -> str:
+    """The same of one choice's text and logprobs."""
+    tokens, others = answer.tokens.get(index, []), right.tokens.get(index, [])
+    is_same = answer.texts.get(index) == right.texts.get(index) and len(tokens) == len(others)
+    most = SAME_LOGPROB if is_exact else NEAR_LOGPROB
+    for (token, logprob), (other, other_logprob) in zip(tokens, others, strict=False):
+        if token != other and not is_exact:
+            # A sampled token is one of many, and says nothing; those before it were as they should be.
+            is_near = not case.is_greedy or abs(logprob - other_logprob) <= most
+            return NEAR if is_near else f"{token!r} ({logprob}) instead of {other!r} ({other_logprob})"
+        if abs(logprob - other_logprob) > most:
+            return f"logprob of {token!r}: {logprob} instead of {other_logprob}"
+    if not is_same:
+        return f"text: {answer.texts.get(index)!r} instead of {right.texts.get(index)!r}"
+    return ""
 
 
-def leaks(before: Quiet, after: Quiet) -> list[str]:
-    """What a server has now that it had not, and should not have."""
-    found = []
-    for name in ("descriptors", "memfds", "threads"):
-        was, now = getattr(before, name), getattr(after, name)
-        if now > was + (0 if name == "memfds" else MADE_WHEN_NEEDED):
-            found.append(f"{name}: {was} before, {now} after")
-    if after.processes != before.processes:
-        found.append(f"processes: {before.processes} before, {after.processes} after")
-    if after.bytes > before.bytes + MOST_GROWTH:
-        found.append(f"memory: {before.bytes >> 20} MiB before, {after.bytes >> 20} MiB after")
-    free, total = (after.metrics[f"tpworker_{name}"] for name in ("free_kv_blocks", "kv_blocks"))
-    if free != total:
-        found.append(f"KV blocks: {free:g} of {total:g} are free")
-    for name in ("open_requests", "running_requests", "waiting_requests"):
-        if after.metrics[f"tpworker_{name}"]:
-            found.append(f"{name}: {after.metrics[f'tpworker_{name}']:g}")
-    return found
-
-
-def wrong_answers(answers: Iterable[tuple[Case, bool, Answer]], right: dict[Case, Answer]) -> list[str]:
-    """Of each that is not what it should be, in what."""
-    found = []
-    for case, _, answer in answers:
-        why = answer.differs_from(right[case])
-        if why:
-            found.append(f"{case.name}: {why}")
-    return found
+def wrong_answers(
+    answers: Iterable[tuple[Case, bool, Answer]], right: dict[Case, Answer], is_exact: bool
+) -> tuple[list[str], int]:
+    """Of each that is not what it should be, in what; and how many are near, see `difference`."""
+    found = [(case, difference(case, answer, right[case], is_exact)) for case, _, answer in answers]
+    wrong = [f"{case.name}: {why}" for case, why in found if why not in ("", NEAR)]
+    return wrong, sum(why == NEAR for _, why in found)
 
 
 def pauses(answers: Iterable[tuple[Case, bool, Answer]], faults: Sequence[Fault]) -> list[float]:
@@ -112,23 +82,36 @@ class Verdict:
 
     seconds: float
     faults: dict[str, int]  # by kind and process
-    restarts: int
+    restarts: int  # generations of processes
     num_answers: int
     num_left: int  # clients that hung up
     wrong: list[str]
+    num_near: int
     leaks: list[str]
-    pauses: list[float]
+    pauses: dict[str, list[float]]  # of streams, by kind of fault
     growth: int  # bytes
+    odd: list[str] = field(
+        default_factory=list
+    )  # recoveries without a reason, and what the server says wrongly
+    recoveries: list[float] = field(default_factory=list)  # seconds, as the server has it
     left_behind: list[str] = field(default_factory=list)  # processes, after its end
     status: int | None = None
 
     @property
     def is_good(self) -> bool:
         """Whether nobody lost anything, and nothing is left."""
-        return not (self.wrong or self.leaks or self.left_behind or self.status)
+        return not (self.wrong or self.leaks or self.odd or self.left_behind or self.status)
 
     def as_json(self) -> dict[str, Any]:
-        """For --json; the pauses as quantiles."""
+        """For --json; times as quantiles."""
         values = asdict(self)
-        values["pauses"] = {f"p{round(100 * at)}": quantile(self.pauses, at) for at in (0.5, 0.99, 1.0)}
+        values["pauses"] = {kind: quantiles(times) for kind, times in self.pauses.items()}
+        values["recoveries"] = quantiles(self.recoveries)
         return {**values, "is_good": self.is_good}
+
+
+def quantiles(times: Sequence[float]) -> dict[str, float]:
+    """How many, and the middle, the 99th percentile and the longest of them."""
+    if not times:
+        return {"count": 0}
+    return {"count": len(times), **{f"p{round(100 * at)}": quantile(times, at) for at in (0.5, 0.99, 1.0)}}
