@@ -18,7 +18,7 @@ import pytest
 from tests.conftest import eventually, is_gone
 from tests.ipc.test_child import RANK_BOOT
 from tpworker.ipc.child import RANK_STANDBY, SCHEDULER_STANDBY
-from tpworker.runtime.children import Child
+from tpworker.runtime.children import Child, state_of
 from tpworker.runtime.standby import Standby, Standbys
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
@@ -318,6 +318,23 @@ def test_standbys_are_started_when_they_are_needed_and_replaced_when_they_have_d
     standbys.close()
     with pytest.raises(OSError, match="closed"):
         standbys.start()
+
+
+def test_a_standby_that_is_stopped_is_replaced_and_one_that_goes_on_is_not() -> None:
+    standbys = Standbys("tpworker.testing.fake_scheduler", MODULE, "cpu")
+    try:
+        scheduler, ranks = standbys.start()
+        os.kill(ranks.process.pid, signal.SIGSTOP)
+        os.kill(scheduler.process.pid, signal.SIGSTOP)
+        eventually(lambda: state_of(scheduler.process.pid) == "stopped")
+        threading.Timer(0.2, os.kill, (scheduler.process.pid, signal.SIGCONT)).start()
+        again = standbys.start()
+        assert again[0] is scheduler
+        assert again[1] is not ranks
+        assert is_gone(ranks.process.pid)
+        assert again[1].is_alive
+    finally:
+        standbys.close()
 
 
 def test_a_standby_that_cannot_be_started_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,16 @@ logger = logging.getLogger(__name__)
 _STATES = {"R": "running", "S": "sleeping", "D": "in the kernel", "T": "stopped", "t": "traced", "Z": "dead"}
 
 
+def state_of(pid: int | None) -> str:
+    """What the kernel says that a process does, e.g. 'sleeping'; 'stopped' by SIGSTOP; 'gone' of none."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return "gone"
+    letter = stat.rpartition(")")[2].split()[0]
+    return _STATES.get(letter, letter)
+
+
 class Parent(Protocol):
     """What a child needs of the standby that it is forked from."""
 
@@ -168,12 +178,7 @@ class Child:
     @property
     def state(self) -> str:
         """What the kernel says that it does, e.g. 'sleeping'; 'stopped' by SIGSTOP."""
-        try:
-            stat = Path(f"/proc/{self.pid}/stat").read_text()
-        except OSError:
-            return "gone"
-        letter = stat.rpartition(")")[2].split()[0]
-        return _STATES.get(letter, letter)
+        return state_of(self.pid)
 
     @property
     def stopped(self) -> bool:

@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from concurrent.futures import Future
@@ -32,15 +33,18 @@ from tpworker.ipc.child import (
     pack_boot,
 )
 from tpworker.ipc.codec import unpack_dataclass
+from tpworker.ipc.patience import Patience
 from tpworker.ipc.spawn import child_environment, log_descriptor
 from tpworker.ipc.standby import ForkRequest
-from tpworker.runtime.children import Child, count_oom_kills
+from tpworker.runtime.children import Child, count_oom_kills, state_of
 from tpworker.runtime.faults import Ending
 
 logger = logging.getLogger(__name__)
 
 KILL_SECONDS = 10.0
 """How long a standby that was killed may take to end."""
+STOPPED_SECONDS = 1.0
+"""How long a standby may stand still, by SIGSTOP, when it is needed."""
 
 _MAX_ANNOUNCED = 1 << 17
 _SEND_BUFFER = 1 << 20  # bytes, as many as the kernel allows: the ranks' requests while it still imports
@@ -166,6 +170,16 @@ class Standby:
         """Whether children can still be forked from it. May be asked from any thread."""
         return not self.over and not self._is_killed
 
+    def stands_still(self) -> bool:
+        """Whether somebody has stopped it, and does not let it go on within `STOPPED_SECONDS`."""
+        patience = Patience(STOPPED_SECONDS)
+        while state_of(self.process.pid) in ("stopped", "traced"):
+            if not patience.left():  # to wait for a child of its would take a whole start's deadline
+                logger.error("%s is stopped (SIGSTOP or a debugger), and will be killed", self.name)
+                return True
+            time.sleep(patience.slice())
+        return False
+
     @property
     def ending(self) -> Ending:
         """How it ended, as far as it is known."""
@@ -235,7 +249,8 @@ class Standbys:
         self._is_closed = False
 
     def start(self) -> tuple[Standby, Standby]:
-        """Starts those that do not live; returns the schedulers' and the ranks', which may still import.
+        """Starts those that do not live, or stand still, which may take some seconds to import; returns the
+        schedulers' and the ranks'.
 
         Raises:
             OSError: one cannot be started; or they have been closed.
@@ -245,12 +260,12 @@ class Standbys:
                 raise OSError("the standbys have been closed")
             for name, module in self._modules.items():
                 standby = self._standbys.get(name)
-                if standby is not None and not standby.is_alive:
+                if standby is not None:
+                    if standby.is_alive and not standby.stands_still():
+                        continue
                     del self._standbys[name]
                     standby.close()
-                    standby = None
-                if standby is None:
-                    self._standbys[name] = Standby(name, module, self._device)
+                self._standbys[name] = Standby(name, module, self._device)
             return self._standbys[SCHEDULER_STANDBY], self._standbys[RANK_STANDBY]
 
     def close(self) -> None:
