@@ -30,7 +30,7 @@ from benchmarks.chaos.load import Answer, Case, Client, ask, cases
 from benchmarks.chaos.log import recoveries, without_reason
 from benchmarks.chaos.quiet import Quiet, leaks
 from benchmarks.chaos.served import MODEL, served, still_there
-from benchmarks.common.options import positive
+from benchmarks.common.options import new_file, positive
 from benchmarks.common.report import machine, save
 
 ASK_SECONDS = 600.0  # of a client's patience
@@ -55,6 +55,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=positive, default=64, help="of an answer, at most (default: 64)")
     parser.add_argument("--step-timeout", type=float, default=4.0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--log", metavar="FILE", type=new_file, help="write what the server logs to FILE")
     parser.add_argument("--server-option", action="append", default=[], help="one more for `tpworker serve`")
 
 
@@ -72,6 +73,8 @@ def run(options: argparse.Namespace) -> int:
             sys.stderr.write(_end_of(Path(folder) / "log"))
             raise
         text = (Path(folder) / "log").read_text()
+    if options.log:
+        Path(options.log).write_text(text)
     told = recoveries(text)
     verdict.recoveries = [recovery.seconds for recovery in told]
     verdict.odd += without_reason(told, faults)
