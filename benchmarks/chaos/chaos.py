@@ -84,7 +84,12 @@ def run(options: argparse.Namespace) -> int:
     if not verdict.is_good:
         print("\n".join(text.splitlines()[-60:]))
     print("GOOD" if verdict.is_good else "BAD", flush=True)
-    save(options.json, {"machine": machine(), "options": vars(options), "verdict": verdict.as_json()})
+    made = [
+        {"kind": fault.kind, "process": fault.process, "at": time.time() - time.monotonic() + fault.time}
+        for fault in faults
+    ]
+    found = {"verdict": verdict.as_json(), "faults": made}
+    save(options.json, {"machine": machine(), "options": vars(options), **found})
     return 0 if verdict.is_good else 1
 
 

@@ -12,8 +12,9 @@ from benchmarks.common.report import quantile
 
 SAME_LOGPROB = 1e-3
 """By which two logprobs of a token may differ in float32."""
-NEAR_LOGPROB = 0.1
-"""The same where a prefix computed again is rounded otherwise, as in bfloat16."""
+NEAR_LOGPROB = 0.25
+"""The same where what is computed again is rounded otherwise, as in bfloat16: without a fault, in batches of
+other sizes, 0.11 was seen in 2,210 tokens of the default model."""
 NEAR = "near"
 
 

@@ -61,7 +61,7 @@ def test_a_short_soak(tmp_path: Path) -> None:
         replace(RIGHT, usage=(3, 5)),
         replace(RIGHT, tokens={}),
         replace(RIGHT, tokens={0: [("te", -0.5)]}),
-        replace(RIGHT, tokens={0: [("te", -0.5), ("xt", -1.2)]}),
+        replace(RIGHT, tokens={0: [("te", -0.5), ("xt", -1.3)]}),
         replace(RIGHT, error="APIError: gone"),
     ],
 )
