@@ -385,6 +385,32 @@ def test_who_does_not_get_ready_again_is_tried_again(
 
 
 @needs_processes
+@pytest.mark.parametrize("name", ["tpworker-rank0", "tpworker-rank-standby"])
+def test_who_is_stopped_while_others_wait_for_it_to_get_ready_is_replaced(
+    fake_runtime: MakeRuntime, model_folder: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr("tpworker.runtime.generation.STOPPED_SECONDS", 0.5)
+    events: list[RuntimeEvent] = []
+    whom = "os.getpid()" if name == "tpworker-rank0" else "os.getppid()"
+    (model_folder / "tpworker-rank0.early").write_text(
+        f"(os.kill({whom}, signal.SIGSTOP), time.sleep(9)) if boot.generation == 1 else None"
+    )
+
+    async def main() -> None:
+        async with fake_runtime(on_event=events.append) as runtime:
+            task = asyncio.ensure_future(collect(runtime, [5], ids_only(500)))
+            await until(lambda: runtime.stats().output_tokens > 5)
+            members("rank0")[0].send_signal(signal.SIGKILL)
+            assert tokens_of(await task) == [5] * 500
+            assert runtime.stats().restarts == 2
+
+    run(main)
+    lost = [(event.process, event.summary) for event in events if event.kind == "lost"]
+    assert lost[1][0] == name
+    assert "is stopped" in lost[1][1]
+
+
+@needs_processes
 def test_aborts_while_it_recovers(fake_runtime: MakeRuntime) -> None:
     async def main() -> None:
         async with fake_runtime() as runtime:

@@ -20,9 +20,10 @@ from tpworker.ipc.channels import Channel, new_address
 from tpworker.ipc.child import RANK_STANDBY, SCHEDULER_STANDBY
 from tpworker.ipc.messages import SchedulerReady, Stop
 from tpworker.runtime.faults import Fault
+from tpworker.runtime.group import Group
 from tpworker.runtime.keeping import Keeping
 from tpworker.runtime.standby import Standbys
-from tpworker.runtime.supervisor import Group, Supervisor
+from tpworker.runtime.supervisor import Supervisor
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 

@@ -27,10 +27,10 @@ from tpworker.outputs import (
 )
 from tpworker.runtime.admission import Limits, check_priority, fit, pack_prompt, resolve_sampling
 from tpworker.runtime.facts import Facts
+from tpworker.runtime.group import Group
 from tpworker.runtime.loading import FoundModel
 from tpworker.runtime.settings import rank_settings, scheduler_settings
 from tpworker.runtime.start import Served, Setup
-from tpworker.runtime.supervisor import Group
 from tpworker.sampling_params import SamplingParams
 from tpworker.text.stream import TextStream
 from tpworker.text.tokenizer import Tokenizer

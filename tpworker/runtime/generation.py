@@ -23,10 +23,11 @@ from tpworker.ipc.messages import Failed, Message, SchedulerReady, StepOutput, S
 from tpworker.ipc.patience import Patience
 from tpworker.ipc.streams import open_standard_descriptors
 from tpworker.runtime.faults import Fault
+from tpworker.runtime.group import Group
 from tpworker.runtime.keeping import Keeping
 from tpworker.runtime.loading import Progress
 from tpworker.runtime.standby import Standbys
-from tpworker.runtime.supervisor import Group, Supervisor
+from tpworker.runtime.supervisor import Supervisor
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,8 @@ BEAT_SECONDS = 1.0
 STANDSTILL = 1.5
 """Times a step's deadline, and BEAT_SECONDS more, for which its loop may stand still: to its own deadline, a
 little sooner, it sees itself."""
+STOPPED_SECONDS = 4.0
+"""How long a process may be stopped by somebody while others wait for its generation: after a restart."""
 POLL_SECONDS = 0.2
 """How often the start's progress is looked at."""
 
@@ -120,7 +123,7 @@ class Generation:
         Raises:
             StartFailed: they did not all get ready within `timeout` seconds and a few.
         """
-        patience = Patience(timeout + START_MARGIN_SECONDS)
+        patience, standing = Patience(timeout + START_MARGIN_SECONDS), Patience(STOPPED_SECONDS)
         shown: tuple[str, float | None] | None = None
         while not self._ready.done():
             now = self._progress()
@@ -130,6 +133,12 @@ class Generation:
             if not patience.left():
                 self._blame_late_starter(timeout)
                 patience = Patience(math.inf)
+            stopped = self._supervisor.stopped() if self.number else None
+            if stopped is None:
+                standing.restart()
+            elif not standing.left():
+                summary = f"{stopped} is stopped (SIGSTOP or a debugger), and does not get ready"
+                self.blame(Fault(stopped, summary, is_external=True))
             await asyncio.wait([self._ready], timeout=min(patience.slice(), POLL_SECONDS))
         return self._ready.result()
 

@@ -25,12 +25,12 @@ from tpworker.observe.start import StartTimes
 from tpworker.runtime.events import Events
 from tpworker.runtime.faults import Fault, gpu_fault
 from tpworker.runtime.generation import Generation, StartFailed
+from tpworker.runtime.group import Group
 from tpworker.runtime.keeping import Keeping
 from tpworker.runtime.loading import Progress
 from tpworker.runtime.recovery import Restarts
 from tpworker.runtime.requests import Requests
 from tpworker.runtime.standby import Standbys
-from tpworker.runtime.supervisor import Group
 
 logger = logging.getLogger(__name__)
 
@@ -214,7 +214,8 @@ class Processes:
         try:
             await generation.ready(self._group.rank.start_timeout, _unseen)
         except StartFailed as failed:
-            self._keeping.forget()  # whatever it was: not once more with what it has found
+            if not failed.fault.is_external:
+                self._keeping.forget()  # whatever it was: not once more with what it has found
             self._note(failed.fault)
             return False
         if not self._faults.empty():

@@ -16,6 +16,7 @@ from tpworker.errors import ConfigError, InvalidRequest, ModelError
 from tpworker.observe.affinity import near_cpus
 from tpworker.runtime.admission import Limits
 from tpworker.runtime.faults import Fault
+from tpworker.runtime.group import Group
 from tpworker.runtime.loading import (
     FoundModel,
     Progress,
@@ -26,7 +27,6 @@ from tpworker.runtime.loading import (
 )
 from tpworker.runtime.processes import Processes
 from tpworker.runtime.settings import rank_settings, resolve_max_model_len, scheduler_settings
-from tpworker.runtime.supervisor import Group
 from tpworker.runtime.tokenisers import SHORT_CHARS
 
 if TYPE_CHECKING:

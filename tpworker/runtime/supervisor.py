@@ -17,9 +17,9 @@ import os
 import selectors
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from tpworker.ipc.barrier import Barrier
 from tpworker.ipc.board import Board, Field, Phase
@@ -28,15 +28,14 @@ from tpworker.ipc.child import (
     RANK_NAME,
     SCHEDULER_NAME,
     RankBoot,
-    RankSettings,
     SchedulerBoot,
-    SchedulerSettings,
     board_names,
 )
 from tpworker.ipc.masks import MaskBoard
 from tpworker.ipc.patience import Patience
-from tpworker.runtime.children import Child
+from tpworker.runtime.children import Child, state_of
 from tpworker.runtime.faults import Ending, Fault, Kind, Standing, find_cause
+from tpworker.runtime.group import Group
 from tpworker.runtime.keeping import Keeping
 from tpworker.runtime.standby import Standby, Standbys
 
@@ -54,24 +53,6 @@ REAP_SECONDS = 30.0
 """How long a killed process may take to end."""
 
 _STEPS = (Field.RECEIVED, Field.ADMITTED, Field.LAUNCHED, Field.COMPLETED)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Group:
-    """What is to be started: one scheduler and `num_ranks` ranks.
-
-    The modules are run with `python -m`; others than the default are for tests and benchmarks.
-    """
-
-    generation: int
-    num_ranks: int
-    model: str  # an absolute path
-    scheduler: SchedulerSettings
-    rank: RankSettings
-    scheduler_module: str = "tpworker.scheduler"
-    rank_module: str = "tpworker.rank"
-    rank_cpus: Sequence[AbstractSet[int] | None] = ()
-    """By rank the CPUs that its process keeps to; None, and ranks beyond the end: the ones it inherits."""
 
 
 class Supervisor:
@@ -152,6 +133,12 @@ class Supervisor:
         if self._blamed is None:
             self._blamed = fault
         self._wake()
+
+    def stopped(self) -> str | None:
+        """The name of a process that somebody has stopped; None: of none that is known."""
+        processes = [(one.name, one.process.pid) for one in self._used]
+        processes += [(child.name, child.pid) for child in self._children if child.pid is not None]
+        return next((name for name, pid in processes if state_of(pid) in ("stopped", "traced")), None)
 
     def close(self) -> None:
         """Frees the rest, once `ended` is done."""

@@ -1,0 +1,27 @@
+"""What a generation of processes is, before it is started."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+
+from tpworker.ipc.child import RankSettings, SchedulerSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """What is to be started: one scheduler and `num_ranks` ranks.
+
+    The modules are run with `python -m`; others than the default are for tests and benchmarks.
+    """
+
+    generation: int
+    num_ranks: int
+    model: str  # an absolute path
+    scheduler: SchedulerSettings
+    rank: RankSettings
+    scheduler_module: str = "tpworker.scheduler"
+    rank_module: str = "tpworker.rank"
+    rank_cpus: Sequence[AbstractSet[int] | None] = ()
+    """By rank the CPUs that its process keeps to; None, and ranks beyond the end: the ones it inherits."""
