@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import signal
+from dataclasses import replace
 
 import pytest
 
@@ -204,6 +205,8 @@ def cuda_error(process: str, error: str, summary: str, traceback: str = "") -> E
     ("ending", "forfeits", "is_external"),
     [
         (killed, False, True),
+        (replace(killed, oom_kills=0), False, True),
+        (replace(killed, oom_kills=1), False, False),  # a request may have taken the memory
         (Ending(RANK1, -signal.SIGXCPU, None), False, True),
         (raised, False, False),
         (waited, False, False),

@@ -39,8 +39,18 @@ def test_restarts_are_counted_within_a_window() -> None:
     assert "--max-restarts" in restarts.why_not()
     assert restarts.are_allowed
     none = Restarts(0, 10.0)
+    assert not none.allow(in_a_row=True)
     assert not none.are_allowed  # so nothing is kept for them
     assert not none.allow()
+
+
+def test_starts_that_fail_in_a_row_count_however_long_they_take() -> None:
+    times = iter([0.0, 100.0, 200.0, 300.0, 300.5])
+    restarts = Restarts(3, 10.0, lambda: next(times))
+    assert restarts.allow()
+    assert [restarts.allow(in_a_row=True) for _ in range(3)] == [True, True, False]
+    assert "in a row" in restarts.why_not()
+    assert restarts.allow(), "a fault of one that had got ready"
 
 
 # -------------------------------------------------------------------------------- whose fault

@@ -182,7 +182,8 @@ def find_cause(endings: Sequence[Ending], standings: Mapping[str, Standing]) -> 
     forfeits = any(
         ending.forfeits and (ending is cause or ending.kind is not Kind.ABORTED) for ending in endings
     )
-    is_external = cause.was_killed_by_others or (
+    # What the kernel kills for want of memory may have been made to want it by a request.
+    is_external = (cause.was_killed_by_others and not cause.oom_kills) or (
         fault.process in standings and standings[fault.process].stopped
     )
     is_external = is_external and not forfeits

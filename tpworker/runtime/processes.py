@@ -167,26 +167,29 @@ class Processes:
 
     def _on_fault(self, fault: Fault) -> None:
         """Of a generation that was ready."""
+        if self._is_over:  # somebody stops it
+            logger.warning("while stopping: %s", fault.summary)
+            return
         noticed_ns = time.monotonic_ns()
         self.is_up = False
         if self._note(fault):
             self._owner.on_lost(fault)
             self._faults.put_nowait((fault, noticed_ns))
 
-    def _note(self, fault: Fault) -> bool:
-        """Counts a fault, and says whether there is to be another generation."""
-        number = self.generation.number
+    def _note(self, fault: Fault, in_a_row: bool = False) -> bool:
+        """Counts a fault, and says whether there is to be another generation. See `Restarts.allow`."""
         self.lost[_kind_of(fault.process)] += 1
         logger.error("%s", fault.failure())
-        self._events.add("lost", number, fault)
-        if not self.restarts.allow():
-            why = self.restarts.why_not()
-            self._is_over = True
-            fault = replace(fault, summary=f"{fault.summary}; {why}")
-            self._events.add("given_up", number, fault)
-            self._owner.on_failed(fault)
+        self._events.add("lost", self.generation.number, fault)
+        if not self.restarts.allow(in_a_row):
+            self._give_up(replace(fault, summary=f"{fault.summary}; {self.restarts.why_not()}"))
             return False
         return True
+
+    def _give_up(self, fault: Fault) -> None:
+        self._is_over = True
+        self._events.add("given_up", self.generation.number, fault)
+        self._owner.on_failed(fault)
 
     async def _replace(self) -> None:
         while not self._is_over:
@@ -198,9 +201,8 @@ class Processes:
                     pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
             except Exception as error:
                 logger.exception("the processes cannot be replaced")
-                self._is_over = True
                 summary = f"the processes cannot be replaced: {type(error).__name__}: {error}"
-                self._owner.on_failed(Fault("tpworker-supervisor", summary))
+                self._give_up(Fault("tpworker-supervisor", summary))
 
     async def _attempt(self, fault: Fault, noticed_ns: int) -> bool:
         """One more generation. False: it did not get ready."""
@@ -214,11 +216,11 @@ class Processes:
         try:
             await generation.ready(self._group.rank.start_timeout, _unseen)
         except StartFailed as failed:
-            if not failed.fault.is_external:
+            if failed.fault.forfeits or not failed.fault.is_external:
                 self._keeping.forget()  # whatever it was: not once more with what it has found
-            self._note(failed.fault)
+            self._note(failed.fault, in_a_row=True)
             return False
-        if not self._faults.empty():
+        if self._is_over or not self._faults.empty():
             return True  # it is lost already: nobody needs to know that it was there
         self.is_up, ready_ns = True, time.monotonic_ns()
         self.last_recovery_seconds = seconds = (ready_ns - noticed_ns) / 1e9

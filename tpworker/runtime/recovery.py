@@ -45,10 +45,15 @@ class Restarts:
         """Whether there may ever be one."""
         return self._most > 0
 
-    def allow(self) -> bool:
-        """Whether there may be one more now; then it counts."""
+    def allow(self, in_a_row: bool = False) -> bool:
+        """Whether there may be one more now; then it counts.
+
+        Args:
+            in_a_row: the last one has not got ready. Then none is forgotten for its age: starts that hang may
+                take so long that there are never many within the window.
+        """
         now = self._now()
-        while self._times and self._times[0] <= now - self._window:
+        while not in_a_row and self._times and self._times[0] <= now - self._window:
             self._times.popleft()
         if len(self._times) >= self._most:
             return False
@@ -61,8 +66,8 @@ class Restarts:
         if not self._most:
             return "nothing is restarted (--max-restarts 0)"
         return (
-            f"there were {len(self._times)} restarts within {self._window:g} s, as many as --max-restarts "
-            "allows within --restart-window"
+            f"there were {len(self._times)} restarts within {self._window:g} s, or in a row without getting "
+            "ready, as many as --max-restarts allows within --restart-window"
         )
 
 
