@@ -62,6 +62,7 @@ class FakeGeneration:
         self.ranks: list[Any] = []
         self.num_kept_blocks = 0
         self.is_over = False
+        self.leftovers: list[str] = []
         self.told.kv_blocks.append(group.rank.num_kv_blocks)
         _, keeping = more
         self.told.kept.append(os.fstat(keeping.fd(0)).st_ino)
@@ -185,6 +186,16 @@ def test_memory_that_a_fault_forfeits_is_forgotten(told: Told, forfeits: bool) -
 
     run(told, work)
     assert (told.kept[0] != told.kept[1]) is forfeits
+
+
+def test_memory_that_a_process_may_still_write_to_is_forgotten(told: Told) -> None:
+    async def work(processes: Processes) -> None:
+        processes.generation.leftovers.append("tpworker-rank0")
+        lose(processes)
+        await until(lambda: told.has_heard("recovered"))
+
+    run(told, work)
+    assert told.kept[0] != told.kept[1]
 
 
 def test_all_generations_have_as_many_blocks_as_the_first(told: Told) -> None:

@@ -19,6 +19,7 @@ from tpworker.ipc.board import Field, Phase
 from tpworker.ipc.channels import Channel, new_address
 from tpworker.ipc.child import RANK_STANDBY, SCHEDULER_STANDBY
 from tpworker.ipc.messages import SchedulerReady, Stop
+from tpworker.runtime.children import Child
 from tpworker.runtime.faults import Fault
 from tpworker.runtime.group import Group
 from tpworker.runtime.keeping import Keeping
@@ -273,6 +274,20 @@ def test_a_start_that_fails_half_way_leaves_nothing(
     )  # fmt: skip
     with pytest.raises(OSError, match="Too many"):
         Supervisor(group, "ipc://@nobody", lambda fault: None)
+
+
+def test_who_does_not_end_though_it_was_killed_is_known(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watched = Watched(model_folder)
+    watched.ready()
+    assert watched.supervisor.leftovers == []
+    monkeypatch.setattr("tpworker.runtime.supervisor.REAP_SECONDS", 0.5)
+    monkeypatch.setattr(Child, "is_gone", property(lambda child: child.name != "tpworker-rank1"))
+    watched.supervisor.kill()
+    watched.supervisor.ended.result(20)
+    assert watched.supervisor.leftovers == ["tpworker-rank1"]
+    watched.close()
 
 
 def test_who_does_not_stop_in_time_is_killed(model_folder: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -148,6 +148,11 @@ class Generation:
         return self._supervisor.board.rows()[1:]
 
     @property
+    def leftovers(self) -> list[str]:
+        """Processes that do not end, though they were killed: known when it is over."""
+        return self._supervisor.leftovers
+
+    @property
     def is_over(self) -> bool:
         """Whether it has been stopped, and nothing is left of it."""
         return self._channel is None

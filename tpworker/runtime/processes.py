@@ -207,7 +207,7 @@ class Processes:
     async def _attempt(self, fault: Fault, noticed_ns: int) -> bool:
         """One more generation. False: it did not get ready."""
         await self.generation.stop()
-        if fault.forfeits:
+        if fault.forfeits or self.generation.leftovers:  # whose GPU may still write
             self._keeping.forget()
         number = self.generation.number + 1
         self._events.add("recovering", number, fault, requests=self._requests.num_told)

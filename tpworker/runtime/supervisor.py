@@ -86,6 +86,8 @@ class Supervisor:
         self.ended: concurrent.futures.Future[None] = concurrent.futures.Future()
         self.ended.set_running_or_notify_cancel()  # whoever waits for it cannot cancel it
         self._on_fault = on_fault
+        self.leftovers: list[str] = []
+        """Processes that were killed and have not ended, once it is done."""
         self._children: list[Child] = []
         self._used: tuple[Standby, ...] = ()
         self._over: list[Child | Standby] = []  # in the order in which they were seen to end
@@ -354,8 +356,7 @@ class Supervisor:
             except Exception:
                 logger.exception("on_fault raised")
         patience = Patience(REAP_SECONDS)
-        for child in self._children:
-            self._reap(child, patience)
+        self.leftovers = [child.name for child in self._children if not self._reap(child, patience)]
         for child in self._children:
             child.close()
         if self._owns_standbys:
@@ -367,20 +368,21 @@ class Supervisor:
         self._close_keeping()
         self.ended.set_result(None)
 
-    def _reap(self, child: Child, patience: Patience) -> None:
-        """Waits until a child that was killed is gone, and its standby has told so."""
+    def _reap(self, child: Child, patience: Patience) -> bool:
+        """Waits until a child that was killed is gone, and its standby has told so. False: it stays."""
         answer = Patience(ANSWER_SECONDS)
         while not (child.wait(min(patience.slice(), answer.slice())) and child.is_gone):
             child.kill()
             if not patience.left():
                 logger.error("%s (pid %s) was killed, but does not end", child.name, child.pid)
-                return
+                return False
             if child.pid is not None and not child.is_gone:
                 answer.restart()
                 time.sleep(min(patience.slice(), 0.01))
             elif not answer.left():
                 child.kill_parent()
                 answer.restart()
+        return True
 
     def _close_keeping(self) -> None:
         if self._owns_keeping:
