@@ -20,11 +20,11 @@ from tpworker.ipc.channels import Channel, new_address
 from tpworker.ipc.child import RANK_STANDBY, SCHEDULER_STANDBY
 from tpworker.ipc.messages import SchedulerReady, Stop
 from tpworker.runtime.children import Child
-from tpworker.runtime.faults import Fault
+from tpworker.runtime.faults import Fault, Kind
 from tpworker.runtime.group import Group
 from tpworker.runtime.keeping import Keeping
 from tpworker.runtime.standby import Standbys
-from tpworker.runtime.supervisor import Supervisor
+from tpworker.runtime.supervisor import GRACE_SECONDS, Supervisor
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -355,6 +355,20 @@ def test_who_is_blamed_while_it_is_stopped_was_stopped_by_others(watched: Watche
     eventually(lambda: scheduler.status() == psutil.STATUS_STOPPED)
     watched.supervisor.blame(Fault("tpworker-scheduler", "it hangs", hung=True))
     assert watched.fault().is_external
+
+
+@pytest.mark.parametrize(("number", "forfeits"), [(signal.SIGSEGV, True), (signal.SIGKILL, False)])
+def test_who_is_blamed_when_another_has_crashed_forfeits_what_is_kept(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch, number: int, forfeits: bool
+) -> None:
+    monkeypatch.setitem(GRACE_SECONDS, Kind.DIED, 60.0)
+    watched = Watched(model_folder)
+    watched.ready()
+    os.kill(watched.pid("tpworker-rank0"), number)
+    eventually(lambda: bool(watched.supervisor._over))
+    watched.supervisor.blame(Fault("tpworker-scheduler", "it hangs"))
+    assert (watched.fault().process, watched.fault().forfeits) == ("tpworker-scheduler", forfeits)
+    watched.close()
 
 
 def test_kill_ends_all_at_any_time_without_a_fault(model_folder: Path) -> None:
