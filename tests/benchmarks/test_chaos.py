@@ -36,7 +36,7 @@ GPU = "tpworker_gpu_memory_used_bytes"
 def test_a_short_soak(tmp_path: Path) -> None:
     """Ranks, the scheduler and what they are forked from are lost; every answer is the right one."""
     command = [sys.executable, "-m", "benchmarks", "chaos", "--json", str(tmp_path / "verdict.json")]
-    command += ["--seconds", "25", "--faults-every", "3", "--kinds", "kill", "slow", "--seed", "4"]
+    command += ["--seconds", "15", "--faults-every", "2", "--kinds", "kill", "slow", "--seed", "4"]
     done = subprocess.run(
         [*command, "--clients", "4", "--tokens", "24"], capture_output=True, text=True, timeout=280
     )
