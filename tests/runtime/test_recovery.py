@@ -467,3 +467,83 @@ def test_text_and_stop_strings_go_on(fake_runtime: MakeRuntime, model_folder: Pa
             assert text == "grüße! " * 53
 
     run(lambda: main(fake_runtime()))
+
+
+# ------------------------------------------------------------------------- what may go wrong
+
+
+@needs_processes
+def test_a_listener_may_be_told_of_a_cancelled_future(fake_runtime: MakeRuntime) -> None:
+    """The exception is none of `Exception`, and would cancel what replaces the processes."""
+    told: list[str] = []
+
+    def broken(event: RuntimeEvent) -> None:
+        told.append(event.kind)
+        raise asyncio.CancelledError
+
+    async def main() -> None:
+        async with fake_runtime(on_event=broken) as runtime:
+            for number in (1, 2):
+                members("rank0")[0].send_signal(signal.SIGKILL)
+                await until(lambda number=number: len(told) == 3 * number)
+                assert tokens_of(await collect(runtime, [5], ids_only(3))) == [5] * 3
+
+    run(main)
+    assert told == ["lost", "recovering", "recovered"] * 2
+
+
+@needs_processes
+def test_a_listener_finds_the_runtime_as_the_event_says(fake_runtime: MakeRuntime) -> None:
+    seen: list[tuple[str, str, bool]] = []
+
+    async def main() -> None:
+        def look(event: RuntimeEvent) -> None:
+            health = runtime.health()
+            seen.append((event.kind, health.state, event.summary in health.summary))
+
+        runtime = fake_runtime(max_restarts=1, on_event=look)
+        async with runtime:
+            members("rank0")[0].send_signal(signal.SIGKILL)
+            await until(lambda: len(seen) == 3)
+            members("rank0")[0].send_signal(signal.SIGKILL)
+            await until(lambda: runtime.health().state == "failed")
+
+    run(main)
+    assert seen == [
+        ("lost", "recovering", True),
+        ("recovering", "recovering", True),
+        ("recovered", "ready", False),
+        ("lost", "failed", True),
+        ("given_up", "failed", True),
+    ]
+
+
+@needs_processes
+@pytest.mark.parametrize("when", ["before the loss", "while it recovers"])
+def test_nobody_waits_for_a_recovery_that_was_cancelled(fake_runtime: MakeRuntime, when: str) -> None:
+    """Some programs cancel all tasks of their loop when they end."""
+    events: list[RuntimeEvent] = []
+
+    def cancel_recovery() -> None:
+        for task in asyncio.all_tasks():
+            if task.get_name() == "tpworker-recovery":
+                task.cancel()
+
+    async def main() -> None:
+        async with fake_runtime(on_event=events.append) as runtime:
+            task = asyncio.ensure_future(collect(runtime, [5], ids_only(500)))
+            await until(lambda: runtime.stats().output_tokens > 5)
+            if when == "before the loss":
+                cancel_recovery()
+            members("rank0")[0].send_signal(signal.SIGKILL)
+            if when == "before the loss":
+                assert tokens_of(await asyncio.wait_for(task, 20)) == [5] * 500
+                return
+            await until(lambda: runtime.health().state == "recovering")
+            cancel_recovery()
+            with pytest.raises(RuntimeFailed, match="cannot be replaced"):
+                await asyncio.wait_for(task, 20)
+            assert runtime.health().state == "failed"
+            assert events[-1].kind == "given_up"
+
+    run(main)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections import deque
@@ -40,5 +41,5 @@ class Events:
         if self._listener is not None:
             try:
                 self._listener(event)
-            except Exception:
+            except (Exception, asyncio.CancelledError):  # of a future of its own, say: we are not cancelled
                 logger.exception("on_event raised")

@@ -68,12 +68,11 @@ class Keeping:
     def forget(self) -> None:
         """Nothing that processes have left is trusted any more: those to come begin anew, and so does the
         keeper. To be called when no rank lives: what one of them holds is freed with it."""
-        self._close_descriptors()
-        self._fds = [
-            os.memfd_create(f"tpworker-kept{rank}", os.MFD_CLOEXEC) for rank in range(self._num_ranks)
-        ]
-        self.blocks_fd = os.memfd_create("tpworker-blocks", os.MFD_CLOEXEC)
         self._kill_keeper()
+        self._close_descriptors()
+        for rank in range(self._num_ranks):  # one by one: if the next one fails, these can still be closed
+            self._fds.append(os.memfd_create(f"tpworker-kept{rank}", os.MFD_CLOEXEC))
+        self.blocks_fd = os.memfd_create("tpworker-blocks", os.MFD_CLOEXEC)
 
     def close(self) -> None:
         """Gives all of it back, and waits until the keeper is gone. More than once does no harm."""

@@ -83,7 +83,9 @@ class Processes:
         self._began = time.monotonic()
         self._faults: asyncio.Queue[tuple[Fault, int]] = asyncio.Queue()  # and when it was noticed
         self._is_over = False
-        self._replacing: asyncio.Task[None] | None = None
+        self._forfeits = False  # a start has failed: the next one is to find nothing of what was kept
+        self._was_ready = False  # the first generation; before that, nothing is known of the next
+        self._replacing: asyncio.Task[None] | None = None  # only while there is something to replace
         self.is_up = True
         """Whether the generation has not been lost."""
         open_standard_descriptors()  # or what is kept could become one that was closed, and be written to
@@ -105,7 +107,8 @@ class Processes:
         """
         num_blocks = await self.generation.ready(self._group.rank.start_timeout, progress)
         self._group = self._next_group(num_blocks, time.monotonic() - self._began)
-        self._replacing = asyncio.create_task(self._replace(), name="tpworker-recovery")
+        self._was_ready = True
+        self._go_on()
         return num_blocks
 
     def _next_group(self, num_blocks: int, seconds: float) -> Group:
@@ -173,51 +176,69 @@ class Processes:
         noticed_ns = time.monotonic_ns()
         self.is_up = False
         if self._note(fault):
-            self._owner.on_lost(fault)
             self._faults.put_nowait((fault, noticed_ns))
+            self._go_on()
 
     def _note(self, fault: Fault, in_a_row: bool = False) -> bool:
         """Counts a fault, and says whether there is to be another generation. See `Restarts.allow`."""
+        number = self.generation.number
         self.lost[_kind_of(fault.process)] += 1
         logger.error("%s", fault.failure())
-        self._events.add("lost", self.generation.number, fault)
-        if not self.restarts.allow(in_a_row):
-            self._give_up(replace(fault, summary=f"{fault.summary}; {self.restarts.why_not()}"))
-            return False
-        return True
-
-    def _give_up(self, fault: Fault) -> None:
+        if self.restarts.allow(in_a_row):
+            self._owner.on_lost(fault)
+            self._events.add("lost", number, fault)
+            return True
+        last = replace(fault, summary=f"{fault.summary}; {self.restarts.why_not()}")
         self._is_over = True
-        self._events.add("given_up", self.generation.number, fault)
+        self._owner.on_failed(last)
+        self._events.add("lost", number, fault)
+        self._events.add("given_up", number, last)
+        return False
+
+    def _cannot(self, why: str) -> None:
+        """Gives up for another reason than too many faults."""
+        fault = Fault("tpworker-supervisor", f"the processes cannot be replaced: {why}")
+        self._is_over = True
         self._owner.on_failed(fault)
+        self._events.add("given_up", self.generation.number, fault)
+
+    def _go_on(self) -> None:
+        """Sees to it that what is lost is replaced."""
+        is_busy = self._replacing is not None and not self._replacing.done()
+        if self._was_ready and not is_busy and not self._faults.empty():
+            self._replacing = asyncio.create_task(self._replace(), name="tpworker-recovery")
 
     async def _replace(self) -> None:
-        while not self._is_over:
-            fault, noticed_ns = await self._faults.get()
-            pause = FIRST_PAUSE_SECONDS
-            try:
+        try:
+            while not self._is_over and not self._faults.empty():
+                fault, noticed_ns = self._faults.get_nowait()
+                pause = FIRST_PAUSE_SECONDS
                 while not self._is_over and not await self._attempt(fault, noticed_ns):
                     await asyncio.sleep(pause)  # what is wanted may not be free yet: a GPU's memory, say
                     pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
-            except Exception as error:
-                logger.exception("the processes cannot be replaced")
-                summary = f"the processes cannot be replaced: {type(error).__name__}: {error}"
-                self._give_up(Fault("tpworker-supervisor", summary))
+        except asyncio.CancelledError:
+            if not self._is_over:  # not by `stop`: by who cancels all tasks. Nobody shall wait for ever
+                self._cannot("the task that was to do it was cancelled")
+            raise
+        except Exception as error:
+            logger.exception("the processes cannot be replaced")
+            self._cannot(f"{type(error).__name__}: {error}")
 
     async def _attempt(self, fault: Fault, noticed_ns: int) -> bool:
         """One more generation. False: it did not get ready."""
         await self.generation.stop()
-        if fault.forfeits or self.generation.leftovers:  # whose GPU may still write
-            self._keeping.forget()
         number = self.generation.number + 1
         self._events.add("recovering", number, fault, requests=self._requests.num_told)
         ended_ns = time.monotonic_ns()
+        if fault.forfeits or self._forfeits or self.generation.leftovers:  # whose GPU may still write
+            self._keeping.forget()
+            self._forfeits = False
         self.generation = generation = self._begin(number)
         try:
             await generation.ready(self._group.rank.start_timeout, _unseen)
         except StartFailed as failed:
-            if failed.fault.forfeits or not failed.fault.is_external:
-                self._keeping.forget()  # whatever it was: not once more with what it has found
+            # Whatever it was: not once more with what it has found, as soon as its processes are gone.
+            self._forfeits = failed.fault.forfeits or not failed.fault.is_external
             self._note(failed.fault, in_a_row=True)
             return False
         if self._is_over or not self._faults.empty():
