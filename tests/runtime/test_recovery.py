@@ -330,6 +330,20 @@ def test_stop_while_it_recovers(fake_runtime: MakeRuntime, delay: float) -> None
 
 
 @needs_processes
+@pytest.mark.parametrize("name", ["scheduler", "rank0"])
+def test_a_stop_does_not_wait_for_those_who_wait_for_one_that_was_lost(
+    fake_runtime: MakeRuntime, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr("tpworker.runtime.generation.STOP_SECONDS", 1000.0)
+
+    async def main() -> None:
+        async with fake_runtime(tensor_parallel_size=2):
+            members(name)[0].send_signal(signal.SIGKILL)  # nobody has noticed when it is stopped
+
+    run(main)
+
+
+@needs_processes
 def test_drain_while_it_recovers(fake_runtime: MakeRuntime) -> None:
     async def main() -> None:
         async with fake_runtime() as runtime:

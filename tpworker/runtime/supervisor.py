@@ -49,6 +49,8 @@ STACKS_SECONDS = 0.5
 """How long a process that hangs may take to write its stacks."""
 ANSWER_SECONDS = 1.0
 """How long a standby may take to tell of a child that is gone: then the standby hangs, and is killed."""
+WIDOWED_SECONDS = 1.0
+"""How long the others may take to end by themselves when one has been lost, for which they may wait."""
 REAP_SECONDS = 30.0
 """How long a killed process may take to end."""
 
@@ -242,9 +244,13 @@ class Supervisor:
     def _watch_stopping(self) -> None:
         """Waits until all have ended, to the deadline; a process that ends badly now is only logged."""
         answer = Patience(ANSWER_SECONDS)  # of standbys, once their children are gone
+        is_short = False
         while not self._killed and self._stopping is not None:
             if all(child.has_ended for child in self._children):
                 break
+            is_lost = any(child.has_ended and child.status != 0 for child in self._children)
+            if is_lost and not is_short:
+                is_short, self._stopping = True, Patience(min(self._stopping.left(), WIDOWED_SECONDS))
             gone = [child for child in self._children if child.silent and not child.has_ended]
             if not gone:
                 answer.restart()
