@@ -74,7 +74,7 @@ def test_a_stopped_runtime_does_not_keep_the_interpreter_from_ending(tmp_path: P
         runtime = Runtime(model, **FAKE_RANKS)
         await runtime.start()
         runtime._served = replace(runtime._served, tokenizer=Tokenizer())
-        runtime._intake.serve(runtime._served, runtime._dispatch)
+        runtime._intake.serve(runtime._served)
         request = asyncio.ensure_future(anext(runtime.generate("text", params)))
         while not begun.is_set():
             await asyncio.sleep(0.01)

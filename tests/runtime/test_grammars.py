@@ -28,7 +28,6 @@ from tpworker.grammar import grammar_of
 from tpworker.ipc.arrays import pack_int32
 from tpworker.ipc.messages import Sampling, Submit, Vocabulary
 from tpworker.runtime import grammars as grammars_module
-from tpworker.runtime.dispatch import Dispatch
 from tpworker.runtime.grammars import Grammars
 from tpworker.runtime.intake import Intake
 from tpworker.sampling_params import SamplingParams
@@ -483,13 +482,13 @@ def test_the_scheduler_is_told_the_vocabulary_once_and_before_any_grammar() -> N
     sampling = Sampling(0.0, 1.0, 0, 0, 5, 0, b"")
 
     async def main() -> None:
-        intake = Intake(10, 0, "fcfs")
-        dispatch = Dispatch(intake.requests, 1)
-        intake.serve(served, dispatch)
+        intake = Intake(10, 0, "fcfs", 1)
+        dispatch = intake.dispatch
+        intake.serve(served)
         try:
-            assert await intake._grammar(SamplingParams(), served, dispatch) is None
+            assert await intake._grammar(SamplingParams(), served) is None
             assert dispatch.vocabulary is None
-            asked = [asyncio.ensure_future(intake._grammar(params, served, dispatch)) for _ in range(6)]
+            asked = [asyncio.ensure_future(intake._grammar(params, served)) for _ in range(6)]
             while not intake._reading.locked():
                 await asyncio.sleep(0)
             asked[0].cancel()

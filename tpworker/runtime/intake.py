@@ -46,11 +46,14 @@ class Intake:
         max_queue: how many may wait.
         seed: of the seeds of requests that bring none.
         policy: see `RuntimeConfig.scheduling_policy`.
+        in_flight: see `Dispatch`.
     """
 
-    def __init__(self, max_queue: int, seed: int, policy: SchedulingPolicy) -> None:
+    def __init__(self, max_queue: int, seed: int, policy: SchedulingPolicy, in_flight: int) -> None:
         self.requests = Requests()
         """Those that the scheduler may still say something about."""
+        self.dispatch = Dispatch(self.requests, in_flight)
+        """Where they go, once they are checked."""
         self.num_finished = 0
         self.num_aborted = 0
         self._max_queue = max_queue
@@ -63,14 +66,12 @@ class Intake:
         self._promises: list[float] = []  # until when each of those may still come, though we drain
         self._closed: asyncio.Future[None] | None = None  # set when one of them is closed, for `all_closed`
         self._served: Served | None = None
-        self._dispatch: Dispatch | None = None
         self._grammars: Grammars | None = None
         self._reading = asyncio.Lock()
 
-    def serve(self, served: Served, dispatch: Dispatch) -> None:
-        """From now on requests are checked against what is served, and dispatched."""
+    def serve(self, served: Served) -> None:
+        """From now on requests are checked against what is served."""
         self._served = served
-        self._dispatch = dispatch
         spec = served.model.spec
         self._grammars = Grammars(served.tokenizer, spec.vocab_size, spec.eos_ids)
 
@@ -97,7 +98,7 @@ class Intake:
             InvalidRequest: so many can never be open at once.
             QueueFull: as many wait as may.
         """
-        slots, places = self._serving()[0].max_num_seqs, self._max_queue
+        slots, places = self._serving().max_num_seqs, self._max_queue
         if num_requests > slots + places:
             raise InvalidRequest(
                 f"{num_requests} {'prompts' if parameter == 'prompt' else 'choices'} are more than the "
@@ -168,16 +169,16 @@ class Intake:
     ) -> None:
         """Checks what is asked for, and tells the scheduler. Errors are those of `Runtime.generate`."""
         check_priority(params, self._policy)
-        served, dispatch = self._serving()
+        served = self._serving()
         tokens = pack_prompt(await self._tokenise(prompt, served), served.model.spec)
         sampling = await self._resolve(params, len(tokens) // 4, default_max_tokens, served)
-        grammar = await self._grammar(params, served, dispatch)
+        grammar = await self._grammar(params, served)
         for request in choices.requests:
             self._describe(request, tokens, params, sampling, served)
         for request in choices.requests:
             if request in self.requests:  # else it was aborted meanwhile
                 request.submit = self._made(request, tokens, params, sampling, grammar)
-                dispatch.submit(request)
+                self.dispatch.submit(request)
 
     def _describe(
         self, request: Request, tokens: bytes, params: SamplingParams, sampling: Sampling, served: Served
@@ -255,22 +256,21 @@ class Intake:
             return work()
         return await self._tokenisers.run(work, sum(map(len, params.bad_words)))  # up to 0.4 s
 
-    async def _grammar(self, params: SamplingParams, served: Served, dispatch: Dispatch) -> str | None:
+    async def _grammar(self, params: SamplingParams, served: Served) -> str | None:
         """What the output is held to, known to compile; the scheduler knows for what vocabulary."""
         if params.structured_outputs is None:
             return None
         assert self._grammars is not None, "a request before `serve`"
         grammar = await self._grammars.check(params.structured_outputs)
         async with self._reading:  # the vocabulary, once, however many wait for it: it is large
-            if dispatch.vocabulary is None:
+            if self.dispatch.vocabulary is None:
                 tokenizer = await self._tokenisers.run(served.needed_tokenizer().to_json, 0)
-                dispatch.vocabulary = tokenizer, pack_int32(sorted(served.model.spec.eos_ids))
+                self.dispatch.vocabulary = tokenizer, pack_int32(sorted(served.model.spec.eos_ids))
         return grammar
 
-    def _serving(self) -> tuple[Served, Dispatch]:
+    def _serving(self) -> Served:
         assert self._served is not None, "a request before `serve`"
-        assert self._dispatch is not None, "a request before `serve`"
-        return self._served, self._dispatch
+        return self._served
 
     # ------------------------------------------------------------------------------- its end
 
@@ -286,7 +286,7 @@ class Intake:
         choices = self._open.get(request_id)
         if choices is not None:
             for request in choices.unended:
-                self._withdraw(request)
+                self.dispatch.withdraw(request)
                 request.end("abort")
 
     def close(self, choices: Choices) -> None:
@@ -298,19 +298,12 @@ class Intake:
     def _ended(self, request: Request) -> None:
         """The consumer has all it will get of this choice."""
         self._num_open -= 1
-        self._withdraw(request)
+        self.dispatch.withdraw(request)
         if request.finish in ("stop", "length"):
             self.num_finished += 1
         elif request.submit is not None:
             self.num_aborted += 1
         self._wake()
-
-    def _withdraw(self, request: Request) -> None:
-        """Nobody wants its tokens any more."""
-        if self._dispatch is not None:
-            self._dispatch.withdraw(request)
-        else:
-            self.requests.close(request)
 
     def abandon_prompts(self, error: Callable[[], Exception]) -> None:
         """Whoever waits for a prompt to be made gets an error, though threads may go on; `error` makes it."""

@@ -25,7 +25,6 @@ from tpworker.observe.gpus import resolve_gpus
 from tpworker.observe.start import StartTimes
 from tpworker.observe.watch import GpuState, GpuWatch
 from tpworker.outputs import Health, RequestOutput, RuntimeEvent, RuntimeState, Stats
-from tpworker.runtime.dispatch import Dispatch
 from tpworker.runtime.events import Events
 from tpworker.runtime.facts import Facts
 from tpworker.runtime.faults import Fault
@@ -95,9 +94,11 @@ class Runtime(Facts):
         self._num_resumed = 0
         self._home = HomeLoop()
         self._processes: Processes | None = None  # once they were started
-        self._dispatch: Dispatch | None = None  # once they are ready
         self._gpu_watch: GpuWatch | None = None  # if there are GPUs
-        self._intake = Intake(self.config.max_queue, self.config.seed, self.config.scheduling_policy)
+        in_flight = (self.config.lookahead + 1) * (1 + self.speculation.num_drafts)
+        self._intake = Intake(
+            self.config.max_queue, self.config.seed, self.config.scheduling_policy, in_flight
+        )
         self._steps = Steps()
 
     # ------------------------------------------------------------------------ start and stop
@@ -153,17 +154,13 @@ class Runtime(Facts):
         ranks = processes.generation.ranks
         self.start_times = StartTimes.of(ranks, began_ns, spawned_ns, time.monotonic_ns())
         logger.info("%s", self.start_times)
-        scheduler = setup.group.scheduler
-        in_flight = (scheduler.lookahead + 1) * (scheduler.num_drafts + 1)
-        self._dispatch = dispatch = Dispatch(requests, in_flight)
-        self._intake.serve(self._served, dispatch)
+        self._intake.serve(self._served)
         if processes.is_up:
-            dispatch.resume(processes.generation)
+            self._intake.dispatch.resume(processes.generation)
 
     def _check_starting(self) -> None:
         """Whether it has neither failed nor been stopped meanwhile."""
-        if self._state == "failed" and self._fault is not None:
-            raise self._fault.failure()
+        self._check_not_failed()
         if self._state != "starting":
             raise _stopped_while_starting()
 
@@ -226,8 +223,7 @@ class Runtime(Facts):
         except TimeoutError:
             num_open = self._intake.num_open
             raise TimeoutError(f"{num_open} requests are still open after {timeout:g} s") from None
-        if self._state == "failed" and self._fault is not None:
-            raise self._fault.failure()
+        self._check_not_failed()
 
     # ------------------------------------------------------------------------------ requests
 
@@ -314,10 +310,14 @@ class Runtime(Facts):
         self._home.check()
         self._intake.abort(request_id)
 
-    def _check_taking(self, is_promised: bool = False) -> None:
-        """Whether requests are taken now: raises RuntimeFailed or RuntimeStopped."""
+    def _check_not_failed(self) -> None:
+        """Raises RuntimeFailed: it has."""
         if self._state == "failed" and self._fault is not None:
             raise self._fault.failure()
+
+    def _check_taking(self, is_promised: bool = False) -> None:
+        """Whether requests are taken now: raises RuntimeFailed or RuntimeStopped."""
+        self._check_not_failed()
         if self._state != "ready" and not (self._state == "draining" and is_promised):
             raise RuntimeStopped(f"the runtime takes no requests: it is {self._state}")
         self._home.check()
@@ -326,24 +326,20 @@ class Runtime(Facts):
 
     def on_output(self, output: StepOutput | Failed) -> None:
         """For `Processes`."""
-        if self._dispatch is not None:
-            self._dispatch.deliver(output)
+        self._intake.dispatch.deliver(output)
         if isinstance(output, StepOutput):
             self._steps.add(output)
 
     def on_lost(self, fault: Fault) -> None:
         """For `Processes`."""
         self._fault = fault
-        if self._dispatch is not None:
-            self._dispatch.interrupt(fault)
+        self._intake.dispatch.interrupt(fault)
         self._steps.restart()
 
     def on_recovered(self, generation: Generation) -> int:
         """For `Processes`."""
         self._fault = None
-        if self._dispatch is None:
-            return 0
-        num_requests = self._dispatch.resume(generation)
+        num_requests = self._intake.dispatch.resume(generation)
         self._num_resumed += num_requests
         return num_requests
 
