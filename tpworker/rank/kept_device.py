@@ -121,8 +121,9 @@ class DeviceMemory:
 
     def _ask(self, name: str, num_bytes: int) -> AreaAnswer:
         self._keeper.send(pack_dataclass(AreaRequest(self._device.index, name, num_bytes)))
-        patience = Patience(KEEPER_SECONDS)
-        while not select.select([self._keeper], [], [], patience.slice())[0]:
+        patience, poll = Patience(KEEPER_SECONDS), select.poll()
+        poll.register(self._keeper, select.POLLIN)
+        while not poll.poll(patience.slice() * 1000):
             if not patience.left():
                 raise KeeperSilent(f"tpworker-keeper has not answered within {KEEPER_SECONDS:g} s")
         data = self._keeper.recv(MAX_MESSAGE_BYTES)
