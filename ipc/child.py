@@ -3,7 +3,7 @@
     runtime                                  child
       ├── lifeline: nothing ever comes ────────►│  EOF: the runtime's process is gone
       │◄── report pipe: at most one report ─────┤  EOF: the child is gone, the fastest sign there is
-      ├── memfds ──────────────────────────────►│  barriers, board, masks, store
+      ├── memfds ──────────────────────────────►│  barriers, board, masks, store, what is kept
       └── standby, from a thread that stays ───►│  PDEATHSIG: the kernel kills the standby with that thread,
                                                    and the child with the standby, of which it was forked
 
@@ -318,7 +318,11 @@ def _be_called(name: str, log_level: int) -> None:
 
 
 def _die_with_parent(parent: int | None = None) -> None:
-    """Args: parent: whose child we are, if it lives still."""
+    """Has the kernel end this process with its parent.
+
+    Args:
+        parent: the pid that it had when we came to be; None: somebody else looks after that.
+    """
     libc = ctypes.CDLL(None, use_errno=True)
     pr_set_pdeathsig = 1
     if libc.prctl(pr_set_pdeathsig, signal.SIGKILL, 0, 0, 0) != 0:

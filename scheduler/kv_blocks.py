@@ -192,9 +192,11 @@ class BlockPool:
 
     def answered(self, registered: Iterable[tuple[int, int]]) -> None:
         """All plans that compute these have been answered. What has been evicted meanwhile stays unknown."""
+        if self._kept is None:
+            return
         for block, node in registered:
             edge = self._edge_of_block.get(block)
-            if self._kept is not None and edge is not None and self._children[edge][0] == node:
+            if edge is not None and self._children[edge][0] == node:
                 self._kept.write(block, node, *edge)
 
     def check_integrity(self, owned: list[list[int]]) -> None:

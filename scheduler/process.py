@@ -49,7 +49,6 @@ from tpworker.scheduler.told import prompt_logprobs
 
 logger = logging.getLogger(__name__)
 
-
 COMPILING_SECONDS = 0.25
 """How often to say that we are alive, while grammars are compiled and there is nothing else to do."""
 

@@ -34,6 +34,11 @@ def state_of(pid: int | None) -> str:
     return _STATES.get(letter, letter)
 
 
+def is_stopped(pid: int | None) -> bool:
+    """Whether somebody has stopped a process: SIGSTOP, or a debugger."""
+    return state_of(pid) in ("stopped", "traced")
+
+
 class Parent(Protocol):
     """What a child needs of the standby that it is forked from."""
 
@@ -109,9 +114,7 @@ class Child:
     @property
     def ending(self) -> Ending:
         """How it ended, as far as it is known."""
-        before, now = self._oom_kills, count_oom_kills()
-        oom_kills = None if before is None or now is None else now - before
-        return Ending(self.name, self.status, self.report, oom_kills)
+        return Ending(self.name, self.status, self.report, oom_kills_since(self._oom_kills))
 
     def read(self) -> None:
         """Takes what is in its pipe, at EOF of which it is `silent`, and what its standby has told of it."""
@@ -182,8 +185,8 @@ class Child:
 
     @property
     def stopped(self) -> bool:
-        """Whether somebody has stopped it: SIGSTOP, or a debugger."""
-        return self.state in ("stopped", "traced")
+        """See `is_stopped`."""
+        return is_stopped(self.pid)
 
     @property
     def is_gone(self) -> bool:
@@ -214,3 +217,9 @@ def count_oom_kills() -> int | None:
     except OSError:
         pass
     return None
+
+
+def oom_kills_since(before: int | None) -> int | None:
+    """How many more it is now than `count_oom_kills` was; None: the kernel does not tell."""
+    now = count_oom_kills()
+    return None if before is None or now is None else now - before

@@ -36,7 +36,7 @@ from tpworker.ipc.codec import unpack_dataclass
 from tpworker.ipc.patience import Patience
 from tpworker.ipc.spawn import child_environment, log_descriptor
 from tpworker.ipc.standby import ForkRequest
-from tpworker.runtime.children import Child, count_oom_kills, state_of
+from tpworker.runtime.children import Child, count_oom_kills, is_stopped, oom_kills_since
 from tpworker.runtime.faults import Ending
 
 logger = logging.getLogger(__name__)
@@ -173,7 +173,7 @@ class Standby:
     def stands_still(self) -> bool:
         """Whether somebody has stopped it, and does not let it go on within `STOPPED_SECONDS`."""
         patience = Patience(STOPPED_SECONDS)
-        while state_of(self.process.pid) in ("stopped", "traced"):
+        while is_stopped(self.process.pid):
             if not patience.left():  # to wait for a child of its would take a whole start's deadline
                 logger.error("%s is stopped (SIGSTOP or a debugger), and will be killed", self.name)
                 return True
@@ -183,9 +183,7 @@ class Standby:
     @property
     def ending(self) -> Ending:
         """How it ended, as far as it is known."""
-        before, now = self._oom_kills, count_oom_kills()
-        oom_kills = None if before is None or now is None else now - before
-        return Ending(self.name, self.process.poll(), self.report, oom_kills)
+        return Ending(self.name, self.process.poll(), self.report, oom_kills_since(self._oom_kills))
 
     def wait(self, timeout: float) -> bool:
         """Whether it has been reaped, within `timeout` seconds."""

@@ -24,16 +24,10 @@ from dataclasses import replace
 from tpworker.ipc.barrier import Barrier
 from tpworker.ipc.board import Board, Field, Phase
 from tpworker.ipc.channels import new_address
-from tpworker.ipc.child import (
-    RANK_NAME,
-    SCHEDULER_NAME,
-    RankBoot,
-    SchedulerBoot,
-    board_names,
-)
+from tpworker.ipc.child import RANK_NAME, SCHEDULER_NAME, RankBoot, SchedulerBoot, board_names
 from tpworker.ipc.masks import MaskBoard
 from tpworker.ipc.patience import Patience
-from tpworker.runtime.children import Child, state_of
+from tpworker.runtime.children import Child, is_stopped
 from tpworker.runtime.faults import Ending, Fault, Kind, Standing, find_cause
 from tpworker.runtime.group import Group
 from tpworker.runtime.keeping import Keeping
@@ -142,7 +136,7 @@ class Supervisor:
         """The name of a process that somebody has stopped; None: of none that is known."""
         processes = [(one.name, one.process.pid) for one in self._used]
         processes += [(child.name, child.pid) for child in self._children if child.pid is not None]
-        return next((name for name, pid in processes if state_of(pid) in ("stopped", "traced")), None)
+        return next((name for name, pid in processes if is_stopped(pid)), None)
 
     def close(self) -> None:
         """Frees the rest, once `ended` is done."""
@@ -196,9 +190,8 @@ class Supervisor:
             )  # fmt: skip
             for rank, plan_address in enumerate(plan_addresses):
                 name = RANK_NAME.format(rank)
-                self.board.row(name).enter(
-                    Phase.IMPORTING
-                )  # the standby does, until the rank enters the next
+                # The standby does, until the rank enters the next.
+                self.board.row(name).enter(Phase.IMPORTING)
                 self._fork(
                     ranks,
                     RankBoot(
@@ -275,8 +268,11 @@ class Supervisor:
                 os.read(self._wake_receiver, 1 << 16)
                 continue
             one.read()
-            is_status = isinstance(one, Child) and key.fd != one.report_fd
-            if one.has_ended if isinstance(one, Child) and is_status else one.silent:
+            if isinstance(one, Child) and key.fd != one.report_fd:
+                nothing_comes = one.has_ended
+            else:
+                nothing_comes = one.silent
+            if nothing_comes:
                 self._selector.unregister(key.fd)
             if one.over and one not in self._over:
                 self._over.append(one)
