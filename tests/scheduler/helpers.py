@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import weakref
 from collections import deque
 from typing import Any
 
@@ -10,6 +12,7 @@ from tpworker.ipc.arrays import pack_int32, unpack_int32, unpack_int64
 from tpworker.ipc.board import Board
 from tpworker.ipc.child import SchedulerSettings, board_names
 from tpworker.ipc.masks import MaskBoard
+from tpworker.ipc.memory import SharedWords
 from tpworker.ipc.messages import (
     LOGPROB_ROW_BYTES,
     Abort,
@@ -88,6 +91,13 @@ class AnyDrafts:
         return self._random.choice([choice for choice in self.choices if choice <= most])
 
 
+def close_descriptor(memory: SharedWords) -> None:
+    """Unless that was done. What is mapped goes with who looks at it."""
+    if memory._owns_fd:
+        os.close(memory.fd)
+        memory._owns_fd = False
+
+
 class World:
     """Runs a scheduler against a fake rank, step by step; answers come `lookahead` steps late.
 
@@ -112,6 +122,8 @@ class World:
         self.plans, self.outputs = Wire(), Wire()
         scheduler = SchedulerSettings(**{**fields, **settings})
         self.masks = MaskBoard.create(scheduler.max_num_seqs, scheduler.vocab_size)
+        for shared in (self.board, self.masks):
+            weakref.finalize(self, close_descriptor, shared._memory)
         self.scheduler = Scheduler(
             0,
             scheduler,
