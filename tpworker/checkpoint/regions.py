@@ -72,14 +72,15 @@ def sizes_of(count: int, build: Callable[[Sequence[Region]], object]) -> list[in
 
 
 class Place:
-    """Kept memory, cut into regions.
+    """Kept memory, cut into regions; or none, where nothing is kept.
 
     Args:
+        kept: None: there are no regions, and nothing is ever found.
         layout: what the weights are; the same text, the same tensors.
         sizes: of the regions, in bytes.
     """
 
-    def __init__(self, kept: Kept, layout: str, sizes: Sequence[int]) -> None:
+    def __init__(self, kept: Kept | None, layout: str = "", sizes: Sequence[int] = ()) -> None:
         self._kept = kept
         self._layout = layout
         self._sizes = list(sizes)
@@ -87,16 +88,19 @@ class Place:
 
     def find(self) -> list[Region] | None:
         """With what was left in them; None: nothing whole."""
-        memory = self._kept.find(_NAME, self._layout)
+        memory = None if self._kept is None else self._kept.find(_NAME, self._layout)
         return None if memory is None else self._cut(memory)
 
-    def make(self) -> list[Region]:
-        """New ones, of zeros."""
+    def make(self) -> list[Region] | None:
+        """New ones, of zeros; None: each tensor is to have its own memory."""
+        if self._kept is None:
+            return None
         return self._cut(self._kept.make(_NAME, self._layout, self.num_bytes))
 
     def finish(self) -> None:
         """They hold what is to be found next time."""
-        self._kept.finish(_NAME)
+        if self._kept is not None:
+            self._kept.finish(_NAME)
 
     def _cut(self, memory: Tensor) -> list[Region]:
         starts = itertools.accumulate(self._sizes, initial=0)

@@ -64,7 +64,7 @@ def load_weights(
     checkpoint, spec = _open(folder, spec, with_mtp)
     place = _place(kept, str(folder), spec, shard, dtype, device, with_mtp)
     build = partial(assemble, spec, shard, dtype, device, with_mtp=with_mtp)
-    if place is not None and (regions := place.find()) is not None:
+    if (regions := place.find()) is not None:
         progress(place.num_bytes, place.num_bytes)
         return build(None, regions=regions)
     total = shard_bytes(spec, shard, dtype, device, checkpoint.look_up, with_mtp=with_mtp)
@@ -84,9 +84,8 @@ def load_weights(
 
     num_readers = MAX_READERS if device.type == "cuda" else min(MAX_READERS, torch.get_num_threads())
     with torch.no_grad(), ThreadPoolExecutor(num_readers, "weights", _use, (device,)) as pool:
-        weights = build(fill, layers=pool.map, regions=None if place is None else place.make())
-    if place is not None:
-        place.finish()
+        weights = build(fill, layers=pool.map, regions=place.make())
+    place.finish()
     progress(total, total)
     return weights
 
@@ -144,7 +143,7 @@ def dummy_weights(
     """
     place = _place(kept, f"dummy {seed}", spec, shard, dtype, device, with_mtp)
     build = partial(assemble, spec, shard, dtype, device, with_mtp=with_mtp)
-    if place is not None and (regions := place.find()) is not None:
+    if (regions := place.find()) is not None:
         progress(place.num_bytes, place.num_bytes)
         return build(None, regions=regions)
     total = shard_bytes(spec, shard, dtype, device, with_mtp=with_mtp)
@@ -173,9 +172,8 @@ def dummy_weights(
         progress(min(done, total), total)
 
     with torch.no_grad():
-        weights = build(fill, regions=None if place is None else place.make())
-    if place is not None:
-        place.finish()
+        weights = build(fill, regions=place.make())
+    place.finish()
     progress(total, total)
     return weights
 
@@ -188,10 +186,10 @@ def _place(
     dtype: torch.dtype,
     device: torch.device,
     with_mtp: bool,
-) -> Place | None:
-    """Where weights from this source lie, if they are kept."""
+) -> Place:
+    """Where weights from this source lie."""
     if kept is None:
-        return None
+        return Place(None)
     assert not can_pack(device, dtype), "packed weights lie where oneDNN puts them"
     meta = torch.device("meta")
     measure = partial(assemble, spec, shard, dtype, meta, None, with_mtp=with_mtp, sized_for=device)
