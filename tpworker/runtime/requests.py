@@ -314,13 +314,14 @@ class Requests:
             request = by_number.get(number)
             if request is None:
                 continue  # aborted, and the scheduler did not know yet
-            if position == request.num_received:
+            expected = len(request.received)
+            if position == expected:
                 request.append(token)
                 delivered += 1
-            elif position > request.num_received:
+            elif position > expected:
                 raise GapError(
                     f"request {request.request_id!r}: the token at position {position} came, "
-                    f"but that at {request.num_received} never did (step {output.step})"
+                    f"but that at {expected} never did (step {output.step})"
                 )
         self.num_output_tokens += delivered
         for finish in output.finished:
