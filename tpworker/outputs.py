@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from tpworker.sampling_params import SamplingParams
 
 FinishReason = Literal["stop", "length", "abort"]
 RuntimeState = Literal["stopped", "starting", "ready", "recovering", "draining", "failed"]
@@ -114,6 +119,39 @@ class RuntimeEvent:
     """With 'recovering' and 'recovered': those that are open, and go on."""
 
 
+class RequestRecord(NamedTuple):
+    """One choice of a request, when it has ended. Times are those of `time.monotonic`, in seconds; None: it
+    did not come so far."""
+
+    request_id: str
+    index: int  # type: ignore[assignment]  # as in RequestOutput
+    finish_reason: FinishReason | None
+    """As its last output had it; 'abort' also of one that its consumer has left. None: it failed."""
+    error: str | None
+    """Why it failed, in one line."""
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    """Of these: found in the prefix cache, by choice 0."""
+    num_output_tokens: int
+    """That its consumer got."""
+    num_draft_tokens: int
+    num_accepted_tokens: int
+    num_resumed: int
+    """Restarts that it went through."""
+    arrived: float
+    """When `generate` was called."""
+    submitted: float
+    """When its prompt was tokens, its parameters had been checked, and it could be sent to the scheduler."""
+    started: float | None
+    """When the first step that computed some of it was launched."""
+    first_token: float | None
+    last_token: float | None
+    """When the runtime had these."""
+    ended: float
+    """When its consumer took its last output, or left."""
+    sampling: SamplingParams
+
+
 class StepRecord(NamedTuple):
     """One step, as rank 0's device saw it. Times are CLOCK_MONOTONIC in nanoseconds (`time.monotonic_ns`).
 
@@ -171,3 +209,22 @@ class Stats:
     """Processes at fault, by kind ('rank', 'scheduler', …), and how often."""
     last_recovery_seconds: float | None = None
     """From the notice of the last loss until requests went on; None: there was none."""
+
+
+class Listener:
+    """What a runtime tells whoever wants to know, as it happens (`Runtime.add_listener`): a base class, whose
+    methods do nothing. They are called on the runtime's event loop, and must be quick; what they raise is
+    logged, the first time."""
+
+    def on_event(self, event: RuntimeEvent) -> None:
+        """Something has become of a process."""
+
+    def on_request_end(self, record: RequestRecord) -> None:
+        """A choice of a request has ended. One that is refused just raises, in `generate`."""
+
+    def on_tokens(self, intervals: Sequence[tuple[int, float]]) -> None:
+        """A step's tokens have come. Of each request that had some already: how many, and how many seconds
+        after those before."""
+
+    def on_step(self, step: StepRecord) -> None:
+        """A step's result has come, behind its tokens."""

@@ -17,6 +17,7 @@ from tpworker.runtime.events import Events
 from tpworker.runtime.faults import Fault, gpu_fault
 from tpworker.runtime.generation import StartFailed
 from tpworker.runtime.group import Group
+from tpworker.runtime.listeners import EventListener
 from tpworker.runtime.processes import Processes
 from tpworker.runtime.recovery import Restarts
 from tpworker.runtime.requests import Requests
@@ -106,7 +107,7 @@ def run(
             scheduler=SCHEDULER_BOOT.settings,
             rank=RANK_BOOT.settings,
         )
-        events = Events(told.events.append)
+        events = Events(EventListener(told.events.append))
         told.processes = Processes(group, Restarts(most, 300.0), Requests(), events, told)
         try:
             assert await told.processes.ready(lambda text, fraction: None) == 99

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from tests.children import odd_scheduler
 from tests.runtime.test_runtime import MakeRuntime, collect, ids_only, rest_of, run, tokens_of
+from tests.runtime.told import Told
 from tpworker import RequestFailed, Runtime, RuntimeEvent, RuntimeFailed, RuntimeStopped, SamplingParams
 from tpworker.ipc.arrays import pack_int32, unpack_int32
 from tpworker.ipc.messages import Sampling, SchedulerLoad, StepOutput, StepTiming, Submit
@@ -191,6 +192,7 @@ def test_open_requests_go_on_when_a_process_dies(fake_runtime: MakeRuntime, name
 
     async def main() -> None:
         async with fake_runtime(tensor_parallel_size=2, on_event=events.append, max_num_seqs=2) as runtime:
+            runtime.add_listener(ends := Told())
             prompts = [[5 + i, 6, 7] for i in range(4)]  # two of them wait for slots
             tasks = [asyncio.ensure_future(collect(runtime, prompt, ids_only(480))) for prompt in prompts]
             await until(lambda: runtime.stats().output_tokens > 50)
@@ -215,6 +217,8 @@ def test_open_requests_go_on_when_a_process_dies(fake_runtime: MakeRuntime, name
                 {record.step for record in stats.recent_steps}
             )
             assert runtime.events == tuple(events)
+            assert sum(record.num_resumed for record in ends.records) == 4  # the late one began behind it
+            assert sum(number for number, _ in ends.intervals) == 4 * 479 + 2
 
     run(main)
     assert [(e.kind, e.process) for e in events] == [(k, name) for k in ("lost", "recovering", "recovered")]

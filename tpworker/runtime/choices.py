@@ -10,10 +10,12 @@ taken already waits for the next round, and comes together then.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 
-from tpworker.outputs import RequestOutput
+from tpworker.outputs import RequestOutput, RequestRecord
 from tpworker.runtime.requests import Bell, Request
+from tpworker.sampling_params import SamplingParams
 
 
 class Choices:
@@ -28,6 +30,8 @@ class Choices:
         self.request_id = requests[0].request_id
         self.unended = list(requests)
         """Those whose last output has not been taken."""
+        self.sampling: SamplingParams | None = None
+        """How its tokens are chosen, once that has been checked."""
         self._round: deque[Request] = deque()  # of those, who had something at the last look
         self._bell = bell
 
@@ -49,6 +53,32 @@ class Choices:
         if output.finish_reason is not None:
             self.unended.remove(request)
         return request, output
+
+    def record(self, request: Request) -> RequestRecord:
+        """Of one of them, which was submitted and has ended now."""
+        times = request.times
+        assert self.sampling is not None
+        assert times.submitted is not None
+        error = None if request.error is None else str(request.error()).partition("\n")[0]
+        return RequestRecord(
+            request.request_id,
+            request.index,
+            None if error is not None else request.finish or "abort",
+            error,
+            request.num_prompt,
+            request.first.num_cached,
+            request.num_taken,
+            request.num_drafts,
+            request.num_accepted,
+            request.num_resumed,
+            times.arrived,
+            times.submitted,
+            times.started,
+            times.first_token,
+            times.last_token,
+            time.monotonic(),
+            self.sampling,
+        )
 
     def _next(self) -> list[Request]:
         """Whose output may come next: of all; but the first one's comes first if it tells of the prompt."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import random
 import secrets
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -27,6 +28,7 @@ from tpworker.runtime.admission import check_priority, fit, pack_prompt, resolve
 from tpworker.runtime.choices import Choices
 from tpworker.runtime.dispatch import Dispatch
 from tpworker.runtime.grammars import Grammars
+from tpworker.runtime.listeners import Listeners
 from tpworker.runtime.logprobs import LogprobRecord
 from tpworker.runtime.requests import Bell, Request, Requests
 from tpworker.runtime.start import Served
@@ -47,10 +49,19 @@ class Intake:
         seed: of the seeds of requests that bring none.
         policy: see `RuntimeConfig.scheduling_policy`.
         in_flight: see `Dispatch`.
+        listeners: told of each request's end.
     """
 
-    def __init__(self, max_queue: int, seed: int, policy: SchedulingPolicy, in_flight: int) -> None:
-        self.requests = Requests()
+    def __init__(
+        self,
+        max_queue: int,
+        seed: int,
+        policy: SchedulingPolicy,
+        in_flight: int,
+        listeners: Listeners | None = None,
+    ) -> None:
+        self._listeners = Listeners() if listeners is None else listeners
+        self.requests = Requests(self._listeners)
         """Those that the scheduler may still say something about."""
         self.dispatch = Dispatch(self.requests, in_flight)
         """Where they go, once they are checked."""
@@ -175,7 +186,9 @@ class Intake:
         grammar = await self._grammar(params, served)
         for request in choices.requests:
             self._describe(request, tokens, params, sampling, served)
+        choices.sampling, now = params, time.monotonic()
         for request in choices.requests:
+            request.times.submitted = now
             if request in self.requests:  # else it was aborted meanwhile
                 request.submit = self._made(request, tokens, params, sampling, grammar)
                 self.dispatch.submit(request)
@@ -278,7 +291,7 @@ class Intake:
         """The next output of a request some choice of which has not ended. Errors as in `Choices.take`."""
         request, output = await choices.take()
         if output.finish_reason is not None:
-            self._ended(request)
+            self._ended(choices, request)
         return output
 
     def abort(self, request_id: str) -> None:
@@ -293,9 +306,9 @@ class Intake:
         """Its consumer has all it will get, or wants no more."""
         del self._open[choices.request_id]
         for request in choices.unended:
-            self._ended(request)
+            self._ended(choices, request)
 
-    def _ended(self, request: Request) -> None:
+    def _ended(self, choices: Choices, request: Request) -> None:
         """The consumer has all it will get of this choice."""
         self._num_open -= 1
         self.dispatch.withdraw(request)
@@ -303,6 +316,8 @@ class Intake:
             self.num_finished += 1
         elif request.submit is not None:
             self.num_aborted += 1
+        if choices.sampling is not None and self._listeners:
+            self._listeners.on_request_end(choices.record(request))
         self._wake()
 
     def abandon_prompts(self, error: Callable[[], Exception]) -> None:

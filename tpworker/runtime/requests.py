@@ -16,6 +16,7 @@ All of this belongs to one event loop's thread.
 from __future__ import annotations
 
 import asyncio
+import time
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -25,7 +26,9 @@ from tpworker.errors import RequestFailed
 from tpworker.ipc.arrays import pack_int32, unpack_int32, unpack_int64, unpack_logprobs
 from tpworker.ipc.messages import Failed, StepOutput, Submit
 from tpworker.outputs import FinishReason, RequestOutput
+from tpworker.runtime.listeners import Listeners
 from tpworker.runtime.logprobs import LogprobRecord
+from tpworker.runtime.times import Times
 
 if TYPE_CHECKING:
     from tpworker.text.stream import TextStream
@@ -70,7 +73,6 @@ class Request:
     __slots__ = (
         "_bell",
         "_num_looked_at",
-        "_num_taken",
         "error",
         "finish",
         "first",
@@ -84,12 +86,15 @@ class Request:
         "num_crashes",
         "num_drafts",
         "num_prompt",
+        "num_resumed",
+        "num_taken",
         "number",
         "own_stop_ids",
         "received",
         "request_id",
         "submit",
         "text",
+        "times",
         "wants_tokens",
         "was_running",
     )
@@ -106,6 +111,7 @@ class Request:
         self.request_id = request_id
         self.first = first or self
         self.index = index
+        self.times = Times()
         self.num_prompt = 0
         self.num_cached = 0
         self.received = array("i")
@@ -125,6 +131,8 @@ class Request:
         """In a row, in which it was there."""
         self.num_at_crash = 0
         """How many tokens it had at the last of these."""
+        self.num_resumed = 0
+        """Restarts that it went through."""
         self.finish: FinishReason | None = None
         """Why no more tokens will come."""
         self.error: Callable[[], Exception] | None = None
@@ -137,7 +145,8 @@ class Request:
         self.wants_tokens = True
         """False: max_tokens is 0. A step yields a token at least; that one is nobody's."""
         self._num_looked_at = 0  # of the received
-        self._num_taken = 0  # of these, without those that do not count
+        self.num_taken = 0
+        """Of the tokens: its consumer has got so many. Those that do not count are not among them."""
         self._bell = bell or Bell()
 
     @property
@@ -196,7 +205,7 @@ class Request:
                 stop_reason = stopped
             elif finish is not None:
                 text += self.text.finish()
-        self._num_taken += len(tokens)
+        self.num_taken += len(tokens)
         logprobs, prompt_logprobs = (None, None) if self.logprobs is None else self.logprobs.take(len(tokens))
         return RequestOutput(
             self.request_id,
@@ -206,7 +215,7 @@ class Request:
             stop_reason,
             self.num_prompt,
             self.first.num_cached,
-            self._num_taken,
+            self.num_taken,
             self.index,
             logprobs,
             prompt_logprobs,
@@ -220,9 +229,13 @@ class Requests:
 
     A request is `waiting` until it gets its first slot, then `running`; it is removed when the scheduler
     ends it, or the runtime aborts it.
+
+    Args:
+        listeners: told of the tokens; None: nobody is.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, listeners: Listeners | None = None) -> None:
+        self._listeners = Listeners() if listeners is None else listeners
         self.num_waiting = 0
         self.num_running = 0
         self.num_output_tokens = 0
@@ -270,6 +283,7 @@ class Requests:
         known = [request for request in self._by_number.values() if request.is_submitted]
         for request in known:
             request.is_submitted = False
+            request.num_resumed += 1
             if request.is_running:
                 request.is_running = False
                 self.num_running -= 1
@@ -297,7 +311,7 @@ class Requests:
         """
         by_number = self._by_number
         for started in output.started:
-            self._start(started.request, started.num_cached)
+            self._start(started.request, started.num_cached, output.timing.launched / 1e9)
         for told in output.prompt_logprobs:
             if (request := by_number.get(told.request)) is not None and request.logprobs is not None:
                 request.logprobs.extend_prompt(told.position, unpack_logprobs(told.rows))
@@ -309,6 +323,8 @@ class Requests:
             triples = list(triples)
             self._deliver_logprobs(output, triples)
             self._count_drafts(output, triples)
+        now = time.monotonic()
+        behind: list[tuple[Request, int, float]] = []  # whose tokens are not their first
         delivered = 0
         for number, position, token in triples:
             request = by_number.get(number)
@@ -316,6 +332,13 @@ class Requests:
                 continue  # aborted, and the scheduler did not know yet
             expected = len(request.received)
             if position == expected:
+                times = request.times
+                if times.last_token != now:
+                    if times.last_token is None:
+                        times.first_token = now
+                    else:
+                        behind.append((request, expected, now - times.last_token))
+                    times.last_token = now
                 request.append(token)
                 delivered += 1
             elif position > expected:
@@ -324,6 +347,8 @@ class Requests:
                     f"but that at {expected} never did (step {output.step})"
                 )
         self.num_output_tokens += delivered
+        if behind and self._listeners:
+            self._listeners.on_tokens([(len(r.received) - before, seconds) for r, before, seconds in behind])
         for finish in output.finished:
             request = by_number.get(numbers[finish.index])
             if request is not None:
@@ -353,12 +378,13 @@ class Requests:
                     behind += 1
                 request.num_accepted += behind - index - 1
 
-    def _start(self, number: int, num_cached: int) -> None:
+    def _start(self, number: int, num_cached: int, launched: float) -> None:
         request = self._by_number.get(number)
         if request is not None and not request.is_running:
             request.is_running = True
             if not request.was_running:
                 request.was_running = True
+                request.times.started = launched
                 request.num_cached = num_cached
             self.num_waiting -= 1
             self.num_running += 1

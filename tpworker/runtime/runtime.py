@@ -23,20 +23,16 @@ from tpworker.errors import RuntimeStopped
 from tpworker.ipc.messages import Failed, StepOutput
 from tpworker.observe.gpus import resolve_gpus
 from tpworker.observe.start import StartTimes
-from tpworker.observe.watch import GpuState, GpuWatch
-from tpworker.outputs import Health, RequestOutput, RuntimeEvent, RuntimeState, Stats
-from tpworker.runtime.events import Events
-from tpworker.runtime.facts import Facts
+from tpworker.observe.watch import GpuWatch
+from tpworker.outputs import RequestOutput, RuntimeEvent
 from tpworker.runtime.faults import Fault
 from tpworker.runtime.generation import Generation, StartFailed
 from tpworker.runtime.home_loop import HomeLoop
-from tpworker.runtime.intake import Intake
 from tpworker.runtime.loading import Progress
+from tpworker.runtime.observable import Observable
 from tpworker.runtime.processes import Processes
 from tpworker.runtime.recovery import Restarts
 from tpworker.runtime.start import RANK_MODULE, SCHEDULER_MODULE, find, set_up, start_error, until_ready
-from tpworker.runtime.statistics import stats_of
-from tpworker.runtime.steps import Steps
 from tpworker.sampling_params import SamplingParams, checked
 
 logger = logging.getLogger(__name__)
@@ -46,7 +42,7 @@ T = TypeVar("T")
 STARTS_ONCE = "a runtime starts once, and not after it was stopped: make a new one"
 
 
-class Runtime(Facts):
+class Runtime(Observable):
     """A model served by a scheduler process and TP ranks, for one event loop. Start it once, stop it once.
 
     It installs no signal handlers and changes nothing that is global to the process (but standard descriptors
@@ -81,25 +77,14 @@ class Runtime(Facts):
     ) -> None:
         if model is not None:
             options["model"] = os.fspath(model)
-        super().__init__(dataclasses.replace(config or RuntimeConfig(), **options))
+        super().__init__(dataclasses.replace(config or RuntimeConfig(), **options), on_event)
         self.start_times: StartTimes | None = None
         """Where the time of the start went, once it is ready."""
         self._progress = progress or _no_progress
         self._needs_tokenizer = needs_tokenizer
         self._rank_module, self._scheduler_module = rank_module, scheduler_module
-        self._state: RuntimeState = "stopped"
         self._is_used = False  # started or stopped before
-        self._fault: Fault | None = None  # once it has failed, and while it recovers
-        self._events = Events(on_event)
-        self._num_resumed = 0
         self._home = HomeLoop()
-        self._processes: Processes | None = None  # once they were started
-        self._gpu_watch: GpuWatch | None = None  # if there are GPUs
-        in_flight = (self.config.lookahead + 1) * (1 + self.speculation.num_drafts)
-        self._intake = Intake(
-            self.config.max_queue, self.config.seed, self.config.scheduling_policy, in_flight
-        )
-        self._steps = Steps()
 
     # ------------------------------------------------------------------------ start and stop
 
@@ -328,7 +313,7 @@ class Runtime(Facts):
         """For `Processes`."""
         self._intake.dispatch.deliver(output)
         if isinstance(output, StepOutput):
-            self._steps.add(output)
+            self._listeners.on_step(self._steps.add(output))
 
     def on_lost(self, fault: Fault) -> None:
         """For `Processes`."""
@@ -349,29 +334,6 @@ class Runtime(Facts):
         self._state = "failed"
         self._intake.requests.fail_all(fault.failure)
         self._intake.abandon_prompts(fault.failure)
-
-    # ---------------------------------------------------------------------------- what it is
-
-    def health(self) -> Health:
-        """Whether it can serve. Costs nothing; for readiness and liveness probes."""
-        state = self._state
-        if state == "ready" and self._fault is not None:
-            state = "recovering"
-        return Health(state, None if self._fault is None else str(self._fault.failure()))
-
-    @property
-    def events(self) -> tuple[RuntimeEvent, ...]:
-        """The last ones, at most 64, oldest first."""
-        return tuple(self._events.recent)
-
-    def stats(self) -> Stats:
-        """How busy it is, and what it has done so far."""
-        total_blocks = 0 if self._served is None else self._served.total_blocks
-        return stats_of(self._intake, self._steps, self._processes, total_blocks, self._num_resumed)
-
-    def gpus(self) -> tuple[GpuState, ...]:
-        """How the ranks' GPUs do, at most a second old; none on the CPU, and before the start."""
-        return () if self._gpu_watch is None else self._gpu_watch.states()
 
 
 def _stopped_while_starting() -> RuntimeStopped:

@@ -30,22 +30,22 @@ class Steps:
         """There will be another scheduler."""
         self._before, self._first = self.load, self.num
 
-    def add(self, output: StepOutput) -> None:
-        """A step has ended."""
+    def add(self, output: StepOutput) -> StepRecord:
+        """A step has ended; returns what is kept of it."""
         self.num += 1
         self.load = output.load if self._before is None else _added(self._before, output.load)
         timing = output.timing
-        self.recent.append(
-            StepRecord(
-                self._first + output.step,
-                output.num_prefill_tokens,
-                output.num_decodes,
-                timing.launched,
-                timing.started,
-                timing.ended,
-                output.load.num_drafts,
-            )
+        record = StepRecord(
+            self._first + output.step,
+            output.num_prefill_tokens,
+            output.num_decodes,
+            timing.launched,
+            timing.started,
+            timing.ended,
+            output.load.num_drafts,
         )
+        self.recent.append(record)
+        return record
 
 
 def _added(before: SchedulerLoad, now: SchedulerLoad) -> SchedulerLoad:

@@ -1,0 +1,72 @@
+"""What a runtime's owner may see of how it does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tpworker.config import RuntimeConfig
+from tpworker.observe.watch import GpuState, GpuWatch
+from tpworker.outputs import Health, Listener, RuntimeEvent, RuntimeState, Stats
+from tpworker.runtime.events import Events
+from tpworker.runtime.facts import Facts
+from tpworker.runtime.faults import Fault
+from tpworker.runtime.intake import Intake
+from tpworker.runtime.listeners import EventListener, Listeners
+from tpworker.runtime.processes import Processes
+from tpworker.runtime.statistics import stats_of
+from tpworker.runtime.steps import Steps
+
+
+class Observable(Facts):
+    """Its state, what has happened to it, and what it has done. `Runtime` brings all that about.
+
+    Args:
+        config: see `Facts`.
+        on_event: called on the event loop with each event.
+    """
+
+    def __init__(self, config: RuntimeConfig, on_event: Callable[[RuntimeEvent], None] | None) -> None:
+        super().__init__(config)
+        self._state: RuntimeState = "stopped"
+        self._fault: Fault | None = None  # once it has failed, and while it recovers
+        self._listeners = Listeners()
+        if on_event is not None:
+            self._listeners.add(EventListener(on_event))
+        self._events = Events(self._listeners)
+        in_flight = (config.lookahead + 1) * (1 + self.speculation.num_drafts)
+        self._intake = Intake(
+            config.max_queue, config.seed, config.scheduling_policy, in_flight, self._listeners
+        )
+        self._steps = Steps()
+        self._num_resumed = 0
+        self._processes: Processes | None = None  # once they were started
+        self._gpu_watch: GpuWatch | None = None  # if there are GPUs
+
+    def health(self) -> Health:
+        """Whether it can serve. Costs nothing; for readiness and liveness probes."""
+        state = self._state
+        if state == "ready" and self._fault is not None:
+            state = "recovering"
+        return Health(state, None if self._fault is None else str(self._fault.failure()))
+
+    @property
+    def events(self) -> tuple[RuntimeEvent, ...]:
+        """The last ones, at most 64, oldest first."""
+        return tuple(self._events.recent)
+
+    def add_listener(self, listener: Listener) -> None:
+        """Tells somebody of tokens, requests, steps and events from now on."""
+        self._listeners.add(listener)
+
+    def remove_listener(self, listener: Listener) -> None:
+        """Not any more. Unknown ones are ignored."""
+        self._listeners.remove(listener)
+
+    def stats(self) -> Stats:
+        """How busy it is, and what it has done so far."""
+        total_blocks = 0 if self._served is None else self._served.total_blocks
+        return stats_of(self._intake, self._steps, self._processes, total_blocks, self._num_resumed)
+
+    def gpus(self) -> tuple[GpuState, ...]:
+        """How the ranks' GPUs do, at most a second old; none on the CPU, and before the start."""
+        return () if self._gpu_watch is None else self._gpu_watch.states()
