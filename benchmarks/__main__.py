@@ -33,6 +33,7 @@ BENCHMARKS = {
         "chaos.chaos",
         "no speed: processes are lost under load, and no request may be (scripts/chaos)",
     ),
+    "recovery": ("chaos.recovery", "how long clients wait when a process is lost"),
     "acceptance": ("speculation.acceptance", "how many tokens a step drafts bring with a real model"),
     "distill": ("speculation.distill", "trains a head for multi-token prediction on a model's own outputs"),
 }

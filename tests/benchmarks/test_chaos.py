@@ -175,3 +175,20 @@ def test_a_verdict_is_good_only_if_nothing_was_lost() -> None:
         "status": 1,
     }.items():
         assert not replace(good, **{field: value}).is_good
+
+
+def test_a_recovery_is_timed_and_outputs_are_those_without_it(tmp_path: Path, model_folder: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks", "recovery", "--model", str(model_folder)]
+    small = ["--load-format", "dummy", "--dtype", "float32", "--requests", "2", "--prompt", "20"]
+    short = ["--output", "400", "--after", "0.1", "--victims", "rank0", "scheduler"]
+    written = tmp_path / "recovery.json"
+    done = subprocess.run(
+        [*command, *small, *short, "--json", str(written)], capture_output=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(written.read_text())["rows"]
+    assert [row["victim"] for row in rows] == ["rank0", "scheduler"]
+    for row in rows:
+        assert row["num_equal"] == row["num_requests"] == 2
+        assert row["noticed"] > 0
+        assert row["recovered"] > 0

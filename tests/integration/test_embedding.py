@@ -111,6 +111,10 @@ SERVING = (
                     then()
 
     def kill_children():
+        from tpworker.runtime import supervisor
+        from tpworker.runtime.faults import Kind
+
+        supervisor.GRACE_SECONDS[Kind.DIED] = supervisor.KILLED_SECONDS = 60.0  # on a busy machine too
         for child in __import__("psutil").Process().children(recursive=sys.argv[2] == "all of them"):
             child.kill()
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from tpworker.ipc.board import Board, Field
-from tpworker.rank.compilations import count_compilations, wake_compiler
+from tpworker.rank.compilations import count_compilations, hash_kernels, wake_compiler
 
 
 def test_kernels_that_come_from_the_cache_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,3 +46,17 @@ def test_the_compiler_is_woken_in_a_thread_whatever_it_is_like(monkeypatch: pyte
     monkeypatch.setitem(sys.modules, "triton", None)  # not to be imported
     wake_compiler().join(20)
     assert failures == []
+
+
+def test_sources_of_our_kernels_are_hashed_once_they_are_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from tpworker.kernels.mask_kernel import _copy_masks
+
+    monkeypatch.setattr(_copy_masks, "hash", None)  # where Triton keeps it
+    hash_kernels()
+    assert _copy_masks.hash
+
+
+def test_kernels_are_not_hashed_where_there_is_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    hash_kernels()

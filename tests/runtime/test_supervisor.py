@@ -19,6 +19,7 @@ from tpworker.ipc.board import Field, Phase
 from tpworker.ipc.channels import Channel, new_address
 from tpworker.ipc.child import RANK_STANDBY, SCHEDULER_STANDBY
 from tpworker.ipc.messages import SchedulerReady, Stop
+from tpworker.runtime import supervisor
 from tpworker.runtime.children import Child
 from tpworker.runtime.faults import Fault, Kind
 from tpworker.runtime.group import Group
@@ -362,6 +363,7 @@ def test_who_is_blamed_when_another_has_crashed_forfeits_what_is_kept(
     model_folder: Path, monkeypatch: pytest.MonkeyPatch, number: int, forfeits: bool
 ) -> None:
     monkeypatch.setitem(GRACE_SECONDS, Kind.DIED, 60.0)
+    monkeypatch.setattr(supervisor, "KILLED_SECONDS", 60.0)
     watched = Watched(model_folder)
     watched.ready()
     os.kill(watched.pid("tpworker-rank0"), number)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import sys
 import threading
 from typing import Any
 
@@ -19,6 +20,19 @@ def hash_compiler() -> None:
     """
     with contextlib.suppress(Exception):  # whatever it is, who needs the compiler will be told
         importlib.import_module("triton.runtime.cache").triton_key()
+
+
+def hash_kernels() -> None:
+    """What the first launch of each of our kernels waits for: a hash of its source, and of all that it calls.
+    Of the modules that have been imported; known from then on to whoever is forked from this process, too.
+    """
+    with contextlib.suppress(Exception):
+        kernel = importlib.import_module("triton").JITFunction
+        for name, module in list(sys.modules.items()):
+            if name.startswith("tpworker.kernels."):
+                for value in vars(module).values():
+                    if isinstance(value, kernel):
+                        value.cache_key  # noqa: B018  # it is made when it is asked for
 
 
 def wake_compiler() -> threading.Thread:

@@ -9,7 +9,9 @@ Nothing is copied on the compute stream: a copy there costs 15 µs of GPU time a
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -161,6 +163,7 @@ class CudaDevice:
         # What is made from here on, weights too, is made in the order of the steps that use it.
         _cuda.set_stream(self.compute.stream)
         self._pool: Any = None
+        self._warming: threading.Thread | None = None
 
     def adopt_thread(self) -> None:
         _cuda.set_device(self.torch_device)  # each thread has its own current device, at first GPU 0
@@ -189,7 +192,23 @@ class CudaDevice:
         free: int = _cuda.mem_get_info(self.torch_device)[0]
         return free
 
+    def warm_up(self) -> None:
+        """Begins with what the first kernels and the first product of a process wait for, 0.1 s and more that
+        the libraries need for themselves; returns at once."""
+        self._warming = threading.Thread(target=self._warm_up, name="tpworker-warming", daemon=True)
+        self._warming.start()
+
+    def _warm_up(self) -> None:
+        self.adopt_thread()
+        # No capture: while there is one, nobody may wait for the device.
+        with contextlib.suppress(RuntimeError), _cuda.stream(_cuda.Stream(self.torch_device)):
+            torch.zeros(1, dtype=torch.int64, device=self.torch_device)
+            matrix = torch.zeros(16, 16, dtype=torch.bfloat16, device=self.torch_device)
+            torch.mm(matrix, matrix)
+
     def compile_ahead(self, work: Callable[[], None]) -> None:
+        if self._warming is not None:
+            self._warming.join()
         try:
             from tpworker.rank.rehearsal import rehearse
         except (ImportError, AttributeError) as error:  # another Triton, or none

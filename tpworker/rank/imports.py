@@ -16,15 +16,23 @@ _ON_CUDA = (
     "tpworker.rank.cuda_collectives",
     "tpworker.rank.compilations",
     "tpworker.rank.kept_device",
+    "tpworker.rank.rehearsal",
+    "tpworker.kernels.split_kernel",
+    "tpworker.kernels.few_rows_kernel",
+    "tpworker.kernels.ring_kernel",
+    "flash_attn_interface",
 )
-"""What ranks on GPUs import besides, sooner or later."""
+"""What ranks on GPUs import besides, sooner or later; some of it another Triton may not have."""
 
 
 def import_all(device: str) -> None:
     """Imports what ranks on this kind of device need: 'cpu' or 'cuda'."""
     importlib.import_module("tpworker.rank.process")
     if device == "cuda":
-        with contextlib.suppress(ImportError):  # a rank will say so itself, where it cannot do without
-            for module in _ON_CUDA:
+        for module in _ON_CUDA:
+            with contextlib.suppress(Exception):  # a rank will say so itself, where it cannot do without
                 importlib.import_module(module)
-            importlib.import_module("tpworker.rank.compilations").hash_compiler()
+        from tpworker.rank.compilations import hash_compiler, hash_kernels
+
+        hash_compiler()
+        hash_kernels()

@@ -76,7 +76,10 @@ def rank_main(boot: RankBoot) -> None:
 
     wake_compiler()
     count_compilations(own_row(boot))
-    run_rank(boot, CudaDevice(boot.rank), Runner)
+    device = CudaDevice(boot.rank)
+    if boot.generation:  # a restart: requests wait
+        device.warm_up()
+    run_rank(boot, device, Runner)
 
 
 def run_rank(boot: RankBoot, device: Device, runner_class: type[Runner]) -> None:

@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 GRACE_SECONDS = {Kind.DIED: 0.1, Kind.RAISED: 0.1, Kind.ABORTED: 0.5, Kind.WAITED: 0.5, Kind.LOST: 0.5}
 """How long to wait for further endings after one of a kind: the less it tells, the longer."""
+KILLED_SECONDS = 0.05
+"""The same after a SIGKILL of a scheduler or a rank, which explains itself."""
 STATUS_SECONDS = 2.0
 """How long a process that ended without a report may take to be reaped; its memory is freed before."""
 STACKS_SECONDS = 0.5
@@ -228,7 +230,7 @@ class Supervisor:
                 return self._cause()
             self._collect(None if grace is None else grace.slice())
             if self._over:
-                seconds = min(GRACE_SECONDS[one.ending.kind] for one in self._over)
+                seconds = min(_grace(one) for one in self._over)
                 if grace is None or seconds < grace.left():
                     grace = Patience(seconds)
         self._watch_stopping()
@@ -389,3 +391,9 @@ class Supervisor:
     def _close_keeping(self) -> None:
         if self._owns_keeping:
             self._keeping.close()
+
+
+def _grace(one: Child | Standby) -> float:
+    """How many seconds to wait for further endings behind this one's."""
+    ending = one.ending
+    return KILLED_SECONDS if isinstance(one, Child) and ending.was_killed else GRACE_SECONDS[ending.kind]
