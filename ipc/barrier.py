@@ -198,8 +198,11 @@ class Barrier:
         memory = SharedWords.attach(fd, _size(num_ranks), _SIGNATURE, what)
         return cls(memory, num_ranks, spin)
 
-    def wait(self, rank: int, step: int, digest: int, timeout: float) -> None:
+    def wait(self, rank: int, step: int, digest: int, timeout: float) -> bool:
         """Posts that `rank` has step `step` with the plan of this digest; returns when all ranks have.
+
+        Returns:
+            Whether it came last, and all others were there. Of ranks that come at one moment each may be.
 
         After any error, every later wait of this rank is an error too. What was posted is not taken back:
         when this rank gave up waiting for a late one, the late one finds it there and may pass.
@@ -225,11 +228,14 @@ class Barrier:
         post = (digest << 32) | ((step + 1) & _LOW)
         words[slot] = post
         place.wake()
+        is_last = True
         for other in place.others:
             if words[other] != post:
                 self._await_others(rank, step, post, timeout)
+                is_last = False
                 break
         words[slot + _PASSED] = step + 1
+        return is_last
 
     def abort(self, reason_code: int = 1) -> None:
         """Ends all waits of all ranks, now and later. For any process or thread.

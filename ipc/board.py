@@ -4,6 +4,12 @@ One row a process, written by that process alone, on cache lines of its own; a f
 word, so that what is read is a value that was written (see SharedWords). Fields of one row are not read at
 one instant. It costs a writer some tens of nanoseconds a field, and nobody is told: a board is for progress
 displays, statistics and post-mortems; and for the two watchdogs, which end what has not moved for long.
+
+    words  0 … 31   32 … 47                48 … 71            72 … 95            96 … 119
+         ┌────────┬──────────────────────┬──────────────────┬──────────────────┬──────────────────┐
+         │ fields │ when it came to each │ a histogram: sum,│ another          │ another          │
+         │        │ of its phases        │ counts           │                  │                  │
+         └────────┴──────────────────────┴──────────────────┴──────────────────┴──────────────────┘
 """
 
 from __future__ import annotations
@@ -12,12 +18,21 @@ import time
 import zlib
 from collections.abc import Sequence
 from enum import IntEnum
+from typing import NamedTuple
 
 from tpworker.ipc.memory import LINE, SharedWords
 
 _SIGNATURE = int.from_bytes(b"tpwb", "little")
-_ROW = 4 * LINE  # words; an even number of lines, as CPUs prefetch them in pairs
-_ENTERED = 2 * LINE  # the word that says when phase 0 was entered; those of the other phases follow
+_ROW = 16 * LINE  # words; an even number of lines, as CPUs prefetch them in pairs
+_ENTERED = 4 * LINE  # the word that says when phase 0 was entered; those of the other phases follow
+_SPANS = 6 * LINE  # where the first span's histogram begins: nanoseconds in all, then NUM_BUCKETS counts
+_SPAN = 3 * LINE
+
+NUM_BUCKETS = 20
+"""Of a span's histogram. Bucket i counts what took 2^i µs at most and more than half of that; the first one
+all that took less, the last one all that took more."""
+BOUNDS_NS = tuple(1000 << bucket for bucket in range(NUM_BUCKETS - 1))
+"""Up to where the buckets reach, all but the last: 1 µs to 262 ms."""
 
 
 class Field(IntEnum):
@@ -45,6 +60,27 @@ class Field(IntEnum):
     """Kernels that it had to compile."""
     DEADLINE = 11
     """Of the scheduler: milliseconds that the steps in flight may take, see deadlines.py; 0: none yet."""
+    LAST_ARRIVALS = 12
+    """Steps to whose barrier the process came last: all others waited for it."""
+
+
+class Span(IntEnum):
+    """Something that a process does again and again. How long it takes is a histogram in its row."""
+
+    BARRIER = 0
+    """Of a rank: from its coming to a step's barrier until all ranks had come."""
+    PUBLISH = 1
+    """Of rank 0: from the end of a step on the device until its tokens were sent."""
+    COMPOSE = 2
+    """Of the scheduler: from its waking up until the plans were sent that could be."""
+
+
+class SpanTimes(NamedTuple):
+    """How long a span took, each time since the process started."""
+
+    total_ns: int
+    counts: tuple[int, ...]
+    """By bucket, see NUM_BUCKETS."""
 
 
 class Phase(IntEnum):
@@ -100,6 +136,21 @@ class Row:
     def entered(self, phase: Phase) -> int:
         """When the process came to a phase: time.monotonic_ns(), 0 if it has not."""
         return self._words[_ENTERED + phase]
+
+    def took(self, span: Span, nanoseconds: int) -> None:
+        """A span has ended, which took so long; less than 0, as by clocks that differ, is nothing."""
+        if nanoseconds < 0:
+            nanoseconds = 0
+        words, first = self._words, _SPANS + _SPAN * span
+        words[first] += nanoseconds
+        bucket = ((nanoseconds - 1) // 1000).bit_length() if nanoseconds else 0
+        words[first + 1 + (bucket if bucket < NUM_BUCKETS else NUM_BUCKETS - 1)] += 1
+
+    def times(self, span: Span) -> SpanTimes:
+        """How long it has taken so far."""
+        first = _SPANS + _SPAN * span
+        total, *counts = self._words[first : first + 1 + NUM_BUCKETS].tolist()
+        return SpanTimes(total, tuple(counts))
 
 
 class Board:

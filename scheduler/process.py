@@ -15,7 +15,7 @@ import time
 from itertools import accumulate
 
 from tpworker.ipc.arrays import pack_int32, pack_int64
-from tpworker.ipc.board import Board, Field, Phase
+from tpworker.ipc.board import Board, Field, Phase, Span
 from tpworker.ipc.channels import Channel, Poller, accept_all, close_all
 from tpworker.ipc.child import RANK_NAME, SchedulerBoot, SchedulerSettings, board_names
 from tpworker.ipc.codec import MessageError
@@ -125,11 +125,14 @@ class Scheduler:
 
     def compose_ahead(self) -> None:
         """Composes and streams plans until the lookahead is used up, or there is nothing to compute."""
+        first = self.next_step
         while self.in_flight.has_room():
             composed = self.composer.compose(self.generation, self.next_step)
             if composed is None:
                 break
             self.stream(*composed)
+        if self.next_step > first:
+            self._row.took(Span.COMPOSE, time.monotonic_ns() - self._row[Field.BEAT])
 
     # ------------------------------------------------------------------------------- receive
 

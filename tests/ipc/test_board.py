@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.ipc.ranks import DEADLINE, ROOT
+from tpworker.ipc import board as board_module
 from tpworker.ipc.barrier import Barrier
-from tpworker.ipc.board import Board, Field, Phase
+from tpworker.ipc.board import BOUNDS_NS, NUM_BUCKETS, Board, Field, Phase, Span
 
 NAMES = ["tpworker-scheduler", "tpworker-rank0", "tpworker-rank1"]
 
@@ -52,6 +53,23 @@ def test_when_a_process_came_to_a_phase() -> None:
         changed = {Field.PHASE, Field.PROGRESS_DONE, Field.PROGRESS_TOTAL}
         assert {field for field in Field if seen[field] != 7} == changed
         assert not any(other.row("tpworker-rank1").entered(phase) for phase in Phase)
+
+
+@given(st.lists(st.tuples(st.sampled_from(Span), st.integers(-5, 10**9) | st.sampled_from(BOUNDS_NS))))
+def test_how_long_spans_took(taken: list[tuple[Span, int]]) -> None:
+    with closing(Board.create(NAMES)) as board, closing(Board.attach(board.fd, NAMES)) as other:
+        for span, nanoseconds in taken:
+            board.row("tpworker-rank0").took(span, nanoseconds)
+        seen = other.row("tpworker-rank0")
+        for span in Span:
+            times = [max(nanoseconds, 0) for one, nanoseconds in taken if one is span]
+            counts = [0] * NUM_BUCKETS
+            for nanoseconds in times:
+                counts[sum(nanoseconds > bound for bound in BOUNDS_NS)] += 1
+            assert seen.times(span) == (sum(times), tuple(counts))
+        assert not any(seen[field] for field in Field)
+        assert not any(seen.entered(phase) for phase in Phase)
+        assert not any(other.row("tpworker-rank1").times(Span.PUBLISH).counts)
 
 
 def test_what_a_killed_process_wrote_stays() -> None:
@@ -96,9 +114,11 @@ def test_a_field_is_64_bits(value: int) -> None:
 
 
 def test_rows_lie_on_lines_of_their_own() -> None:
-    assert max(Field) < 16
-    assert len(Phase) <= 16
+    assert max(Field) < board_module._ENTERED
+    assert board_module._ENTERED + len(Phase) <= board_module._SPANS
+    assert 1 + NUM_BUCKETS <= board_module._SPAN
+    assert board_module._SPANS + len(Span) * board_module._SPAN <= board_module._ROW
     with closing(Board.create(NAMES)) as board:
         assert board._memory.address % 128 == 0
         for row in board.rows():
-            assert len(row._words) == 32
+            assert len(row._words) % 16 == 0

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from tpworker.ipc.barrier import Barrier, BarrierDiverged, BarrierTimeout
-from tpworker.ipc.board import Board, Field
+from tpworker.ipc.board import BOUNDS_NS, Board, Field, Span
 from tpworker.ipc.channels import Channel, ChannelError, new_address
 from tpworker.ipc.codec import MessageError
 from tpworker.ipc.messages import BatchPlan, Message, Stop
@@ -112,7 +113,28 @@ def test_plans_are_launched_and_published_in_order(make_group: Any, size: int) -
         assert rank.caught_up == [(number, number) for number in range(1, 51)]
     for row in group.board.rows():
         assert row[Field.RECEIVED] == row[Field.ADMITTED] == row[Field.LAUNCHED] == 50
+        assert sum(row.times(Span.BARRIER).counts) == 50
+    assert sum(row[Field.LAST_ARRIVALS] for row in group.board.rows()) > 0
     assert group.errors == [None] * size
+
+
+def test_who_is_waited_for_is_on_the_board(make_group: Any) -> None:
+    group = make_group(3)
+    late, others = group.board.rows()[1], group.board.rows()[::2]
+    for step in range(5):
+        group.send(plan(step), to=[0, 2])
+        while any(group.barrier.position(rank) != step for rank in (0, 2)):
+            time.sleep(0.001)
+        time.sleep(0.01)
+        group.send(plan(step), to=[1])
+    group.send(Stop(0))
+    group.join()
+    assert late[Field.LAST_ARRIVALS] == 5
+    assert [row[Field.LAST_ARRIVALS] for row in others] == [0, 0]
+    for row in others:
+        times = row.times(Span.BARRIER)
+        assert times.total_ns >= 5 * 9_000_000
+        assert sum(times.counts[BOUNDS_NS.index(8_192_000) :]) == sum(times.counts) == 5
 
 
 @pytest.mark.parametrize("steps", [[1], [0, 2], [0, 0], [0, 1, 0]], ids=str)

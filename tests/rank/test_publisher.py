@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tpworker.ipc.arrays import unpack_int32
-from tpworker.ipc.board import Board, Field
+from tpworker.ipc.board import Board, Field, Span
 from tpworker.ipc.channels import Channel, new_address
 from tpworker.ipc.messages import LOGPROB_ROW_BYTES, StepResult
 from tpworker.kernels.operands import LOGPROB_ROW, MOST_LOGPROBS, NO_TOKEN
@@ -228,5 +228,19 @@ def test_the_other_ranks_keep_count_without_sending() -> None:
     while rig.board.row("rank")[Field.COMPLETED] < 10 and time.monotonic() < deadline:
         time.sleep(0.001)
     assert rig.board.row("rank")[Field.COMPLETED] == 10
+    assert not any(rig.board.row("rank").times(Span.PUBLISH).counts)
     assert not rig.errors
     rig.close()
+
+
+def test_how_long_results_took_from_the_device_is_on_the_board(rig: Rig) -> None:
+    row = rig.board.row("rank")
+    for step in range(3):
+        rig.publisher.publish(rig.launch(step, [step]))
+        rig.results.receive(10)
+        deadline = time.monotonic() + 10
+        while row[Field.COMPLETED] <= step and time.monotonic() < deadline:
+            time.sleep(0.001)
+    times = row.times(Span.PUBLISH)
+    assert sum(times.counts) == 3
+    assert 0 < times.total_ns < 10e9, "since the end of the step, not since the machine was started"

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests.scheduler.helpers import VOCAB, AnyDrafts, World, expected, run_with_aborts, sampling, submit
 from tpworker.ipc.arrays import pack_int32, unpack_int32, unpack_int64
-from tpworker.ipc.board import Field
+from tpworker.ipc.board import Field, Span
 from tpworker.ipc.messages import Abort, StepOutput, StepResult, StepTiming, Submit
 from tpworker.scheduler.inflight import STEP_PATIENCE, ProtocolError
 from tpworker.scheduler.process import StepTimeout
@@ -418,6 +418,19 @@ def test_a_step_that_is_not_answered_in_time_is_an_error_that_says_where_each_ra
     time.sleep(0.02)
     with pytest.raises(StepTimeout, match=r"within 0.01 s .*tpworker-rank0 received 0, admitted 0"):
         world.scheduler.receive(Ready())  # type: ignore[arg-type]
+
+
+def test_how_long_composing_took_is_on_the_board() -> None:
+    world = World(lookahead=1)
+    row = world.board.rows()[0]
+    assert world.scheduler.receive(Ready())  # type: ignore[arg-type]
+    world.compose()
+    assert not any(row.times(Span.COMPOSE).counts), "there was nothing to compose"
+    world.submit(submit(1, PROMPT))
+    world.compose()
+    times = row.times(Span.COMPOSE)
+    assert sum(times.counts) == 1
+    assert 0 < times.total_ns < time.monotonic_ns() - row[Field.BEAT]
 
 
 def test_answers_that_are_here_count_however_late_they_are_seen() -> None:

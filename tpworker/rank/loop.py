@@ -7,12 +7,13 @@ The loop sleeps in the kernel until there is a plan; nothing in it waits for the
 
 from __future__ import annotations
 
+import time
 import zlib
 from collections.abc import Callable
 from typing import Protocol
 
 from tpworker.ipc.barrier import Barrier
-from tpworker.ipc.board import Field, Row
+from tpworker.ipc.board import Field, Row, Span
 from tpworker.ipc.channels import Channel
 from tpworker.ipc.messages import BatchPlan, Stop
 from tpworker.ipc.wire import decode, expect
@@ -97,5 +98,9 @@ class RankLoop:
 
     def admit(self, plan: BatchPlan, digest: int) -> None:
         """Waits until every rank has the same plan: only then may any of them launch its collectives."""
-        self._barrier.wait(self.rank, plan.step, digest, self._deadline())
+        came = time.monotonic_ns()
+        is_last = self._barrier.wait(self.rank, plan.step, digest, self._deadline())
         self._row[Field.ADMITTED] = plan.step + 1
+        self._row.took(Span.BARRIER, time.monotonic_ns() - came)
+        if is_last:
+            self._row[Field.LAST_ARRIVALS] += 1

@@ -18,6 +18,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -26,7 +27,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tpworker.ipc.board import Field, Row
+from tpworker.ipc.board import Field, Row, Span
 from tpworker.ipc.channels import Channel
 from tpworker.ipc.messages import MAX_TOLD, StepResult, StepTiming
 from tpworker.kernels.operands import LOGPROB_ROW, MOST_LOGPROBS, NO_TOKEN
@@ -130,8 +131,10 @@ class Publisher:
             while (item := self._queue.get()) is not None:
                 item.copied.synchronize()
                 if channel is not None and item.buffer is not None:
-                    channel.send(self._result(item, item.buffer))
+                    result = self._result(item, item.buffer)
+                    channel.send(result)
                     self._rows_freed += 1
+                    self._row.took(Span.PUBLISH, time.monotonic_ns() - result.timing.ended)
                 self._staging.give_back(item.launched.staging)
                 self._row[Field.COMPLETED] = item.launched.step + 1
             if channel is not None:
