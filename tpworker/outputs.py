@@ -222,6 +222,9 @@ class Listener:
     def on_request_end(self, record: RequestRecord) -> None:
         """A choice of a request has ended. One that is refused just raises, in `generate`."""
 
+    def on_first_tokens(self, waits: Sequence[float]) -> None:
+        """A step's tokens have come. Of each choice whose first is among them: seconds since it arrived."""
+
     def on_tokens(self, intervals: Sequence[tuple[int, float]]) -> None:
         """A step's tokens have come. Of each request that had some already: how many, and how many seconds
         after those before."""

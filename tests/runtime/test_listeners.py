@@ -53,6 +53,8 @@ def test_each_choice_is_told_of_at_its_end_with_its_times(fake_runtime: MakeRunt
                 assert len(known) == 6
                 assert known == sorted(known)
             assert {record.request_id for record in listener.records} == {listener.records[0].request_id}
+            firsts = [r.first_token - r.arrived for r in listener.records if r.first_token is not None]
+            assert sorted(listener.waits) == sorted(firsts)
             assert sum(number for number, _ in listener.intervals) == 2 * 4  # all but the first ones
             assert [s.step for s in listener.steps] == [s.step for s in runtime.stats().recent_steps]
 
@@ -111,7 +113,9 @@ def test_several_tokens_of_a_step_are_one_interval() -> None:
     a, b = requests.open("a"), requests.open("b")
     requests.deliver(step((a, 0, 1), (a, 1, 2), (b, 0, 1)))
     assert listener.intervals == []
+    assert len(listener.waits) == 2
     requests.deliver(step((a, 2, 3), (a, 3, 4), (a, 4, 5), (b, 1, 1)))
     requests.deliver(step((a, 4, 5), (b, 2, 1)))  # the first of these has come already
     assert [number for number, _ in listener.intervals] == [3, 1, 1]
+    assert len(listener.waits) == 2, "there is one first token"
     assert all(seconds > 0 for _, seconds in listener.intervals)

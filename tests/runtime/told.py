@@ -12,6 +12,7 @@ class Told(Listener):
 
     def __init__(self) -> None:
         self.records: list[RequestRecord] = []
+        self.waits: list[float] = []
         self.intervals: list[tuple[int, float]] = []
         self.steps: list[StepRecord] = []
         self.events: list[RuntimeEvent] = []
@@ -21,6 +22,9 @@ class Told(Listener):
 
     def on_request_end(self, record: RequestRecord) -> None:
         self.records.append(record)
+
+    def on_first_tokens(self, waits: Sequence[float]) -> None:
+        self.waits += waits
 
     def on_tokens(self, intervals: Sequence[tuple[int, float]]) -> None:
         self.intervals += intervals

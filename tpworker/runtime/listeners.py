@@ -40,6 +40,10 @@ class Listeners(Listener):
         for listener in self._all:
             self._call(listener.on_request_end, record)
 
+    def on_first_tokens(self, waits: Sequence[float]) -> None:
+        for listener in self._all:
+            self._call(listener.on_first_tokens, waits)
+
     def on_tokens(self, intervals: Sequence[tuple[int, float]]) -> None:
         for listener in self._all:
             self._call(listener.on_tokens, intervals)

@@ -324,7 +324,8 @@ class Requests:
             self._deliver_logprobs(output, triples)
             self._count_drafts(output, triples)
         now = time.monotonic()
-        behind: list[tuple[Request, int, float]] = []  # whose tokens are not their first
+        waits: list[float] = []  # of those who get their first
+        behind: list[tuple[Request, int, float]] = []  # of the others
         delivered = 0
         for number, position, token in triples:
             request = by_number.get(number)
@@ -336,6 +337,7 @@ class Requests:
                 if times.last_token != now:
                     if times.last_token is None:
                         times.first_token = now
+                        waits.append(now - times.arrived)
                     else:
                         behind.append((request, expected, now - times.last_token))
                     times.last_token = now
@@ -347,6 +349,8 @@ class Requests:
                     f"but that at {expected} never did (step {output.step})"
                 )
         self.num_output_tokens += delivered
+        if waits and self._listeners:
+            self._listeners.on_first_tokens(waits)
         if behind and self._listeners:
             self._listeners.on_tokens([(len(r.received) - before, seconds) for r, before, seconds in behind])
         for finish in output.finished:
