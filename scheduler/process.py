@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import logging
 import math
+import os
 import time
 from itertools import accumulate
 
@@ -355,6 +356,7 @@ def scheduler_main(boot: SchedulerBoot) -> None:
     """What the scheduler process does: meets everybody, agrees on sizes, then runs."""
     timeout = boot.settings.start_timeout
     board = Board.attach(boot.board_fd, board_names(boot.num_ranks))
+    board.rows()[0][Field.PID] = os.getpid()
     board.rows()[0][Field.PHASE] = Phase.LOADING
     plans = [Channel.bind(address) for address in boot.plan_addresses]
     results = Channel.bind(boot.result_address)

@@ -22,6 +22,7 @@ from tpworker.ipc.deadlines import step_deadline
 from tpworker.ipc.messages import Failed, Message, SchedulerReady, StepOutput, Stop
 from tpworker.ipc.patience import Patience
 from tpworker.ipc.streams import open_standard_descriptors
+from tpworker.observe.processes import ProcessState, states_of
 from tpworker.runtime.faults import Fault
 from tpworker.runtime.group import Group
 from tpworker.runtime.keeping import Keeping
@@ -146,6 +147,13 @@ class Generation:
     def ranks(self) -> list[Row]:
         """The ranks' rows of the status board. Only until `stop`."""
         return self._supervisor.board.rows()[1:]
+
+    def states(self) -> tuple[ProcessState, ...]:
+        """How the scheduler and the ranks do; none once it is over. From any thread."""
+        with contextlib.suppress(ValueError):  # the board is taken away just now
+            if not self.is_over:
+                return states_of(self._supervisor.board.rows())
+        return ()
 
     @property
     def leftovers(self) -> list[str]:

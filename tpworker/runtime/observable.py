@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tpworker.config import RuntimeConfig
+from tpworker.observe.processes import ProcessState
 from tpworker.observe.watch import GpuState, GpuWatch
 from tpworker.outputs import Health, Listener, RuntimeEvent, RuntimeState, Stats
 from tpworker.runtime.events import Events
@@ -70,3 +71,8 @@ class Observable(Facts):
     def gpus(self) -> tuple[GpuState, ...]:
         """How the ranks' GPUs do, at most a second old; none on the CPU, and before the start."""
         return () if self._gpu_watch is None else self._gpu_watch.states()
+
+    def processes(self) -> tuple[ProcessState, ...]:
+        """How the scheduler and the ranks do; none before the start, and after the end. From any thread. It
+        asks the kernel of each: some 50 µs."""
+        return () if self._processes is None else self._processes.generation.states()
