@@ -150,6 +150,12 @@ def test_zmq_is_used_by_the_channels_only() -> None:
     assert {path for folder in FOLDERS for path in users(folder, "zmq")} == {"ipc/channels.py"}
 
 
+def test_prometheus_is_known_to_metrics_and_the_server_only() -> None:
+    rooms = {path.split("/")[1] for path in users("tpworker", "prometheus_client")}
+    assert rooms == {"metrics", "server"}
+    assert not users("tpworker/metrics", "tpworker.runtime").keys() - {"tpworker/metrics/metrics.py"}
+
+
 def test_torch_is_used_where_tensors_are() -> None:
     rooms = {path.split("/")[1] for path in users("tpworker", "torch")}
     assert rooms == {"kernels", "model", "checkpoint", "rank", "testing", "doctor"}

@@ -27,6 +27,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,6 @@ from benchmarks.common.report import machine, quantile, save
 from benchmarks.common.timeline import draw, steady_steps
 from benchmarks.serving.serve_load import Round, random_prompts, run_round
 from tpworker.outputs import StepRecord
-from tpworker.server.metrics import step_gaps
 
 ROOT = Path(__file__).resolve().parents[2]
 IDLE_AFTER = 2.0
@@ -232,6 +232,18 @@ def _measures(server: Server) -> dict[str, list[float]]:
         "step gap p50, µs": [1e6 * quantile(each, 0.5) for each in gaps],
         "step gap p99, µs": [1e6 * quantile(each, 0.99) for each in gaps],
     }
+
+
+def step_gaps(steps: Sequence[StepRecord]) -> list[float]:
+    """Seconds between the end of a step and the start of the next, sorted.
+
+    Only before steps that decode: before others there may have been no request at all.
+    """
+    return sorted(
+        (after.started_ns - before.ended_ns) / 1e9
+        for before, after in pairwise(steps)
+        if after.step == before.step + 1 and after.num_decodes
+    )
 
 
 def _print(servers: Sequence[Server], options: argparse.Namespace, where: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from benchmarks.common.report import Summary, machine, quantile
 from benchmarks.common.timeline import steady_steps
 from benchmarks.serving import schemas
 from benchmarks.serving.schema_suite import ALL_KINDS, SUITE, Entry, kinds_of, read_suite
+from benchmarks.serving.serve import step_gaps
 from tests.conftest import TINY_CONFIG
 from tests.observe.fake_nvml import FakeGpu, FakeNvml
 from tpworker.outputs import StepRecord
@@ -245,3 +246,18 @@ def test_an_unknown_benchmark_is_refused_with_those_there_are() -> None:
     assert done.returncode == 2
     assert "invalid choice: 'nothing' (choose from" in done.stderr
     assert "barrier" in done.stderr
+
+
+def test_step_gaps_are_those_with_work_to_do() -> None:
+    def step(number: int, num_decodes: int, started: int, ended: int) -> StepRecord:
+        return StepRecord(number, 0, num_decodes, 0, started, ended)
+
+    steps = [
+        step(1, 0, 0, 100),
+        step(2, 1, 130, 200),
+        step(3, 1, 210, 300),
+        step(4, 0, 9000, 9100),  # nobody was there to decode: the device was idle, not late
+        step(7, 1, 9900, 9950),  # not the next one
+    ]
+    assert step_gaps(steps) == [10e-9, 30e-9]
+    assert step_gaps([]) == []

@@ -272,6 +272,7 @@ def test_the_requirements_are_those_of_the_project() -> None:
     said = {
         "install_requires": libraries.REQUIRED,
         "server": libraries.SERVER,
+        "metrics": libraries.METRICS,
         "default-model": libraries.DEFAULT_MODEL,
     }
     for key, packages in said.items():

@@ -15,9 +15,11 @@ from tokenizers import Tokenizer as Backend
 from tpworker.config import RuntimeConfig
 from tpworker.errors import QueueFull, RuntimeFailed, RuntimeStopped
 from tpworker.model.families.spec import ModelSpec, RopeSpec
+from tpworker.observe.processes import ProcessState
 from tpworker.observe.watch import GpuState
 from tpworker.outputs import (
     Health,
+    Listener,
     RequestOutput,
     RuntimeEvent,
     RuntimeState,
@@ -124,6 +126,8 @@ class FakeRuntime(Facts):
     the_tokenizer: Tokenizer | None = field(default_factory=byte_tokenizer)
     configured: RuntimeConfig = field(default_factory=RuntimeConfig)
     gpu_states: tuple[GpuState, ...] = ()
+    process_states: tuple[ProcessState, ...] = ()
+    listeners: list[Listener] = field(default_factory=list)
     draft_tokens: tuple[int, ...] = ()
     accepted_tokens: tuple[int, ...] = ()
     requests: list[tuple[str, SamplingParams, str | None]] = field(default_factory=list)
@@ -212,10 +216,21 @@ class FakeRuntime(Facts):
         summary = "tpworker-rank1 was killed by SIGKILL at step 7"
         event = RuntimeEvent("recovered", 0.0, number, "tpworker-rank1", summary, seconds, self.num_open)
         self.events = (*self.events, event)[-64:]
+        for listener in self.listeners:
+            listener.on_event(event)
         self._up.set()
 
     def gpus(self) -> tuple[GpuState, ...]:
         return self.gpu_states
+
+    def processes(self) -> tuple[ProcessState, ...]:
+        return self.process_states
+
+    def add_listener(self, listener: Listener) -> None:
+        self.listeners.append(listener)
+
+    def remove_listener(self, listener: Listener) -> None:
+        self.listeners.remove(listener)
 
     def health(self) -> Health:
         return Health(self.state, self.error)

@@ -1,4 +1,4 @@
-"""/metrics, and the two models endpoints' like."""
+"""/metrics over HTTP, and what the front counts itself. The rest of its metrics: tests/metrics."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tpworker.config import RuntimeConfig
 from tpworker.observe.nvml import Nvml, find_gpus
 from tpworker.observe.watch import GpuState, GpuWatch
 from tpworker.outputs import RequestOutput, RuntimeState, StepRecord
-from tpworker.server.metrics import Metrics, Timing, step_gaps
+from tpworker.server.timing import OUTCOMES, FrontMetrics, Timing
 
 Start = Callable[..., LiveServer]
 
@@ -51,12 +51,13 @@ def test_the_page_tells_how_the_runtime_does(start: Start) -> None:
         "tpworker_waiting_requests": 0,
         "tpworker_free_kv_blocks": 90,
         "tpworker_kv_blocks": 100,
-        'tpworker_step_gap_seconds{quantile="0.5"}': 2e-7,
         "tpworker_time_to_first_token_seconds_count": 2,
         "tpworker_time_per_output_token_seconds_count": 2,
         "tpworker_request_duration_seconds_count": 2,
     }
     assert {name: server.metric(name) for name in expected} == expected
+    for outcome in OUTCOMES:
+        assert f'tpworker_requests_total{{outcome="{outcome}"}} ' in response.text, "a first one is a change"
 
 
 def test_faults_and_recoveries_are_counted(start: Start) -> None:
@@ -127,6 +128,8 @@ def test_drafts_by_position(start: Start) -> None:
         'tpworker_accepted_draft_tokens_total{position="3"}': 1,
         "tpworker_step_drafts": 2,
     }
+    for listener in runtime.listeners:
+        server.call(listener.on_step, StepRecord(0, 0, 1, 0, 100, 900, 2))
     assert {name: server.metric(name) for name in expected} == expected
 
 
@@ -194,13 +197,14 @@ def output(text: str, finish: str | None, count: int) -> RequestOutput:
 
 
 def test_times_are_counted_once_a_choice() -> None:
-    metrics = Metrics(FakeRuntime())  # type: ignore[arg-type]
+    metrics = FrontMetrics()
     timing = Timing(metrics)
     for index in (0, 1):
         for count in range(1, 5):
             timing.add(index, output("x", "stop" if count == 4 else None, count))
     timing.add(2, output("x", "length", 1))  # one token has no time between tokens
-    registry = metrics.registry
+    registry = CollectorRegistry()
+    registry.register(metrics)
     assert samples(registry, "tpworker_time_to_first_token_seconds_count") == 3
     assert samples(registry, "tpworker_time_per_output_token_seconds_count") == 2
     assert samples(registry, "tpworker_request_duration_seconds_count") == 3
@@ -216,23 +220,8 @@ def test_the_time_per_token_is_that_of_each_where_several_come_at_once(
 ) -> None:
     now = iter([0.0, 1.0, 3.0])
     monkeypatch.setattr(time, "monotonic", lambda: next(now))
-    metrics = Metrics(FakeRuntime())  # type: ignore[arg-type]
+    metrics = FrontMetrics()
     timing = Timing(metrics)
     for finish, count in ((None, 1), (None, 5), ("length", 9)):
         timing.add(0, output("xxxx", finish, count))
-    assert samples(metrics.registry, "tpworker_time_per_output_token_seconds_sum") == 2 / 8
-
-
-def test_step_gaps_are_those_with_work_to_do() -> None:
-    def step(number: int, num_decodes: int, started: int, ended: int) -> StepRecord:
-        return StepRecord(number, 0, num_decodes, 0, started, ended)
-
-    steps = [
-        step(1, 0, 0, 100),
-        step(2, 1, 130, 200),
-        step(3, 1, 210, 300),
-        step(4, 0, 9000, 9100),  # nobody was there to decode: the device was idle, not late
-        step(7, 1, 9900, 9950),  # not the next one
-    ]
-    assert step_gaps(steps) == [10e-9, 30e-9]
-    assert step_gaps([]) == []
+    assert metrics.each_token.total == 2 / 8

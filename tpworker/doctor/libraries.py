@@ -34,10 +34,11 @@ REQUIRED = (
     Package("rich", (13,)),
     Package("pyyaml", (6,)),
 )
+METRICS = (Package("prometheus-client", (0, 20)),)
 SERVER = (
     Package("fastapi", (0, 115)),
     Package("uvicorn", (0, 30)),
-    Package("prometheus-client", (0, 20)),
+    *METRICS,
 )
 DEFAULT_MODEL = (Package("gguf", (0, 17)),)
 

@@ -23,7 +23,7 @@ from tpworker.server.formats import Format
 from tpworker.server.gate import HALF_CLOSED, OUTCOME
 from tpworker.server.leaving import CUT, client_left
 from tpworker.server.merge import Outputs, merge
-from tpworker.server.metrics import Timing
+from tpworker.server.timing import Timing
 
 logger = logging.getLogger(__name__)
 

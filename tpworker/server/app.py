@@ -8,12 +8,12 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Receive, Scope, Send
 
+from tpworker.metrics import Metrics
 from tpworker.server import ignored, request_ids
 from tpworker.server.document import complete
 from tpworker.server.front import Front
 from tpworker.server.gate import Gate
 from tpworker.server.handlers import add_handlers
-from tpworker.server.metrics import Metrics
 from tpworker.server.options import FrontOptions
 from tpworker.server.request_ids import RequestIds
 from tpworker.server.routes.generation import add_generation
@@ -21,6 +21,7 @@ from tpworker.server.routes.models import add_models
 from tpworker.server.routes.probes import add_probes
 from tpworker.server.routes.responses import add_responses
 from tpworker.server.routes.text import add_text
+from tpworker.server.timing import FrontMetrics
 from tpworker.version import version
 
 if TYPE_CHECKING:
@@ -57,7 +58,9 @@ def create_app(runtime: Runtime, options: FrontOptions | None = None) -> FastAPI
     options = options or FrontOptions()
     names = options.served_model_names
     metrics = Metrics(runtime, names[0] if names else None)
-    front = Front(runtime, options, metrics)
+    counted = FrontMetrics()
+    metrics.registry.register(counted)
+    front = Front(runtime, options, counted)
     app = _App(
         title="tpworker",
         version=version(),
@@ -67,7 +70,7 @@ def create_app(runtime: Runtime, options: FrontOptions | None = None) -> FastAPI
     )
     app.add_middleware(
         Gate,
-        count=lambda outcome: metrics.requests.labels(outcome).inc(),
+        count=counted.count,
         api_key=options.api_key,
         max_model_len=front.max_model_len,
     )

@@ -11,9 +11,9 @@ from tpworker.server.answer import Answer
 from tpworker.server.dialect import Dialect
 from tpworker.server.errors import ModelNotFound
 from tpworker.server.formats import Format
-from tpworker.server.metrics import Metrics, Timing
 from tpworker.server.options import FrontOptions
 from tpworker.server.requests import GenerationRequest, Prompt
+from tpworker.server.timing import FrontMetrics, Timing
 
 if TYPE_CHECKING:
     from tpworker.runtime.runtime import Runtime
@@ -26,10 +26,10 @@ class Front:
     Args:
         runtime: may be starting still.
         options: of the app.
-        metrics: the same.
+        metrics: what it counts.
     """
 
-    def __init__(self, runtime: Runtime, options: FrontOptions, metrics: Metrics) -> None:
+    def __init__(self, runtime: Runtime, options: FrontOptions, metrics: FrontMetrics) -> None:
         self.runtime = runtime
         self.force_usage = options.force_include_usage
         self._options = options

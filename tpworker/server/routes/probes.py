@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from fastapi import FastAPI
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
+from tpworker.metrics import Metrics
 from tpworker.runtime.loading import in_daemon_thread
 from tpworker.server.errors import LATER, SOON
 from tpworker.server.front import Front
-from tpworker.server.metrics import Metrics
 from tpworker.server.shapes import Documented, Load, Probe, Version, documented
 from tpworker.version import version
 
@@ -51,8 +51,8 @@ def add_probes(app: FastAPI, front: Front, metrics: Metrics) -> None:
     @app.get("/metrics", response_class=PlainTextResponse, responses=documented(500))
     async def metrics_page() -> Response:
         """For Prometheus."""
-        await in_daemon_thread(runtime.gpus)  # asking takes milliseconds, which no stream shall wait for
-        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+        page = await in_daemon_thread(metrics.text)  # milliseconds, which no stream shall wait for
+        return Response(page, media_type=CONTENT_TYPE_LATEST)
 
     def probe(good: set[str]) -> Response:
         health = runtime.health()
