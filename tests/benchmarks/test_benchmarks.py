@@ -248,6 +248,17 @@ def test_an_unknown_benchmark_is_refused_with_those_there_are() -> None:
     assert "barrier" in done.stderr
 
 
+def test_metrics(tmp_path: Path) -> None:
+    small = ["--rounds", "2", "--batch", "1", "3", "--steps", "5"]
+    done = bench("metrics", *small, "--json", str(tmp_path / "metrics.json"))
+    assert done.returncode == 0, done.stderr
+    assert "CPU time of a token" in done.stdout
+    written = json.loads((tmp_path / "metrics.json").read_text())
+    assert list(written["token_ns"]) == ["1", "3"]
+    assert written["token_ns"]["3"]["with"]["count"] == 2
+    assert set(written["call_ns"]) == {"step", "request", "span", "scrape"}
+
+
 def test_step_gaps_are_those_with_work_to_do() -> None:
     def step(number: int, num_decodes: int, started: int, ended: int) -> StepRecord:
         return StepRecord(number, 0, num_decodes, 0, started, ended)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -53,7 +54,7 @@ class Metrics:
 
     def text(self) -> str:
         """The registry in Prometheus' text format, for a page that answers with its `CONTENT_TYPE_LATEST`. It
-        takes some ms, and with GPUs a few more: not for an event loop that streams."""
+        takes some ms, and with GPUs a few more: for a thread, not for an event loop that streams."""
         return generate_latest(self.registry).decode()
 
     def close(self) -> None:
@@ -75,6 +76,13 @@ class _RuntimeCollector(Collector):
         return [Metric("tpworker_runtime_state", "", "gauge")]
 
     def collect(self) -> Iterable[Metric]:
+        for metric in self._metrics():
+            yield metric
+            # A page takes some ms to make. A thread that waits for the interpreter lock, such as an event
+            # loop with tokens to deliver, gets it here.
+            time.sleep(0)
+
+    def _metrics(self) -> Iterable[Metric]:
         runtime, recorder = self._runtime, self._recorder
         stats = runtime.stats()
         num_drafts = runtime.speculation.num_drafts
