@@ -99,7 +99,7 @@ class _RuntimeCollector(Collector):
                 num_drafts=num_drafts,
             )
         yield from load_metrics(stats)
-        yield from recorded_metrics(recorder)
+        yield from recorded_metrics(recorder, runtime.config.lookahead)
         yield from fault_metrics(runtime.health(), stats)
         if num_drafts:
             yield from draft_metrics(stats, recorder, num_drafts)

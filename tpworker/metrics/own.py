@@ -43,17 +43,13 @@ def load_metrics(stats: Stats) -> Iterable[Metric]:
         yield CounterMetricFamily(f"tpworker_{name}", text, value)
 
 
-def recorded_metrics(recorder: Recorder) -> Iterable[Metric]:
+def recorded_metrics(recorder: Recorder, lookahead: int) -> Iterable[Metric]:
     """Histograms of steps, of requests' preparation, and of recoveries."""
     histograms: dict[str, tuple[str, Histogram]] = {
         "step_seconds": ("From the start of a step on the device to its end.", recorder.step),
         "step_gap_seconds": (
             "Time for which the device had nothing to do before a step that decodes.",
             recorder.gap,
-        ),
-        "steps_ahead": (
-            "Steps that had not ended when one that decodes was launched; 0: the device waited for the host.",
-            recorder.ahead,
         ),
         "request_preparation_seconds": (
             "From a request's arrival until it could be queued: tokenised, and its grammar compiled.",
@@ -66,6 +62,11 @@ def recorded_metrics(recorder: Recorder) -> Iterable[Metric]:
     }
     for name, (text, histogram) in histograms.items():
         yield family(f"tpworker_{name}", text, [histogram.series()])
+    yield family(
+        "tpworker_steps_ahead",
+        "Steps that had not ended when one that decodes was launched; 0: the device waited for the host.",
+        [recorder.ahead.series(most=lookahead)],
+    )
 
 
 def fault_metrics(health: Health, stats: Stats) -> Iterable[Metric]:

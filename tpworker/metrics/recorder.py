@@ -99,7 +99,6 @@ class Recorder(Listener):
             self.recovery.observe(event.seconds or 0.0)
         elif event.kind == "lost":  # the next step is another device's first
             self.last_step = None
-            self._ends_ns.clear()
 
     def on_first_tokens(self, waits: Sequence[float]) -> None:
         for seconds in waits:

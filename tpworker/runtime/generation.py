@@ -150,10 +150,10 @@ class Generation:
 
     def states(self) -> tuple[ProcessState, ...]:
         """How the scheduler and the ranks do; none once it is over. From any thread."""
-        with contextlib.suppress(ValueError):  # the board is taken away just now
-            if not self.is_over:
-                return states_of(self._supervisor.board.rows())
-        return ()
+        try:
+            return states_of(self._supervisor.board.rows())
+        except ValueError:  # the board has been taken away
+            return ()
 
     @property
     def leftovers(self) -> list[str]:
