@@ -15,6 +15,8 @@ import prometheus_client
 import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.metrics_core import Metric
+from prometheus_client.openmetrics.exposition import generate_latest as openmetrics
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics_families
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.metrics import vllm_names
@@ -106,6 +108,13 @@ def test_no_series_occurs_twice_and_all_have_a_text(metrics: Metrics) -> None:
     assert not [one for one, times in series.items() if times > 1]
     assert all(metric.documentation for metric in found.values())
     assert not [name for name, _ in series if name.endswith("_created")]
+
+
+def test_the_stricter_format_that_scrapers_ask_for_is_right_too(metrics: Metrics) -> None:
+    """OpenMetrics, in which `prometheus_client.start_http_server` answers Prometheus."""
+    page = openmetrics(metrics.registry).decode()
+    names = {metric.name for metric in openmetrics_families(page)}
+    assert {"vllm:request_success", "vllm:iteration_tokens_total", "tpworker"} <= names
 
 
 def test_vllms_gauges_and_counters(metrics: Metrics) -> None:

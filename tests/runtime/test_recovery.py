@@ -6,7 +6,8 @@ import asyncio
 import os
 import random
 import signal
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,15 @@ from hypothesis import strategies as st
 from tests.children import odd_scheduler
 from tests.runtime.test_runtime import MakeRuntime, collect, ids_only, rest_of, run, tokens_of
 from tests.runtime.told import Told
-from tpworker import RequestFailed, Runtime, RuntimeEvent, RuntimeFailed, RuntimeStopped, SamplingParams
+from tpworker import (
+    RequestFailed,
+    Runtime,
+    RuntimeEvent,
+    RuntimeFailed,
+    RuntimeStopped,
+    SamplingParams,
+    StepRecord,
+)
 from tpworker.ipc.arrays import pack_int32, unpack_int32
 from tpworker.ipc.messages import Sampling, SchedulerLoad, StepOutput, StepTiming, Submit
 from tpworker.runtime.recovery import PARTS, Quarantine, Restarts
@@ -160,6 +169,21 @@ def test_counts_go_on_with_another_scheduler() -> None:
     assert (load.free_blocks, load.preemptions, load.prompt_tokens, load.cached_tokens) == (8, 2, 27, 7)
     assert (load.drafts, load.accepted) == ((5,), (4,))
     assert [record.step for record in steps.recent] == [0, 1, 2]
+
+
+def test_the_last_steps_can_be_had_while_one_is_added() -> None:
+    class Busy(deque[StepRecord]):
+        """Grows while it is looked at for the first time."""
+
+        def __iter__(self) -> Iterator[StepRecord]:
+            looked = super().__iter__()
+            if len(self) == 1:
+                self.append(self[0]._replace(step=1))
+            return looked
+
+    steps = Steps()
+    steps.recent = Busy([StepRecord(0, 0, 1, 1, 2, 3)])
+    assert [record.step for record in steps.last()] == [0, 1]
 
 
 # ------------------------------------------------------------------------------- processes

@@ -64,7 +64,7 @@ class Observable(Facts):
         self._listeners.remove(listener)
 
     def stats(self) -> Stats:
-        """How busy it is, and what it has done so far."""
+        """How busy it is, and what it has done so far. From any thread: figures may be of two moments."""
         total_blocks = 0 if self._served is None else self._served.total_blocks
         return stats_of(self._intake, self._steps, self._processes, total_blocks, self._num_resumed)
 

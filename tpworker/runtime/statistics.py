@@ -27,7 +27,7 @@ def stats_of(
         preemptions=load.preemptions,
         finished=intake.num_finished,
         aborted=intake.num_aborted,
-        recent_steps=tuple(steps.recent),
+        recent_steps=steps.last(),
         draft_tokens=load.drafts,
         accepted_tokens=load.accepted,
         restarts=0 if processes is None else processes.generation.number,

@@ -26,6 +26,14 @@ class Steps:
         self._before: SchedulerLoad | None = None  # what schedulers before this one have counted
         self._first = 0  # the number of this one's first step
 
+    def last(self) -> tuple[StepRecord, ...]:
+        """The last ones, oldest first. From any thread."""
+        while True:
+            try:
+                return tuple(self.recent)
+            except RuntimeError:  # one was added meanwhile, by the event loop
+                continue
+
     def restart(self) -> None:
         """There will be another scheduler."""
         self._before, self._first = self.load, self.num
