@@ -292,5 +292,5 @@ def test_a_runtime_that_lives_is_scraped_from_another_thread(tmp_path: Path) -> 
         assert of("tpworker_barrier_wait_seconds_count", rank=rank) >= steps
     assert sum(of("tpworker_barrier_last_arrivals_total", rank=rank) for rank in "01") > 0
     for process in ("scheduler", "rank0", "rank1"):
-        assert of("tpworker_process_cpu_seconds_total", process=f"tpworker-{process}") > 0
+        assert of("tpworker_process_cpu_seconds_total", process=f"tpworker-{process}") < 60
         assert of("tpworker_process_resident_memory_bytes", process=f"tpworker-{process}") > 1 << 20
