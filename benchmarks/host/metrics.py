@@ -29,7 +29,7 @@ from tpworker.ipc.arrays import pack_int32, pack_int64
 from tpworker.ipc.board import Board, Field, Span
 from tpworker.ipc.messages import SchedulerLoad, StepOutput, StepTiming
 from tpworker.metrics import Metrics
-from tpworker.observe.processes import ProcessState, states_of
+from tpworker.observe.states import ProcessState, states_of
 from tpworker.outputs import Health, Listener, RequestRecord, Stats, StepRecord
 from tpworker.runtime.listeners import Listeners
 from tpworker.runtime.requests import Requests

@@ -26,7 +26,7 @@ from tpworker import Runtime, SamplingParams
 from tpworker.config import RuntimeConfig
 from tpworker.ipc.board import BOUNDS_NS, NUM_BUCKETS, SpanTimes
 from tpworker.metrics import Metrics
-from tpworker.observe.processes import ProcessState
+from tpworker.observe.states import ProcessState
 from tpworker.outputs import Stats
 from tpworker.testing.fake_process import FAKE_RANKS, fake_model
 

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer as Backend
 from tpworker.config import RuntimeConfig
 from tpworker.errors import QueueFull, RuntimeFailed, RuntimeStopped
 from tpworker.model.families.spec import ModelSpec, RopeSpec
-from tpworker.observe.processes import ProcessState
+from tpworker.observe.states import ProcessState
 from tpworker.observe.watch import GpuState
 from tpworker.outputs import (
     Health,

@@ -8,7 +8,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from tpworker.ipc.board import BOUNDS_NS, SpanTimes
 from tpworker.metrics.histogram import Series, family
-from tpworker.observe.processes import ProcessState
+from tpworker.observe.states import ProcessState
 
 _BOUNDS = tuple(bound / 1e9 for bound in BOUNDS_NS)
 

@@ -22,7 +22,7 @@ from tpworker.ipc.deadlines import step_deadline
 from tpworker.ipc.messages import Failed, Message, SchedulerReady, StepOutput, Stop
 from tpworker.ipc.patience import Patience
 from tpworker.ipc.streams import open_standard_descriptors
-from tpworker.observe.processes import ProcessState, states_of
+from tpworker.observe.states import ProcessState, states_of
 from tpworker.runtime.faults import Fault
 from tpworker.runtime.group import Group
 from tpworker.runtime.keeping import Keeping

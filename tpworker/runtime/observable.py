@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tpworker.config import RuntimeConfig
-from tpworker.observe.processes import ProcessState
+from tpworker.observe.states import ProcessState
 from tpworker.observe.watch import GpuState, GpuWatch
 from tpworker.outputs import Health, Listener, RuntimeEvent, RuntimeState, Stats
 from tpworker.runtime.events import Events

@@ -9,7 +9,7 @@ import time
 from contextlib import closing
 
 from tpworker.ipc.board import Board, Field, Span
-from tpworker.observe.processes import states_of
+from tpworker.observe.states import states_of
 
 
 def test_what_a_process_uses_and_how_far_it_is() -> None:
