@@ -42,6 +42,7 @@ from tpworker.ipc.messages import (
 )
 from tpworker.ipc.standby import MAX_BOOT_BYTES, Forked, serve, take_control
 from tpworker.ipc.streams import leave, make_output_safe
+from tpworker.logs import TEXT, make_formatter
 
 RANK_NAME = "tpworker-rank{}"
 SCHEDULER_NAME = "tpworker-scheduler"
@@ -130,6 +131,7 @@ class SchedulerBoot:
     masks_fd: Descriptor
     settings: SchedulerSettings
     blocks_fd: Descriptor  # what KV blocks hold, for the next generation
+    log_format: Word = TEXT
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +155,7 @@ class RankBoot:
     settings: RankSettings
     kept_fd: Descriptor  # what outlives this rank's process, see rank/kept.py
     keeper_address: Annotated[str, Within(0, 256)] = ""  # where GPU memory is kept; empty: nowhere
+    log_format: Word = TEXT
 
 
 Boot = TypeVar("Boot", SchedulerBoot, RankBoot)
@@ -272,11 +275,12 @@ def run_child(
 
 
 def begin() -> socket.socket:
-    """What comes first in a process that lives as long as the runtime, whose name is its first argument.
-    Returns its control socket: EOF there means that the runtime is gone."""
+    """What comes first in a process that lives as long as the runtime, whose arguments begin with its name,
+    its device, and the format and the level of its log. Returns its control socket: EOF there means that the
+    runtime is gone."""
     make_output_safe()
     control = take_control()
-    _be_called(sys.argv[1], logging.WARNING)
+    _be_called(sys.argv[1], max(int(sys.argv[4]), logging.WARNING), sys.argv[3])
     _die_with_parent()
     # A service manager or a terminal may signal all processes at once; when to stop is for the parent to say.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -292,7 +296,7 @@ def _live(forked: Forked, boot_class: type[Boot], main: Callable[[Boot], None]) 
         boot = unpack_dataclass(boot_class, forked.request.boot)
         numbers: dict[str, Any] = dict(zip(_descriptor_fields(boot), forked.descriptors, strict=True))
         boot = replace(boot, report_fd=forked.report_fd, **numbers)
-        _be_called(boot.name, boot.log_level)
+        _be_called(boot.name, boot.log_level, boot.log_format)
         _die_with_parent(forked.standby)
         _keep_to(forked.request.cpus)
         faulthandler.register(STACKS_SIGNAL, file=boot.report_fd, all_threads=True)
@@ -306,14 +310,14 @@ def _live(forked: Forked, boot_class: type[Boot], main: Callable[[Boot], None]) 
     leave(0)
 
 
-def _be_called(name: str, log_level: int) -> None:
+def _be_called(name: str, log_level: int, log_format: str) -> None:
     setproctitle.setproctitle(name)
     threading.current_thread().name = name
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter(f"%(asctime)s {name} %(levelname)s %(message)s"))
+    handler.setFormatter(make_formatter(log_format, name))
     root = logging.getLogger()
     root.handlers[:] = [handler]
-    root.setLevel(logging.WARNING)
+    root.setLevel(max(logging.WARNING, log_level))
     logging.getLogger("tpworker").setLevel(log_level)
 
 

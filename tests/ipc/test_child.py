@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import signal
 import socket
@@ -113,7 +114,7 @@ def test_the_first_report_counts() -> None:
 class Started:
     """A child that runs `code` as the body of its main function, forked from a standby of its own."""
 
-    def __init__(self, code: str) -> None:
+    def __init__(self, code: str, log_format: str = "text") -> None:
         self.report_fd, report = os.pipe()
         lifeline, self.lifeline = os.pipe()
         self.status, status = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -122,11 +123,12 @@ class Started:
         program += "def main(boot):\n" + textwrap.indent(textwrap.dedent(code), "    ")
         program += "\nrun_child(SchedulerBoot, main)\n"
         self.standby = subprocess.Popen(
-            [sys.executable, "-c", program, "tpworker-scheduler-standby", "cpu"], stdin=control.fileno(),
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            [sys.executable, "-c", program, "tpworker-scheduler-standby", "cpu", log_format, "20"],
+            stdin=control.fileno(), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
         descriptors = [status.fileno(), lifeline, report, *[report] * 3]  # the last three stand for memfds
-        ForkRequest(pack_boot(SCHEDULER_BOOT)).send(self.control, descriptors)
+        boot = dataclasses.replace(SCHEDULER_BOOT, log_format=log_format)
+        ForkRequest(pack_boot(boot)).send(self.control, descriptors)
         for fd in (report, lifeline):
             os.close(fd)
         status.close()
@@ -164,8 +166,8 @@ def start() -> Iterator[type[Started]]:
     started: list[Started] = []
 
     class Tracked(Started):
-        def __init__(self, code: str) -> None:
-            super().__init__(code)
+        def __init__(self, code: str, log_format: str = "text") -> None:
+            super().__init__(code, log_format)
             started.append(self)
 
     yield Tracked
@@ -184,6 +186,15 @@ def test_a_child_bears_its_name_in_its_title_and_in_every_log_line(start: type[S
     child.standby.kill()
     assert child.standby.stderr is not None
     assert "tpworker-scheduler INFO hello" in child.standby.stderr.read().decode()
+
+
+def test_a_child_writes_its_log_in_the_format_that_it_is_told(start: type[Started]) -> None:
+    child = start("logging.getLogger('tpworker.x').info('hello'); print(flush=True); time.sleep(60)", "json")
+    child.line()
+    child.standby.kill()
+    assert child.standby.stderr is not None
+    told = json.loads(child.standby.stderr.read())
+    assert (told["process"], told["level"], told["message"]) == ("tpworker-scheduler", "info", "hello")
 
 
 def test_a_child_that_returns_ends_with_status_0_and_no_report(start: type[Started]) -> None:
@@ -249,7 +260,7 @@ def test_a_standby_ends_with_its_parent_though_its_control_socket_holds() -> Non
     child = "from tpworker.ipc.child import *\nrun_child(SchedulerBoot, print)"
     parent = (
         "import subprocess, sys, time\n"
-        f"command = [sys.executable, '-c', {child!r}, 'standby', 'cpu']\n"
+        f"command = [sys.executable, '-c', {child!r}, 'standby', 'cpu', 'text', '20']\n"
         f"child = subprocess.Popen(command, stdin={theirs.fileno()})\n"
         "print(child.pid, flush=True)\ntime.sleep(1000)\n"
     )

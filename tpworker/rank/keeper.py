@@ -178,7 +178,7 @@ class Front:
 def main() -> NoReturn:
     """The life of a keeper."""
     control = begin()
-    num_gpus, listener = int(sys.argv[3]), socket.socket(fileno=int(sys.argv[4]))
+    num_gpus, listener = int(sys.argv[5]), socket.socket(fileno=int(sys.argv[6]))
     memory: Memory
     try:
         memory = Driver()

@@ -36,6 +36,7 @@ from tpworker.ipc.codec import unpack_dataclass
 from tpworker.ipc.patience import Patience
 from tpworker.ipc.spawn import child_environment, log_descriptor
 from tpworker.ipc.standby import ForkRequest
+from tpworker.logs import format_in_use
 from tpworker.runtime.children import Child, count_oom_kills, is_stopped, oom_kills_since
 from tpworker.runtime.faults import Ending
 
@@ -217,8 +218,9 @@ def _execute(
     control: socket.socket,
 ) -> subprocess.Popen[bytes]:
     log = log_descriptor()
+    log_level = logging.getLogger("tpworker").getEffectiveLevel()
     return subprocess.Popen(
-        [sys.executable, "-P", "-m", module, name, device, *arguments],
+        [sys.executable, "-P", "-m", module, name, device, format_in_use(), str(log_level), *arguments],
         stdin=control.fileno(),
         stdout=log,  # our own standard output may be somebody's data
         stderr=log,

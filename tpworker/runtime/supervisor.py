@@ -27,6 +27,7 @@ from tpworker.ipc.channels import new_address
 from tpworker.ipc.child import RANK_NAME, SCHEDULER_NAME, RankBoot, SchedulerBoot, board_names
 from tpworker.ipc.masks import MaskBoard
 from tpworker.ipc.patience import Patience
+from tpworker.logs import format_in_use
 from tpworker.runtime.children import Child, is_stopped
 from tpworker.runtime.faults import Ending, Fault, Kind, Standing, find_cause
 from tpworker.runtime.group import Group
@@ -175,7 +176,7 @@ class Supervisor:
         group = self.group
         plan_addresses = tuple(new_address(f"plan{rank}") for rank in range(group.num_ranks))
         result_address = new_address("result")
-        log_level = logging.getLogger("tpworker").getEffectiveLevel()
+        log_level, log_format = logging.getLogger("tpworker").getEffectiveLevel(), format_in_use()
         store_fd = os.memfd_create("tpworker-store", os.MFD_CLOEXEC)
         try:
             scheduler, ranks = self._standbys.start()
@@ -187,7 +188,7 @@ class Supervisor:
                 SchedulerBoot(
                     group.generation, SCHEDULER_NAME, log_level, 0, group.num_ranks, self._runtime_address,
                     plan_addresses, result_address, self.board.fd, self._masks.fd, group.scheduler,
-                    self._keeping.blocks_fd,
+                    self._keeping.blocks_fd, log_format,
                 ),
             )  # fmt: skip
             for rank, plan_address in enumerate(plan_addresses):
@@ -200,7 +201,7 @@ class Supervisor:
                         group.generation, name, log_level, 0, rank, group.num_ranks, plan_address,
                         result_address, self._barrier.fd, self.board.fd, self._meeting.fd, self._masks.fd,
                         store_fd, group.model, group.rank, self._keeping.fd(rank),
-                        self._keeping.keeper_address,
+                        self._keeping.keeper_address, log_format,
                     ),
                     group.rank_cpus[rank] if rank < len(group.rank_cpus) else None,
                 )  # fmt: skip
