@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -18,8 +19,43 @@ FORMATS = (TEXT, JSON)
 
 _OWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 """What each record has; the rest was given with `extra`."""
+_PLAIN = re.compile(r"[^\s\"'=\\\x00-\x20\x7f-\U0010ffff]+")
 _INDENT = "    "
 _encode = json.JSONEncoder(default=str, allow_nan=False).encode  # in ASCII: nothing in it can break a line
+
+
+class Fields:
+    """A message that consists of fields: give them as `extra`, too, for those who write JSON.
+
+    Args:
+        head: what the line begins with, without names.
+        rest: the other fields, written as `name=value`.
+    """
+
+    def __init__(self, head: Sequence[object], rest: Mapping[str, object]) -> None:
+        self._head = head
+        self._rest = rest
+
+    @property
+    def head(self) -> str:
+        """All that there is of a message, where the other fields are told otherwise."""
+        return " ".join(map(_word, self._head))
+
+    def __str__(self) -> str:
+        return " ".join([self.head, *(f"{name}={_word(value)}" for name, value in self._rest.items())])
+
+
+def _word(value: object) -> str:
+    """Without spaces, unless it is in quotes; what cannot be printed is escaped."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float):
+        return f"{value:.6f}"
+    if not isinstance(value, str):
+        return str(value)
+    return value if _PLAIN.fullmatch(value) else json.dumps(value, ensure_ascii=not value.isprintable())
 
 
 class TextFormatter(logging.Formatter):
@@ -65,7 +101,7 @@ class JsonFormatter(logging.Formatter):
             "level": record.levelname.lower(),
             "logger": record.name,
             "process": self._process,
-            "message": record.getMessage(),
+            "message": record.msg.head if isinstance(record.msg, Fields) else record.getMessage(),
         }
         for name, value in vars(record).items():
             if name not in _OWN and name not in told:

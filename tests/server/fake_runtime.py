@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
+from tests.server.fake_records import Record
 from tpworker.config import RuntimeConfig
 from tpworker.errors import QueueFull, RuntimeFailed, RuntimeStopped
 from tpworker.model.families.spec import ModelSpec, RopeSpec
@@ -140,6 +141,7 @@ class FakeRuntime(Facts):
     tokenising_threads: set[str] = field(default_factory=set)
     prepared_chars: list[int] = field(default_factory=list)
     prepared_counts: list[int] = field(default_factory=list)
+    listeners: list[Listener] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         Facts.__init__(self, self.configured)
@@ -171,6 +173,12 @@ class FakeRuntime(Facts):
         self.state = "ready"
         limits = Limits(self.longest, self.longest, self.longest)
         self._served = Served(self._known.model, self.the_tokenizer, limits, self.max_num_seqs, 100)
+
+    def add_listener(self, listener: Listener) -> None:
+        self.listeners.append(listener)
+
+    def remove_listener(self, listener: Listener) -> None:
+        self.listeners.remove(listener)
 
     async def start(self) -> None:
         self.state = "starting"
@@ -282,13 +290,18 @@ class FakeRuntime(Facts):
         self.prompt_tokens += len(ids)
         self.num_open += sampling.n
         self._idle.clear()
+        record, error = Record(request_id or "anonymous", len(ids), sampling), None
         try:
             async for output in self._choices(request_id or "anonymous", text, ids, sampling):
+                record.add(self.listeners, output)
                 yield output
-        except (GeneratorExit, asyncio.CancelledError):
-            self.aborted.append(request_id)
+        except BaseException as raised:
+            error = raised
+            if isinstance(raised, (GeneratorExit, asyncio.CancelledError)):
+                self.aborted.append(request_id)
             raise
         finally:
+            record.end(self.listeners, error)
             self.num_open -= sampling.n
             if not self.num_open:
                 self._idle.set()

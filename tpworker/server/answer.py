@@ -121,7 +121,9 @@ class Answer(Response):
             described = describe(self._told(error))
             if described is None:
                 logger.exception("while answering %s", self._format.request_id)
-            event = self._format.failing(described or internal_error())
+            told = described or internal_error()
+            told.note()
+            event = self._format.failing(told)
             await self._send_part(event.encode(), send)
         self._is_over = True
         await send({"type": "http.response.body", "body": b""})

@@ -16,6 +16,7 @@ from tpworker.server.gate import Gate
 from tpworker.server.handlers import add_handlers
 from tpworker.server.options import FrontOptions
 from tpworker.server.request_ids import RequestIds
+from tpworker.server.request_log import RequestLog
 from tpworker.server.routes.generation import add_generation
 from tpworker.server.routes.models import add_models
 from tpworker.server.routes.probes import add_probes
@@ -32,18 +33,20 @@ class _App(FastAPI):
     """An app that knows each request by an id, its failures included, which starlette answers outside of all
     other middleware."""
 
-    def __init__(self, *, under: str, **options: Any) -> None:
+    def __init__(self, *, log: RequestLog, under: str, **options: Any) -> None:
         """
         Args:
+            log: tells of each request.
             under: the path under which clients see it, if that is none that a server above it tells.
         """
         super().__init__(**options)
+        self._log = log
         self._under = under
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self._under:
             scope["root_path"] = self._under
-        await RequestIds(super().__call__)(scope, receive, send)
+        await self._log.around(RequestIds(super().__call__))(scope, receive, send)
 
 
 def create_app(runtime: Runtime, options: FrontOptions | None = None) -> FastAPI:
@@ -60,12 +63,15 @@ def create_app(runtime: Runtime, options: FrontOptions | None = None) -> FastAPI
     metrics = Metrics(runtime, names[0] if names else None)
     counted = FrontMetrics()
     metrics.registry.register(counted)
-    front = Front(runtime, options, counted)
+    log = RequestLog()
+    runtime.add_listener(log)
+    front = Front(runtime, options, counted, log)
     app = _App(
         title="tpworker",
         version=version(),
         description="OpenAI-compatible API of a tensor-parallel runtime.",
         redirect_slashes=False,  # to where the Host header says: anywhere
+        log=log,
         under=options.root_path,
     )
     app.add_middleware(

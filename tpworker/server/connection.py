@@ -21,8 +21,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from tpworker.server.errors import SOON, ApiError
-from tpworker.server.gate import HALF_CLOSED
+from tpworker.server.gate import HALF_CLOSED, PROBES
 from tpworker.server.request_ids import RequestIds, own_header
+from tpworker.server.request_log import RequestLog
 
 HEADERS_S = 20.0
 """From a connection's begin, or from a request's first byte, to the end of its headers: one segment, which a
@@ -42,7 +43,6 @@ bytes unread is reset, and the answer is lost."""
 _LOOK_S = 0.25  # how often such a connection is looked at
 NUM_SURPLUS = 64
 """Connections beyond the most that there may be: they get probes answered, and everything else refused."""
-PROBES = frozenset(["/health", "/ready", "/ping", "/metrics"])
 
 _TCP_CLOSE = 7  # the state of a socket whose peer has reset it: the first byte of Linux' tcp_info
 
@@ -300,6 +300,6 @@ def _only_probes(app: Callable[..., Any]) -> ASGIApp:
             code="too_many_connections",
             headers=SOON,
         )
-        await RequestIds(error.as_response())(scope, receive, send_last)
+        await RequestLog().around(RequestIds(error.as_response()))(scope, receive, send_last)
 
     return refusing

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from tpworker.errors import (
     InvalidRequest,
@@ -16,6 +17,7 @@ from tpworker.errors import (
     RuntimeFailed,
     RuntimeStopped,
 )
+from tpworker.server.journal import note_error
 
 SOON = {"Retry-After": "1"}
 """For what may be over at any moment: a full queue, a recovery."""
@@ -41,7 +43,23 @@ class ApiError:
         return json.dumps({"error": error})
 
     def as_response(self) -> Response:
-        return Response(self.as_json(), self.status, self.headers, "application/json")
+        return _Refusal(self)
+
+    def note(self) -> None:
+        """The current request's client is told this: so is the log."""
+        note_error(self.code or self.type, self.param)
+
+
+class _Refusal(Response):
+    """An error as an answer, which the log is told of when it is sent."""
+
+    def __init__(self, error: ApiError) -> None:
+        super().__init__(error.as_json(), error.status, error.headers, "application/json")
+        self._error = error
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._error.note()
+        await super().__call__(scope, receive, send)
 
 
 class ModelNotFound(InvalidRequest):

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from tpworker.outputs import RequestOutput, TokenLogprobs
+from tpworker.server import request_ids
 from tpworker.server.errors import ApiError
 from tpworker.server.logprobs import LogprobWriter
 from tpworker.server.telling import Choice, Telling, encode, quote, usage
@@ -45,7 +46,7 @@ class Format:
             tokenizer: names the tokens in logprobs; None: by their ids.
         """
         self._writer = LogprobWriter(tokenizer, telling.tokens_as_ids, telling.shows_special)
-        self.request_id = f"{self._prefix}-{uuid.uuid4().hex}"
+        self.request_id = f"{self._prefix}-{request_ids.unique.get() or uuid.uuid4().hex}"
         self.telling = telling
         self._prompts = prompts
         self._model = model

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING
 
 from tpworker.errors import InvalidRequest, RuntimeFailed, RuntimeStopped
 from tpworker.sampling_params import SamplingParams
+from tpworker.server import journal
 from tpworker.server.answer import Answer
 from tpworker.server.dialect import Dialect
 from tpworker.server.errors import ModelNotFound
 from tpworker.server.formats import Format
 from tpworker.server.options import FrontOptions
+from tpworker.server.request_log import RequestLog, shown_prompt
 from tpworker.server.requests import GenerationRequest, Prompt
 from tpworker.server.timing import FrontMetrics, Timing
 
@@ -27,14 +29,18 @@ class Front:
         runtime: may be starting still.
         options: of the app.
         metrics: what it counts.
+        log: of the requests.
     """
 
-    def __init__(self, runtime: Runtime, options: FrontOptions, metrics: FrontMetrics) -> None:
+    def __init__(
+        self, runtime: Runtime, options: FrontOptions, metrics: FrontMetrics, log: RequestLog
+    ) -> None:
         self.runtime = runtime
         self.force_usage = options.force_include_usage
         self._options = options
         self._names = options.served_model_names
         self._metrics = metrics
+        self._log = log
         self._dialect: Dialect | None = None
 
     @property
@@ -106,11 +112,19 @@ class Front:
             sampling: the body's.
         """
         name = answer_format.request_id
-        ids = [name] if len(prompts) == 1 else [f"{name}-{index}" for index in range(len(prompts))]
+        # What stands behind the name can be no part of another one's: X-Request-Id has no spaces.
+        ids = [name] if len(prompts) == 1 else [f"{name} prompt {i}" for i in range(len(prompts))]
         streams = [
             self.runtime.generate(
                 prompt, sampling, request_id=request_id, default_max_tokens=body.default_max_tokens
             )
             for prompt, request_id in zip(prompts, ids, strict=True)
         ]
+        if (entry := journal.current.get()) is not None:
+            entry.answer_id, entry.runtime_ids = answer_format.request_id, ids
+            entry.stream = bool(body.stream)
+            if max_chars := self._options.log_prompts:
+                decode = None if self.tokenizer is None else self.tokenizer.decode
+                entry.prompt = shown_prompt(prompts[0], decode, max_chars)
+            self._log.follow(entry)
         return Answer(streams, answer_format, timing, stream=bool(body.stream), reword=body.in_its_words)

@@ -7,9 +7,11 @@ from collections.abc import Callable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from tpworker.server import journal
 from tpworker.server.bodies import BODY_BYTES, BODY_BYTES_PER_TOKEN, Bodies, Body, Disconnected, Refused
 from tpworker.server.errors import ApiError
 from tpworker.server.ignored import HEADER, Ignored, current
+from tpworker.server.journal import outcome_of
 
 OUTCOME = "tpworker.outcome"
 """Key in an ASGI scope: how a request ended that its status does not tell of."""
@@ -17,9 +19,8 @@ HALF_CLOSED = "tpworker.half_closed"
 """Among an ASGI scope's extensions: an Event, set when a client that has closed its sending side should be
 sent something, however little. What that meets shows whether it reads on."""
 
-_OUTCOMES = {2: "ok", 4: "invalid", 5: "failed", 429: "busy", 503: "unavailable"}
-
-
+PROBES = frozenset(["/health", "/ready", "/ping", "/metrics"])
+"""What those ask who look after the server, again and again."""
 GUARDED = frozenset(["/tokenize", "/detokenize", "/tokenizer_info"])
 """What needs the key, and has its bodies bounded, besides /v1/…."""
 
@@ -73,9 +74,11 @@ class Gate:
             status = 500
             raise
         finally:
+            outcome = scope.get(OUTCOME) or outcome_of(status)
+            if (entry := journal.current.get()) is not None:
+                entry.outcome = outcome
             if scope["method"] == "POST":
-                outcome = scope.get(OUTCOME) or _OUTCOMES.get(status) or _OUTCOMES.get(status // 100)
-                self._count(outcome or "disconnected")
+                self._count(outcome)
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
         if not self._has_key(scope):
@@ -136,6 +139,11 @@ class Gate:
 def is_guarded(path: str) -> bool:
     """Whether what is at a path needs the key."""
     return path.startswith("/v1/") or path in GUARDED
+
+
+def route_path(scope: Scope) -> str:
+    """The path as the routes know it, of a scope as it came."""
+    return _route_path(_plain(scope))
 
 
 def _route_path(scope: Scope) -> str:

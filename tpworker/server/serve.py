@@ -19,6 +19,7 @@ from tpworker.server.app import create_app
 from tpworker.server.connection import KEEP_ALIVE_S, Connection, Crowd
 from tpworker.server.descriptors import max_connections
 from tpworker.server.options import FrontOptions, Tls
+from tpworker.server.request_log import tell_rest
 from tpworker.server.seldom import seldom
 from tpworker.server.signals import Signals, watched_signals
 
@@ -128,6 +129,7 @@ async def run_server(
                 logger.warning("the processes did not end at once, and have been killed")
             server.should_exit = True
             await serving
+            tell_rest()
 
 
 async def _ended(runtime: Runtime, serving: asyncio.Task[None]) -> None:
