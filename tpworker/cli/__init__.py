@@ -12,8 +12,10 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 from tpworker.cli.interrupt import Interrupted, interruptible
+from tpworker.cli.log_options import logging_to_stderr, say
 from tpworker.cli.options import DoctorOptions, Options, parse
 from tpworker.errors import ConfigError, InvalidRequest, ModelError, TpworkerError
 
@@ -25,33 +27,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # not whatever takes its place, or None
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: any text can be shown on any terminal
     words = list(sys.argv[1:] if arguments is None else arguments)
-    try:
-        with interruptible():
-            return _run(words)
-    except KeyboardInterrupt as error:
-        number = error.number if isinstance(error, Interrupted) else signal.SIGINT
-        if words[:1] != ["serve"] or any(word.partition("=")[0] == "--ask" for word in words):
-            return 128 + number
-        print(f"tpworker: {signal.Signals(number).name}: ended before it was ready", file=sys.stderr)
-        return 0
-    except (ConfigError, ModelError, InvalidRequest) as error:
-        print(f"tpworker: error: {error}", file=sys.stderr)
-        return 2
-    except TpworkerError as error:
-        print(f"tpworker: {error}", file=sys.stderr)
-        return 1
-    except BrokenPipeError:  # whoever read the answer has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    with ExitStack() as log:  # which the last words belong to
+        try:
+            with interruptible():
+                return _run(words, log)
+        except KeyboardInterrupt as error:
+            number = error.number if isinstance(error, Interrupted) else signal.SIGINT
+            if words[:1] != ["serve"] or any(word.partition("=")[0] == "--ask" for word in words):
+                return 128 + number
+            say(f"{signal.Signals(number).name}: ended before it was ready", logging.WARNING)
+            return 0
+        except (ConfigError, ModelError, InvalidRequest) as error:
+            say(str(error), logging.ERROR, label="error: ")
+            return 2
+        except TpworkerError as error:
+            say(str(error), logging.ERROR)
+            return 1
+        except BrokenPipeError:  # whoever read the answer has left
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
 
 
-def _run(words: Sequence[str]) -> int:
+def _run(words: Sequence[str], log: ExitStack) -> int:
     options = parse(words)
-    logging.basicConfig(format="%(asctime)s tpworker %(levelname)s %(message)s", level=logging.WARNING)
     if isinstance(options, DoctorOptions):
         from tpworker.doctor.doctor import run_doctor
 
+        logging.basicConfig(format="%(asctime)s tpworker %(levelname)s %(message)s", level=logging.WARNING)
         return run_doctor(options.config, options.as_json)
     from tpworker.cli.serve import ask, serve
 
+    log.enter_context(logging_to_stderr(options.log))
     return serve(options) if options.ask is None else ask(options, options.ask)

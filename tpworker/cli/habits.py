@@ -54,6 +54,12 @@ NAMES = {
     "--speculative-ngram-min-match-window-size": "--prompt-lookup-min",
     "--ngram-prompt-lookup-max": "--prompt-lookup-max",
     "--ngram-prompt-lookup-min": "--prompt-lookup-min",
+    "--uvicorn-log-level": "--log-level",
+    "--log-level-http": "--log-level",
+    "--disable-log-requests": "--no-log-requests",
+    "--no-enable-log-requests": "--no-log-requests",
+    "--max-log-len": "--log-prompts CHARS",
+    "--log-requests-level": "--log-prompts, without which no text of requests is logged",
     "--spec-method": "--speculative-method",
     "--spec-tokens": "--num-speculative-tokens",
 }
@@ -61,7 +67,10 @@ NAMES = {
 
 _ON = "always on: leave it out"
 _STEPS = "not needed: steps on GPUs are always graph replays, and their sizes are chosen at the start"
-_QUIET = "not needed: requests are not logged, and /metrics counts them"
+_EACH = "always on (--no-log-requests switches it off): leave it out"
+_PROBES = "not needed: probes and pages are logged with --log-level debug alone"
+_STATISTICS = "not needed: each request has a line in the log, and /metrics has the rest"
+_OUTPUTS = "not supported: what models answer is not logged"
 _CHOSEN = "not needed: chosen by device and model"
 _LOCAL = "not needed: ranks are processes of this machine, started by this one"
 _PORTS = "not needed: processes talk without ports, and /metrics is on --port"
@@ -106,11 +115,14 @@ FACTS = {
     "--max-num-batched-tokens",
     "--trust-remote-code": "not needed: no code of a model's folder is ever run",
     "--swap-space": "not needed: a request that is preempted is computed again, and nothing is swapped",
-    "--disable-log-requests": _QUIET,
-    "--enable-log-requests": _QUIET,
-    "--no-enable-log-requests": _QUIET,
-    "--disable-log-stats": _QUIET,
-    "--disable-uvicorn-access-log": _QUIET,
+    "--enable-log-requests": _EACH,
+    "--log-requests": _EACH,
+    "--disable-log-stats": _STATISTICS,
+    "--disable-uvicorn-access-log": _PROBES,
+    "--disable-access-log-for-endpoints": _PROBES,
+    "--enable-log-outputs": _OUTPUTS,
+    "--enable-log-deltas": _OUTPUTS,
+    "--log-config-file": "not supported: --log-level and --log-format say what there is to say",
     "--enforce-eager": _STEPS,
     "--disable-cuda-graph": _STEPS,
     "--cuda-graph-max-bs": _STEPS,
@@ -170,9 +182,7 @@ FACTS = {
     "--dist-init-addr": _ONE_KIND,
     "--splitwise-role": "not supported yet: prompts and decoding share the ranks",
     "--disaggregation-mode": "not supported yet: prompts and decoding share the ranks",
-    "--log-level": "not an option: warnings and errors are on stderr",
-    "--uvicorn-log-level": "not an option: warnings and errors are on stderr",
-    "--decode-log-interval": _QUIET,
+    "--decode-log-interval": _STATISTICS,
     "--middleware": "not supported: embed tpworker.Runtime in an app of your own",
     "--response-role": "not supported: answers are the assistant's",
     "--chat-template-content-format": "not needed: read off the chat template itself",

@@ -10,6 +10,7 @@ from typing import Any
 
 from tpworker.cli.config_file import words_of
 from tpworker.cli.habits import Flags, explain
+from tpworker.cli.log_options import LogOptions, log_options_in
 from tpworker.cli.parser import DEFAULT_HOST, DEFAULT_PORT, flag_of, make_parser
 from tpworker.cli.server_options import (
     checked_names,
@@ -58,6 +59,7 @@ class Options:
     force_include_usage: bool
     tool_call_parser: str
     reasoning_parser: str
+    log: LogOptions
     ask: str | None
 
 
@@ -125,6 +127,7 @@ def _serve_options(given: dict[str, Any]) -> Options:
         given["lookahead"] = lookahead
     serving = {name: given.pop(name) for name in _SERVER_OPTIONS if name in given}
     ask = given.pop("ask", None)
+    log = log_options_in(given, serves=ask is None)
     if ask is not None:
         without_effect = {"max_queue", "scheduling_policy"} & given.keys()
         for name in [*serving, *without_effect]:
@@ -155,6 +158,7 @@ def _serve_options(given: dict[str, Any]) -> Options:
         force_include_usage=serving.get("force_include_usage", False),
         tool_call_parser=serving.get("tool_call_parser", "auto"),
         reasoning_parser=serving.get("reasoning_parser", "auto"),
+        log=log,
         ask=ask,
     )
 

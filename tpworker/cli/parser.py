@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 from typing import Any, NoReturn
 
+from tpworker.cli.log_options import add_log_options
 from tpworker.cli.server_options import API_KEY_VARIABLE
 from tpworker.config import MAX_PROMPT_LOOKUP, MAX_SPECULATIVE_TOKENS, RuntimeConfig
 from tpworker.errors import shown
@@ -73,6 +74,7 @@ def make_parser(source: str = "") -> tuple[argparse.ArgumentParser, dict[str, di
     _add_speculation_options(serve.add_argument_group("speculation"))
     _add_fault_options(serve.add_argument_group("faults"))
     _add_server_options(serve.add_argument_group("server"))
+    add_log_options(serve.add_argument_group("log"))
     doctor = commands.add_parser(
         "doctor",
         usage="tpworker doctor [MODEL] [OPTION …]",

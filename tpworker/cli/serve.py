@@ -9,9 +9,11 @@ import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 
+from tpworker.cli.log_options import say
 from tpworker.cli.options import Options
 from tpworker.config import RuntimeConfig
 from tpworker.errors import ConfigError
+from tpworker.logs import JSON
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +33,7 @@ def serve(options: Options) -> int:
             f"the HTTP server needs the package {error.name}, which is not installed: "
             "pip install 'tpworker[server]' (--ask works without it)"
         ) from error
-    from tpworker.cli.terminal import StartProgress, ready_text
+    from tpworker.cli.terminal import StartProgress, ready_line, ready_text
     from tpworker.runtime.runtime import Runtime
 
     raise_descriptor_limit(options.config)
@@ -42,7 +44,10 @@ def serve(options: Options) -> int:
         def on_ready() -> None:
             progress.close()
             port = listener.getsockname()[1]
-            print(ready_text(runtime, options, port), file=sys.stderr, flush=True)
+            if options.log.log_format == JSON:
+                say(ready_line(runtime, options, port))
+            else:
+                print(ready_text(runtime, options, port), file=sys.stderr, flush=True)
 
         front = FrontOptions(
             served_model_names=options.served_model_names,
@@ -52,6 +57,7 @@ def serve(options: Options) -> int:
             force_include_usage=options.force_include_usage,
             tool_call_parser=options.tool_call_parser,
             reasoning_parser=options.reasoning_parser,
+            log_prompts=options.log.prompts,
         )
         tls = None if options.tls_files is None else Tls(*options.tls_files)
         timeout = DRAIN_S if options.shutdown_timeout is None else options.shutdown_timeout
@@ -61,7 +67,7 @@ def serve(options: Options) -> int:
 
 @contextmanager
 def _warnings(config: RuntimeConfig) -> Iterator[None]:
-    """Meanwhile, beside the start, what `tpworker doctor` would warn of is said on stderr."""
+    """Meanwhile, beside the start, what `tpworker doctor` would warn of is said."""
     thread = threading.Thread(target=_warn, args=[config], name="tpworker-doctor", daemon=True)
     thread.start()
     try:
@@ -76,7 +82,7 @@ def _warn(config: RuntimeConfig) -> None:
     try:
         for check in troubles(config):
             remedy = f"; {check.remedy}" if check.remedy else ""
-            print(f"tpworker: warning: {check.subject}: {check.found}{remedy}", file=sys.stderr, flush=True)
+            say(f"{check.subject}: {check.found}{remedy}", logging.WARNING, label="warning: ")
     except Exception:
         logger.info("the doctor could not look at this machine", exc_info=True)
 

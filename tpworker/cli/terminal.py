@@ -7,6 +7,9 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
+from tpworker.cli.log_options import say
+from tpworker.logs import TEXT, format_in_use
+
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
@@ -27,7 +30,7 @@ class StartProgress:
         self._task: TaskID | None = None
         self._text = ""
         self._said_at = 0.0
-        self._is_terminal = sys.stderr.isatty()
+        self._is_terminal = sys.stderr.isatty() and format_in_use() == TEXT
 
     def __call__(self, text: str, fraction: float | None) -> None:
         if self._is_terminal:
@@ -62,19 +65,21 @@ class StartProgress:
             return
         self._text, self._said_at = text, now
         done = f" {fraction:.0%}" if fraction else ""
-        print(f"tpworker: {text}{done}", file=sys.stderr, flush=True)
+        say(f"{text}{done}")
 
 
-def ready_text(runtime: Runtime, options: Options, port: int) -> str:
-    """What is served and where, and a command to try it with."""
-    scheme = "http" if options.tls_files is None else "https"
-    url = f"{scheme}://{_reachable(options.host)}:{port}"
+def ready_line(runtime: Runtime, options: Options, port: int) -> str:
+    """What is served, and where."""
     num_ranks = runtime.config.tensor_parallel_size
     ranks = "1 TP rank" if num_ranks == 1 else f"{num_ranks} TP ranks"
     place = "the CPU" if runtime.device == "cpu" else "a GPU" if num_ranks == 1 else "GPUs"
     name = options.served_model_names[0] if options.served_model_names else runtime.served_name
     drafts = f", {runtime.speculation}" if runtime.speculation.method else ""
-    served = f"{name} on {ranks} on {place}, {runtime.dtype}{drafts}"
+    return f"ready: {name} on {ranks} on {place}, {runtime.dtype}{drafts}, {_url(options, port)}"
+
+
+def ready_text(runtime: Runtime, options: Options, port: int) -> str:
+    """The same, where the start's time went, and a command to try it with."""
     path, body = _example(runtime)
     key = " -H 'Authorization: Bearer '\"$API_KEY\"" if options.api_key is not None else ""
     times = runtime.start_times
@@ -83,12 +88,17 @@ def ready_text(runtime: Runtime, options: Options, port: int) -> str:
         "" if runtime.has_tokenizer else "It has no tokenizer: prompts are token ids, texts are empty.\n\n"
     )
     return (
-        f"\ntpworker is ready: {served}, {url}\n\n"
+        f"\ntpworker is {ready_line(runtime, options, port)}\n\n"
         f"{start}{ids_only}"
-        f"  curl {url}{path} -H 'Content-Type: application/json'{key} \\\n"
+        f"  curl {_url(options, port)}{path} -H 'Content-Type: application/json'{key} \\\n"
         f"    -d {shlex.quote(body)}\n\n"
         "Ctrl-C ends it."
     )
+
+
+def _url(options: Options, port: int) -> str:
+    scheme = "http" if options.tls_files is None else "https"
+    return f"{scheme}://{_reachable(options.host)}:{port}"
 
 
 def _example(runtime: Runtime) -> tuple[str, str]:

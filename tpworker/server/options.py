@@ -9,10 +9,6 @@ from tpworker.parsing import REASONING_FORMATS, TOOL_FORMATS
 from tpworker.server.dialect import AUTO, NONE
 
 
-MAX_LOGGED_PROMPT = 100_000
-"""Characters of a prompt in the log: a line is held in memory, and read by programs that have bounds."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class FrontOptions:
     """What the front is told besides the runtime that it serves."""
@@ -36,8 +32,8 @@ class FrontOptions:
     """Most characters of a request's first prompt that its line in the log shows; 0: none."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.log_prompts <= MAX_LOGGED_PROMPT:
-            raise ConfigError(f"log_prompts={self.log_prompts}: must be from 0 to {MAX_LOGGED_PROMPT}")
+        if self.log_prompts < 0:
+            raise ConfigError(f"log_prompts={self.log_prompts}: must be 0 (none) or more characters")
         for name, formats in (("tool_call_parser", TOOL_FORMATS), ("reasoning_parser", REASONING_FORMATS)):
             value, known = getattr(self, name), (AUTO, NONE, *sorted(formats))
             if value not in known:
