@@ -314,7 +314,7 @@ def _be_called(name: str, log_level: int, log_format: str) -> None:
     setproctitle.setproctitle(name)
     threading.current_thread().name = name
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(make_formatter(log_format, name))
+    handler.setFormatter(make_formatter(log_format, name, 2))
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(max(logging.WARNING, log_level))

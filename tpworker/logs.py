@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -20,6 +21,7 @@ FORMATS = (TEXT, JSON)
 _OWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 """What each record has; the rest was given with `extra`."""
 _PLAIN = re.compile(r"[^\s\"'=\\\x00-\x20\x7f-\U0010ffff]+")
+_WIPE = "\r\x1b[2K"
 _INDENT = "    "
 _encode = json.JSONEncoder(default=str, allow_nan=False).encode  # in ASCII: nothing in it can break a line
 
@@ -66,14 +68,18 @@ class TextFormatter(logging.Formatter):
 
     Args:
         process: the name that each line bears.
+        is_terminal: where it goes, a progress bar may be drawn by another process: each line wipes it first.
     """
 
-    def __init__(self, process: str) -> None:
+    def __init__(self, process: str, *, is_terminal: bool = False) -> None:
         super().__init__(f"%(asctime)s {process} %(levelname)s %(message)s")
+        self._before = _WIPE if is_terminal else ""
 
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)
-        return text if text.isprintable() else f"\n{_INDENT}".join(map(_printable, text.split("\n")))
+        if not text.isprintable():
+            text = f"\n{_INDENT}".join(map(_printable, text.split("\n")))
+        return self._before + text
 
 
 def _printable(line: str) -> str:
@@ -124,9 +130,11 @@ def _as_json(told: Mapping[str, Any]) -> str:
         )
 
 
-def make_formatter(log_format: str, process: str) -> logging.Formatter:
-    """The formatter of that name, `text` or `json`."""
-    return JsonFormatter(process) if log_format == JSON else TextFormatter(process)
+def make_formatter(log_format: str, process: str, fd: int) -> logging.Formatter:
+    """The formatter of that name, `text` or `json`, for what a process writes to a descriptor."""
+    if log_format == JSON:
+        return JsonFormatter(process)
+    return TextFormatter(process, is_terminal=os.isatty(fd))
 
 
 def format_in_use() -> str:

@@ -112,7 +112,7 @@ def logging_to_stderr(options: LogOptions) -> Generator[None, None, None]:
     }
     before = {name: logging.getLogger(name).level for name in levels}
     handler = LogWriter(2)
-    handler.setFormatter(make_formatter(options.log_format, "tpworker"))
+    handler.setFormatter(make_formatter(options.log_format, "tpworker", 2))
     logging.getLogger().addHandler(handler)
     for name, its_level in levels.items():
         logging.getLogger(name).setLevel(its_level)

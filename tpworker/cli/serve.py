@@ -46,8 +46,8 @@ def serve(options: Options) -> int:
             port = listener.getsockname()[1]
             if options.log.log_format == JSON:
                 say(ready_line(runtime, options, port))
-            else:
-                print(ready_text(runtime, options, port), file=sys.stderr, flush=True)
+            else:  # at once, its last line's end too: the log is another thread's
+                sys.stderr.write(f"{ready_text(runtime, options, port)}\n")
 
         front = FrontOptions(
             served_model_names=options.served_model_names,

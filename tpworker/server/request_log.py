@@ -112,7 +112,10 @@ def _tell(scope: Scope, entry: Entry) -> None:
         "prompt": entry.prompt,
     }
     fields = {name: value for name, value in told.items() if value is not None}
-    logger.log(level, Fields(list(head.values()), fields), extra=head | fields)
+    make_record = logging.getLogRecordFactory()  # not by `log`, which looks for its caller on the stack
+    record = make_record(logger.name, level, __file__, 0, Fields(list(head.values()), fields), (), None)
+    vars(record).update(head | fields)
+    logger.handle(record)
 
 
 class _Flood:
