@@ -89,8 +89,9 @@ def test_what_else_can_be_asked_for(start_server: Start, real_model: Path, tmp_p
     )
     (tmp_path / "own.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
     server = start_server(
-        "--config", str(tmp_path / "serve.yaml"), "-tp", "2", "--chat-template", str(tmp_path / "own.jinja")
-    )
+        "--config", str(tmp_path / "serve.yaml"), "-tp", "2", "--chat-template", str(tmp_path / "own.jinja"),
+        "--log-format", "json", "--log-prompts", "12",
+    )  # fmt: skip
     api = client(server)
     assert [model.id for model in api.models.list()] == ["small", "SmolLM2"]
 
@@ -121,8 +122,21 @@ def test_what_else_can_be_asked_for(start_server: Start, real_model: Path, tmp_p
         "".join(event.delta for event in events if event.type == "response.output_text.delta")
         == " E, F, G, H,"
     )
-    assert "requests have the parameter new" in server.stderr
     assert server.stop() == 0, server.stderr
+    log = [json.loads(line) for line in server.lines]  # whichever process has written it
+    assert {"tpworker", "tpworker-scheduler"} <= {line["process"] for line in log}
+    assert any(line["message"].startswith("requests have the parameter new") for line in log)
+    lines = [line for line in log if line["logger"] == "tpworker.requests"]
+    assert [line["endpoint"] for line in lines] == [
+        "/tokenize", "/detokenize", "/v1/completions", "/detokenize", "/v1/responses", "/v1/responses",
+    ]  # fmt: skip
+    (mine,) = [line for line in lines if line["request_id"] == "mine"]
+    counts = {"prompt_tokens": len(ids), "output_tokens": len(choice["token_ids"]), "finish_reason": "stop"}
+    assert mine.items() >= counts.items()
+    assert mine["prompt"] == text[:12]
+    assert 0 < mine["queue_s"] < mine["ttft_s"] < mine["total_s"]
+    assert 0 < mine["tpot_s"] < mine["total_s"]
+    assert lines[-1]["stream"]
 
 
 def test_many_at_once_and_some_leave(start_server: Start, real_model: Path) -> None:

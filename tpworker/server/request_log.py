@@ -159,5 +159,8 @@ class _Flood:
 
 
 _flood = _Flood()
-tell_rest = _flood.end_period
-"""Call it when nothing is served any more."""
+
+
+def tell_rest() -> None:
+    """Nothing is served any more: tells of those that had no line yet."""
+    _flood.end_period()
