@@ -52,6 +52,76 @@ def test_a_forked_process_can_have_a_runtime_of_its_own(tmp_path: Path) -> None:
         assert embedder.output.splitlines() == ["parent 5", "child 5", "second child 5", "parent again 5"]
 
 
+def test_a_running_runtime_says_so_in_a_fork_which_leaves_it_alone(tmp_path: Path) -> None:
+    """However the fork ends: it collects what it has inherited, and runs the interpreter's exit handlers."""
+    code = (
+        COMMON
+        + """
+    import multiprocessing
+
+    def said(what, call):
+        try:
+            print(what, call())
+        except RuntimeStopped as error:
+            print(what, "this is process" in str(error))
+
+    def use(runtime, outputs):
+        inner = runtime.runtime
+        for name in ("start", "stop", "drain", "stats", "gpus"):
+            said(name, getattr(runtime, name))
+        said("complete", lambda: runtime.complete([[1]], params))
+        said("generate", lambda: next(runtime.generate([1], params)))
+        said("abort", lambda: runtime.abort("a"))
+        said("next", lambda: next(outputs))
+        print(runtime.health().state, "this is process" in runtime.health().error)
+        for name in ("start", "stop", "drain", "stats", "gpus"):
+            said("inner " + name, lambda: asyncio.run(call(getattr(inner, name))))
+        said("inner generate", lambda: asyncio.run(call(lambda: anext(inner.generate([1], params)))))
+        said("inner prepare", lambda: asyncio.run(call(lambda: inner.prepare(lambda: 1))))
+        said("inner abort", lambda: asyncio.run(call(lambda: inner.abort("a"))))
+        with os.scandir("/proc/self/fd") as folder:
+            links = [os.readlink(entry.path) for entry in folder]
+        print("kept", [link for link in links if "tpworker-kept" in link or "tpworker-blocks" in link])
+        for standby in inner._processes._standbys._standbys.values():
+            standby.close()
+        for child in inner._processes.generation._supervisor._children:
+            child.kill()
+            child.close()
+        gc.collect()
+
+    async def call(function):
+        result = function()
+        return await result if hasattr(result, "__await__") else result
+
+    with SyncRuntime(model, **FAKE_RANKS) as runtime:
+        outputs = runtime.generate([1], SamplingParams(max_tokens=900, detokenize=False))
+        next(outputs)
+        pid = os.fork()
+        if pid == 0:
+            use(runtime, outputs)
+            sys.exit()  # through the `with`, and all exit handlers
+        os.waitpid(pid, 0)
+        process = multiprocessing.get_context("fork").Process(target=said, args=("process", runtime.stats))
+        process.start()
+        process.join()
+        *_, last = outputs
+        print(last.num_output_tokens, len(runtime.complete([[1, 2, 3]], params)[0].token_ids), runtime.events)
+    """
+    )
+    with Embedder(code, str(tmp_path / "model")) as embedder:
+        assert embedder.wait() == 0, embedder.output
+    lines = embedder.output.splitlines()
+    methods = ["start", "stop", "drain", "stats", "gpus"]
+    assert lines == [
+        *(f"{name} True" for name in [*methods, "complete", "generate", "abort", "next"]),
+        "stopped True",
+        *(f"inner {name} True" for name in [*methods, "generate", "prepare", "abort"]),
+        "kept []",
+        "process True",
+        "900 5 ()",
+    ]
+
+
 def test_a_stopped_runtime_does_not_keep_the_interpreter_from_ending(tmp_path: Path) -> None:
     """Nor does one that is left behind: though a prompt is still being tokenised, for ever."""
     code = (

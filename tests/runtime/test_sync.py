@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import copy
 import gc
 import os
+import pickle  # noqa: TID251  # embedders do
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,17 @@ import pytest
 
 from tests.conftest import eventually
 from tests.server.fake_runtime import byte_tokenizer
-from tpworker import InvalidRequest, ModelError, RuntimeFailed, RuntimeStopped, SamplingParams, SyncRuntime
+from tpworker import (
+    InvalidRequest,
+    Listener,
+    ModelError,
+    Runtime,
+    RuntimeFailed,
+    RuntimeStopped,
+    SamplingParams,
+    StepRecord,
+    SyncRuntime,
+)
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -173,3 +185,60 @@ def test_it_is_not_running_before_it_is_started(model_folder: Path) -> None:
     with pytest.raises(RuntimeStopped, match="not running"):
         list(runtime.generate([5], IDS_ONLY))
     runtime.stop()
+
+
+def test_a_call_on_its_own_thread_would_wait_for_itself(model_folder: Path) -> None:
+    said: list[str] = []
+
+    class Asks(Listener):
+        def on_step(self, step: StepRecord) -> None:
+            for call in (runtime.stats, runtime.stop, runtime.start, lambda: runtime.complete([[5]])):
+                with pytest.raises(RuntimeStopped) as error:
+                    call()
+                said.append(str(error.value))
+            runtime.remove_listener(self)
+
+    with sync_runtime(model_folder) as runtime:
+        runtime.add_listener(Asks())
+        assert list(runtime.generate([5], IDS_ONLY))[-1].finish_reason == "length"
+        assert len(said) == 4
+        assert all("the thread of the runtime itself" in words for words in said)
+        assert runtime.events == ()
+
+
+def test_threads_that_call_while_others_stop_it_are_told(model_folder: Path) -> None:
+    with sync_runtime(model_folder, max_num_seqs=4) as runtime:
+        ends: list[str] = []
+        begun = threading.Semaphore(0)
+
+        def ask() -> None:
+            try:
+                while True:
+                    runtime.complete([[5]], IDS_ONLY)
+                    begun.release()
+            except RuntimeStopped:
+                ends.append("told")
+
+        def stop() -> None:
+            runtime.stop()
+            ends.append("stopped")
+
+        threads = [threading.Thread(target=work, daemon=True) for work in [ask] * 4 + [stop] * 3]
+        for thread in threads[:4]:
+            thread.start()
+        assert all(begun.acquire(timeout=20) for _ in range(8))
+        for thread in threads[4:]:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
+        assert sorted(ends) == ["stopped"] * 3 + ["told"] * 4
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+@pytest.mark.parametrize("kind", [SyncRuntime, Runtime])
+def test_it_cannot_be_copied_but_what_it_is_made_of_can(kind: type, copied: Callable[[Any], Any]) -> None:
+    runtime = kind("somewhere")
+    with pytest.raises(TypeError, match="send its RuntimeConfig, make one there"):
+        copied(runtime)
+    for plain in (runtime.config, SamplingParams(logit_bias={5: 1.0}, stop=["a"])):
+        assert pickle.loads(pickle.dumps(plain)) == plain

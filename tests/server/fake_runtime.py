@@ -141,7 +141,6 @@ class FakeRuntime(Facts):
     tokenising_threads: set[str] = field(default_factory=set)
     prepared_chars: list[int] = field(default_factory=list)
     prepared_counts: list[int] = field(default_factory=list)
-    listeners: list[Listener] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         Facts.__init__(self, self.configured)
@@ -173,12 +172,6 @@ class FakeRuntime(Facts):
         self.state = "ready"
         limits = Limits(self.longest, self.longest, self.longest)
         self._served = Served(self._known.model, self.the_tokenizer, limits, self.max_num_seqs, 100)
-
-    def add_listener(self, listener: Listener) -> None:
-        self.listeners.append(listener)
-
-    def remove_listener(self, listener: Listener) -> None:
-        self.listeners.remove(listener)
 
     async def start(self) -> None:
         self.state = "starting"

@@ -23,6 +23,7 @@ from enum import Enum
 from typing import Any, TypeVar
 
 from tpworker.bounded.frames import NO_MEMORY_STATUS, pack, receive
+from tpworker.ipc.forks import GUARD, Home, close_in_forks
 from tpworker.ipc.spawn import child_environment, log_descriptor
 
 logger = logging.getLogger(__name__)
@@ -117,6 +118,7 @@ class Pool:
         self._module = module
         self._start = start
         self._bounds = bounds
+        self._home = Home()
         self._lock = threading.Lock()
         self._places = threading.Semaphore(bounds.max_processes)
         self._idle: list[_Process] = []
@@ -134,17 +136,22 @@ class Pool:
                 it had kept of earlier requests, nothing is this request's fault: it is asked of a new one.
             NotReady: such work cannot be done.
             Closed: it was closed.
+            RuntimeStopped: this is a fork of its process, which shares none of them.
         """
+        self._home.check()
         with self._places:
             return self._answer(frame)
 
     def check(self) -> None:
         """Starts a process, if none is idle. Raises as `ask`."""
+        self._home.check()
         with self._places:
             self._give_back(self._take())
 
     def close(self) -> None:
         """Ends the processes; whoever waits for one gets `Closed`. May be called more than once."""
+        if self._home.lost() is not None:
+            return  # they are the parent's
         with self._lock:
             self._closed = True
             for process in self._busy:
@@ -233,6 +240,14 @@ class _Process:
 
     def __init__(self, module: str, max_waits: int) -> None:
         self._max_waits = max_waits
+        with GUARD:
+            self._start(module)
+        self._channel.settimeout(1.0)
+        self.is_used = False
+        """Whether it has answered a request."""
+        close_in_forks(self)
+
+    def _start(self, module: str) -> None:
         self._channel, theirs = socket.socketpair()
         with theirs:
             try:
@@ -246,9 +261,11 @@ class _Process:
             except BaseException:
                 self._channel.close()
                 raise
-        self._channel.settimeout(1.0)
-        self.is_used = False
-        """Whether it has answered a request."""
+
+    def leave_to_parent(self) -> None:
+        """See `forks.Holder`."""
+        self._channel.close()
+        self._process.returncode = 0  # a process of the parent's
 
     @property
     def lives(self) -> bool:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 from tpworker.ipc.child import STACKS_SIGNAL, Report, read_report
+from tpworker.ipc.forks import close_in_forks
 from tpworker.ipc.patience import Patience
 from tpworker.ipc.standby import read_told
 from tpworker.runtime.faults import Ending
@@ -85,6 +86,13 @@ class Child:
         """Nothing will come out of its pipe any more."""
         self._data = b""
         self._oom_kills = count_oom_kills()
+        close_in_forks(self)
+
+    def leave_to_parent(self) -> None:
+        """See `forks.Holder`."""
+        self.status_socket.close()
+        self._close_descriptors()
+        self.pid, self.is_lost, self.silent = None, True, True  # no signal of ours reaches it
 
     @property
     def report(self) -> Report | None:
@@ -197,15 +205,24 @@ class Child:
         """Frees what is held for it here, and has it reaped. If it lives still, it ends with its lifeline."""
         self._release()
         self.status_socket.close()
-        os.close(self.report_fd)
+        self._close_descriptors()
 
     def _release(self) -> None:
         """From now on it is sent no signals."""
         with contextlib.suppress(OSError):  # its standby is gone
             self.status_socket.shutdown(socket.SHUT_WR)  # which tells, whoever else has been forked with it
-        if self._lifeline is not None:
-            os.close(self._lifeline)
-            self._lifeline = None
+        self._close_lifeline()
+
+    def _close_lifeline(self) -> None:
+        lifeline, self._lifeline = self._lifeline, None  # first: in a fork the number may soon be another's
+        if lifeline is not None:
+            os.close(lifeline)
+
+    def _close_descriptors(self) -> None:
+        self._close_lifeline()
+        report_fd, self.report_fd = self.report_fd, -1
+        if report_fd >= 0:
+            os.close(report_fd)
 
 
 def count_oom_kills() -> int | None:

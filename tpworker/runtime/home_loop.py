@@ -1,4 +1,4 @@
-"""The event loop that a runtime works on: on any other, whoever waits would wait for ever."""
+"""The event loop that a runtime works on: on any other, and in a fork, whoever waits would wait for ever."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from tpworker.errors import RuntimeStopped
+from tpworker.ipc.forks import Home
 
 
 class HomeLoop:
@@ -14,9 +15,11 @@ class HomeLoop:
 
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._process = Home()
 
     def enter(self) -> None:
-        """From now on it is the running one."""
+        """From now on it is the running one, of this process."""
+        self._process = Home()
         self._loop = asyncio.get_running_loop()
 
     def leave(self) -> None:
@@ -27,6 +30,15 @@ class HomeLoop:
     def is_closed(self) -> bool:
         return self._loop is not None and self._loop.is_closed()
 
+    def lost(self) -> RuntimeStopped | None:
+        """What to say to who is in a fork of its process; None: they are not, or nothing is left of it."""
+        return None if self._loop is None else self._process.lost()
+
+    def check_process(self) -> None:
+        """Raises RuntimeStopped in a fork of its process."""
+        if (lost := self.lost()) is not None:
+            raise lost
+
     def check(self) -> None:
         """Raises RuntimeStopped where every wait would be for ever: on another event loop than this."""
         stray = self.astray()
@@ -35,6 +47,8 @@ class HomeLoop:
 
     def astray(self) -> RuntimeStopped | None:
         """What to say to who is not on this event loop; None: they are, or there is none."""
+        if (lost := self.lost()) is not None:
+            return lost
         if self._loop is None or self._loop is asyncio._get_running_loop():
             return None
         if self._loop.is_closed():
@@ -49,7 +63,10 @@ class HomeLoop:
         )
 
     def call(self, function: Callable[[], None]) -> None:
-        """Calls a function on this event loop: at once if that is where we are, or there is none."""
+        """Calls a function on this event loop: at once if that is where we are, or there is none. Nothing is
+        called in a fork: there it is for the parent."""
+        if self.lost() is not None:
+            return
         if self._loop is None or self.astray() is None:
             function()
             return

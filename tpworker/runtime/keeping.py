@@ -12,6 +12,7 @@ import secrets
 import socket
 
 from tpworker.ipc.child import KEEPER_NAME
+from tpworker.ipc.forks import GUARD, close_in_forks
 from tpworker.runtime.standby import Standby
 
 KEEPER_MODULE = "tpworker.rank.keeper"
@@ -38,6 +39,11 @@ class Keeping:
         self.blocks_fd = -1
         """The descriptor for the scheduler's process to inherit; the same until `forget`."""
         self.forget()
+        close_in_forks(self)
+
+    def leave_to_parent(self) -> None:
+        """See `forks.Holder`: what is kept is gigabytes, and to be free once the runtime is gone."""
+        self._close_descriptors()
 
     def start(self) -> tuple[Standby, ...]:
         """Starts the keeper, if there is to be one and none lives; of one that has died all is forgotten.
@@ -84,7 +90,7 @@ class Keeping:
     def _start_keeper(self) -> Standby:
         """It is bound here, so that ranks can connect at once, and wait for it."""
         address = f"tpworker-{os.getpid()}-keeper-{secrets.token_hex(8)}"
-        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        with GUARD, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
             listener.bind(f"\0{address}")
             listener.listen(_BACKLOG)
             number = listener.fileno()
@@ -102,6 +108,6 @@ class Keeping:
     def _close_descriptors(self) -> None:
         while self._fds:
             os.close(self._fds.pop())
-        if self.blocks_fd >= 0:
-            os.close(self.blocks_fd)
-            self.blocks_fd = -1
+        blocks_fd, self.blocks_fd = self.blocks_fd, -1  # first: in a fork the number may soon be another's
+        if blocks_fd >= 0:
+            os.close(blocks_fd)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tpworker.config import RuntimeConfig
+from tpworker.errors import RuntimeStopped
 from tpworker.observe.states import ProcessState
 from tpworker.observe.watch import GpuState, GpuWatch
 from tpworker.outputs import Health, Listener, RuntimeEvent, RuntimeState, Stats
 from tpworker.runtime.events import Events
 from tpworker.runtime.facts import Facts
 from tpworker.runtime.faults import Fault
+from tpworker.runtime.home_loop import HomeLoop
 from tpworker.runtime.intake import Intake
 from tpworker.runtime.listeners import EventListener, Listeners
 from tpworker.runtime.processes import Processes
@@ -19,7 +21,7 @@ from tpworker.runtime.steps import Steps
 
 
 class Observable(Facts):
-    """Its state, what has happened to it, and what it has done. `Runtime` brings all that about.
+    """Its state, what has happened to it, and what it has done, for any thread. `Runtime` brings that about.
 
     Args:
         config: see `Facts`.
@@ -28,6 +30,7 @@ class Observable(Facts):
 
     def __init__(self, config: RuntimeConfig, on_event: Callable[[RuntimeEvent], None] | None) -> None:
         super().__init__(config)
+        self._home = HomeLoop()
         self._state: RuntimeState = "stopped"
         self._fault: Fault | None = None  # once it has failed, and while it recovers
         self._listeners = Listeners()
@@ -45,6 +48,9 @@ class Observable(Facts):
 
     def health(self) -> Health:
         """Whether it can serve. Costs nothing; for readiness and liveness probes."""
+        lost = self._home.lost()
+        if lost is not None:
+            return Health("stopped", str(lost))
         state = self._state
         if state == "ready" and self._fault is not None:
             state = "recovering"
@@ -64,15 +70,48 @@ class Observable(Facts):
         self._listeners.remove(listener)
 
     def stats(self) -> Stats:
-        """How busy it is, and what it has done so far. From any thread: figures may be of two moments."""
+        """How busy it is, and what it has done so far. From any thread: figures may be of two moments.
+
+        Raises:
+            RuntimeStopped: this is a fork of its process, where nothing goes on.
+        """
+        self._home.check_process()
         total_blocks = 0 if self._served is None else self._served.total_blocks
         return stats_of(self._intake, self._steps, self._processes, total_blocks, self._num_resumed)
 
     def gpus(self) -> tuple[GpuState, ...]:
-        """How the ranks' GPUs do, at most a second old; none on the CPU, and before the start."""
+        """How the ranks' GPUs do, at most a second old; none on the CPU, and before the start.
+
+        Raises:
+            RuntimeStopped: as `stats`.
+        """
+        self._home.check_process()
         return () if self._gpu_watch is None else self._gpu_watch.states()
 
     def processes(self) -> tuple[ProcessState, ...]:
         """How the scheduler and the ranks do; none before the start, and after the end. From any thread. It
-        asks the kernel of each: some 50 µs."""
+        asks the kernel of each: some 50 µs.
+
+        Raises:
+            RuntimeStopped: as `stats`.
+        """
+        self._home.check_process()
         return () if self._processes is None else self._processes.generation.states()
+
+    def _check_not_failed(self) -> None:
+        """Raises RuntimeFailed: it has."""
+        if self._state == "failed" and self._fault is not None:
+            raise self._fault.failure()
+
+    def _check_taking(self, num_choices: int | None = None) -> None:
+        """Whether requests are taken now: raises RuntimeFailed or RuntimeStopped.
+
+        Args:
+            num_choices: of a request that may have been promised; None: none was.
+        """
+        self._home.check_process()
+        self._check_not_failed()
+        self._home.check()
+        is_promised = self._state == "draining" and num_choices and self._intake.take_promise(num_choices)
+        if self._state != "ready" and not is_promised:
+            raise RuntimeStopped(f"the runtime takes no requests: it is {self._state}")

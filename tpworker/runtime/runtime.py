@@ -16,7 +16,7 @@ import os
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from tpworker.config import RuntimeConfig
 from tpworker.errors import RuntimeStopped
@@ -27,7 +27,6 @@ from tpworker.observe.watch import GpuWatch
 from tpworker.outputs import RequestOutput, RuntimeEvent
 from tpworker.runtime.faults import Fault
 from tpworker.runtime.generation import Generation, StartFailed
-from tpworker.runtime.home_loop import HomeLoop
 from tpworker.runtime.loading import Progress
 from tpworker.runtime.observable import Observable
 from tpworker.runtime.processes import Processes
@@ -40,10 +39,14 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 STARTS_ONCE = "a runtime starts once, and not after it was stopped: make a new one"
+NO_COPIES = (
+    "a runtime cannot be copied, or sent to another process (pickled): send its RuntimeConfig, make one there"
+)
 
 
 class Runtime(Observable):
-    """A model served by a scheduler process and TP ranks, for one event loop. Start it once, stop it once.
+    """A model served by a scheduler process and TP ranks, for one event loop of one process. Start it once,
+    stop it once.
 
     It installs no signal handlers and changes nothing that is global to the process (but standard descriptors
     that are closed: they are opened on /dev/null, or memory of ours could become one). Several may live in
@@ -84,7 +87,10 @@ class Runtime(Observable):
         self._needs_tokenizer = needs_tokenizer
         self._rank_module, self._scheduler_module = rank_module, scheduler_module
         self._is_used = False  # started or stopped before
-        self._home = HomeLoop()
+
+    def __reduce__(self) -> NoReturn:
+        """It cannot be copied, nor sent to another process."""
+        raise TypeError(NO_COPIES)
 
     # ------------------------------------------------------------------------ start and stop
 
@@ -97,6 +103,7 @@ class Runtime(Observable):
             RuntimeFailed: a process did not get ready; names it, with its traceback.
             RuntimeStopped: it was started or stopped before.
         """
+        self._home.check_process()
         if self._is_used:
             raise RuntimeStopped(STARTS_ONCE)
         self._is_used = True
@@ -156,8 +163,9 @@ class Runtime(Observable):
 
         Raises:
             RuntimeStopped: it was started on another event loop, which must stop it; or had to, and has been
-                closed: then the processes have been killed.
+                closed: then the processes have been killed; or by the process that this one is a fork of.
         """
+        self._home.check_process()
         if self._processes is None or self._processes.is_over:
             self._home.leave()
         stray = self._home.astray()
@@ -185,7 +193,8 @@ class Runtime(Observable):
         return self
 
     async def __aexit__(self, *exception: object) -> None:
-        await self.stop()
+        if self._home.lost() is None:  # in a fork that leaves the block there is nothing to stop
+            await self.stop()
 
     async def drain(self, timeout: float | None = None) -> None:
         """Refuses new requests from now on, and waits until the open ones have ended, those included whose
@@ -241,12 +250,13 @@ class Runtime(Observable):
             PromptTooLong: the prompt, or the prompt and max_tokens together, do not fit.
             QueueFull: as many requests wait as `max_queue` allows.
             RequestFailed: what an output, of any choice, is held to cannot be followed to its end.
-            RuntimeStopped: the runtime is not started, drains, was stopped, or started on another event loop.
+            RuntimeStopped: the runtime is not started, drains, was stopped, or started on another event loop,
+                or by the process that this one is a fork of.
             RuntimeFailed: processes died, hung, diverged or raised too often; names the last one.
             TypeError: `sampling` is something else.
         """
         sampling = checked(sampling)
-        self._check_taking(is_promised=self._intake.take_promise(sampling.n))
+        self._check_taking(sampling.n)
         choices = self._intake.reserve(request_id, sampling.n)
         try:
             await self._intake.submit(choices, prompt, sampling, default_max_tokens)
@@ -294,18 +304,6 @@ class Runtime(Observable):
         """
         self._home.check()
         self._intake.abort(request_id)
-
-    def _check_not_failed(self) -> None:
-        """Raises RuntimeFailed: it has."""
-        if self._state == "failed" and self._fault is not None:
-            raise self._fault.failure()
-
-    def _check_taking(self, is_promised: bool = False) -> None:
-        """Whether requests are taken now: raises RuntimeFailed or RuntimeStopped."""
-        self._check_not_failed()
-        if self._state != "ready" and not (self._state == "draining" and is_promised):
-            raise RuntimeStopped(f"the runtime takes no requests: it is {self._state}")
-        self._home.check()
 
     # ------------------------------------------------------------------- from the processes
 

@@ -33,6 +33,7 @@ from tpworker.ipc.child import (
     pack_boot,
 )
 from tpworker.ipc.codec import unpack_dataclass
+from tpworker.ipc.forks import GUARD, close_in_forks
 from tpworker.ipc.patience import Patience
 from tpworker.ipc.spawn import child_environment, log_descriptor
 from tpworker.ipc.standby import ForkRequest
@@ -84,10 +85,17 @@ class Standby:
         """Nothing more will come from it: it ends, or has."""
         self._is_killed = False  # by us: it may live for a moment, and is of no use
         self._oom_kills = count_oom_kills()
+        self._closing = threading.Event()
+        with GUARD:
+            self._start(module, device, arguments, descriptors)
+            close_in_forks(self)
+
+    def _start(self, module: str, device: str, arguments: Sequence[str], descriptors: Sequence[int]) -> None:
+        """Has a thread start the process."""
+        name = self.name
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._control.setblocking(False)
         self._control.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
-        self._closing = threading.Event()
         started: Future[subprocess.Popen[bytes]] = Future()
 
         def stay() -> None:
@@ -110,6 +118,11 @@ class Standby:
         finally:
             theirs.close()
 
+    def leave_to_parent(self) -> None:
+        """See `forks.Holder`."""
+        self._control.close()
+        self.process.returncode = 0  # a process of the parent's: not to be waited for here, and not killed
+
     def fileno(self) -> int:
         """Readable when there is something to `read`."""
         return self._control.fileno()
@@ -126,7 +139,7 @@ class Standby:
             OSError: no pipe or socket can be made, or the standby takes no more requests.
         """
         self._oom_kills = count_oom_kills()
-        with contextlib.ExitStack() as theirs, contextlib.ExitStack() as ours:
+        with GUARD, contextlib.ExitStack() as theirs, contextlib.ExitStack() as ours:
             status, their_status = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             ours.callback(status.close)
             theirs.callback(their_status.close)

@@ -10,17 +10,20 @@ Methods that `Runtime` has too do the same here.
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
+import contextlib
 import os
 import threading
 from collections.abc import Coroutine, Generator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from tpworker.config import RuntimeConfig
 from tpworker.errors import RuntimeStopped
-from tpworker.outputs import Completion, Health, RequestOutput, Stats
+from tpworker.ipc.forks import Home
+from tpworker.outputs import Completion, Health, Listener, RequestOutput, RuntimeEvent, Stats
 from tpworker.runtime.loading import Progress
-from tpworker.runtime.runtime import STARTS_ONCE, Runtime
+from tpworker.runtime.runtime import NO_COPIES, STARTS_ONCE, Runtime
 from tpworker.sampling_params import SamplingParams, checked
 
 if TYPE_CHECKING:
@@ -30,6 +33,11 @@ if TYPE_CHECKING:
     from tpworker.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
+
+
+class _NotRunning(RuntimeStopped):
+    def __init__(self) -> None:
+        super().__init__("the runtime is not running: use `with SyncRuntime(...) as runtime`")
 
 
 class SyncRuntime:
@@ -52,18 +60,29 @@ class SyncRuntime:
         self._thread: threading.Thread | None = None
         self._over: asyncio.Event | None = None
         self._closing: set[asyncio.Task[None]] = set()  # of generators that were left behind
+        self._process = Home()
+        self._lock = threading.Lock()
+        self._is_over = False  # its event loop takes no more
+
+    def __reduce__(self) -> NoReturn:
+        """It cannot be copied, nor sent to another process."""
+        raise TypeError(NO_COPIES)
 
     # ------------------------------------------------------------------------ start and stop
 
     def start(self) -> None:
         """See `Runtime.start`."""
-        if self._thread is not None:
-            raise RuntimeStopped(STARTS_ONCE)
         running = threading.Event()
-        self._thread = threading.Thread(
-            target=lambda: asyncio.run(self._live(running)), name="tpworker-runtime", daemon=True
-        )
-        self._thread.start()
+        if self._thread is not None:
+            self._check_thread()
+        with self._lock:
+            if self._thread is not None:
+                raise RuntimeStopped(STARTS_ONCE)
+            self._process = Home()
+            self._thread = threading.Thread(
+                target=lambda: asyncio.run(self._live(running)), name="tpworker-runtime", daemon=True
+            )
+            self._thread.start()
         running.wait()
         try:
             self._call(self.runtime.start())
@@ -76,16 +95,22 @@ class SyncRuntime:
         self._over = over = asyncio.Event()
         running.set()
         await over.wait()
+        with self._lock:
+            self._is_over = True  # what was asked before becomes a task, and is cancelled
 
     def stop(self) -> None:
         """See `Runtime.stop`."""
         loop, thread, over = self._loop, self._thread, self._over
-        if loop is None or thread is None or over is None or not thread.is_alive():
+        if loop is None or thread is None or over is None:
             return
+        self._check_thread()
         try:
-            self._call(self.runtime.stop())
+            if self._lives():
+                with contextlib.suppress(_NotRunning):  # another thread has stopped it meanwhile
+                    self._call(self.runtime.stop())
         finally:
-            loop.call_soon_threadsafe(over.set)
+            with contextlib.suppress(RuntimeError):  # likewise
+                loop.call_soon_threadsafe(over.set)
             thread.join()
 
     def __enter__(self) -> SyncRuntime:
@@ -93,7 +118,8 @@ class SyncRuntime:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.stop()
+        if self._thread is None or self._process.lost() is None:  # a fork that leaves has nothing to stop
+            self.stop()
 
     def drain(self, timeout: float | None = None) -> None:
         """See `Runtime.drain`."""
@@ -131,8 +157,9 @@ class SyncRuntime:
                 task = asyncio.create_task(close())
                 self._closing.add(task)
                 task.add_done_callback(self._closing.discard)
-            elif self._thread is not None and self._thread.is_alive():
-                self._call(close())
+            elif self._lives():
+                with contextlib.suppress(_NotRunning):  # stopped meanwhile, and the request with it
+                    self._call(close())
 
     def complete(
         self, prompts: Sequence[str | Sequence[int]], sampling: SamplingParams | None = None
@@ -193,6 +220,19 @@ class SyncRuntime:
         """See `Runtime.health`."""
         return self.runtime.health()
 
+    @property
+    def events(self) -> tuple[RuntimeEvent, ...]:
+        """See `Runtime.events`."""
+        return self.runtime.events
+
+    def add_listener(self, listener: Listener) -> None:
+        """See `Runtime.add_listener`. It is called on the background thread."""
+        self.runtime.add_listener(listener)
+
+    def remove_listener(self, listener: Listener) -> None:
+        """See `Runtime.remove_listener`."""
+        self.runtime.remove_listener(listener)
+
     def stats(self) -> Stats:
         """See `Runtime.stats`."""
 
@@ -242,15 +282,40 @@ class SyncRuntime:
 
     def _call(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Runs a coroutine on the background thread. An interrupt (Ctrl-C) here cancels it there."""
-        if self._loop is None or self._thread is None or not self._thread.is_alive():
-            coroutine.close()
-            raise RuntimeStopped("the runtime is not running: use `with SyncRuntime(...) as runtime`")
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        future = self._submit(coroutine)
         try:
             return future.result()
+        except concurrent.futures.CancelledError:
+            raise _NotRunning from None  # its event loop has ended before
         except BaseException:
             future.cancel()
             raise
+
+    def _submit(self, coroutine: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
+        """Has the background thread begin it. Raises RuntimeStopped where nobody would, ever."""
+        try:
+            if self._thread is not None:
+                self._check_thread()
+            with self._lock:
+                if self._loop is None or not self._lives():
+                    raise _NotRunning
+                return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        except BaseException:
+            coroutine.close()
+            raise
+
+    def _check_thread(self) -> None:
+        """Raises RuntimeStopped where a call would wait for ever: it has been started by then."""
+        self._process.check()
+        if self._thread is threading.current_thread():
+            raise RuntimeStopped(
+                "this is the thread of the runtime itself, on which `progress`, `on_event` and listeners are "
+                "called: a call that blocks would wait for itself here. Have another thread make it"
+            )
+
+    def _lives(self) -> bool:
+        """Whether its event loop takes what is to be done."""
+        return self._thread is not None and self._thread.is_alive() and not self._is_over
 
 
 def _completion(outputs: list[RequestOutput]) -> Completion:
