@@ -6,8 +6,9 @@ import copy
 import dataclasses
 import math
 from decimal import Decimal
-from enum import IntEnum
+from enum import Enum, IntEnum, StrEnum
 from fractions import Fraction
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -87,6 +88,39 @@ def test_real_numbers_of_any_library_are_floats(half: Any) -> None:
         RuntimeConfig(max_num_seqs=half)
 
 
+class Device(StrEnum):
+    CPU = "cpu"
+
+
+class Older(str, Enum):  # noqa: UP042  # as before Python 3.11
+    CPU = "cpu"
+
+
+@pytest.mark.parametrize("cpu", [np.str_("cpu"), np.array("cpu"), Device.CPU, Older.CPU], ids=repr)
+def test_strings_of_any_library_are_strings(cpu: Any) -> None:
+    params = SamplingParams(stop=cpu, bad_words=[cpu], cache_salt=cpu)
+    assert params == SamplingParams(stop=["cpu"], bad_words=["cpu"], cache_salt="cpu")
+    config = RuntimeConfig(device=cpu, model=cpu)
+    texts = [params.stop[0], params.bad_words[0], params.cache_salt, config.device, config.model]
+    assert [type(text) for text in texts] == [str] * 5
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, np.float16, np.dtype("float16"), "float16", np.str_("float16")], ids=repr
+)
+def test_paths_and_types_of_numbers_are_named(dtype: Any) -> None:
+    assert RuntimeConfig(dtype=dtype, model=Path("/a"), chat_template=Path("b")) == RuntimeConfig(
+        dtype="float16", model="/a", chat_template="b"
+    )
+
+
+@pytest.mark.parametrize("name", ["half", torch.int8, np.int8, "bf16", float, 16])
+def test_other_types_of_numbers_are_refused_with_the_name_here(name: Any) -> None:
+    with pytest.raises(ConfigError, match=r"dtype=.*: must be (str|auto, float32)") as error:
+        RuntimeConfig(dtype=name)
+    assert ("here it is" in str(error.value)) == (name in ("half", "bf16"))
+
+
 @pytest.mark.parametrize(
     "ids", [np.array([5, 6]), torch.tensor([5, 6]), (np.int32(5), 6), range(5, 7)], ids=repr
 )
@@ -135,7 +169,7 @@ def test_numbers_that_are_not_finite_or_too_large_are_refused(value: Any) -> Non
         SamplingParams(logit_bias={5: value})
 
 
-@pytest.mark.parametrize("value", [5, None, np.array(5), torch.tensor(5), 5.0])
+@pytest.mark.parametrize("value", [5, None, np.array(5), torch.tensor(5), 5.0, b"ab", {5: 6}])
 @pytest.mark.parametrize(
     "name", ["stop", "shown_special_tokens", "stop_token_ids", "bad_words", "allowed_token_ids"]
 )

@@ -6,11 +6,12 @@ before a process is started.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
 from tpworker.errors import ConfigError, shown
-from tpworker.values import MAX_SEED, is_utf8, number, plain
+from tpworker.values import MAX_SEED, dtype_name, is_utf8, number, string
 
 DeviceName = Literal["auto", "cpu", "cuda"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
@@ -37,6 +38,17 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "SpeculativeMethod | None": (str, type(None)),
 }
 """What a field of `RuntimeConfig` may be, by its annotation: an integer is no bool, and no float either."""
+
+
+_DTYPES = {"half": "float16", "fp16": "float16", "bf16": "bfloat16", "float": "float32", "fp32": "float32"}
+"""What other engines call them."""
+
+
+def _settled(name: str, value: Any) -> Any:
+    """What is no number, as Python's own: paths are strings, and so are the names of types of numbers."""
+    if name in ("model", "chat_template") and isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return dtype_name(value) if name == "dtype" else string(value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +141,7 @@ class RuntimeConfig:
         for option in fields(self):
             given, kinds = getattr(self, option.name), _KINDS[str(option.type)]
             kind = next((kind for kind in (float, int) if kind in kinds), None)
-            value = plain(given) if kind is None else number(given, kind)
+            value = _settled(option.name, given) if kind is None else number(given, kind)
             object.__setattr__(self, option.name, value)
             names = [k.__name__ for k in kinds if k is not type(None)] + ["None"] * (type(None) in kinds)
             self._check(type(value) in kinds, option.name, " or ".join(names))
@@ -149,7 +161,8 @@ class RuntimeConfig:
         self._check(1 <= self.tensor_parallel_size <= 64, "tensor_parallel_size", "from 1 to 64")
         self._check(self.device in ("auto", "cpu", "cuda"), "device", "auto, cpu or cuda")
         dtypes = "auto", "float32", "bfloat16", "float16"
-        self._check(self.dtype in dtypes, "dtype", "auto, float32, bfloat16 or float16")
+        named = f" (here it is {_DTYPES[self.dtype]})" if self.dtype in _DTYPES else ""
+        self._check(self.dtype in dtypes, "dtype", f"auto, float32, bfloat16 or float16{named}")
         self._check(
             self.max_model_len is None or 2 <= self.max_model_len < 2**31,
             "max_model_len",

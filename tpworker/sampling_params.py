@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from tpworker.errors import InvalidRequest, shown
 from tpworker.structured_outputs import StructuredOutputs, structured_outputs
-from tpworker.values import MAX_SEED, FrozenDict, is_utf8, number, plain
+from tpworker.values import MAX_SEED, FrozenDict, is_utf8, number, plain, string
 
 MAX_STOP_IDS = 16  # per request, the model's end-of-sequence ids included: one row of a device table
 MAX_STOP_STRINGS = 16
@@ -208,7 +208,7 @@ class SamplingParams:
         checks.integer("n", 1, MAX_CHOICES, f"an integer from 1 to {MAX_CHOICES}", optional=False)
         limit = f"an integer from {-MAX_PRIORITY} to {MAX_PRIORITY}"
         checks.integer("priority", -MAX_PRIORITY, MAX_PRIORITY, limit, optional=False)
-        salt = self.cache_salt
+        checks.settle("cache_salt", salt := string(self.cache_salt))
         checks.that(
             "cache_salt",
             salt is None or (isinstance(salt, str) and 1 <= len(salt) <= MAX_SALT and is_utf8(salt)),
@@ -266,10 +266,12 @@ class _Checks:
 
     def listed(self, name: str, limit: str) -> None:
         """One string, or a sequence, as a tuple."""
-        value = getattr(self._params, name)
-        self.that(name, isinstance(value, str) or hasattr(value, "__iter__"), limit)
-        self.that(name, getattr(value, "ndim", 1) == 1, limit)  # or an array cannot be gone through
-        self.settle(name, (value,) if isinstance(value, str) else tuple(value))
+        value = string(getattr(self._params, name))
+        if isinstance(value, str):
+            value = (value,)
+        is_sequence = hasattr(value, "__iter__") and not isinstance(value, (bytes, bytearray, Mapping))
+        self.that(name, is_sequence and getattr(value, "ndim", 1) == 1, limit)
+        self.settle(name, tuple(map(string, value)))
 
     def ids(self, name: str) -> None:
         """A sequence of token ids as a tuple of integers."""

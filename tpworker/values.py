@@ -25,6 +25,20 @@ def plain(value: Any) -> Any:
     return value.item() if is_scalar else value
 
 
+def string(value: Any) -> Any:
+    """A string of whatever type (numpy's, a member of an enumeration) as a str; anything else as it is."""
+    value = plain(value)
+    return str.__str__(value) if isinstance(value, str) else value
+
+
+def dtype_name(value: Any) -> Any:
+    """What an array library's type of numbers (`torch.bfloat16`, `numpy.float32`) is called; else `string`."""
+    if type(value).__name__.startswith(("dtype", "Float")):  # numpy has a class for each: Float32DType
+        return str(value).removeprefix("torch.")
+    is_numpys = isinstance(value, type) and hasattr(value, "dtype")
+    return value.__name__ if is_numpys else string(value)
+
+
 def number(value: Any, kind: type[int] | type[float]) -> Any:
     """A number of whatever type as an int, or, for `float`, as an int or a float; anything else, a bool above
     all, as it is."""

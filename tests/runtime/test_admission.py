@@ -2,6 +2,9 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from decimal import Decimal
+from enum import IntEnum
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -25,11 +28,16 @@ class Spec:
 spec: Any = Spec()
 
 
+class Two(IntEnum):
+    TWO = 2
+
+
 def test_a_prompt_is_packed() -> None:
     assert unpack_int32(pack_prompt([0, 5, VOCAB_SIZE - 1], spec)).tolist() == [0, 5, VOCAB_SIZE - 1]
     arrays: list[Any] = [
         np.array([1, 2]), np.array([1, 2], dtype=np.uint8), torch.tensor([1, 2]), torch.tensor([1, 2]).int(),
-        [np.int64(1), torch.tensor(2)], (1, np.uint16(2)), array("q", [1, 2]), iter([1, 2]),
+        [np.int64(1), torch.tensor(2)], (1, np.uint16(2)), [np.array(1), Two.TWO], array("q", [1, 2]),
+        iter([1, 2]),
     ]  # fmt: skip
     for ids in arrays:
         assert unpack_int32(pack_prompt(ids, spec)).tolist() == [1, 2]
@@ -46,6 +54,12 @@ def test_a_prompt_is_packed() -> None:
         ([1, "a"], "must be a string, or token ids"),
         ([[1]], "must be a string, or token ids"),
         ([1, True], "a bool is no token id"),
+        ([1, torch.tensor(True)], "a bool is no token id"),
+        ([np.bool_(True)], "a bool is no token id"),
+        ([torch.tensor([1])], "an array is no token id"),
+        ([np.array([1])], "an array is no token id"),
+        ([Decimal(1)], "must be a string, or token ids"),
+        ([Fraction(1)], "must be a string, or token ids"),
         ({1: 2}, "must be a string, or token ids from 0 to .*: got dict"),
         ({1, 2}, "must be a string, or token ids from 0 to .*: got set"),
         (np.array([True, False]), "a bool is no token id"),

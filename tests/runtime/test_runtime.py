@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import psutil
 import pytest
 
@@ -282,6 +283,12 @@ def test_a_default_of_max_tokens_is_no_demand(fake_runtime: MakeRuntime) -> None
             assert await count(10, ids_only(30)) == 30
             with pytest.raises(InvalidRequest, match="min_tokens=20: only 5"):
                 await count(45, ids_only(min_tokens=20))
+            outputs = await collect(runtime, [5], ids_only(), default_max_tokens=np.int64(3))
+            assert len(tokens_of(outputs)) == 3
+            for name, wrong in (("default_max_tokens", 0), ("default_max_tokens", 1.5), ("request_id", 5)):
+                with pytest.raises(InvalidRequest, match=f"{name}={wrong}: must be"):
+                    await collect(runtime, [5], ids_only(), **{name: wrong})
+            assert runtime.stats().open == 0
 
     run(main)
 

@@ -15,6 +15,7 @@ from tpworker.ipc.arrays import pack_int32, unpack_int32
 from tpworker.ipc.messages import NO_LOGPROBS, Sampling
 from tpworker.runtime.rules import Encode, resolve_rules
 from tpworker.sampling_params import MAX_STOP_IDS, SamplingParams
+from tpworker.values import number
 
 if TYPE_CHECKING:
     from tpworker.model.families import ModelSpec
@@ -36,8 +37,12 @@ def pack_prompt(token_ids: Sequence[int], spec: ModelSpec) -> bytes:
         if isinstance(token_ids, (Mapping, Set)):  # which have no order that anybody meant
             raise TypeError(f"got {type(token_ids).__name__}")
         listed = token_ids.tolist() if hasattr(token_ids, "tolist") else list(token_ids)
-        if bool in map(type, listed):
-            raise TypeError("a bool is no token id")
+        if any(kind is not int for kind in set(map(type, listed))):
+            listed = [number(one, int) for one in listed]
+            if bool in map(type, listed):
+                raise TypeError("a bool is no token id")
+            if any(getattr(one, "ndim", 0) for one in listed):  # one element would do for `__index__`
+                raise TypeError("an array is no token id")
         packed = pack_int32(listed)
     except (TypeError, OverflowError) as error:
         raise InvalidRequest(

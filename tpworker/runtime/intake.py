@@ -20,7 +20,7 @@ from functools import partial
 from typing import TypeVar
 
 from tpworker.config import SchedulingPolicy
-from tpworker.errors import InvalidRequest, QueueFull
+from tpworker.errors import InvalidRequest, QueueFull, shown
 from tpworker.ipc.arrays import pack_int32, unpack_int32
 from tpworker.ipc.messages import NO_LOGPROBS, Sampling, Submit
 from tpworker.outputs import RequestOutput
@@ -34,6 +34,7 @@ from tpworker.runtime.requests import Bell, Request, Requests
 from tpworker.runtime.start import Served
 from tpworker.runtime.tokenisers import SHORT_CHARS, Tokenisers
 from tpworker.sampling_params import SamplingParams, choice_seed
+from tpworker.values import number
 
 T = TypeVar("T")
 
@@ -155,10 +156,12 @@ class Intake:
         """Places in the queue, before anything is done that takes time.
 
         Raises:
-            InvalidRequest: there is an open request of this id; or see `check_room`.
+            InvalidRequest: there is an open request of this id, or it is no string; or see `check_room`.
             QueueFull: see `check_room`.
         """
         self.check_room(num_choices, "n")
+        if request_id is not None and not isinstance(request_id, str):
+            raise InvalidRequest(f"request_id={shown(request_id)}: must be a string", "request_id")
         if request_id in self._open:
             raise InvalidRequest(f"request_id {request_id!r} is that of another open request", "request_id")
         request_id = request_id or f"request-{secrets.token_hex(8)}"
@@ -258,8 +261,14 @@ class Intake:
         self, params: SamplingParams, num_prompt: int, default_max_tokens: int | None, served: Served
     ) -> Sampling:
         max_tokens = fit(params, num_prompt, served.limits)
-        if params.max_tokens is None and default_max_tokens is not None:
-            max_tokens = min(max_tokens, max(default_max_tokens, params.min_tokens))
+        default = number(default_max_tokens, int)
+        if default is not None and not (type(default) is int and default > 0):
+            raise InvalidRequest(
+                f"default_max_tokens={shown(default)}: must be an integer from 1 on, or None",
+                "default_max_tokens",
+            )
+        if params.max_tokens is None and default is not None:
+            max_tokens = min(max_tokens, max(default, params.min_tokens))
         encode = None
         if params.bad_words and served.tokenizer is not None:
             encode = partial(served.tokenizer.encode, add_special_tokens=False)
