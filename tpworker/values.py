@@ -32,7 +32,7 @@ def string(value: Any) -> Any:
 
 
 def dtype_name(value: Any) -> Any:
-    """What an array library's type of numbers (`torch.bfloat16`, `numpy.float32`) is called; else `string`."""
+    """What an array library calls a type of numbers (`torch.bfloat16`, `numpy.float32`); else `string`."""
     if type(value).__name__.startswith(("dtype", "Float")):  # numpy has a class for each: Float32DType
         return str(value).removeprefix("torch.")
     is_numpys = isinstance(value, type) and hasattr(value, "dtype")
