@@ -7,7 +7,7 @@ import re
 import pytest
 
 from tests.cli.test_cli import DOCTOR_FLAGS, FLAGS, refused
-from tpworker.cli import habits
+from tpworker.cli import habits, parse
 
 
 @pytest.mark.parametrize(
@@ -53,6 +53,18 @@ from tpworker.cli import habits
         ("--json", "--json: an option of `tpworker doctor` alone: leave it out"),
         ("--max-num-seq 5", "'--max-num-seq': no such option; is --max-num-seqs meant?"),
         ("--frobnicate", "'--frobnicate': no such option; `tpworker serve --help` lists all"),
+        (
+            "--data-parallel-rpc-port 5",
+            "--data-parallel-rpc-port: not supported yet: tensor parallelism (-tp)",
+        ),
+        ("-dpl 2", "-dpl: not supported yet: tensor parallelism (-tp)"),
+        ("--mm-processor-cache-gb 4", "--mm-processor-cache-gb: not supported: models of text only"),
+        ("--no-enforce-eager", "--no-enforce-eager: not needed: steps on GPUs are always graph replays"),
+        ("--hicache-ratio 2", "--hicache-ratio: not supported: weights and KV cache stay on the device"),
+        ("--tokenizer-revision a", "--tokenizer-revision: not supported: it is read from the model's folder"),
+        ("--logits-processors a.b", "--logits-processors: not supported: no code but tpworker's own runs"),
+        ("--swap-space 4", "--swap-space: not needed: a request that is preempted is computed again"),
+        ("--kv-cache-dtype fp8", "--kv-cache-dtype: not supported yet: the KV cache has the dtype of"),
         ("--lora-modules a=b c=d", "--lora-modules: not supported yet: merge the adapter into the weights"),
     ],
 )
@@ -78,9 +90,10 @@ def test_all_that_is_wrong_is_said_at_once(capsys: pytest.CaptureFixture[str]) -
 def test_the_table_of_habits_names_what_there_is() -> None:
     assert not (habits.NAMES.keys() | habits.FACTS.keys()) & (FLAGS | DOCTOR_FLAGS)
     assert not habits.NAMES.keys() & habits.FACTS.keys()
-    told = " ".join([*habits.NAMES.values(), *habits.FACTS.values()]).replace(
-        "hf download NAME --revision", ""
-    )
+    values = [said for values in habits.VALUES.values() for said in values.values()]
+    told = " ".join([*habits.NAMES.values(), *habits.FACTS.values(), *habits.FAMILIES, *values])
+    told += " ".join([*habits.COMMANDS.values(), *habits.VALUES])
+    told = told.replace("hf download NAME --revision", "")
     assert set(re.findall(r"--[a-z][a-z-]*", told)) <= FLAGS
 
 
@@ -102,3 +115,42 @@ def test_words_that_belong_to_no_option(
     capsys: pytest.CaptureFixture[str], arguments: str, said: str
 ) -> None:
     assert refused(capsys, "serve", *arguments.split()).startswith(said)
+
+
+def test_no_family_takes_what_there_is_and_each_has_its_members() -> None:
+    beginnings = [one for family in habits.FAMILIES.values() for one in family]
+    assert len(set(beginnings)) == len(beginnings)
+    for flag in FLAGS | DOCTOR_FLAGS:
+        assert flag in SHARED or not flag.startswith(tuple(beginnings)), flag
+
+
+SHARED = {"--speculative-config", "--speculative-method"}
+"""Their family is of what they do not have."""
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("serve --dtype half", "argument --dtype: 'half': its name here is float16"),
+        ("serve --dtype fp8", "argument --dtype: 'fp8': not supported yet: weights are served in float32"),
+        ("serve --dtype x", "argument --dtype: invalid choice: 'x' (choose from"),
+        ("serve --device gpu", "argument --device: 'gpu': its name here is cuda"),
+        ("serve --load-format safetensors", "argument --load-format: 'safetensors': that is auto"),
+        ("serve --speculative-method eagle", "argument --speculative-method: 'eagle': not supported: drafts"),
+        ("serve --tool-call-parser qwen25", "argument --tool-call-parser: 'qwen25': its name here is hermes"),
+        ("org/model --port 80", "'org/model' is no command (serve, doctor"),
+        ("vllm serve org/model", "'vllm' is no command"),
+        ("chat", "a model: `tpworker serve MODEL`; `tpworker serve MODEL --ask TEXT` answers once"),
+    ],
+)
+def test_values_and_commands_of_others_are_answered_too(
+    capsys: pytest.CaptureFixture[str], words: str, said: str
+) -> None:
+    with pytest.raises(SystemExit):
+        parse(words.split())
+    assert said in capsys.readouterr().err
+    values = {flag: set(values) for flag, values in habits.VALUES.items()}
+    for flag, others in values.items():
+        for value in others:
+            with pytest.raises(SystemExit):
+                parse(["serve", flag, value])

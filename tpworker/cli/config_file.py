@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tpworker.cli.habits import Flags, explain
+from tpworker.cli.explain import Flags, explain
 from tpworker.errors import ConfigError, one_line, shown
 
 _MAX_BYTES = 1 << 20

@@ -1,4 +1,4 @@
-"""Options that people know from other engines, and what holds here instead: a table, and how it is told.
+"""Options that people know from other engines, and what holds here instead. How it is told: explain.py.
 
 From the command lines of vLLM, SGLang, TensorRT-LLM and FastDeploy. None of them is accepted and ignored.
 """
@@ -6,8 +6,6 @@ From the command lines of vLLM, SGLang, TensorRT-LLM and FastDeploy. None of the
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-
-from tpworker.errors import shown
 
 NAMES = {
     "-m": "--model",
@@ -90,6 +88,8 @@ _TOOLS = "always on, for requests with tools (--tool-call-parser none switches i
 _LLGUIDANCE = "not needed: llguidance, which is part of it, does that"
 _RECOVERS = "always on (--max-restarts 0 switches it off): ranks that are lost come back, and requests go on"
 _SIZED = "not an option: KV blocks take the share that --gpu-memory-utilization gives"
+_NO_CODE = "not supported: no code but tpworker's own runs in its processes"
+_LOADED = "not needed: safetensors are read by slice, each rank its own"
 _EMBEDDED = "not an option: a field of RuntimeConfig, for programs that embed tpworker"
 
 FACTS = {
@@ -253,64 +253,143 @@ FACTS = {
     "--max-total-tokens": _SIZED,
     "--num-kv-blocks": _EMBEDDED,
     "--check-ranks-agree": _EMBEDDED,
+    "--uds": "not supported: the server listens on --host and --port",
+    "--grpc-mode": "not supported: the server speaks HTTP",
+    "--disable-fastapi-docs": "not supported: /docs and /openapi.json tell nothing of requests",
+    "--h11-max-incomplete-event-size": "not needed: what a request may take is bounded by --max-model-len",
+    "--h11-max-header-count": "not needed: what a request may take is bounded by --max-model-len",
+    "--logprobs-mode": "not an option: logprobs are of the logits as the model gives them (raw_logprobs)",
+    "--enable-prompt-embeds": "not supported: prompts are text or token ids",
+    "--logits-processors": _NO_CODE,
+    "--logits-processor-pattern": _NO_CODE,
+    "--enable-custom-logit-processor": _NO_CODE,
+    "--worker-cls": _NO_CODE,
+    "--worker-extension-cls": _NO_CODE,
+    "--scheduler-cls": _NO_CODE,
+    "--io-processor-plugin": _NO_CODE,
+    "--custom-weight-loader": _NO_CODE,
+    "--model-impl": "not needed: models are tpworker's own, by the architecture in config.json",
+    "--config-format": _WITH_MODEL,
+    "--code-revision": "not needed: no code of a model's folder is ever run",
+    "--model-loader-extra-config": _LOADED,
+    "--safetensors-load-strategy": _LOADED,
+    "--ignore-patterns": _LOADED,
+    "--pt-load-map-location": _LOADED,
+    "--weight-loader-disable-mmap": _LOADED,
+    "--use-tqdm-on-load": "always on, on a terminal: leave it out",
+    "--disable-sliding-window": "not supported: windows are as config.json says",
+    "--disable-cascade-attn": _CHOSEN,
+    "--override-attention-dtype": _QUANTISED,
+    "--kv-cache-memory-bytes": _SIZED,
+    "--prefix-caching-hash-algo": "not needed: the cache compares tokens, not hashes of them",
+    "--radix-eviction-policy": "not an option: what was used longest ago is evicted first",
+    "--enable-cache-report": "always on: usage tells cached_tokens",
+    "--enable-deterministic-inference": "not needed with --dtype float32: a request with a seed "
+    "gives the same whatever else runs",
+    "--preferred-sampling-params": "not supported: edit generation_config.json in the model's folder",
+    "--allow-auto-truncate": "not supported: a prompt that does not fit is refused",
+    "--constrained-json-whitespace-pattern": _LLGUIDANCE,
+    "--disable-outlines-disk-cache": _LLGUIDANCE,
+    "--enable-memory-saver": "not supported yet: stop the server, and start it again",
+    "--sleep-on-idle": "always on: waiting costs nothing",
+    "--base-gpu-id": "not an option: the environment variable CUDA_VISIBLE_DEVICES says which GPUs",
+    "--gpu-id-step": "not an option: the environment variable CUDA_VISIBLE_DEVICES says which GPUs",
+    "--num-postprocess-workers": "not needed: text is made by one thread, a bounded time a token",
+    "--max-beam-width": "not supported: there is no beam search",
+    "--max-long-partial-prefills": "not needed: --max-num-batched-tokens bounds a step's chunks",
+    "--fail-fast-on-attention-window-too-large": "not needed: what does not fit is refused at the start",
+    "--tool-parser": "the name here is --tool-call-parser",
+    "-O": _STEPS,
+    "-cc": _STEPS,
+    "-ac": _CHOSEN,
+    "-asc": "not supported: one process serves HTTP",
+    "-n": _ONE_KIND,
+    "-r": _ONE_KIND,
 }
 """What is always so here, is not needed, or is not supported (yet), and what to do about it."""
 
+FAMILIES: Mapping[str, Sequence[str]] = {
+    _ONE_KIND: (
+        "--data-parallel-", "--dp-", "-dp", "--pipeline-", "--decode-context-", "-dcp", "--prefill-context-",
+        "-pcp", "--dcp-", "--cp-", "--master-", "--dist-", "--nccl-", "--gpus-per-node", "--cluster-",
+    ),
+    "not supported: models of text only": (
+        "--mm-", "--image-", "--video-", "--media-", "--allowed-local-media-", "--allowed-media-",
+        "--enable-mm-", "--enable-multimodal", "--keep-mm-", "--skip-mm-", "--interleave-mm-",
+        "--disable-fast-image-", "--disable-chunked-mm-", "--disable-mm-",
+    ),
+    _ADAPTERS: ("--lora-", "--max-lora", "--max-cpu-lora", "--fully-sharded-lora", "--default-mm-lora"),
+    "not supported yet: prompts and decoding share the ranks": (
+        "--disaggregation-", "--kv-transfer-", "--ec-transfer-", "--disagg-", "--pdlb-", "--server-role",
+    ),
+    "not supported: weights and KV cache stay on the device": (
+        "--hicache-", "--enable-hierarchical-cache", "--enable-lmcache", "--kv-offloading-", "--cpu-offload-",
+        "--offload-",
+    ),
+    "not needed: experts are split over the TP ranks, each along its width": (
+        "--expert-", "--moe-", "--ep-", "--eplb-", "--enable-eplb", "--enable-ep-", "--deepep-",
+        "--enable-deepep-", "--all2all-", "--dbo-", "--enable-dbo", "--enable-two-batch-", "--tbo-",
+        "--init-expert-", "--disable-shared-experts-",
+    ),
+    "not supported: models of attention alone": ("--mamba-", "--enable-mamba-"),
+    _STEPS: (
+        "--cuda-graph-", "--cudagraph-", "--disable-cuda-graph-", "--max-cudagraph-", "--torch-compile-",
+        "--enable-torch-compile-", "--piecewise-", "--disable-piecewise-", "--optimization-",
+    ),
+    _CHOSEN: (
+        "--attention-", "--prefill-attention-", "--decode-attention-", "--triton-", "--flashinfer-",
+        "--enable-flashinfer-", "--disable-flashinfer-", "--enable-nccl-", "--enable-symm-",
+        "--enable-mscclpp", "--enable-torch-symm-", "--enable-p2p-", "--fp8-", "--fp4-", "--kernel-",
+    ),
+    _QUANTISED: ("--quantization-", "--torchao-", "--modelopt-", "--kv-cache-scheme", "--calculate-kv-"),
+    "not supported: text is generated, and nothing else": ("--pooler-", "--is-embedding", "--convert"),
+    "not an option: --speculative-method and --num-speculative-tokens say all there is to say": (
+        "--speculative-", "--spec-",
+    ),
+    _LOCAL: ("--ray-",),
+    _WITH_MODEL: ("--tokenizer-", "--hf-"),
+}  # fmt: skip
+"""The same for all options that begin so, and are not in `NAMES` or `FACTS`."""
 
-Flags = Mapping[str, bool]
-"""The options of a command, and whether they take a value."""
+VALUES: Mapping[str, Mapping[str, str]] = {
+    "--dtype": {
+        **dict.fromkeys(("half", "fp16"), "its name here is float16"),
+        **dict.fromkeys(("float", "fp32"), "its name here is float32"),
+        "bf16": "its name here is bfloat16",
+        **dict.fromkeys(("fp8", "float8", "int8", "int4", "fp4"), _QUANTISED),
+    },
+    "--device": {
+        **dict.fromkeys(("gpu", "nvidia"), "its name here is cuda"),
+        **dict.fromkeys(
+            ("tpu", "xpu", "hpu", "rocm", "mps", "npu"), "not supported: ranks run on cuda or cpu"
+        ),
+    },
+    "--load-format": {
+        **dict.fromkeys(("safetensors", "hf"), "that is auto: leave it out"),
+        **dict.fromkeys(("pt", "gguf", "bitsandbytes", "npcache"), "not supported: weights are safetensors"),
+    },
+    "--scheduling-policy": {
+        "lpm": "not supported: who came first is first, and finds what the prefix cache has",
+        "fcfs+": "its name here is fcfs",
+    },
+    "--speculative-method": {
+        **dict.fromkeys(("eagle", "eagle3", "medusa", "draft_model", "mlp_speculator"), _DRAFT_MODEL),
+        **dict.fromkeys(("nextn", "NEXTN", "deepseek_mtp", "glm4_moe_mtp"), "its name here is mtp"),
+        **dict.fromkeys(("NGRAM", "[ngram]", "suffix"), "its name here is ngram"),
+    },
+    "--tool-call-parser": {
+        **dict.fromkeys(("llama3", "llama4_json", "llama"), "its name here is llama3_json"),
+        **dict.fromkeys(("qwen", "qwen25", "qwen3"), "its name here is hermes"),
+        **dict.fromkeys(("glm", "glm4", "glm4_moe"), "its name here is glm45"),
+    },
+}
+"""Of options that are here too: what others call a value, and what holds of it."""
 
-
-def explain(unknown: Sequence[str], arguments: Sequence[str], flags: Mapping[str, Flags]) -> str:
-    """One line on all that argparse has left over.
-
-    Args:
-        unknown: what it has left over: options, their values, and words that belong to no option.
-        arguments: the whole command line, the command first.
-        flags: of each command.
-    """
-    command = arguments[0]
-    said: dict[str, None] = {}  # in order, each once
-    for word in unknown:
-        if word.startswith("-"):
-            said[_option(word, command, flags)] = None
-        elif (owner := _owner(word, arguments, flags[command])) in flags[command] or not owner:
-            said[_stray(word, owner, flags[command])] = None
-    return "; ".join(said)
-
-
-def _option(word: str, command: str, flags: Mapping[str, Flags]) -> str:
-    written = word.partition("=")[0]
-    flag = written.partition(".")[0].replace("_", "-")  # vLLM takes --a_b for --a-b, and --a.b
-    others = [other for other in flags if flag in flags[other]]
-    if command in others:
-        return f"{written}: the name here is {flag}"
-    if others:
-        return f"{flag}: an option of `tpworker {others[0]}` alone: leave it out"
-    if flag in NAMES:
-        return f"{written}: the name here is {NAMES[flag]}"
-    if flag in FACTS:
-        return f"{written}: {FACTS[flag]}"
-    import difflib
-
-    near = difflib.get_close_matches(flag, list(flags[command]), n=1, cutoff=0.75)
-    return f"{shown(written)}: no such option; " + (
-        f"is {near[0]} meant?" if near else f"`tpworker {command} --help` lists all"
-    )
-
-
-def _owner(word: str, arguments: Sequence[str], flags: Flags) -> str:
-    """The option that a stray word stands behind; '' if it stands behind none."""
-    for at, argument in enumerate(arguments):
-        before = arguments[at - 1]
-        if argument == word and not (flags.get(before) and at):  # or it would be that option's value
-            behind = (one for one in reversed(arguments[1:at]) if one.startswith("-"))
-            return next(behind, "").partition("=")[0]
-    return ""
-
-
-def _stray(word: str, owner: str, flags: Flags) -> str:
-    model = "a model is named first, or with --model"
-    if flags.get(owner):
-        return f"{shown(word)}: {owner} takes one value, and one with spaces needs quotes; {model}"
-    return f"{shown(word)}: belongs to no option; {model}"
+COMMANDS = {
+    **dict.fromkeys(
+        ("vllm", "sglang", "trtllm-serve", "launch_server", "run", "start", "server", "launch"), ""
+    ),
+    **dict.fromkeys(("chat", "complete", "generate"), "; `tpworker serve MODEL --ask TEXT` answers once"),
+    "run-batch": "; batches are requests to the server",
+}
+"""Words that others begin with."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tpworker.cli.config_file import words_of
-from tpworker.cli.habits import Flags, explain
+from tpworker.cli.explain import Flags, explain
 from tpworker.cli.log_options import LogOptions, log_options_in
 from tpworker.cli.parser import DEFAULT_HOST, DEFAULT_PORT, flag_of, make_parser
 from tpworker.cli.server_options import (

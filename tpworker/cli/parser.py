@@ -4,34 +4,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from typing import Any, NoReturn
+from typing import Any
 
+from tpworker.cli.arguments import CommandParser, ShowVersion, integer, number
 from tpworker.cli.log_options import add_log_options
 from tpworker.cli.server_options import API_KEY_VARIABLE
 from tpworker.config import MAX_PROMPT_LOOKUP, MAX_SPECULATIVE_TOKENS, RuntimeConfig
-from tpworker.errors import shown
 from tpworker.parsing import REASONING_FORMATS, TOOL_FORMATS
-from tpworker.version import version
 
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 8000
-
-
-class _Version(argparse.Action):
-    """As argparse's own, but the version is looked up when it is asked for."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *unused: object) -> None:
-        print(f"tpworker {version()}")
-        parser.exit()
-
-
-class _Parser(argparse.ArgumentParser):
-    """Says where what it finds wrong comes from, if that is not the command line."""
-
-    source = ""
-
-    def error(self, message: str) -> NoReturn:
-        super().error(f"{self.source}{message}")
 
 
 def make_parser(source: str = "") -> tuple[argparse.ArgumentParser, dict[str, dict[str, bool]]]:
@@ -42,12 +24,12 @@ def make_parser(source: str = "") -> tuple[argparse.ArgumentParser, dict[str, di
     Args:
         source: stands before what is said to be wrong.
     """
-    parser = _Parser(
+    parser = CommandParser(
         prog="tpworker", description="A tensor-parallel runtime for LLM serving.", allow_abbrev=False
     )
     parser.add_argument(
         "--version",
-        action=_Version,
+        action=ShowVersion,
         nargs=0,
         dest=argparse.SUPPRESS,
         default=argparse.SUPPRESS,
@@ -93,28 +75,14 @@ def make_parser(source: str = "") -> tuple[argparse.ArgumentParser, dict[str, di
     return parser, flags
 
 
-def _integer(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{shown(text)} must be a whole number below 2**63") from None
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{shown(text)} must be a number") from None
-
-
 def flag_of(name: str) -> str:
     """The flag of what the parser calls `name`, if that is not the same."""
     return {"force_include_usage": "--enable-force-include-usage"}.get(name, f"--{name.replace('_', '-')}")
 
 
 _Group = Any  # argparse's groups have no public type
-_COUNT: dict[str, Any] = {"type": _integer, "metavar": "N"}
-_SECONDS: dict[str, Any] = {"type": _number, "metavar": "SECONDS"}
+_COUNT: dict[str, Any] = {"type": integer, "metavar": "N"}
+_SECONDS: dict[str, Any] = {"type": number, "metavar": "SECONDS"}
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(RuntimeConfig)}
 
 
@@ -220,7 +188,7 @@ def _add_memory_options(group: _Group) -> None:
         group,
         "--gpu-memory-utilization",
         "share of what is free beside the weights for KV blocks; on the CPU, of a rank's part of half of it",
-        type=_number,
+        type=number,
         metavar="SHARE",
     )
 
