@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import re
+from collections.abc import Callable
 from decimal import Decimal
 from enum import Enum, IntEnum, StrEnum
 from fractions import Fraction
@@ -16,10 +18,11 @@ import numpy as np
 import pytest
 import torch
 
-from tpworker import ConfigError, InvalidRequest, RuntimeConfig, SamplingParams
+from tpworker import ConfigError, InvalidRequest, Runtime, RuntimeConfig, SamplingParams, SyncRuntime
 from tpworker.config import MAX_PROMPT_LOOKUP, MAX_SPECULATIVE_TOKENS
 from tpworker.ipc.child import MAX_LOOKUP, pack_boot
 from tpworker.ipc.messages import MAX_DRAFTS
+from tpworker.keywords import OPTIONS, SAMPLING
 from tpworker.runtime.settings import scheduler_settings
 from tpworker.sampling_params import MAX_BIAS, MAX_CHOICES, choice_seed
 from tpworker.values import MAX_SEED, FrozenDict
@@ -371,3 +374,41 @@ def test_each_choice_has_a_seed_of_its_own_and_the_first_the_requests() -> None:
         SamplingParams(n=4).of_choice(1)
     with pytest.raises(InvalidRequest, match="the choices are 0 to 3, and not 4"):
         params.of_choice(4)
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "said"),
+    [
+        (
+            Runtime,
+            "enforce_eager",
+            "RuntimeConfig has no enforce_eager: not needed: steps on GPUs are always",
+        ),
+        (Runtime, "tp_size", "RuntimeConfig has no tp_size: the name here is tensor_parallel_size"),
+        (
+            SyncRuntime,
+            "trust_remote_code",
+            "has no trust_remote_code: not needed: no code of a model's folder",
+        ),
+        (RuntimeConfig, "max_num_seq", r"has no max_num_seq: is max_num_seqs meant\?"),
+        (RuntimeConfig, "frobnicate", "has no frobnicate: its fields are model, tensor_parallel_size"),
+        (SamplingParams, "guided_decoding", "SamplingParams has no guided_decoding: StructuredOutputs"),
+        (SamplingParams, "max_new_tokens", "has no max_new_tokens: the name here is max_tokens"),
+        (SamplingParams, "best_of", "has no best_of: n choices"),
+    ],
+)
+def test_what_others_call_it_is_answered_by_what_it_is_called_here(
+    make: Callable[..., Any], name: str, said: str
+) -> None:
+    with pytest.raises(TypeError, match=said):
+        make(**{name: 1})
+
+
+@pytest.mark.parametrize(("cls", "table"), [(RuntimeConfig, OPTIONS), (SamplingParams, SAMPLING)])
+def test_the_tables_of_keywords_name_what_there_is(cls: Any, table: dict[str, str]) -> None:
+    fields = {field.name for field in dataclasses.fields(cls)}
+    assert not fields & table.keys()
+    for said in table.values():
+        for named in re.findall(r"name here is (\w+)|^(\w+)=", said):
+            assert (named[0] or named[1]) in fields, said
+    assert copy.copy(cls()) == copy.deepcopy(cls()) == dataclasses.replace(cls()) == cls()

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from tpworker.errors import ConfigError, shown
+from tpworker.keywords import OPTIONS, Named
 from tpworker.values import MAX_SEED, dtype_name, is_utf8, number, string
 
 DeviceName = Literal["auto", "cpu", "cuda"]
@@ -52,11 +53,13 @@ def _settled(name: str, value: Any) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RuntimeConfig:
+class RuntimeConfig(Named):
     """How a runtime is built.
 
     Every field is also a flag of `tpworker serve`, but for `num_kv_blocks` and `check_ranks_agree`.
     """
+
+    _elsewhere = OPTIONS
 
     model: str | None = None
     """A folder with config.json, safetensors and tokenizer.json or tokenizer.model, a hub name, or None: the

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from tpworker.errors import InvalidRequest, shown
+from tpworker.keywords import SAMPLING, Named
 from tpworker.structured_outputs import StructuredOutputs, structured_outputs
 from tpworker.values import MAX_SEED, FrozenDict, is_utf8, number, plain, string
 
@@ -35,13 +36,15 @@ def choice_seed(seed: int, index: int) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingParams:
+class SamplingParams(Named):
     """How one request's tokens are chosen and when it ends.
 
     A field left at None takes the default of the model's generation_config.json, or else the value
     named here. The same (prompt, seed, parameters) gives the same tokens in fp32, whatever else the
     runtime does at the time.
     """
+
+    _elsewhere = SAMPLING
 
     max_tokens: int | None = None
     """Most tokens generated. None: as many as fit into max_model_len. 0: none, e.g. for `prompt_logprobs`."""
