@@ -24,7 +24,7 @@ from typing import Annotated
 
 from tpworker.ipc.codec import Within
 
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
 
 MAX_STEP = 2**62
 MAX_RANKS = 64
@@ -189,6 +189,15 @@ class Failed:
     generation: Generation
     request: RequestId
     reason: Text
+
+
+@dataclass(frozen=True, slots=True)
+class ResetPrefixCache:
+    """No request that comes after this finds anything that was computed before. The scheduler sends it back
+    when that is so, here and for every generation to come."""
+
+    generation: Generation
+    number: Count
 
 
 @dataclass(frozen=True, slots=True)
@@ -369,6 +378,9 @@ class StepOutput:
     proposed: Int32s = b""
 
 
+Said = StepOutput | Failed | ResetPrefixCache
+"""What a scheduler that is ready says to the runtime."""
+
 Message = (
     Hello
     | RankLoaded
@@ -379,6 +391,7 @@ Message = (
     | Vocabulary
     | Submit
     | Abort
+    | ResetPrefixCache
     | BatchPlan
     | StepResult
     | StepOutput

@@ -152,6 +152,18 @@ class BlockPool:
             blocks.append(block)
         return blocks, node
 
+    def forget(self) -> None:
+        """Nothing that has been computed, or is computed by plans on their way, is found any more: neither
+        here nor by the next scheduler. Blocks in use stay whose they are; their owners must register no more.
+        """
+        if self._kept is not None:
+            for block in self._edge_of_block:
+                self._kept.clear(block)
+        self._plain += reversed(self._idle)
+        self._idle.clear()
+        self._edge_of_block.clear()
+        self._children.clear()
+
     def num_idle(self, blocks: list[int]) -> int:
         """How many of these blocks `share` would take from the free ones."""
         return sum(not self._references[block] for block in blocks)

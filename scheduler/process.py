@@ -27,6 +27,8 @@ from tpworker.ipc.messages import (
     BatchPlan,
     Failed,
     Message,
+    ResetPrefixCache,
+    Said,
     SchedulerLoad,
     SchedulerReady,
     StepOutput,
@@ -105,7 +107,7 @@ class Scheduler:
         self.next_step = 0
         self._open: dict[int, Request] = {}
         self._num_arrived = 0
-        self._committed: list[StepOutput | Failed] = []  # not forwarded yet
+        self._committed: list[Said] = []  # not forwarded yet
         self._computed: list[tuple[int, int]] = []  # and what is not remembered: blocks with their contents
         self._filled: list[Request] = []  # and who has filled one
         self.guides = Guides(masks)
@@ -176,6 +178,9 @@ class Scheduler:
                     self._end(request_or_none)
             case Vocabulary():
                 self.guides.use(message)
+            case ResetPrefixCache():
+                self._reset_prefix_cache()
+                self._committed.append(message)
             case _:
                 raise MessageError(f"not for the scheduler: {message}")
 
@@ -190,6 +195,13 @@ class Scheduler:
             self.guides.compile(request)
         else:
             self.composer.add(request)
+
+    def _reset_prefix_cache(self) -> None:
+        """Nothing computed up to now is found by anybody who gets a slot from now on. Who has one goes on
+        with its own blocks, of which later ones depend on earlier ones: it offers none of them."""
+        self.composer.pool.forget()
+        for request in self.composer.running:
+            request.keep_private()
 
     def take_compiled(self) -> None:
         """Puts requests whose grammars are compiled into the queue."""

@@ -132,6 +132,10 @@ class Request:
         self.num_registered = 0  # blocks offered to the prefix cache so far
         self.fills_at = NEVER  # tokens beyond which one block more is full, and computed for certain
 
+    def keep_private(self) -> None:
+        """Its blocks, those to come included, are offered to nobody: until it begins anew."""
+        self.num_registered = self.fills_at = NEVER
+
     def num_shareable(self, block_size: int) -> int:
         """Blocks of its prompt that choices of the same request can share with it."""
         return min(self.num_prompt, len(self.tokens) - 1) // block_size

@@ -6,9 +6,10 @@ import asyncio
 from itertools import pairwise
 from pathlib import Path
 
+import psutil
 import pytest
 
-from tpworker import Runtime, SamplingParams
+from tpworker import Runtime, RuntimeStopped, SamplingParams
 from tpworker.testing.fake_process import FAKE_RANKS, fake_model
 
 
@@ -31,5 +32,30 @@ def test_every_token_is_the_number_of_its_step(tmp_path: Path, lookahead: int) -
             records = runtime.stats().recent_steps
             assert all(record.ended_ns - record.started_ns >= 2_000_000 for record in records)
             assert all(after.started_ns >= before.ended_ns for before, after in pairwise(records))
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
+def test_after_a_reset_nothing_is_found_though_the_scheduler_is_lost_meanwhile(tmp_path: Path) -> None:
+    async def cached(runtime: Runtime) -> int:
+        sampling = SamplingParams(max_tokens=2, detokenize=False)
+        return [output async for output in runtime.generate(range(100), sampling)][-1].num_cached_tokens
+
+    async def main() -> None:
+        async with Runtime(fake_model(tmp_path / "model"), **FAKE_RANKS) as runtime:
+            assert [await cached(runtime) for _ in range(2)] == [0, 96]
+            await runtime.reset_prefix_cache()
+            assert [await cached(runtime) for _ in range(2)] == [0, 96]
+            (scheduler,) = (c for c in psutil.Process().children(True) if c.name() == "tpworker-scheduler")
+            scheduler.suspend()  # it hears of nothing any more
+            reset = asyncio.ensure_future(runtime.reset_prefix_cache())
+            await asyncio.sleep(0.1)
+            assert not reset.done()
+            scheduler.kill()
+            await reset
+            assert runtime.stats().restarts == 1
+            assert [await cached(runtime) for _ in range(2)] == [0, 96]
+        with pytest.raises(RuntimeStopped, match="the runtime is stopped"):
+            await runtime.reset_prefix_cache()
 
     asyncio.run(asyncio.wait_for(main(), 60))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from tests.runtime.test_requests import step
 from tpworker import RequestFailed
 from tpworker.ipc.arrays import pack_int32
-from tpworker.ipc.messages import Abort, Message, Sampling, Submit, Vocabulary
+from tpworker.ipc.messages import Abort, Message, ResetPrefixCache, Sampling, Submit, Vocabulary
 from tpworker.runtime.dispatch import Dispatch
 from tpworker.runtime.faults import Fault
 from tpworker.runtime.requests import Request, Requests
@@ -108,3 +109,34 @@ def test_each_scheduler_is_told_the_vocabulary_before_the_first_grammar(world: W
         assert {message.generation for message in world.generation.sent} == {world.number}
         world.dispatch.interrupt(KILLED)
         world.resume()
+
+
+def test_a_reset_is_answered_by_whichever_scheduler_there_is_before_it_is_told_of_requests(
+    world: World,
+) -> None:
+    async def main() -> None:
+        request = world.submit()
+        reset, left = (world.dispatch.reset_prefix_cache() for _ in range(2))
+        assert world.generation.sent[-2:] == [ResetPrefixCache(0, 0), ResetPrefixCache(0, 1)]
+        left.cancel()  # its asker is gone
+        world.dispatch.interrupt(KILLED)
+        waiting = world.dispatch.reset_prefix_cache()
+        await asyncio.sleep(0)
+        world.dispatch.deliver(ResetPrefixCache(0, 1))
+        assert not reset.done()
+        assert world.requests.any_submitted(), "the next scheduler is watched"
+        world.resume()
+        *resets, submit = world.generation.sent
+        assert resets == [ResetPrefixCache(1, 0), ResetPrefixCache(1, 2)]
+        assert submit.request == request.number
+        for message in resets:
+            world.dispatch.deliver(message)
+        await asyncio.gather(reset, waiting)
+        late = world.dispatch.reset_prefix_cache()
+        world.dispatch.abandon(lambda: RequestFailed("over"))
+        with pytest.raises(RequestFailed, match="over"):
+            await late
+        await asyncio.sleep(0)
+        assert world.requests.num_questions == 0
+
+    asyncio.run(main())

@@ -137,6 +137,7 @@ class FakeRuntime(Facts):
     resumed_requests: int = 0
     lost: tuple[tuple[str, int], ...] = ()
     num_open: int = 0
+    num_resets: int = 0
     drained: float | None = None
     tokenising_threads: set[str] = field(default_factory=set)
     prepared_chars: list[int] = field(default_factory=list)
@@ -193,6 +194,9 @@ class FakeRuntime(Facts):
 
     async def __aexit__(self, *exception: object) -> None:
         await self.stop()
+
+    async def reset_prefix_cache(self) -> None:
+        self.num_resets += 1
 
     async def drain(self, timeout: float | None = None) -> None:
         self.state, self.drained = "draining", timeout

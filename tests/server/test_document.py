@@ -14,6 +14,7 @@ from tests.server.test_generation import USER
 from tests.server.test_refusals import CHAT, COMPLETIONS
 from tpworker.config import RuntimeConfig
 from tpworker.server import shapes
+from tpworker.server.gate import GUARDED
 
 Start = Callable[..., LiveServer]
 Document = dict[str, Any]
@@ -44,7 +45,7 @@ def test_the_key_is_told_of(start: Start) -> None:
     document = start(api_key="secret").get("/openapi.json").json()
     assert document["components"]["securitySchemes"] == {"key": {"type": "http", "scheme": "bearer"}}
     for path, method, operation in operations(document):
-        needs_it = path.startswith("/v1/") or path in ("/tokenize", "/detokenize", "/tokenizer_info")
+        needs_it = path.startswith("/v1/") or path in GUARDED
         assert ("security" in operation) == needs_it, (path, method)
         assert ("401" in operation["responses"]) == needs_it, (path, method)
 
@@ -69,6 +70,8 @@ SENT: list[tuple[str, str, int, dict[str, Any]]] = [
     ("post", "/detokenize", 200, {"json": {"tokens": [1]}}),
     ("post", "/detokenize", 400, {"json": {"tokens": [-1]}}),
     ("get", "/tokenizer_info", 200, {}),
+    ("post", "/reset_prefix_cache", 200, {}),
+    ("post", "/reset_prefix_cache", 400, {"params": {"reset_external": "true"}}),
     ("get", "/v1/models", 200, {}),
     ("get", "/v1/models/{model}", 404, {}),
     ("get", "/health", 200, {}),

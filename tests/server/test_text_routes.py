@@ -132,3 +132,17 @@ def test_they_wait_until_it_is_ready_and_are_tokenised_apart(start: Start) -> No
     server.post("/tokenize", json={"prompt": "abc"})
     server.post("/detokenize", json={"tokens": [1, 2]})
     assert server.runtime.prepared_chars == [3, 2]
+
+
+def test_the_prefix_cache_is_reset_by_who_has_the_key(server: LiveServer, start: Start) -> None:
+    response = server.post("/reset_prefix_cache")
+    assert (response.json(), server.runtime.num_resets) == ({"success": True}, 1)
+    for asked in ({"reset_running_requests": "true"}, {"reset_external": "1"}, {"reset_external": "maybe"}):
+        refused = server.post("/reset_prefix_cache", params=asked)
+        assert error_of(refused)["param"] == next(iter(asked))
+    guarded = start(api_key="secret")
+    assert guarded.post("/reset_prefix_cache").status_code == 401
+    guarded.runtime.state = "starting"
+    headers = {"Authorization": "Bearer secret"}
+    assert guarded.post("/reset_prefix_cache", headers=headers).status_code == 503
+    assert (server.runtime.num_resets, guarded.runtime.num_resets) == (1, 0)

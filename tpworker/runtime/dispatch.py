@@ -10,8 +10,12 @@ After crashes some run apart and the others wait, see recovery.py.
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
+from functools import partial
+
 from tpworker.errors import RequestFailed
-from tpworker.ipc.messages import Abort, Failed, StepOutput, Vocabulary
+from tpworker.ipc.messages import Abort, Failed, ResetPrefixCache, Said, Vocabulary
 from tpworker.runtime.faults import Fault
 from tpworker.runtime.generation import Generation
 from tpworker.runtime.recovery import Quarantine
@@ -33,6 +37,8 @@ class Dispatch:
         self._generation: Generation | None = None  # None: there are no processes, but there will be
         self._has_vocabulary: int | None = None  # the generation whose scheduler does
         self._quarantine = Quarantine(2 * in_flight + 1)
+        self._num_resets = 0
+        self._resets: dict[int, asyncio.Future[None]] = {}  # of the prefix cache, that are not answered
 
     def submit(self, request: Request) -> None:
         """Tells the scheduler of a request whose `submit` is known, or keeps it until that can be."""
@@ -54,8 +60,35 @@ class Dispatch:
                 self._generation.send(Abort(self._generation.number, request.number))
             self._let_others_run()
 
-    def deliver(self, output: StepOutput | Failed) -> None:
+    def reset_prefix_cache(self) -> asyncio.Future[None]:
+        """Has the scheduler forget what was computed; done once that is so, whichever scheduler it is then.
+        Whoever is submitted from now on finds nothing of it in any case."""
+        number, self._num_resets = self._num_resets, self._num_resets + 1
+        reset = self._resets[number] = asyncio.get_running_loop().create_future()
+        self.requests.num_questions += 1
+        reset.add_done_callback(partial(self._answered, number))
+        if self._generation is not None:
+            self._generation.send(ResetPrefixCache(self._generation.number, number))
+        return reset
+
+    def _answered(self, number: int, reset: asyncio.Future[None]) -> None:
+        """Or its asker has left."""
+        del self._resets[number]
+        self.requests.num_questions -= 1
+
+    def abandon(self, error: Callable[[], Exception]) -> None:
+        """There will be no scheduler: whoever waits for it gets an error."""
+        for reset in list(self._resets.values()):
+            if not reset.done():
+                reset.set_exception(error())
+
+    def deliver(self, output: Said) -> None:
         """What the scheduler says. Raises GapError, see `Requests.deliver`."""
+        if isinstance(output, ResetPrefixCache):
+            reset = self._resets.get(output.number)
+            if reset is not None and not reset.done():
+                reset.set_result(None)
+            return
         if isinstance(output, Failed):
             self.requests.fail(output)
         else:
@@ -76,6 +109,8 @@ class Dispatch:
     def resume(self, generation: Generation) -> int:
         """There are processes again. Returns how many requests go on, now or when they may."""
         self._generation = generation
+        for number in list(self._resets):  # first: it may have taken over what the one before has left
+            generation.send(ResetPrefixCache(generation.number, number))
         self._submit_waiting()
         return self.requests.num_told
 

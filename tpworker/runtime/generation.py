@@ -19,7 +19,7 @@ from tpworker.ipc.channels import Channel, ChannelError, new_address
 from tpworker.ipc.child import SCHEDULER_NAME
 from tpworker.ipc.codec import MessageError
 from tpworker.ipc.deadlines import step_deadline
-from tpworker.ipc.messages import Failed, Message, SchedulerReady, StepOutput, Stop
+from tpworker.ipc.messages import Message, Said, SchedulerReady, Stop
 from tpworker.ipc.patience import Patience
 from tpworker.ipc.streams import open_standard_descriptors
 from tpworker.observe.states import ProcessState, states_of
@@ -83,7 +83,7 @@ class Generation:
     def __init__(
         self,
         group: Group,
-        on_output: Callable[[StepOutput | Failed], None],
+        on_output: Callable[[Said], None],
         on_fault: Callable[[Fault], None],
         is_busy: Callable[[], bool],
         standbys: Standbys | None = None,
@@ -252,7 +252,7 @@ class Generation:
             self._is_greeted = True
         elif message.generation != self.number:
             pass  # from before a restart
-        elif isinstance(message, (StepOutput, Failed)):
+        elif isinstance(message, Said):
             if self._fault is None:
                 self._on_output(message)
         elif isinstance(message, SchedulerReady):

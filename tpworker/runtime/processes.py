@@ -19,7 +19,7 @@ from collections import Counter
 from dataclasses import replace
 from typing import Protocol
 
-from tpworker.ipc.messages import Failed, StepOutput
+from tpworker.ipc.messages import Said
 from tpworker.ipc.streams import open_standard_descriptors
 from tpworker.observe.start import StartTimes
 from tpworker.runtime.events import Events
@@ -45,7 +45,7 @@ FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.1, 5.0
 class Owner(Protocol):
     """Whom the processes serve."""
 
-    def on_output(self, output: StepOutput | Failed) -> None:
+    def on_output(self, output: Said) -> None:
         """The scheduler says something."""
 
     def on_lost(self, fault: Fault) -> None:

@@ -239,12 +239,14 @@ class Requests:
         self.num_waiting = 0
         self.num_running = 0
         self.num_output_tokens = 0
+        self.num_questions = 0
+        """What the scheduler was asked besides, and has not answered."""
         self._by_number: dict[int, Request] = {}
         self._next_number = 0
 
     def any_submitted(self) -> bool:
         """Whether the scheduler has work; what is tokenised still, it knows nothing of."""
-        return any(request.is_submitted for request in self._by_number.values())
+        return self.num_questions > 0 or any(request.is_submitted for request in self._by_number.values())
 
     def __contains__(self, request: Request) -> bool:
         return request.number in self._by_number

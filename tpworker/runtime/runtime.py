@@ -20,7 +20,7 @@ from typing import Any, NoReturn, TypeVar
 
 from tpworker.config import RuntimeConfig
 from tpworker.errors import RuntimeStopped
-from tpworker.ipc.messages import Failed, StepOutput
+from tpworker.ipc.messages import Said, StepOutput
 from tpworker.observe.gpus import resolve_gpus
 from tpworker.observe.start import StartTimes
 from tpworker.observe.watch import GpuWatch
@@ -177,6 +177,7 @@ class Runtime(Observable):
         self._intake.abandon_prompts(_stopped)
         if stray is None:
             self._intake.requests.fail_all(_stopped)
+            self._intake.dispatch.abandon(_stopped)
         self._intake.close_processes()
         try:
             if self._processes is not None:
@@ -305,9 +306,25 @@ class Runtime(Observable):
         self._home.check()
         self._intake.abort(request_id)
 
+    async def reset_prefix_cache(self) -> None:
+        """Forgets all keys and values that have been computed, in this generation of processes and in those
+        that come after a fault: no request that begins to run from now on finds any of them.
+
+        Requests that run go on with their own, and leave none of them to others; those that wait are as new.
+
+        Raises:
+            RuntimeStopped, RuntimeFailed: as `generate` does; while it drains it is done, too.
+        """
+        self._home.check_process()
+        self._check_not_failed()
+        self._home.check()
+        if self._state not in ("ready", "draining"):
+            raise RuntimeStopped(f"there is no prefix cache: the runtime is {self._state}")
+        await self._intake.dispatch.reset_prefix_cache()
+
     # ------------------------------------------------------------------- from the processes
 
-    def on_output(self, output: StepOutput | Failed) -> None:
+    def on_output(self, output: Said) -> None:
         """For `Processes`."""
         self._intake.dispatch.deliver(output)
         if isinstance(output, StepOutput):
@@ -331,6 +348,7 @@ class Runtime(Observable):
         self._fault = fault
         self._state = "failed"
         self._intake.requests.fail_all(fault.failure)
+        self._intake.dispatch.abandon(fault.failure)
         self._intake.abandon_prompts(fault.failure)
 
 

@@ -214,6 +214,10 @@ class SyncRuntime:
 
         self._call(abort())
 
+    def reset_prefix_cache(self) -> None:
+        """See `Runtime.reset_prefix_cache`."""
+        self._call(self.runtime.reset_prefix_cache())
+
     # ---------------------------------------------------------------------------- what it is
 
     def health(self) -> Health:

@@ -17,6 +17,7 @@ from tpworker.server.handlers import add_handlers
 from tpworker.server.options import FrontOptions
 from tpworker.server.request_ids import RequestIds
 from tpworker.server.request_log import RequestLog
+from tpworker.server.routes.cache import add_cache
 from tpworker.server.routes.generation import add_generation
 from tpworker.server.routes.models import add_models
 from tpworker.server.routes.probes import add_probes
@@ -93,6 +94,7 @@ def create_app(runtime: Runtime, options: FrontOptions | None = None) -> FastAPI
     add_responses(app, front)
     add_models(app, front)
     add_text(app, front)
+    add_cache(app, front)
     add_probes(app, front, metrics)
     complete(app, runtime, has_key=options.api_key is not None)
     return app

@@ -289,6 +289,10 @@ class Version(_Shape):
     version: str
 
 
+class Done(_Shape):
+    success: Literal[True]
+
+
 class Load(_Shape):
     server_load: int
 

@@ -21,6 +21,7 @@ from tpworker.ipc.messages import (
     Abort,
     Finish,
     PromptLogprobs,
+    ResetPrefixCache,
     SchedulerLoad,
     SchedulerReady,
     Started,
@@ -125,6 +126,8 @@ class FakeScheduler:
                     self.waiting.append(Echo(message, prompt, stop_ids, limit, message.num_delivered))
                 case Vocabulary():
                     pass
+                case ResetPrefixCache():  # it has none
+                    self.runtime.send(message)
                 case Abort():
                     self.waiting = [echo for echo in self.waiting if echo.submit.request != message.request]
                     self.running = [echo for echo in self.running if echo.submit.request != message.request]
