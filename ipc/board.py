@@ -5,7 +5,12 @@ word, so that what is read is a value that was written (see SharedWords). Fields
 one instant. It costs a writer some tens of nanoseconds a field, and nobody is told: a board is for progress
 displays, statistics and post-mortems; and for the two watchdogs, which end what has not moved for long.
 
-    words  0 … 31   32 … 47                48 … 71            72 … 95            96 … 119
+    signature, sizes │ About, names, in JSON │ the owner's row │ a row each, in the names' order │ listing
+
+It says itself whose rows it has, so that who was told nothing can read it, from outside. A board is one
+generation's, and belongs to the runtime's process. A row:
+
+    words  0 … 47   48 … 63                64 … 87            88 … 111           112 … 135
          ┌────────┬──────────────────────┬──────────────────┬──────────────────┬──────────────────┐
          │ fields │ when it came to each │ a histogram: sum,│ another          │ another          │
          │        │ of its phases        │ counts           │                  │                  │
@@ -14,19 +19,32 @@ displays, statistics and post-mortems; and for the two watchdogs, which end what
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import os
 import time
 import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from tpworker.ipc.memory import LINE, SharedWords
+from tpworker.ipc.listing import NUM_WORDS as LISTING_WORDS
+from tpworker.ipc.listing import Listing
+from tpworker.ipc.memory import LINE, WORD, SharedWords
+from tpworker.version import version
+
+NAME = "tpworker-board"
+"""Of its memory, in /proc/PID/fd."""
 
 _SIGNATURE = int.from_bytes(b"tpwb", "little")
-_ROW = 16 * LINE  # words; an even number of lines, as CPUs prefetch them in pairs
-_ENTERED = 4 * LINE  # the word that says when phase 0 was entered; those of the other phases follow
-_SPANS = 6 * LINE  # where the first span's histogram begins: nanoseconds in all, then NUM_BUCKETS counts
+_PAIR = 2 * LINE  # words; CPUs prefetch lines in pairs
+_ROW = 10 * _PAIR  # words
+_ENTERED = 6 * LINE  # the word that says when phase 0 was entered; those of the other phases follow
+_SPANS = 8 * LINE  # where the first span's histogram begins: nanoseconds in all, then NUM_BUCKETS counts
 _SPAN = 3 * LINE
+_SIZE, _ENDED = 1, 2  # words behind the signature: bytes of the description; when the owner let go of it
+_MAX_DESCRIPTION = 1 << 16  # bytes
 
 NUM_BUCKETS = 20
 """Of a span's histogram. Bucket i counts what took 2^i µs at most and more than half of that; the first one
@@ -62,6 +80,42 @@ class Field(IntEnum):
     """Of the scheduler: milliseconds that the steps in flight may take, see deadlines.py; 0: none yet."""
     LAST_ARRIVALS = 12
     """Steps to whose barrier the process came last: all others waited for it."""
+
+    # From 24 on: of the scheduler, and of the owner, the runtime; see scheduler/telling.py and
+    # runtime/telling.py. Counters begin at 0 with a generation.
+    RUNNING = 24
+    """Requests that have a slot; of the owner: that have had one, and may have lost it for a while."""
+    WAITING = 25
+    FREE_BLOCKS = 26
+    """KV blocks that can be given out, those that only the prefix cache holds included."""
+    TOTAL_BLOCKS = 27
+    """KV blocks that requests can have."""
+    PROMPT_TOKENS = 28
+    """Of requests that got a slot."""
+    CACHED_TOKENS = 29
+    """Of these: found in the prefix cache."""
+    PREFILLED_TOKENS = 30
+    """Of prompts, that answered steps have computed."""
+    OUTPUT_TOKENS = 31
+    PREEMPTIONS = 32
+    DRAFTS = 33
+    """That were checked."""
+    ACCEPTED = 34
+    """Of these: that were right."""
+    NUM_GAPS = 35
+    """Answered steps that decode, which followed another at once."""
+    GAPS = 36
+    """Nanoseconds for which rank 0's device had nothing to do before these, together."""
+    BUSY = 37
+    """Nanoseconds for which it ran steps, together."""
+    STATE = 38
+    """Of the owner: index of its `RuntimeState` in `RUNTIME_STATES`."""
+    RESTARTS = 39
+    """Of the owner: how often processes were started anew, since its start; as the three that follow."""
+    FINISHED = 40
+    ABORTED = 41
+    RESUMED = 42
+    """Requests that went on after a restart."""
 
 
 class Span(IntEnum):
@@ -153,26 +207,86 @@ class Row:
         return SpanTimes(total, tuple(counts))
 
 
-class Board:
-    """A row for each of a group of processes, by name. Make it with `create` or `attach`."""
+@dataclass(frozen=True, kw_only=True)
+class About:
+    """What does not change while a board lives."""
 
-    def __init__(self, memory: SharedWords, names: Sequence[str]) -> None:
+    version: str = ""
+    """Of the tpworker that has made it."""
+    pid: int = 0
+    """Of the runtime's process, as that sees it."""
+    created_ns: int = 0
+    """time.monotonic_ns()."""
+    generation: int = 0
+    model: str = ""
+    """A folder."""
+    device: str = ""
+    """'cpu' or 'cuda'."""
+    gpus: tuple[str, ...] = ()
+    """UUIDs, in rank order."""
+    dtype: str = ""
+    max_num_seqs: int = 0
+    max_model_len: int = 0
+    block_size: int = 0
+    lookahead: int = 0
+    num_drafts: int = 0
+
+
+_FORMAT = zlib.crc32(
+    repr(
+        (
+            [(one.name, one.value) for kind in (Field, Phase, Span) for one in kind],
+            [field.name for field in dataclasses.fields(About)],
+            (_PAIR, _ROW, _ENTERED, _SPANS, _SPAN, NUM_BUCKETS, _SIZE, _ENDED, LISTING_WORDS),
+        )
+    ).encode()
+)
+"""What is where: another version's boards have another."""
+
+
+class OtherVersion(ValueError):
+    """It is a board, but another tpworker's, which puts other things elsewhere."""
+
+
+class Board:
+    """A row for each of a group of processes, by name. Make it with `create`, `attach` or `look`."""
+
+    def __init__(self, memory: SharedWords, names: Sequence[str], about: About, num_words: int) -> None:
         self.fd = memory.fd
+        self.about = about
         self._memory = memory
-        self._rows = {
-            name: Row(name, memory.words[_ROW * (1 + i) : _ROW * (2 + i)]) for i, name in enumerate(names)
-        }
+        self._end = memory.words[_ENDED : _ENDED + 1]
+        first = _PAIR + num_words
+        areas = [memory.words[first + _ROW * i : first + _ROW * (i + 1)] for i in range(1 + len(names))]
+        self.owner = Row("tpworker-runtime", areas[0])
+        """The row of the runtime's process."""
+        self._rows = {name: Row(name, area) for name, area in zip(names, areas[1:], strict=True)}
+        self.listing = Listing(memory.words[first + _ROW * (1 + len(names)) :])
+        """Some of the open requests; the runtime writes it."""
 
     @classmethod
-    def create(cls, names: Sequence[str]) -> Board:
+    def create(cls, names: Sequence[str], about: About | None = None) -> Board:
         """A new board, all fields 0; pass its `fd` on to the processes.
+
+        Args:
+            names: of the rows.
+            about: what it tells of itself; version, pid and time are filled in.
 
         Raises:
             ValueError: a name occurs twice.
         """
         if len(set(names)) != len(names):
             raise ValueError(f"a name occurs twice: {', '.join(names)}")
-        return cls(SharedWords.create("tpworker-board", _size(names), _signature(names)), names)
+        about = dataclasses.replace(
+            about or About(), version=version(), pid=os.getpid(), created_ns=time.monotonic_ns()
+        )
+        text = json.dumps({"about": dataclasses.asdict(about), "names": list(names)}).encode()
+        num_words = _padded(len(text))
+        memory = SharedWords.create(NAME, _size(num_words, len(names)), _SIGNATURE << 32 | _FORMAT)
+        padded = memoryview(text.ljust(num_words * WORD, b"\0")).cast("Q")
+        memory.words[_PAIR : _PAIR + num_words] = padded
+        memory.words[_SIZE] = len(text)
+        return cls(memory, names, about, num_words)
 
     @classmethod
     def attach(cls, fd: int, names: Sequence[str]) -> Board:
@@ -182,7 +296,47 @@ class Board:
             ValueError: `fd` is not a board with these names in this order.
         """
         what = f"a board of {', '.join(names)}"
-        return cls(SharedWords.attach(fd, _size(names), _signature(names), what), names)
+        board = cls._open(fd, what, writable=True)
+        if (found := [row.name for row in board.rows()]) != list(names):
+            board.close()
+            raise ValueError(f"descriptor {fd} is not {what}: it is one of {', '.join(found)}")
+        return board
+
+    @classmethod
+    def look(cls, fd: int) -> Board:
+        """The same, whoever has rows there, and to read only. The descriptor stays the caller's.
+
+        Raises:
+            OtherVersion: another version's.
+            ValueError: `fd` is not a board.
+        """
+        return cls._open(fd, "a board", writable=False)
+
+    @classmethod
+    def _open(cls, fd: int, what: str, *, writable: bool) -> Board:
+        memory = SharedWords.open(fd, what, writable=writable)
+        try:
+            found = memory.words[0]
+            if found >> 32 != _SIGNATURE:
+                raise ValueError(f"descriptor {fd} is not {what}: signature {found:#x}")
+            if found & 0xFFFFFFFF != _FORMAT:
+                raise OtherVersion(f"descriptor {fd} is not {what}: it is another version's")
+            size = memory.words[_SIZE]
+            if not 0 < size <= min(_MAX_DESCRIPTION, (len(memory.words) - _PAIR) * WORD):
+                raise ValueError(f"descriptor {fd} is not {what}: a description of {size} bytes")
+            text = memory.words[_PAIR : _PAIR + _padded(size)].tobytes()[:size]
+            try:
+                names, about = _described(text)
+            except (KeyError, TypeError, ValueError, RecursionError) as error:
+                raise ValueError(
+                    f"descriptor {fd} is not {what}: its description is broken: {error}"
+                ) from None
+            if len(memory.words) != _size(_padded(size), len(names)):
+                raise ValueError(f"descriptor {fd} is not {what}: {len(memory.words)} words")
+            return cls(memory, names, about, _padded(size))
+        except BaseException:
+            memory.close()
+            raise
 
     def row(self, name: str) -> Row:
         """The row of the process called `name`.
@@ -196,16 +350,32 @@ class Board:
         """All rows, in the order of the names."""
         return list(self._rows.values())
 
+    @property
+    def is_over(self) -> bool:
+        """Whether its owner has let go of it: its processes are gone."""
+        return self._end[0] != 0
+
     def close(self) -> None:
         """Unmaps the memory, and closes `fd` on the side that created it. Rows are of no use then."""
-        for row in self._rows.values():
+        if self._memory.owns_fd:
+            self._end[0] = time.monotonic_ns()
+        for row in (self.owner, *self._rows.values()):
             row._words.release()
+        self._end.release()
+        self.listing.release()
         self._memory.close()
 
 
-def _size(names: Sequence[str]) -> int:
-    return _ROW * (1 + len(names))
+def _described(text: bytes) -> tuple[list[str], About]:
+    data: dict[str, Any] = json.loads(text)
+    about = data["about"]
+    return data["names"], About(**{**about, "gpus": tuple(about["gpus"])})
 
 
-def _signature(names: Sequence[str]) -> int:
-    return _SIGNATURE << 32 | zlib.crc32("\0".join(names).encode())
+def _padded(num_bytes: int) -> int:
+    """Words of a description, in whole pairs of lines."""
+    return -(-num_bytes // (_PAIR * WORD)) * _PAIR
+
+
+def _size(num_words: int, num_rows: int) -> int:
+    return _PAIR + num_words + _ROW * (1 + num_rows) + LISTING_WORDS

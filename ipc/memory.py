@@ -27,13 +27,16 @@ class SharedWords:
     `struct.pack_into`: it writes zeroes first.) tests/ipc/test_memory.py hammers it.
     """
 
-    def __init__(self, fd: int, num_words: int, *, owns_fd: bool) -> None:
+    def __init__(self, fd: int, num_words: int, *, owns_fd: bool, writable: bool = True) -> None:
         self.fd = fd
-        self._owns_fd = owns_fd
-        self._map = mmap.mmap(fd, num_words * WORD)
+        self.owns_fd = owns_fd
+        """Whether this is the side that created it."""
+        access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
+        self._map = mmap.mmap(fd, num_words * WORD, access=access)
         self.words: memoryview[int] = memoryview(self._map).cast("Q")
         # An object made from a mapping keeps it from being closed: take its address and let it go.
-        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map)) if writable else 0
+        """Of word 0, for native code; 0 where it is mapped to read only."""
 
     @classmethod
     def create(cls, name: str, num_words: int, signature: int) -> SharedWords:
@@ -51,6 +54,19 @@ class SharedWords:
         memory = cls(fd, num_words, owns_fd=True)
         memory.words[0] = signature
         return memory
+
+    @classmethod
+    def open(cls, fd: int, what: str, *, writable: bool) -> SharedWords:
+        """Maps all of a file that may be such memory, for who finds out what it is. The descriptor stays the
+        caller's.
+
+        Raises:
+            ValueError: it cannot be `what` the caller takes it for, by its size.
+        """
+        size = os.fstat(fd).st_size
+        if not size or size % WORD:
+            raise ValueError(f"descriptor {fd} is not {what}: {size} bytes")
+        return cls(fd, size // WORD, owns_fd=False, writable=writable)
 
     @classmethod
     def attach(cls, fd: int, num_words: int, signature: int, what: str) -> SharedWords:
@@ -73,6 +89,6 @@ class SharedWords:
         """Unmaps the memory, and closes the descriptor on the side that created it. Once is enough."""
         self.words.release()
         self._map.close()
-        if self._owns_fd:
+        if self.owns_fd:
             os.close(self.fd)
-            self._owns_fd = False
+            self.owns_fd = False

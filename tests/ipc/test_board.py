@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 import time
 from contextlib import closing
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -15,7 +17,10 @@ from hypothesis import strategies as st
 from tests.ipc.ranks import DEADLINE, ROOT
 from tpworker.ipc import board as board_module
 from tpworker.ipc.barrier import Barrier
-from tpworker.ipc.board import BOUNDS_NS, NUM_BUCKETS, Board, Field, Phase, Span
+from tpworker.ipc.board import BOUNDS_NS, NUM_BUCKETS, About, Board, Field, OtherVersion, Phase, Span
+from tpworker.ipc.listing import MAX_NAME, NUM_ENTRIES, Listed
+from tpworker.ipc.memory import SharedWords
+from tpworker.version import version
 
 NAMES = ["tpworker-scheduler", "tpworker-rank0", "tpworker-rank1"]
 
@@ -94,6 +99,82 @@ def test_what_a_killed_process_wrote_stays() -> None:
             assert process.wait(DEADLINE) == -signal.SIGKILL
             process.stdout.close()
         assert [row[Field.LAUNCHED] for row in board.rows()] == [0, 0, 17]
+
+
+def test_who_was_told_nothing_reads_whose_rows_it_has() -> None:
+    about = About(model="/models/ünicode", gpus=("GPU-1", "GPU-2"), generation=3, max_num_seqs=8)
+    with closing(Board.create(NAMES, about)) as board, closing(Board.look(board.fd)) as other:
+        board.row("tpworker-rank1")[Field.LAUNCHED] = 5
+        board.owner[Field.RESTARTS] = 2
+        assert [row.name for row in other.rows()] == NAMES
+        assert [row[Field.LAUNCHED] for row in other.rows()] == [0, 0, 5]
+        assert other.owner[Field.RESTARTS] == 2
+        assert other.about == board.about
+        assert replace(other.about, version="", pid=0, created_ns=0) == about
+        assert (other.about.pid, other.about.version) == (os.getpid(), version())
+        with pytest.raises(TypeError, match="read-only"):
+            other.owner[Field.RESTARTS] = 3
+
+
+def test_a_reader_sees_that_the_owner_has_let_go() -> None:
+    board = Board.create(NAMES)
+    with closing(Board.look(fd := os.dup(board.fd))) as other:
+        Board.attach(board.fd, NAMES).close()  # who has a row in it does not end it
+        assert not other.is_over
+        board.close()
+        assert other.is_over
+    os.close(fd)
+
+
+@pytest.mark.parametrize("signature", [0x6277_7074_70A5_1B2C, 0x6277_7074_0000_0001])
+def test_another_versions_board_is_told_from_what_is_none(signature: int) -> None:
+    """The first as boards were before they described themselves."""
+    memory = SharedWords.create("tpworker-board", 96, signature)
+    with closing(memory), pytest.raises(OtherVersion, match="another version's"):
+        Board.look(memory.fd)
+    with closing(Barrier.create(1)) as barrier, pytest.raises(ValueError, match="is not a board: signature"):
+        Board.look(barrier.fd)
+    for size in (0, 12):
+        with open(os.memfd_create("odd"), "wb", buffering=0) as odd:
+            odd.truncate(size)
+            with pytest.raises(ValueError, match=f"is not a board: {size} bytes"):
+                Board.look(odd.fileno())
+
+
+def test_a_description_that_lies_is_refused() -> None:
+    with closing(Board.create(NAMES)) as board:
+        size = board._memory.words[1]
+        for wrong in (0, size - 1, 1 << 40):
+            board._memory.words[1] = wrong
+            with pytest.raises(ValueError, match=r"is not a board: (its|a) description"):
+                Board.look(board.fd)
+
+
+@given(
+    st.lists(
+        st.builds(
+            Listed,
+            st.integers(0, 2**63),
+            st.text(max_size=30),
+            st.integers(0, 2**63),
+            st.integers(0, 2**31),
+            st.integers(0, 2**31),
+            st.booleans(),
+        ),
+        max_size=NUM_ENTRIES + 2,
+    ),
+    st.integers(0, 3),
+)
+def test_the_listing_is_what_was_written_last(requests: list[Listed], num_before: int) -> None:
+    with closing(Board.create(NAMES)) as board, closing(Board.look(board.fd)) as other:
+        board.listing.write([Listed(1, "x" * 200, 2, 3, 4, True)] * num_before)
+        assert all(one.name == "x" * MAX_NAME for one in other.listing.read())
+        board.listing.write(requests)
+        found = other.listing.read()
+        shown = requests[:NUM_ENTRIES]
+        assert found == [
+            one._replace(name=one.name.encode()[:MAX_NAME].decode(errors="ignore")) for one in shown
+        ]
 
 
 def test_both_sides_must_know_the_same_names() -> None:

@@ -93,9 +93,9 @@ class AnyDrafts:
 
 def close_descriptor(memory: SharedWords) -> None:
     """Unless that was done. What is mapped goes with who looks at it."""
-    if memory._owns_fd:
+    if memory.owns_fd:
         os.close(memory.fd)
-        memory._owns_fd = False
+        memory.owns_fd = False
 
 
 class World:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
+from tpworker.ipc.board import About
 from tpworker.ipc.child import RankSettings, SchedulerSettings
 
 
@@ -25,3 +26,21 @@ class Group:
     rank_module: str = "tpworker.rank"
     rank_cpus: Sequence[AbstractSet[int] | None] = ()
     """By rank the CPUs that its process keeps to; None, and ranks beyond the end: the ones it inherits."""
+    gpus: Sequence[str] = ()
+    """By rank the UUID of its GPU; none on the CPU. For the status board."""
+
+    @property
+    def about(self) -> About:
+        """What its status board tells of it."""
+        return About(
+            generation=self.generation,
+            model=self.model,
+            device=self.rank.device,
+            gpus=tuple(self.gpus),
+            dtype=self.rank.dtype,
+            max_num_seqs=self.scheduler.max_num_seqs,
+            max_model_len=self.scheduler.max_model_len,
+            block_size=self.scheduler.block_size,
+            lookahead=self.scheduler.lookahead,
+            num_drafts=self.scheduler.num_drafts,
+        )

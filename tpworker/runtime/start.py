@@ -122,6 +122,7 @@ def set_up(
         scheduler=scheduler_settings(config, model.spec, device, max_model_len),
         rank=rank_settings(config, model.spec, device, max_model_len),
         rank_cpus=near_cpus(gpus),
+        gpus=tuple(gpu.uuid for gpu in gpus),
         rank_module=rank_module,
         scheduler_module=scheduler_module,
     )

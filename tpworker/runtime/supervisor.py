@@ -97,7 +97,7 @@ class Supervisor:
         self._closed = False
         self._owns_keeping = keeping is None
         with contextlib.ExitStack() as undo:
-            self.board = Board.create(board_names(group.num_ranks))
+            self.board = Board.create(board_names(group.num_ranks), group.about)
             undo.callback(self.board.close)
             self._barrier = Barrier.create(group.num_ranks)
             undo.callback(self._barrier.close)
