@@ -48,6 +48,7 @@ from tpworker.scheduler.inflight import Answer, InFlight, InFlightPlans
 from tpworker.scheduler.kept_blocks import KeptBlocks
 from tpworker.scheduler.kv_blocks import BlockPool
 from tpworker.scheduler.requests import Request, State
+from tpworker.scheduler.telling import Telling
 from tpworker.scheduler.told import prompt_logprobs
 
 logger = logging.getLogger(__name__)
@@ -116,6 +117,7 @@ class Scheduler:
         self._plans = plans
         self._board = board
         self._row = board.rows()[0]
+        self._telling = Telling(self._row, self.composer, self.drafting)
 
     def run(self) -> None:
         """Until the runtime says Stop."""
@@ -124,6 +126,7 @@ class Scheduler:
             self.compose_ahead()  # 1 compose, 2 stream
             self.forward()  # what was committed, to the runtime
             self.remember()  # what blocks hold, for requests and schedulers to come
+            self._telling.tell(self.guides.num_compiling, not len(self.in_flight))
         self.guides.let_go()
 
     def compose_ahead(self) -> None:
@@ -260,6 +263,7 @@ class Scheduler:
             del self._open[request.id]
         self.guides.answered(plan.step)
         self._row[Field.COMPLETED] = plan.step + 1
+        self._telling.answered(plan, result.timing, len(committed.tokens))
         self._committed.append(
             StepOutput(
                 self.generation,
