@@ -81,8 +81,8 @@ class Field(IntEnum):
     LAST_ARRIVALS = 12
     """Steps to whose barrier the process came last: all others waited for it."""
 
-    # From 24 on: of the scheduler, and of the owner, the runtime; see scheduler/telling.py and
-    # runtime/telling.py. Counters begin at 0 with a generation.
+    # Of the scheduler, and of the owner, the runtime: see scheduler/telling.py and runtime/telling.py. The
+    # scheduler's counters begin at 0 with each generation.
     RUNNING = 24
     """Requests that have a slot; of the owner: that have had one, and may have lost it for a while."""
     WAITING = 25
@@ -109,13 +109,11 @@ class Field(IntEnum):
     BUSY = 37
     """Nanoseconds for which it ran steps, together."""
     STATE = 38
-    """Of the owner: index of its `RuntimeState` in `RUNTIME_STATES`."""
-    RESTARTS = 39
-    """Of the owner: how often processes were started anew, since its start; as the three that follow."""
-    FINISHED = 40
-    ABORTED = 41
-    RESUMED = 42
-    """Requests that went on after a restart."""
+    """Of the owner: index of its state in `RUNTIME_STATES`. What follows is its own too."""
+    FINISHED = 39
+    ABORTED = 40
+    RESUMED = 41
+    """Requests that went on after a restart, each as often as it did."""
 
 
 class Span(IntEnum):

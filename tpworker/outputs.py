@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 FinishReason = Literal["stop", "length", "abort"]
 RuntimeState = Literal["stopped", "starting", "ready", "recovering", "draining", "failed"]
+RUNTIME_STATES: tuple[RuntimeState, ...] = get_args(RuntimeState)
 EventKind = Literal["lost", "recovering", "recovered", "given_up"]
 
 

@@ -105,15 +105,15 @@ def test_who_was_told_nothing_reads_whose_rows_it_has() -> None:
     about = About(model="/models/ünicode", gpus=("GPU-1", "GPU-2"), generation=3, max_num_seqs=8)
     with closing(Board.create(NAMES, about)) as board, closing(Board.look(board.fd)) as other:
         board.row("tpworker-rank1")[Field.LAUNCHED] = 5
-        board.owner[Field.RESTARTS] = 2
+        board.owner[Field.RESUMED] = 2
         assert [row.name for row in other.rows()] == NAMES
         assert [row[Field.LAUNCHED] for row in other.rows()] == [0, 0, 5]
-        assert other.owner[Field.RESTARTS] == 2
+        assert other.owner[Field.RESUMED] == 2
         assert other.about == board.about
         assert replace(other.about, version="", pid=0, created_ns=0) == about
         assert (other.about.pid, other.about.version) == (os.getpid(), version())
         with pytest.raises(TypeError, match="read-only"):
-            other.owner[Field.RESTARTS] = 3
+            other.owner[Field.RESUMED] = 3
 
 
 def test_a_reader_sees_that_the_owner_has_let_go() -> None:

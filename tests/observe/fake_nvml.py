@@ -28,6 +28,7 @@ class FakeGpu:
     temperature: int = 34
     milliwatts: int = 75_500
     ecc: tuple[int, int] = (3, 0)
+    utilization: int = 55
 
 
 class FakeNvml:
@@ -133,6 +134,9 @@ class FakeNvml:
 
     def nvmlDeviceGetPowerUsage(self, gpu: FakeGpu) -> int:
         return gpu.milliwatts
+
+    def nvmlDeviceGetUtilizationRates(self, gpu: FakeGpu) -> Any:
+        return SimpleNamespace(gpu=gpu.utilization, memory=1)
 
     def nvmlDeviceGetTotalEccErrors(self, gpu: FakeGpu, kind: int, counter: int) -> int:
         return gpu.ecc[kind]

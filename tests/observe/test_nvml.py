@@ -35,7 +35,7 @@ def test_a_gpu_is_told_of() -> None:
 
 def test_how_a_gpu_does() -> None:
     nvml = Nvml(FakeNvml(UUIDS))
-    assert nvml.read(UUIDS[1]) == Reading(34, 75.5, 1 * GIB, 3, 0)
+    assert nvml.read(UUIDS[1]) == Reading(34, 75.5, 1 * GIB, 3, 0, 55)
     assert (nvml.driver, nvml.cuda_version) == ("580.159.04", (13, 0))
 
 

@@ -35,7 +35,7 @@ def test_readings_are_fresh_but_not_asked_for_more_often_than_that(monkeypatch: 
     watch = watching(library)
     first, second = watch.states()
     assert (first.rank, first.gpu.uuid, second.rank, second.gpu.uuid) == (0, "GPU-1", 1, "GPU-2")
-    assert first.reading == Reading(34, 75.5, 1 << 30, 3, 0)
+    assert first.reading == Reading(34, 75.5, 1 << 30, 3, 0, 55)
     library.gpus[0].temperature = 50
     assert watch.states()[0].reading.temperature == 34, "a moment old"
     now = time.monotonic()

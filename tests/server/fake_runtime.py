@@ -15,7 +15,10 @@ from tokenizers import Tokenizer as Backend
 from tests.server.fake_records import Record
 from tpworker.config import RuntimeConfig
 from tpworker.errors import QueueFull, RuntimeFailed, RuntimeStopped
+from tpworker.ipc.board import About, Board
 from tpworker.model.families.spec import ModelSpec, RopeSpec
+from tpworker.observe.looking import look, without_processes
+from tpworker.observe.snapshot import Snapshot, Whole
 from tpworker.observe.states import ProcessState
 from tpworker.observe.watch import GpuState
 from tpworker.outputs import (
@@ -136,6 +139,7 @@ class FakeRuntime(Facts):
     events: tuple[RuntimeEvent, ...] = ()
     resumed_requests: int = 0
     lost: tuple[tuple[str, int], ...] = ()
+    board: Board | None = None
     num_open: int = 0
     num_resets: int = 0
     drained: float | None = None
@@ -231,11 +235,11 @@ class FakeRuntime(Facts):
     def processes(self) -> tuple[ProcessState, ...]:
         return self.process_states
 
-    def add_listener(self, listener: Listener) -> None:
-        self.listeners.append(listener)
-
-    def remove_listener(self, listener: Listener) -> None:
-        self.listeners.remove(listener)
+    def snapshot(self) -> Snapshot:
+        if self.board is not None:
+            return look(self.board)
+        about = self._setup.group.about if self._setup is not None else About()
+        return without_processes(about, Whole(state=self.state, running=self.num_open))
 
     def health(self) -> Health:
         return Health(self.state, self.error)

@@ -72,6 +72,7 @@ SENT: list[tuple[str, str, int, dict[str, Any]]] = [
     ("get", "/tokenizer_info", 200, {}),
     ("post", "/reset_prefix_cache", 200, {}),
     ("post", "/reset_prefix_cache", 400, {"params": {"reset_external": "true"}}),
+    ("get", "/top", 200, {}),
     ("get", "/v1/models", 200, {}),
     ("get", "/v1/models/{model}", 404, {}),
     ("get", "/health", 200, {}),

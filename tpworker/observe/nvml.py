@@ -94,6 +94,8 @@ class Reading:
     ecc_corrected: int | None
     """Memory errors since the driver was loaded."""
     ecc_uncorrected: int | None
+    utilization: int | None = None
+    """Percent of the last moments in which some kernel ran."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,6 +252,7 @@ class Nvml:
         handle = self.handles[uuid]
         memory = self.ask("nvmlDeviceGetMemoryInfo", handle)
         milliwatts = self.ask("nvmlDeviceGetPowerUsage", handle)
+        busy = self.ask("nvmlDeviceGetUtilizationRates", handle)
         corrected, uncorrected = (
             self.ask("nvmlDeviceGetTotalEccErrors", handle, kind, _SINCE_DRIVER_LOAD)
             for kind in (_CORRECTED, _UNCORRECTED)
@@ -260,6 +263,7 @@ class Nvml:
             memory_used=None if memory is None else memory.used,
             ecc_corrected=corrected,
             ecc_uncorrected=uncorrected,
+            utilization=None if busy is None else int(busy.gpu),
         )
 
     def uncorrected_errors(self, uuid: str) -> int | None:

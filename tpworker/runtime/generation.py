@@ -14,7 +14,7 @@ import math
 import traceback
 from collections.abc import Callable
 
-from tpworker.ipc.board import Field, Phase, Row
+from tpworker.ipc.board import Board, Field, Phase, Row
 from tpworker.ipc.channels import Channel, ChannelError, new_address
 from tpworker.ipc.child import SCHEDULER_NAME
 from tpworker.ipc.codec import MessageError
@@ -142,6 +142,11 @@ class Generation:
                 self.blame(Fault(stopped, summary, is_external=True))
             await asyncio.wait([self._ready], timeout=min(patience.slice(), POLL_SECONDS))
         return self._ready.result()
+
+    @property
+    def board(self) -> Board | None:
+        """The status board; None: it is over."""
+        return None if self._channel is None else self._supervisor.board
 
     @property
     def ranks(self) -> list[Row]:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 from tpworker.config import RuntimeConfig
 from tpworker.errors import RuntimeStopped
+from tpworker.ipc.board import About, Board
+from tpworker.observe.looking import look, without_processes
+from tpworker.observe.snapshot import Snapshot, Whole
 from tpworker.observe.states import ProcessState
 from tpworker.observe.watch import GpuState, GpuWatch
 from tpworker.outputs import Health, Listener, RuntimeEvent, RuntimeState, Stats
@@ -18,6 +22,7 @@ from tpworker.runtime.listeners import EventListener, Listeners
 from tpworker.runtime.processes import Processes
 from tpworker.runtime.statistics import stats_of
 from tpworker.runtime.steps import Steps
+from tpworker.runtime.telling import Telling
 
 
 class Observable(Facts):
@@ -45,6 +50,13 @@ class Observable(Facts):
         self._num_resumed = 0
         self._processes: Processes | None = None  # once they were started
         self._gpu_watch: GpuWatch | None = None  # if there are GPUs
+        self._telling = Telling(
+            self._intake, self._board, lambda: self.health().state, lambda: self._num_resumed
+        )
+
+    def _board(self) -> Board | None:
+        """The status board, while there are processes."""
+        return None if self._processes is None else self._processes.generation.board
 
     def health(self) -> Health:
         """Whether it can serve. Costs nothing; for readiness and liveness probes."""
@@ -78,6 +90,30 @@ class Observable(Facts):
         self._home.check_process()
         total_blocks = 0 if self._served is None else self._served.total_blocks
         return stats_of(self._intake, self._steps, self._processes, total_blocks, self._num_resumed)
+
+    def snapshot(self) -> Snapshot:
+        """What its processes do at this instant, as `tpworker top` shows it. Costs some microseconds for
+        each; what they have used, and how GPUs do, is added by `observe.looking.with_usage`, in milliseconds.
+        """
+        board = self._board()
+        if board is not None:
+            self._telling.tell()
+            return look(board)
+        stats = self.stats()
+        return without_processes(
+            About() if self._setup is None else self._setup.group.about,
+            Whole(
+                pid=os.getpid(),
+                state=self.health().state,
+                running=stats.running,
+                waiting=stats.waiting,
+                output_tokens=stats.output_tokens,
+                finished=stats.finished,
+                aborted=stats.aborted,
+                restarts=stats.restarts,
+                resumed=stats.resumed_requests,
+            ),
+        )
 
     def gpus(self) -> tuple[GpuState, ...]:
         """How the ranks' GPUs do, at most a second old; none on the CPU, and before the start.

@@ -121,6 +121,7 @@ class Runtime(Observable):
             failure = start_error(error.fault)
             raise failure from failure.__cause__
         self._state = "ready"
+        self._telling.wake()
 
     async def _start(self) -> None:
         began_ns = time.monotonic_ns()
@@ -139,6 +140,7 @@ class Runtime(Observable):
         restarts = Restarts(self.config.max_restarts, self.config.restart_window)
         requests = self._intake.requests
         self._processes = processes = Processes(setup.group, restarts, requests, self._events, self)
+        self._telling.tell()
         if gpus:
             self._gpu_watch = GpuWatch(gpus, on_fault=processes.blame_gpu)
         self._served = await until_ready(setup, processes, self._progress)
@@ -179,6 +181,7 @@ class Runtime(Observable):
             self._intake.requests.fail_all(_stopped)
             self._intake.dispatch.abandon(_stopped)
         self._intake.close_processes()
+        self._telling.close()
         try:
             if self._processes is not None:
                 await self._processes.stop()
@@ -212,6 +215,7 @@ class Runtime(Observable):
         self._home.check()
         if self._state == "ready":
             self._state = "draining"
+            self._telling.wake()
         try:
             async with asyncio.timeout(timeout):
                 await self._intake.all_closed()
@@ -259,6 +263,7 @@ class Runtime(Observable):
         sampling = checked(sampling)
         self._check_taking(sampling.n)
         choices = self._intake.reserve(request_id, sampling.n)
+        self._telling.wake()
         try:
             await self._intake.submit(choices, prompt, sampling, default_max_tokens)
             while True:
@@ -290,6 +295,7 @@ class Runtime(Observable):
         """
         self._check_taking()
         self._intake.check_room(num_requests, blame)
+        self._telling.wake()
         try:
             return await self._intake.prepare(work, num_requests, num_chars)
         finally:
@@ -335,12 +341,14 @@ class Runtime(Observable):
         self._fault = fault
         self._intake.dispatch.interrupt(fault)
         self._steps.restart()
+        self._telling.wake()
 
     def on_recovered(self, generation: Generation) -> int:
         """For `Processes`."""
         self._fault = None
         num_requests = self._intake.dispatch.resume(generation)
         self._num_resumed += num_requests
+        self._telling.wake()
         return num_requests
 
     def on_failed(self, fault: Fault) -> None:

@@ -311,14 +311,15 @@ _WHY = {
     500: "A bug: the log says more.",
     503: "Not ready, or failed, or full: try again later.",
 }
-_GUARDED = (400, 401, 408, 413, 415, 500, 503)
-GENERATES = (*_GUARDED, 404, 429)
+GUARDED = (400, 401, 408, 413, 415, 500, 503)
+"""The errors of what is behind the key."""
+GENERATES = (*GUARDED, 404, 429)
 """The errors of what runs a model, or its tokenizer."""
-TELLS = (*_GUARDED, 404)
+TELLS = (*GUARDED, 404)
 """Of what tells of the model."""
 
 
-def documented(*statuses: int, ok: type[BaseModel] | None = None, streams: bool = False) -> Documented:
+def documented(*statuses: int, ok: type[Any] | None = None, streams: bool = False) -> Documented:
     """The answers of a route: errors of these statuses, and `ok` with status 200, or events if it streams."""
     described: Documented = {
         status: {"model": Error, "description": _WHY[status]} for status in sorted(statuses)

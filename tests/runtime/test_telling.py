@@ -1,0 +1,90 @@
+"""What the runtime tells on the status board, and when."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import closing
+
+import pytest
+
+from tpworker.ipc.board import Board, Field
+from tpworker.ipc.listing import NUM_ENTRIES
+from tpworker.outputs import RUNTIME_STATES, RuntimeState
+from tpworker.runtime import telling as telling_module
+from tpworker.runtime.intake import Intake
+from tpworker.runtime.telling import Telling
+
+
+class Told:
+    """A runtime as far as it is told of."""
+
+    def __init__(self, board: Board) -> None:
+        self.intake = Intake(100, 0, "fcfs", 3)
+        self.board: Board | None = board
+        self.state: RuntimeState = "ready"
+        self.num_written = 0
+        self.telling = Telling(self.intake, self._board, lambda: self.state, lambda: 7)
+
+    def _board(self) -> Board | None:
+        self.num_written += 1
+        return self.board
+
+
+@pytest.fixture
+def told() -> Iterator[Told]:
+    with closing(Board.create(["tpworker-scheduler"])) as board:
+        yield Told(board)
+
+
+def test_state_counts_and_the_oldest_requests(told: Told) -> None:
+    intake, requests = told.intake, told.intake.requests
+    made = [requests.open(f"request-{number}") for number in range(NUM_ENTRIES + 3)]
+    made[1].num_prompt = 12
+    made[1].received.extend([5, 6, 7])
+    requests._start(made[1].number, 0, 0.0)
+    requests.close(made[0])
+    intake.num_finished, intake.num_aborted = 30, 2
+    told.state = "draining"
+    told.telling.tell()
+    assert told.board is not None
+    row, listed = told.board.owner, told.board.listing.read()
+    assert RUNTIME_STATES[row[Field.STATE]] == "draining"
+    assert (row[Field.RUNNING], row[Field.WAITING]) == (1, NUM_ENTRIES + 1)
+    assert (row[Field.FINISHED], row[Field.ABORTED], row[Field.RESUMED]) == (30, 2, 7)
+    assert [one.name for one in listed] == [f"request-{number}" for number in range(1, NUM_ENTRIES + 1)]
+    first = listed[0]
+    assert (first.number, first.num_prompt, first.num_output) == (made[1].number, 12, 3)
+    assert first.is_running
+    assert first.arrived_ns == pytest.approx(made[1].times.arrived * 1e9)
+    assert not listed[1].is_running
+
+
+def test_it_goes_on_while_there_is_something_and_then_sleeps(
+    told: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(telling_module, "INTERVAL_SECONDS", 0.001)
+
+    async def main() -> None:
+        told.intake._num_open = 1
+        told.telling.wake()
+        told.telling.wake()
+        while told.num_written < 3:
+            await asyncio.sleep(0.001)
+        told.intake._num_open = 0
+        while told.telling._timer is not None:
+            await asyncio.sleep(0.001)
+        count = told.num_written
+        await asyncio.sleep(0.02)
+        assert told.num_written == count, "it is idle"
+        told.state = "recovering"
+        told.board = None
+        told.telling.wake()
+        while told.num_written < count + 3:  # until there is a board again, and nothing starts any more
+            await asyncio.sleep(0.001)
+        told.telling.close()
+        count = told.num_written
+        await asyncio.sleep(0.02)
+        assert told.num_written == count
+
+    asyncio.run(main())
