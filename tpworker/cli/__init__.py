@@ -1,4 +1,4 @@
-"""The command line: `tpworker serve …`, `tpworker doctor …`.
+"""The command line: `tpworker serve …`, `tpworker doctor …`, `tpworker top …`.
 
 Importing this, and being told of a mistake in an option, takes an instant: what serving needs is imported
 when it is needed.
@@ -55,6 +55,10 @@ def _run(words: Sequence[str], log: ExitStack) -> int:
 
         logging.basicConfig(format="%(asctime)s tpworker %(levelname)s %(message)s", level=logging.WARNING)
         return run_doctor(options.config, options.as_json)
+    if not isinstance(options, Options):
+        from tpworker.top.top import run_top
+
+        return run_top(options)
     from tpworker.cli.serve import ask, serve
 
     log.enter_context(logging_to_stderr(options.log))

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tpworker.cli.config_file import words_of
 from tpworker.cli.explain import Flags, explain
@@ -20,9 +20,13 @@ from tpworker.cli.server_options import (
     tls_files,
 )
 from tpworker.cli.speculation import speculation_in
+from tpworker.cli.top import top_options
 from tpworker.config import RuntimeConfig
 from tpworker.errors import ConfigError, shown
 from tpworker.values import is_utf8
+
+if TYPE_CHECKING:
+    from tpworker.top.top import TopOptions
 
 _SERVER_OPTIONS = (
     "host",
@@ -71,7 +75,7 @@ class DoctorOptions:
     as_json: bool
 
 
-def parse(arguments: Sequence[str] | None = None) -> Options | DoctorOptions:
+def parse(arguments: Sequence[str] | None = None) -> Options | DoctorOptions | TopOptions:
     """Read the command line.
 
     Raises:
@@ -83,6 +87,8 @@ def parse(arguments: Sequence[str] | None = None) -> Options | DoctorOptions:
     for number, word in enumerate(words, 1):
         if not is_utf8(word):  # not shown: it may be a key
             raise ConfigError(f"word {number} on the command line is not UTF-8, and must be")
+    if words[:1] == ["top"]:
+        return top_options(vars(parser.parse_args(words)))
     known, unknown = parser.parse_known_args(words)
     if unknown:
         raise ConfigError(explain(unknown, words, flags))

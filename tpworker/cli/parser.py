@@ -9,6 +9,7 @@ from typing import Any
 from tpworker.cli.arguments import CommandParser, ShowVersion, integer, number
 from tpworker.cli.log_options import add_log_options
 from tpworker.cli.server_options import API_KEY_VARIABLE
+from tpworker.cli.top import add_top
 from tpworker.config import MAX_PROMPT_LOOKUP, MAX_SPECULATIVE_TOKENS, RuntimeConfig
 from tpworker.parsing import REASONING_FORMATS, TOOL_FORMATS
 
@@ -68,6 +69,7 @@ def make_parser(source: str = "") -> tuple[argparse.ArgumentParser, dict[str, di
         allow_abbrev=False,
     )
     _add_doctor_options(doctor)
+    add_top(commands)
     flags = {
         command: {flag: action.nargs != 0 for action in one._actions for flag in action.option_strings}
         for command, one in (("serve", serve), ("doctor", doctor))
