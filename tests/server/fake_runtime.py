@@ -178,6 +178,12 @@ class FakeRuntime(Facts):
         limits = Limits(self.longest, self.longest, self.longest)
         self._served = Served(self._known.model, self.the_tokenizer, limits, self.max_num_seqs, 100)
 
+    def add_listener(self, listener: Listener) -> None:
+        self.listeners.append(listener)
+
+    def remove_listener(self, listener: Listener) -> None:
+        self.listeners.remove(listener)
+
     async def start(self) -> None:
         self.state = "starting"
         if self.start_gate is not None:
