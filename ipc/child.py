@@ -317,6 +317,7 @@ def _be_called(name: str, log_level: int, log_format: str) -> None:
     handler.setFormatter(make_formatter(log_format, name, 2))
     root = logging.getLogger()
     root.handlers[:] = [handler]
+    logging.captureWarnings(True)  # of Python's own kind: records, too
     root.setLevel(max(logging.WARNING, log_level))
     logging.getLogger("tpworker").setLevel(log_level)
 

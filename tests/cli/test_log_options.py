@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import warnings
 from pathlib import Path
 
 import pytest
 
 from tests.cli.test_cli import parse
-from tpworker import ConfigError
+from tpworker import ConfigError, cli
+from tpworker.cli import serve
 from tpworker.cli.log_options import LogOptions, logging_to_stderr, say
 
 
@@ -75,6 +77,27 @@ def test_requests_are_not_logged_if_nobody_wants_them_and_all_is_as_before_after
     assert requests.level == logging.NOTSET
     after = [logging.getLogger(name).level for name in ("", "tpworker")], logging.getLogger().handlers[:]
     assert after == before
+
+
+def test_a_bug_and_a_warning_of_pythons_are_lines_of_json_too(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(options: cli.Options) -> int:
+        warnings.warn("of a library", stacklevel=1)
+        raise ZeroDivisionError("of ours")
+
+    monkeypatch.setattr(serve, "serve", broken)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(warnings, "showwarning", warnings._showwarning_orig)  # type: ignore[attr-defined]
+        warnings.simplefilter("always")
+        assert cli.main(["serve", "--log-format", "json"]) == 1
+    warning, bug = map(json.loads, capfd.readouterr().err.splitlines())
+    assert (warning["level"], warning["logger"]) == ("warning", "py.warnings")
+    assert "UserWarning: of a library" in warning["message"]
+    assert (bug["level"], bug["message"]) == ("critical", "this is a bug")
+    assert bug["exception"].endswith("ZeroDivisionError: of ours")
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["serve"])
 
 
 def test_what_is_said_is_a_line_of_the_log_where_that_is_json(capfd: pytest.CaptureFixture[str]) -> None:

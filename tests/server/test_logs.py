@@ -127,10 +127,9 @@ def test_a_client_that_leaves(start: Start, log: Log, stream: bool, stuck: int) 
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_runtime_that_fails(
-    start: Start, log: Log, monkeypatch: pytest.MonkeyPatch, stream: bool
-) -> None:
+def test_a_runtime_that_fails(start: Start, log: Log, monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
     monkeypatch.setattr(request_log, "MAX_LINES", 0)  # what had the model work has a line in any flood
+
     async def before(position: int) -> None:
         if position == 3:
             server.runtime.fail()

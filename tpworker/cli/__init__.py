@@ -18,6 +18,7 @@ from tpworker.cli.interrupt import Interrupted, interruptible
 from tpworker.cli.log_options import logging_to_stderr, say
 from tpworker.cli.options import DoctorOptions, Options, parse
 from tpworker.errors import ConfigError, InvalidRequest, ModelError, TpworkerError
+from tpworker.logs import TEXT, format_in_use
 
 __all__ = ["DoctorOptions", "Options", "main", "parse"]
 
@@ -45,6 +46,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 1
         except BrokenPipeError:  # whoever read the answer has left
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        except Exception:
+            if format_in_use() == TEXT:
+                raise  # Python tells of it
+            logging.getLogger("tpworker.cli").critical("this is a bug", exc_info=True)
             return 1
 
 

@@ -111,6 +111,7 @@ def logging_to_stderr(options: LogOptions) -> Generator[None, None, None]:
         "tpworker.requests": logging.NOTSET if options.requests else logging.CRITICAL + 1,
     }
     before = {name: logging.getLogger(name).level for name in levels}
+    logging.captureWarnings(True)  # of Python's own kind: records, too
     handler = LogWriter(2)
     handler.setFormatter(make_formatter(options.log_format, "tpworker", 2))
     logging.getLogger().addHandler(handler)
@@ -119,6 +120,7 @@ def logging_to_stderr(options: LogOptions) -> Generator[None, None, None]:
     try:
         yield
     finally:
+        logging.captureWarnings(False)
         for name, its_level in before.items():
             logging.getLogger(name).setLevel(its_level)
         logging.getLogger().removeHandler(handler)
