@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
-from contextlib import suppress
 from typing import NamedTuple
 
 from tpworker.ipc.board import Field, Row, Span, SpanTimes
-
-_TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
-_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+from tpworker.observe.processes import Usage, usage_of
 
 
 class ProcessState(NamedTuple):
@@ -43,7 +39,7 @@ def states_of(rows: Iterable[Row]) -> tuple[ProcessState, ...]:
 
 def _state_of(row: Row) -> ProcessState:
     pid = row[Field.PID]
-    cpu_seconds, resident_bytes = _usage(pid) if pid else (None, None)
+    usage = usage_of(pid) if pid else Usage()
     return ProcessState(
         row.name,
         pid,
@@ -53,17 +49,6 @@ def _state_of(row: Row) -> ProcessState:
         row.times(Span.BARRIER),
         row.times(Span.PUBLISH),
         row.times(Span.COMPOSE),
-        cpu_seconds,
-        resident_bytes,
+        usage.cpu_seconds,
+        usage.memory_bytes,
     )
-
-
-def _usage(pid: int) -> tuple[float | None, int | None]:
-    """Processor time and memory of a process; see proc(5)."""
-    with suppress(OSError, ValueError, IndexError):  # it ends just now, or is a zombie
-        with open(f"/proc/{pid}/stat", "rb") as stat:
-            # The name, in parentheses, may hold blanks and parentheses itself.
-            values = stat.read().rpartition(b")")[2].split()
-        ticks, pages = int(values[11]) + int(values[12]), int(values[21])
-        return ticks / _TICKS_PER_SECOND, pages * _PAGE_BYTES
-    return None, None
