@@ -1,4 +1,4 @@
-"""The ZeroMQ endpoints. Nothing else in the project imports zmq.
+"""The ZeroMQ endpoints. Nothing else in the project imports zmq, but kv_events.py.
 
 A channel is one PAIR socket: exactly one peer at either end, messages in order, none dropped silently
 (PUB and ROUTER drop). Addresses are random names in Linux' abstract socket namespace: they exist as long
@@ -35,6 +35,11 @@ def _context() -> zmq.Context[zmq.Socket[bytes]]:
     return _contexts.get(os.getpid()) or _contexts.setdefault(os.getpid(), zmq.Context())
 
 
+def new_socket(kind: int) -> zmq.Socket[bytes]:
+    """A socket of this process' own context."""
+    return _context().socket(kind)
+
+
 class ChannelError(Exception):
     """A peer that did not come in time, is gone, or is not the one expected."""
 
@@ -49,7 +54,7 @@ class Channel:
 
     def __init__(self, address: str) -> None:
         self.address = address
-        self._socket: zmq.Socket[bytes] = _context().socket(zmq.PAIR)
+        self._socket = new_socket(zmq.PAIR)
         self._socket.set(zmq.LINGER, 0)  # a peer that died must not keep us from leaving
         self._socket.set(zmq.SNDHWM, 0)  # bounded by lookahead and by max_queue, not here
         self._socket.set(zmq.RCVHWM, 0)
@@ -193,4 +198,13 @@ def accept_all(expected: Sequence[tuple[Channel, str]], generation: int, timeout
                 Channel.check_hello(hello, waiting.pop(channel), generation)
 
 
-__all__ = ["Channel", "ChannelError", "MessageError", "Poller", "accept_all", "close_all", "new_address"]
+__all__ = [
+    "Channel",
+    "ChannelError",
+    "MessageError",
+    "Poller",
+    "accept_all",
+    "close_all",
+    "new_address",
+    "new_socket",
+]

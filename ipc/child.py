@@ -75,6 +75,19 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
+class KvEventsSettings:
+    """Where changes of the prefix cache are published. Part of `SchedulerSettings`."""
+
+    endpoint: Annotated[str, Within(1, 1024)]
+    replay_endpoint: Annotated[str, Within(0, 1024)]  # empty: there is none
+    buffer_steps: Annotated[int, Within(1, 1 << 20)]  # batches that can be heard again
+    hwm: Annotated[int, Within(1, 1 << 30)]  # batches that wait for a slow reader
+    max_queue_size: Annotated[int, Within(1, 1 << 30)]  # that wait to be published
+    topic: Annotated[str, Within(0, 256)]
+    medium: Word  # 'GPU' or 'CPU'
+
+
+@dataclass(frozen=True, slots=True)
 class SchedulerSettings:
     """The part of the configuration that the scheduler needs, every default filled in."""
 
@@ -89,6 +102,7 @@ class SchedulerSettings:
     start_timeout: Seconds
     num_drafts: NumDrafts = 0  # of a slot, at most; 0: no speculation
     shortest_deadline: Seconds = 5.0  # of a step, if it is chosen
+    kv_events: KvEventsSettings | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,7 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from hashlib import sha256
 
+from tpworker.scheduler.cache_events import CacheEvents
 from tpworker.scheduler.kept_blocks import KeptBlocks, Node, Root
 
 _NO_SALT = bytes(32)
@@ -40,10 +41,16 @@ class BlockPool:
         block_size: tokens in a block.
         caching: False: nobody shares blocks but the choices of one request.
         kept: what these blocks are known to hold; told of what they will. None: nobody comes after us.
+        events: told of what is found, and what is not any more; None: nobody wants to know.
     """
 
     def __init__(
-        self, num_blocks: int, block_size: int, caching: bool, kept: KeptBlocks | None = None
+        self,
+        num_blocks: int,
+        block_size: int,
+        caching: bool,
+        kept: KeptBlocks | None = None,
+        events: CacheEvents | None = None,
     ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
@@ -55,6 +62,7 @@ class BlockPool:
         self._children: dict[tuple[Node, bytes], tuple[int, int]] = {}  # (parent, tokens) -> (node, block)
         self._next_node = 1
         self._kept = kept
+        self._events = events
         self._unanswered: list[tuple[int, int]] = []
         if kept is not None:
             self._restore(kept)
@@ -75,6 +83,8 @@ class BlockPool:
             self._children[edge] = (node, block)
             self._edge_of_block[block] = edge
             newest[node], blocks[node] = node, block
+            if self._events is not None:
+                self._events.stored(node, parent, tokens)
         for node in reversed(blocks):  # descending
             parent, _ = self._edge_of_block[blocks[node]]
             if isinstance(parent, int):
@@ -107,7 +117,9 @@ class BlockPool:
                 block = self._plain.pop()
             else:
                 block, _ = self._idle.popitem(last=False)
-                del self._children[self._edge_of_block.pop(block)]
+                node, _ = self._children.pop(self._edge_of_block.pop(block))
+                if self._events is not None:
+                    self._events.removed(node)
                 if self._kept is not None:
                     self._kept.clear(block)
             self._references[block] = 1
@@ -163,6 +175,8 @@ class BlockPool:
         self._idle.clear()
         self._edge_of_block.clear()
         self._children.clear()
+        if self._events is not None:
+            self._events.cleared()
 
     def num_idle(self, blocks: list[int]) -> int:
         """How many of these blocks `share` would take from the free ones."""
@@ -189,6 +203,8 @@ class BlockPool:
         self._next_node += 1
         self._children[edge] = (node, block)
         self._edge_of_block[block] = edge
+        if self._events is not None:
+            self._events.stored(node, *edge)
         if self._kept is not None:
             if is_answered:
                 self._kept.write(block, node, *edge)

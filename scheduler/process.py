@@ -11,14 +11,13 @@ from __future__ import annotations
 import gc
 import logging
 import math
-import os
 import time
 from itertools import accumulate
 
 from tpworker.ipc.arrays import pack_int32, pack_int64
-from tpworker.ipc.board import Board, Field, Phase, Span
-from tpworker.ipc.channels import Channel, Poller, accept_all, close_all
-from tpworker.ipc.child import RANK_NAME, SchedulerBoot, SchedulerSettings, board_names
+from tpworker.ipc.board import Board, Field, Span
+from tpworker.ipc.channels import Channel, Poller
+from tpworker.ipc.child import SchedulerSettings
 from tpworker.ipc.codec import MessageError
 from tpworker.ipc.drafting import draft_choices
 from tpworker.ipc.masks import MaskBoard
@@ -30,7 +29,6 @@ from tpworker.ipc.messages import (
     ResetPrefixCache,
     Said,
     SchedulerLoad,
-    SchedulerReady,
     StepOutput,
     StepResult,
     Stop,
@@ -38,7 +36,7 @@ from tpworker.ipc.messages import (
     Vocabulary,
 )
 from tpworker.ipc.wire import encode
-from tpworker.scheduler.agreement import allocate, take_offers
+from tpworker.scheduler.cache_events import CacheEvents
 from tpworker.scheduler.commit import Committed
 from tpworker.scheduler.composer import Composer
 from tpworker.scheduler.deadlines import Deadlines
@@ -55,9 +53,6 @@ logger = logging.getLogger(__name__)
 
 COMPILING_SECONDS = 0.25
 """How often to say that we are alive, while grammars are compiled and there is nothing else to do."""
-
-STOP_SECONDS = 5.0
-"""For the last message to leave."""
 
 
 class StepTimeout(Exception):
@@ -84,6 +79,7 @@ class Scheduler:
         board: the status board, with a row for the scheduler and one for each rank.
         masks: for requests that are held to a grammar.
         kept: what the KV blocks hold, for whoever comes after us; None: nobody does.
+        events: of the prefix cache; None: nobody is told.
     """
 
     def __init__(
@@ -97,10 +93,12 @@ class Scheduler:
         board: Board,
         masks: MaskBoard,
         kept: KeptBlocks | None = None,
+        events: CacheEvents | None = None,
     ) -> None:
         self.generation = generation
         self.settings = settings
-        pool = BlockPool(num_kv_blocks, settings.block_size, settings.prefix_caching, kept)
+        pool = BlockPool(num_kv_blocks, settings.block_size, settings.prefix_caching, kept, events)
+        self._events = events
         self.drafting = Drafting(draft_choices(settings.num_drafts))
         self.composer = Composer(settings.max_num_seqs, settings.max_num_batched_tokens, pool, self.drafting)
         self.deadlines = Deadlines(settings.step_timeout, settings.shortest_deadline)
@@ -126,6 +124,8 @@ class Scheduler:
             self.compose_ahead()  # 1 compose, 2 stream
             self.forward()  # what was committed, to the runtime
             self.remember()  # what blocks hold, for requests and schedulers to come
+            if self._events is not None:
+                self._events.flush()
             self._telling.tell(self.guides.num_compiling, not len(self.in_flight))
         self.guides.let_go()
 
@@ -366,36 +366,3 @@ class Scheduler:
             f"a step {late}; steps of each rank: {places}",
             behind if len(behind) < len(rows) or len(rows) == 1 else [],
         )
-
-
-def scheduler_main(boot: SchedulerBoot) -> None:
-    """What the scheduler process does: meets everybody, agrees on sizes, then runs."""
-    timeout = boot.settings.start_timeout
-    board = Board.attach(boot.board_fd, board_names(boot.num_ranks))
-    board.rows()[0][Field.PID] = os.getpid()
-    board.rows()[0][Field.PHASE] = Phase.LOADING
-    plans = [Channel.bind(address) for address in boot.plan_addresses]
-    results = Channel.bind(boot.result_address)
-    runtime = Channel.connect(boot.runtime_address, boot.name, boot.generation)
-    ranks = [RANK_NAME.format(rank) for rank in range(boot.num_ranks)]
-    accept_all(list(zip(plans, ranks, strict=True)), boot.generation, timeout)
-    num_kv_blocks, are_kept = take_offers(plans, ranks, timeout)
-    # Cleared, if at all, before there is a KV cache: see there.
-    kept = KeptBlocks(boot.blocks_fd, num_kv_blocks, boot.settings.block_size, are_kept)
-    allocate(plans, ranks, boot.generation, num_kv_blocks, timeout)
-    results.accept(ranks[0], boot.generation, timeout)
-    masks = MaskBoard.attach(boot.masks_fd, boot.settings.max_num_seqs, boot.settings.vocab_size)
-    scheduler = Scheduler(
-        boot.generation, boot.settings, num_kv_blocks, runtime, results, plans, board, masks, kept
-    )
-    num_kept = scheduler.composer.pool.num_cached
-    logger.info("%d KV blocks of %d tokens, %d kept", num_kv_blocks, boot.settings.block_size, num_kept)
-    runtime.send(SchedulerReady(boot.generation, num_kv_blocks, num_kept))
-    board.rows()[0][Field.PHASE] = Phase.READY
-    gc.collect()
-    gc.freeze()
-    gc.disable()  # a collection in the middle of a step would be a step gap; see `_patience`
-    scheduler.run()
-    for channel in plans:
-        channel.send(Stop(boot.generation))
-    close_all(STOP_SECONDS)

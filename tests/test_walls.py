@@ -147,7 +147,10 @@ def test_the_wire_and_the_scheduler_need_no_library_of_models() -> None:
 
 
 def test_zmq_is_used_by_the_channels_only() -> None:
-    assert {path for folder in FOLDERS for path in users(folder, "zmq")} == {"ipc/channels.py"}
+    assert {path for folder in FOLDERS for path in users(folder, "zmq")} == {
+        "ipc/channels.py",
+        "ipc/kv_events.py",
+    }
 
 
 def test_prometheus_is_known_to_metrics_and_the_server_only() -> None:

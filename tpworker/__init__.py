@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         RuntimeStopped,
         TpworkerError,
     )
+    from tpworker.kv_events_config import KvEventsConfig
     from tpworker.outputs import (
         Completion,
         Health,
@@ -58,6 +59,7 @@ __all__ = [
     "ConfigError",
     "Health",
     "InvalidRequest",
+    "KvEventsConfig",
     "Listener",
     "ModelError",
     "PromptTooLong",
@@ -84,6 +86,7 @@ __all__ = [
 _MODULES = {
     "tpworker.config": ["RuntimeConfig"],
     "tpworker.sampling_params": ["SamplingParams"],
+    "tpworker.kv_events_config": ["KvEventsConfig"],
     "tpworker.structured_outputs": ["StructuredOutputs", "Thinking"],
     "tpworker.outputs": [
         "Completion",

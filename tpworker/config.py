@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from tpworker.errors import ConfigError, shown
 from tpworker.keywords import OPTIONS, Named
+from tpworker.kv_events_config import KvEventsConfig, kv_events_config
 from tpworker.values import MAX_SEED, dtype_name, is_utf8, number, string
 
 DeviceName = Literal["auto", "cpu", "cuda"]
@@ -37,6 +38,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "LoadFormat": (str,),
     "SchedulingPolicy": (str,),
     "SpeculativeMethod | None": (str, type(None)),
+    "KvEventsConfig | None": (KvEventsConfig, type(None)),
 }
 """What a field of `RuntimeConfig` may be, by its annotation: an integer is no bool, and no float either."""
 
@@ -49,6 +51,8 @@ def _settled(name: str, value: Any) -> Any:
     """What is no number, as Python's own: paths are strings, and so are the names of types of numbers."""
     if name in ("model", "chat_template") and isinstance(value, os.PathLike):
         return os.fspath(value)
+    if name == "kv_events_config":
+        return kv_events_config(value)
     return dtype_name(value) if name == "dtype" else string(value)
 
 
@@ -89,6 +93,8 @@ class RuntimeConfig(Named):
     of all that is free there, on the CPU of the rank's part of half of it. Graphs need some of the rest."""
     prefix_caching: bool = True
     """Share the KV blocks of equal prefixes between requests."""
+    kv_events_config: KvEventsConfig | None = None
+    """Tell of what the prefix cache holds (`KvEventsConfig`, or a mapping of its fields). None: do not."""
     scheduling_policy: SchedulingPolicy = "fcfs"
     """`fcfs`: first come, first served. `priority`: who waits gets a slot in the order of
     `SamplingParams.priority`, of equals who came first; when KV blocks run out, who runs loses them in the
@@ -191,6 +197,10 @@ class RuntimeConfig(Named):
             "block_size",
             "a power of two from 1 to 256",
         )
+        if self.kv_events_config is not None and self.kv_events_config.is_on and not self.prefix_caching:
+            raise ConfigError(
+                "kv_events_config has no effect with prefix_caching=False (--no-prefix-caching): drop one"
+            )
         blocks = self.num_kv_blocks
         self._check(blocks is None or 2 <= blocks <= 2**30, "num_kv_blocks", "at least 2")
         self._check(0.05 <= self.gpu_memory_utilization <= 1.0, "gpu_memory_utilization", "from 0.05 to 1")

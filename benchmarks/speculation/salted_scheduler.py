@@ -7,6 +7,7 @@ from typing import Any
 from tpworker.ipc.child import SchedulerBoot, run_child
 from tpworker.scheduler import process
 from tpworker.scheduler.composer import Composer
+from tpworker.scheduler.main import scheduler_main
 
 AUTO = "auto"
 """A salt: the scheduler chooses."""
@@ -25,7 +26,7 @@ def main(boot: SchedulerBoot) -> None:
     """What the process does."""
     patched: Any = process
     patched.Composer = SaltedComposer
-    process.scheduler_main(boot)
+    scheduler_main(boot)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from benchmarks.steps.imposed import AUTO, Order
 from tpworker.ipc.child import SchedulerBoot, run_child
 from tpworker.scheduler import process
 from tpworker.scheduler.composer import Composer
+from tpworker.scheduler.main import scheduler_main
 
 
 class OrderedComposer(Composer):
@@ -22,7 +23,7 @@ def main(boot: SchedulerBoot) -> None:
     """What the process does."""
     patched: Any = process
     patched.Composer = OrderedComposer
-    process.scheduler_main(boot)
+    scheduler_main(boot)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ def main(boot: SchedulerBoot) -> None:
     from tpworker.ipc.messages import MAX_STEP
     from tpworker.scheduler.guides import Guides
     from tpworker.scheduler.inflight import InFlight
-    from tpworker.scheduler.process import scheduler_main
+    from tpworker.scheduler.main import scheduler_main
 
     publish, write, all_known = MaskBoard.publish, Guides._write_masks, Guides._all_known
 

@@ -18,6 +18,7 @@ import tpworker.observe.gpus
 from tpworker import cli
 from tpworker.config import RuntimeConfig
 from tpworker.errors import ConfigError, InvalidRequest
+from tpworker.kv_events_config import KvEventsConfig
 from tpworker.runtime.settings import StepSizes
 from tpworker.sampling_params import SamplingParams
 
@@ -39,6 +40,7 @@ FLAGS = {
     "--gpu-memory-utilization",
     "--help",
     "--host",
+    "--kv-events-config",
     "--load-format",
     "--log-format",
     "--log-level",
@@ -586,3 +588,36 @@ def test_a_signal_before_anything_watches_for_it(
 def test_a_refusal_names_the_bound_that_was_broken(option: dict[str, Any], words: str) -> None:
     with pytest.raises(InvalidRequest, match=words):
         SamplingParams(**option)
+
+
+def test_kv_events_are_told_of_in_vllms_words() -> None:
+    asked = '{"enable_kv_cache_events": true, "publisher": "zmq", "topic": "kv", "buffer_steps": 5}'
+    config = parse("--kv-events-config", asked).config.kv_events_config
+    assert config == KvEventsConfig(
+        enable_kv_cache_events=True, publisher="zmq", topic="kv", buffer_steps=5, endpoint="tcp://*:5557"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["{}", "--ask", "Hi"], "--kv-events-config has no effect with --ask"),
+        (["{"], "is no JSON"),
+        (["[]"], "must be a JSON object"),
+        (['{"endpoints": 5}'], r"kv_events_config: KvEventsConfig has no endpoints: is endpoint meant\?"),
+        (['{"endpoint": "udp://*:5"}'], "kv_events_config: endpoint='udp://.*': must be tcp://HOST:PORT or"),
+        (['{"hwm": 0}'], "kv_events_config: hwm=0: must be an integer from 1 to"),
+        (['{"topic": 5}'], "kv_events_config: topic=5: must be a string"),
+        (['{"replay_endpoint": "tcp://*:5557"}'], "must be another one than endpoint"),
+        (
+            ['{"enable_kv_cache_events": true}', "--no-prefix-caching"],
+            "has no effect with prefix_caching=False",
+        ),
+    ],
+)
+def test_kv_events_that_cannot_be(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
+    with pytest.raises((ConfigError, SystemExit)) as error:
+        parse("--kv-events-config", *arguments)
+    assert re.search(said, f"{error.value}{capsys.readouterr().err}")

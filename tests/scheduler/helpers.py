@@ -24,6 +24,7 @@ from tpworker.ipc.messages import (
     Submit,
 )
 from tpworker.ipc.wire import decode
+from tpworker.scheduler.cache_events import CacheEvents
 from tpworker.scheduler.kept_blocks import KeptBlocks
 from tpworker.scheduler.process import Scheduler
 from tpworker.testing.fake_rank import FakeRank, expected_output
@@ -111,6 +112,7 @@ class World:
         block_size: int = 4,
         seed: int = 0,
         kept: KeptBlocks | None = None,
+        events: CacheEvents | None = None,
         **settings: Any,
     ) -> None:
         fields: dict[str, Any] = {
@@ -134,6 +136,7 @@ class World:
             self.board,
             self.masks,
             kept,
+            events,
         )
         if scheduler.num_drafts:
             drafting: Any = AnyDrafts(self.scheduler.drafting.choices, seed)

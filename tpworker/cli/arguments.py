@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from typing import Any, NoReturn
 
 from tpworker.cli.explain import misnamed
@@ -41,6 +42,17 @@ def integer(text: str) -> int:
         return int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{shown(text)} must be a whole number below 2**63") from None
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """For `type=`."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"{shown(text)} is no JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{shown(text)} must be a JSON object, as {{...}}")
+    return value
 
 
 def number(text: str) -> float:

@@ -61,7 +61,7 @@ def _words(file: str, name: str, value: object, text: str, takes_value: bool) ->
         if begins := [one for one in value if one.startswith("-")]:
             raise ConfigError(f"{file}: {name}: {shown(begins[0])} must not begin with a dash")
         return [flag, *value]
-    if isinstance(value, dict) and flag == "--speculative-config":
+    if isinstance(value, dict) and flag in ("--speculative-config", "--kv-events-config"):
         return [f"{flag}={json.dumps(value, default=str)}"]
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         several = ", or a list of strings" if flag in _SEVERAL else ""

@@ -135,7 +135,7 @@ def _serve_options(given: dict[str, Any]) -> Options:
     ask = given.pop("ask", None)
     log = log_options_in(given, serves=ask is None)
     if ask is not None:
-        without_effect = {"max_queue", "scheduling_policy"} & given.keys()
+        without_effect = {"max_queue", "scheduling_policy", "kv_events_config"} & given.keys()
         for name in [*serving, *without_effect]:
             raise ConfigError(f"{flag_of(name)} has no effect with --ask, which serves nobody: leave it out")
     if not 0 <= serving.get("port", DEFAULT_PORT) <= 65535:

@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 from typing import Any
 
-from tpworker.cli.arguments import CommandParser, ShowVersion, integer, number
+from tpworker.cli.arguments import CommandParser, ShowVersion, integer, json_object, number
 from tpworker.cli.log_options import add_log_options
 from tpworker.cli.server_options import API_KEY_VARIABLE
 from tpworker.cli.top import add_top
@@ -209,6 +209,15 @@ def _add_schedule_options(group: _Group) -> None:
         "do not share the KV blocks of equal prefixes between requests",
         dest="prefix_caching",
         action="store_false",
+    )
+    _add(
+        group,
+        "--kv-events-config",
+        "tell of what the prefix cache holds over ZeroMQ, as vLLM does, for routers that know prefixes: "
+        '{"enable_kv_cache_events": true, "endpoint": "tcp://*:5557", "replay_endpoint": "tcp://*:5558"}; it '
+        "tells all token ids to whoever connects",
+        type=json_object,
+        metavar="JSON",
     )
     _add(
         group,

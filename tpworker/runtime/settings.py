@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 from tpworker.config import RuntimeConfig
 from tpworker.errors import ConfigError
-from tpworker.ipc.child import RankSettings, SchedulerSettings
+from tpworker.ipc.child import KvEventsSettings, RankSettings, SchedulerSettings
 from tpworker.ipc.deadlines import SHORTEST_SECONDS
 from tpworker.ipc.messages import MAX_SEQUENCE
+from tpworker.kv_events_config import KvEventsConfig
 
 if TYPE_CHECKING:
     from tpworker.model.families import ModelSpec
@@ -117,6 +118,21 @@ def scheduler_settings(
         start_timeout=float(config.start_timeout),
         num_drafts=Speculation.of(config).num_drafts,
         shortest_deadline=SHORTEST_SECONDS[device],
+        kv_events=_kv_events_settings(config.kv_events_config, device),
+    )
+
+
+def _kv_events_settings(config: KvEventsConfig | None, device: str) -> KvEventsSettings | None:
+    if config is None or not config.is_on:
+        return None
+    return KvEventsSettings(
+        endpoint=config.endpoint,
+        replay_endpoint=config.replay_endpoint or "",
+        buffer_steps=config.buffer_steps,
+        hwm=config.hwm,
+        max_queue_size=config.max_queue_size,
+        topic=config.topic,
+        medium="GPU" if device == "cuda" else "CPU",
     )
 
 
