@@ -39,7 +39,11 @@ from benchmarks.common.cpu import Others, Usage
 from benchmarks.common.options import positive
 from benchmarks.common.report import machine, quantile, save
 from benchmarks.common.timeline import draw, steady_steps
-from benchmarks.serving.serve_load import Round, random_prompts, run_round
+from tpworker.bench.connection import Address
+from tpworker.bench.lengths import Lengths
+from tpworker.bench.load import Level, Measured, run_level
+from tpworker.bench.plan import Plan
+from tpworker.bench.records import Record
 from tpworker.outputs import StepRecord
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -89,7 +93,7 @@ class Server:
     url: str
     vocab_size: int
     steps_file: Path
-    rounds: list[Round] = field(default_factory=list)
+    rounds: list[Measured] = field(default_factory=list)
     steps: list[list[StepRecord]] = field(default_factory=list)
     """By round; of those alone that the runtime still remembers whole."""
     start: float = 0.0
@@ -100,11 +104,12 @@ class Server:
     def take_steps(self) -> None:
         """Reads what the server has written in its end, and sorts it into the rounds."""
         records = [StepRecord(*values) for values in json.loads(self.steps_file.read_text())]
-        remembered = [done for done in self.rounds if records[0].launched_ns <= done.began]
+        remembered = [done for done in self.rounds if records[0].launched_ns <= 1e9 * done.began]
         if not remembered:
             raise SystemExit(f"a round has more steps than the {len(records)} that a runtime remembers")
         for done in remembered:
-            self.steps.append([step for step in records if done.began <= step.launched_ns <= done.ended])
+            began, ended = 1e9 * done.began, 1e9 * done.ended
+            self.steps.append([step for step in records if began <= step.launched_ns <= ended])
 
 
 def run(options: argparse.Namespace) -> int:
@@ -177,9 +182,18 @@ def _server(name: str, steps_file: Path, options: argparse.Namespace, own: Seque
 
 
 def _take_turns(servers: Sequence[Server], options: argparse.Namespace) -> None:
-    def send(server: Server, seed: int, number: int, output_len: int) -> Round:
-        prompts = random_prompts(seed, number, options.input_len, server.vocab_size)
-        return asyncio.run(run_round(server.url, prompts, output_len, options.concurrency))
+    def send(server: Server, seed: int, number: int, output_len: int) -> Measured:
+        plan = Plan(
+            model="", is_chat=False, seed=seed, prompt_len=Lengths(options.input_len, options.input_len),
+            output_len=Lengths(output_len, output_len), ignore_eos=True, token_ids=(0, server.vocab_size),
+        )  # fmt: skip
+        level = Level(number=0, concurrency=options.concurrency, num_requests=number)
+        done = asyncio.run(run_level(Address.of(server.url), None, plan, level))
+        for record in done.records:
+            if record.error is not None or record.num_output != output_len:
+                came = record.error or f"{record.num_output} tokens came instead of {output_len}"
+                raise SystemExit(f"{server.name}: {came}")
+        return done
 
     for server in servers:
         send(server, 0, options.concurrency, 4)  # to warm up
@@ -208,10 +222,9 @@ def _watch_idle(servers: Sequence[Server], seconds: float) -> None:
 def _measures(server: Server) -> dict[str, list[float]]:
     """By name, a figure for each round."""
 
-    def of_requests(value: Callable[[Any], float], share: float) -> list[float]:
-        return [
-            1e3 * quantile([value(request) for request in done.requests], share) for done in server.rounds
-        ]
+    def of_requests(value: Callable[[Record], float | None], share: float) -> list[float]:
+        values = [[value(record) or 0.0 for record in done.records] for done in server.rounds]
+        return [1e3 * quantile(each, share) for each in values]
 
     def of_steps(share: float) -> list[float]:
         lengths = [
@@ -222,12 +235,15 @@ def _measures(server: Server) -> dict[str, list[float]]:
 
     gaps = [step_gaps(steps) for steps in server.steps]
     return {
-        "total time, s": [done.seconds for done in server.rounds],
-        "output tokens/s": [done.tokens_per_second for done in server.rounds],
-        "TTFT p50, ms": of_requests(lambda request: request.first, 0.5),
-        "TTFT p99, ms": of_requests(lambda request: request.first, 0.99),
-        "TPOT p50, ms": of_requests(lambda request: request.each, 0.5),
-        "TPOT p99, ms": of_requests(lambda request: request.each, 0.99),
+        "total time, s": [done.ended - done.began for done in server.rounds],
+        "output tokens/s": [
+            sum(record.num_output for record in done.records) / (done.ended - done.began)
+            for done in server.rounds
+        ],
+        "TTFT p50, ms": of_requests(lambda record: record.ttft, 0.5),
+        "TTFT p99, ms": of_requests(lambda record: record.ttft, 0.99),
+        "TPOT p50, ms": of_requests(lambda record: record.tpot, 0.5),
+        "TPOT p99, ms": of_requests(lambda record: record.tpot, 0.99),
         "step p50, ms (decode)": of_steps(0.5),
         "step gap p50, µs": [1e6 * quantile(each, 0.5) for each in gaps],
         "step gap p99, µs": [1e6 * quantile(each, 0.99) for each in gaps],

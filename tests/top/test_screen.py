@@ -37,7 +37,7 @@ def test_80_columns_on_gpus() -> None:
         "rank0      ready   201  100%    2.0G     1%    0%  99%   130G/141G  61°C   655W",
         "rank1      ready   201  100%    2.0G     0%  100%  99%   130G/141G  61°C   655W",
     ]
-    assert "memory" not in shown(width=78, on_gpus=True)[6]
+    assert "memory  waits" not in shown(width=78, on_gpus=True)[6]
     assert lines[12].split() == ["oldest", "requests", "state", "age", "prompt", "output", "number"]
     assert len([line for line in lines if line.startswith("chatcmpl-")]) == 10
     assert lines[-1] == "q quits"

@@ -1,4 +1,5 @@
-"""The command line: `tpworker serve …`, `tpworker doctor …`, `tpworker top …`.
+"""The command line: `tpworker serve …`, `tpworker doctor …`, `tpworker top …`,
+`tpworker bench …`.
 
 Importing this, and being told of a mistake in an option, takes an instant: what serving needs is imported
 when it is needed.
@@ -13,12 +14,17 @@ import signal
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
 from tpworker.cli.interrupt import Interrupted, interruptible
 from tpworker.cli.log_options import logging_to_stderr, say
 from tpworker.cli.options import DoctorOptions, Options, parse
 from tpworker.errors import ConfigError, InvalidRequest, ModelError, TpworkerError
 from tpworker.logs import TEXT, format_in_use
+
+if TYPE_CHECKING:
+    from tpworker.bench.bench import BenchOptions
+    from tpworker.top.top import TopOptions
 
 __all__ = ["DoctorOptions", "Options", "main", "parse"]
 
@@ -62,10 +68,18 @@ def _run(words: Sequence[str], log: ExitStack) -> int:
         logging.basicConfig(format="%(asctime)s tpworker %(levelname)s %(message)s", level=logging.WARNING)
         return run_doctor(options.config, options.as_json)
     if not isinstance(options, Options):
-        from tpworker.top.top import run_top
-
-        return run_top(options)
+        return _look_or_measure(options)
     from tpworker.cli.serve import ask, serve
 
     log.enter_context(logging_to_stderr(options.log))
     return serve(options) if options.ask is None else ask(options, options.ask)
+
+
+def _look_or_measure(options: TopOptions | BenchOptions) -> int:
+    from tpworker.bench.bench import BenchOptions, run_bench
+
+    if isinstance(options, BenchOptions):
+        return run_bench(options)
+    from tpworker.top.top import run_top
+
+    return run_top(options)

@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from tpworker.cli.bench import bench_options
 from tpworker.cli.config_file import words_of
 from tpworker.cli.explain import Flags, explain
 from tpworker.cli.log_options import LogOptions, log_options_in
@@ -26,6 +27,7 @@ from tpworker.errors import ConfigError, shown
 from tpworker.values import is_utf8
 
 if TYPE_CHECKING:
+    from tpworker.bench.bench import BenchOptions
     from tpworker.top.top import TopOptions
 
 _SERVER_OPTIONS = (
@@ -75,7 +77,7 @@ class DoctorOptions:
     as_json: bool
 
 
-def parse(arguments: Sequence[str] | None = None) -> Options | DoctorOptions | TopOptions:
+def parse(arguments: Sequence[str] | None = None) -> Options | DoctorOptions | TopOptions | BenchOptions:
     """Read the command line.
 
     Raises:
@@ -89,6 +91,8 @@ def parse(arguments: Sequence[str] | None = None) -> Options | DoctorOptions | T
             raise ConfigError(f"word {number} on the command line is not UTF-8, and must be")
     if words[:1] == ["top"]:
         return top_options(vars(parser.parse_args(words)))
+    if words[:1] == ["bench"]:
+        return bench_options(vars(parser.parse_args(words)))
     known, unknown = parser.parse_known_args(words)
     if unknown:
         raise ConfigError(explain(unknown, words, flags))

@@ -7,6 +7,7 @@ import dataclasses
 from typing import Any
 
 from tpworker.cli.arguments import CommandParser, ShowVersion, integer, json_object, number
+from tpworker.cli.bench import add_bench
 from tpworker.cli.log_options import add_log_options
 from tpworker.cli.server_options import API_KEY_VARIABLE
 from tpworker.cli.top import add_top
@@ -70,6 +71,7 @@ def make_parser(source: str = "") -> tuple[argparse.ArgumentParser, dict[str, di
     )
     _add_doctor_options(doctor)
     add_top(commands)
+    add_bench(commands)
     flags = {
         command: {flag: action.nargs != 0 for action in one._actions for flag in action.option_strings}
         for command, one in (("serve", serve), ("doctor", doctor))

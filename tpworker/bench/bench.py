@@ -1,0 +1,176 @@
+"""`tpworker bench`: from its options to tables."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import secrets
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from tpworker.bench.connection import Address, Pool
+from tpworker.bench.dataset import read_dataset
+from tpworker.bench.lengths import Lengths
+from tpworker.bench.load import Level, Measured
+from tpworker.bench.picture import check_can_draw, draw
+from tpworker.bench.plan import Plan
+from tpworker.bench.report import compare, show, to_json, what_is_asked
+from tpworker.bench.summary import Goals, Summary
+from tpworker.bench.target import Target, find_out
+from tpworker.bench.worker import run_processes
+
+WARM_UP_OUTPUT = 16
+"""Tokens of output at most while it is warmed up."""
+_WARM_UP = 0  # the level that warms up; those that are measured follow
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchOptions:
+    """What the command line of `tpworker bench` says, checked."""
+
+    url: str
+    concurrency: tuple[int, ...]
+    rates: tuple[float, ...]
+    """Requests a second."""
+    shares: tuple[float, ...]
+    """Rates as shares of the most that a level of `concurrency` has brought."""
+    num_requests: int | None
+    seconds: float | None
+    prompt_len: Lengths
+    output_len: Lengths
+    shared_prefix: int = 0
+    turns: int = 1
+    dataset: str | None = None
+    is_chat: bool = False
+    as_text: bool = False
+    ignore_eos: bool = False
+    temperature: float = 0.0
+    seed: int | None = None
+    warm_up: int = 8
+    model: str | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    api_key: str | None = None
+    timeout: float = 600.0
+    processes: int = 1
+    goals: Goals = field(default_factory=Goals)
+    json_file: str | None = None
+    picture: str | None = None
+
+
+def run_bench(options: BenchOptions) -> int:
+    """Measures, and prints tables. Returns the exit status: 1 if no request was answered.
+
+    Raises:
+        ConfigError: it cannot be measured, for a reason that the user can mend.
+        Unreachable: the server does not answer.
+    """
+    if options.picture is not None:
+        check_can_draw()
+    for file in (options.json_file, options.picture):
+        if file is not None:
+            Path(file).touch()  # hours of measuring shall not end in an error
+    console = Console(highlight=False, emoji=False, soft_wrap=not sys.stdout.isatty())
+    bench = _Bench(options, console)
+    results = asyncio.run(bench.run())
+    summaries = [summary for summary, _ in results]
+    if len(summaries) > 1:
+        compare(summaries, console)
+    if options.json_file is not None:
+        data = to_json(options.url, bench.target, bench.plan, results)
+        Path(options.json_file).write_text(json.dumps(data, indent=1) + "\n")
+    if options.picture is not None:
+        draw(Path(options.picture), what_is_asked(bench.plan, bench.target), summaries)
+    return 0 if any(summary.num_done for summary in summaries) else 1
+
+
+class _Bench:
+    target: Target
+    plan: Plan
+
+    def __init__(self, options: BenchOptions, console: Console) -> None:
+        self._options, self._console = options, console
+        self._address = Address.of(options.url)
+
+    async def run(self) -> list[tuple[Summary, Sequence[Measured]]]:
+        options = self._options
+        pool = Pool(self._address, options.api_key)
+        self.target = await find_out(
+            pool,
+            model=options.model,
+            is_chat=options.is_chat,
+            needs_lengths=options.dataset is None,
+            as_text=options.as_text,
+        )
+        pool.close()
+        self.plan = self._plan()
+        self._console.print(what_is_asked(self.plan, self.target))
+        if options.warm_up:
+            await self._warm_up()
+        results: list[tuple[Summary, Sequence[Measured]]] = []
+        for level in self._levels(results):
+            measured = await self._run(self.plan, level)
+            summary = Summary.of(level, measured, options.goals)
+            show(summary, self._console)
+            results.append((summary, measured))
+        return results
+
+    def _plan(self) -> Plan:
+        options, target = self._options, self.target
+        return Plan(
+            model=target.model,
+            is_chat=options.is_chat,
+            # Not the same in two runs, where nobody asks for that: the server may know those prompts.
+            seed=secrets.randbits(32) if options.seed is None else options.seed,
+            prompt_len=options.prompt_len,
+            output_len=options.output_len,
+            shared_prefix=options.shared_prefix,
+            turns=options.turns,
+            ignore_eos=options.ignore_eos,
+            temperature=options.temperature,
+            token_ids=target.token_ids,
+            tokens_per_word=target.tokens_per_word,
+            overhead=target.overhead,
+            dataset=[] if options.dataset is None else read_dataset(options.dataset, options.is_chat),
+            extra=options.extra,
+        )
+
+    def _levels(self, results: Sequence[tuple[Summary, Sequence[Measured]]]) -> Iterator[Level]:
+        """One after the other; what comes of those before is known when the next is asked for."""
+        options = self._options
+        number = _WARM_UP
+        for concurrency in options.concurrency:
+            yield self._level(number := number + 1, concurrency=concurrency)
+        most = max((summary.requests_per_second for summary, _ in results), default=0.0)
+        rates = [*options.rates, *(share * most for share in options.shares if most)]
+        for rate in rates:
+            yield self._level(number := number + 1, rate=rate)
+
+    def _level(self, number: int, concurrency: int | None = None, rate: float | None = None) -> Level:
+        options = self._options
+        num_requests = options.num_requests
+        if num_requests is None and options.seconds is None:
+            num_requests = max(32, 4 * concurrency) if concurrency else max(32, round(30 * (rate or 0)))
+        return Level(
+            number=number,
+            concurrency=concurrency,
+            rate=rate,
+            num_requests=num_requests,
+            seconds=options.seconds,
+            timeout=options.timeout,
+        )
+
+    async def _run(self, plan: Plan, level: Level) -> list[Measured]:
+        options = self._options
+        return await run_processes(self._address, options.api_key, plan, level, options.processes)
+
+    async def _warm_up(self) -> None:
+        number, low = self._options.warm_up, min(WARM_UP_OUTPUT, self.plan.output_len.low)
+        plan = dataclasses.replace(self.plan, output_len=Lengths(low, low), turns=1)
+        level = Level(number=_WARM_UP, concurrency=number, num_requests=number, timeout=self._options.timeout)
+        await run_processes(self._address, self._options.api_key, plan, level, 1)
