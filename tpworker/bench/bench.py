@@ -136,7 +136,7 @@ class _Bench:
             token_ids=target.token_ids,
             tokens_per_word=target.tokens_per_word,
             overhead=target.overhead,
-            dataset=[] if options.dataset is None else read_dataset(options.dataset, options.is_chat),
+            dataset=() if options.dataset is None else read_dataset(options.dataset, options.is_chat),
             extra=options.extra,
         )
 

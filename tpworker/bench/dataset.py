@@ -12,7 +12,7 @@ from tpworker.errors import ConfigError
 _MOST_BYTES = 1 << 30
 
 
-def read_dataset(file: str, is_chat: bool) -> list[Mapping[str, Any]]:
+def read_dataset(file: str, is_chat: bool) -> tuple[Mapping[str, Any], ...]:
     """What is asked, one request a line: a text, or an object with `prompt` or `messages`, and perhaps
     `max_tokens`.
 
@@ -34,7 +34,7 @@ def read_dataset(file: str, is_chat: bool) -> list[Mapping[str, Any]]:
     items = [_item(line, f"{where} {at}", is_chat) for at, line in enumerate(lines, 1) if line.strip()]
     if not items:
         raise ConfigError(f"--dataset {file} is empty")
-    return items
+    return tuple(items)
 
 
 def _item(line: str, where: str, is_chat: bool) -> Mapping[str, Any]:
@@ -53,5 +53,5 @@ def _item(line: str, where: str, is_chat: bool) -> Mapping[str, Any]:
     if "prompt" in said and is_chat:
         if not isinstance(said["prompt"], str):
             raise ConfigError(f"{where}: a prompt for --endpoint chat must be a text")
-        said = {**said, "messages": [{"role": "user", "content": said.pop("prompt")}]}
+        said["messages"] = [{"role": "user", "content": said.pop("prompt")}]
     return {name: said[name] for name in ("prompt", "messages", "max_tokens") if name in said}

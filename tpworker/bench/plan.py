@@ -75,6 +75,7 @@ class Plan:
             "prompt_len": Lengths(**data["prompt_len"]),
             "output_len": Lengths(**data["output_len"]),
             "token_ids": None if ids is None else tuple(ids),
+            "dataset": tuple(data["dataset"]),
         }
         return cls(**{**data, **changed})
 

@@ -46,7 +46,7 @@ def _add_load(group: Any) -> None:
         nargs="+",
         type=int,
         metavar="N",
-        help="requests at a time, a level each (default: 1 16 64, if there is no --rate)",
+        help="requests at a time, a level each (default: 1 16 64, unless there is only --rate without %%)",
     )
     group.add_argument(
         "--rate",
@@ -169,9 +169,7 @@ def bench_options(given: dict[str, Any]) -> BenchOptions:
     _check_ranges(given)
     _check_effects(given)
     rates, shares = _rates(given["rate"] or ())
-    concurrency = given["concurrency"] or (() if rates else (1, 16, 64))
-    if shares and not concurrency:
-        raise ConfigError("--rate with % is a share of what --concurrency brings: give one, too")
+    concurrency = given["concurrency"] or (() if rates and not shares else (1, 16, 64))
     return BenchOptions(
         url=given["url"],
         concurrency=tuple(concurrency),
