@@ -267,7 +267,7 @@ def test_figures() -> None:
     [
         (0.3, 0.001, ""),
         (0.9, 0.001, "took 90% of a core: more --processes"),
-        (0.3, 0.6, "600.0 ms late (p99) at 30%"),
+        (0.3, 0.6, "its event loop by 600.0 ms (p99) at 30%"),
     ],
 )
 def test_the_client_says_when_it_was_the_bottleneck(cpu: float, lag: float, trouble: str) -> None:

@@ -62,7 +62,7 @@ def show(summary: Summary, console: Console) -> None:
         f"a core, event loop late by {1e3 * client.lag_p50:.1f} ms (p50), {1e3 * client.lag_p99:.1f} ms (p99)"
     )
     if trouble := client.trouble(summary.tpot):
-        console.print(f"  [yellow]the client was the bottleneck[/]: {trouble}")
+        console.print(f"  [yellow]{trouble}[/]")
 
 
 def _spreads(summary: Summary) -> dict[str, Spread | None]:

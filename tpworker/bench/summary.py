@@ -11,8 +11,9 @@ from tpworker.bench.load import Level, Measured
 from tpworker.bench.records import Record
 
 BUSY, LATE_SECONDS, LATE_SHARE = 0.8, 0.02, 0.5
-"""Beyond these the client is said to have been the bottleneck: of a core that one of its processes took, of
-the 99th percentile of the lags of its event loop, and of that as a share of the time between two tokens."""
+"""Beyond these the client says that it was the bottleneck, or ran late: of a core that one of its processes
+took, of the 99th percentile of the lags of its event loop, and of that as a share of the time between two
+tokens."""
 
 
 def quantile(samples: Sequence[float], share: float) -> float:
@@ -88,11 +89,15 @@ class Client:
     def trouble(self, tpot: Spread | None) -> str:
         """Why the figures are the client's rather than the server's; '': they are not."""
         if self.cpu > BUSY:
-            return f"one of its processes took {self.cpu:.0%} of a core: more --processes"
+            return (
+                f"the client was the bottleneck: one of its processes took {self.cpu:.0%} of a core: more "
+                "--processes"
+            )
         if self.lag_p99 > LATE_SECONDS or (tpot is not None and self.lag_p99 > LATE_SHARE * tpot.p50):
             return (
-                f"its event loop was {1e3 * self.lag_p99:.1f} ms late (p99) at {self.cpu:.0%} of a core: "
-                "something else takes its processor, perhaps the server itself"
+                "the client ran late, and its figures with it: its event loop by "
+                f"{1e3 * self.lag_p99:.1f} ms (p99) at {self.cpu:.0%} of a core. Something else takes its "
+                "processor, perhaps the server"
             )
         return ""
 
