@@ -3,7 +3,7 @@
     runtime                                  child
       ├── lifeline: nothing ever comes ────────►│  EOF: the runtime's process is gone
       │◄── report pipe: at most one report ─────┤  EOF: the child is gone, the fastest sign there is
-      ├── memfds ──────────────────────────────►│  barriers, board, masks, store, what is kept
+      ├── memfds ──────────────────────────────►│  barriers, board, masks, store, trace, what is kept
       └── standby, from a thread that stays ───►│  PDEATHSIG: the kernel kills the standby with that thread,
                                                    and the child with the standby, of which it was forked
 
@@ -146,6 +146,7 @@ class SchedulerBoot:
     settings: SchedulerSettings
     blocks_fd: Descriptor  # what KV blocks hold, for the next generation
     log_format: Word = TEXT
+    trace_fd: Descriptor | None = None  # who wants to know what it does, see trace.py; None: nobody
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +171,7 @@ class RankBoot:
     kept_fd: Descriptor  # what outlives this rank's process, see rank/kept.py
     keeper_address: Annotated[str, Within(0, 256)] = ""  # where GPU memory is kept; empty: nowhere
     log_format: Word = TEXT
+    trace_fd: Descriptor | None = None  # as the scheduler's
 
 
 Boot = TypeVar("Boot", SchedulerBoot, RankBoot)

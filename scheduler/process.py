@@ -35,6 +35,7 @@ from tpworker.ipc.messages import (
     Submit,
     Vocabulary,
 )
+from tpworker.ipc.trace import Kind, Teller
 from tpworker.ipc.wire import encode
 from tpworker.scheduler.cache_events import CacheEvents
 from tpworker.scheduler.commit import Committed
@@ -80,6 +81,7 @@ class Scheduler:
         masks: for requests that are held to a grammar.
         kept: what the KV blocks hold, for whoever comes after us; None: nobody does.
         events: of the prefix cache; None: nobody is told.
+        trace: told what each step took; None: nobody is.
     """
 
     def __init__(
@@ -94,6 +96,7 @@ class Scheduler:
         masks: MaskBoard,
         kept: KeptBlocks | None = None,
         events: CacheEvents | None = None,
+        trace: Teller | None = None,
     ) -> None:
         self.generation = generation
         self.settings = settings
@@ -116,6 +119,7 @@ class Scheduler:
         self._board = board
         self._row = board.rows()[0]
         self._telling = Telling(self._row, self.composer, self.drafting)
+        self._trace = trace or Teller()
 
     def run(self) -> None:
         """Until the runtime says Stop."""
@@ -133,10 +137,13 @@ class Scheduler:
         """Composes and streams plans until the lookahead is used up, or there is nothing to compute."""
         first = self.next_step
         while self.in_flight.has_room():
+            self._trace.begin(self.next_step)
             composed = self.composer.compose(self.generation, self.next_step)
             if composed is None:
                 break
+            self._trace.mark()
             self.stream(*composed)
+            self._tell(composed[1])
         if self.next_step > first:
             self._row.took(Span.COMPOSE, time.monotonic_ns() - self._row[Field.BEAT])
 
@@ -245,10 +252,19 @@ class Scheduler:
         self.next_step += 1
         self._row[Field.LAUNCHED] = self.next_step
 
+    def _tell(self, plan: InFlight) -> None:
+        """Of a plan that has been streamed, for a timeline."""
+        if self._trace.is_told:
+            tokens = plan.num_prefill_tokens << 32 | plan.num_decodes
+            composer = self.composer
+            requests = len(composer.running) << 32 | len(composer.waiting)
+            self._trace.end(Kind.PLANNED, tokens, composer.pool.num_free, requests)
+
     # -------------------------------------------------------------------------------- commit
 
     def commit(self, result: StepResult) -> None:
         """Applies a step's tokens, finds what has ended, and makes one message of it for the runtime."""
+        self._trace.begin(result.step)
         answer = self.in_flight.answered(result)
         plan = answer.plan
         complete = self._guide(answer) if plan.guided else set()
@@ -283,6 +299,7 @@ class Scheduler:
                 pack_int32(committed.proposed),
             )
         )
+        self._trace.end(Kind.COMMITTED, len(committed.tokens), len(committed.ended))
 
     def _learn(self, answer: Answer) -> None:
         """How the plan's drafts have done, of requests that had not ended before, and how long it took."""

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
         Stats,
         StepRecord,
         TokenLogprobs,
+        TraceSummary,
     )
     from tpworker.runtime.runtime import Runtime
     from tpworker.runtime.sync import SyncRuntime
@@ -81,6 +82,7 @@ __all__ = [
     "Thinking",
     "TokenLogprobs",
     "TpworkerError",
+    "TraceSummary",
 ]
 
 _MODULES = {
@@ -98,6 +100,7 @@ _MODULES = {
         "Stats",
         "StepRecord",
         "TokenLogprobs",
+        "TraceSummary",
     ],
     "tpworker.runtime.runtime": ["Runtime"],
     "tpworker.runtime.sync": ["SyncRuntime"],

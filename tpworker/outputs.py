@@ -212,6 +212,18 @@ class Stats:
     """From the notice of the last loss until requests went on; None: there was none."""
 
 
+class TraceSummary(NamedTuple):
+    """What has become of a trace (`Runtime.stop_trace`)."""
+
+    path: str
+    num_events: int
+    num_dropped: int
+    """Of records that came too quickly, or when it was full."""
+    num_bytes: int
+    is_full: bool
+    """It has come to its limit, and ends there."""
+
+
 class Listener:
     """What a runtime tells whoever wants to know, as it happens (`Runtime.add_listener`): a base class, whose
     methods do nothing. They are called on the runtime's event loop, and must be quick; what they raise is

@@ -16,6 +16,7 @@ from tpworker.ipc.barrier import Barrier
 from tpworker.ipc.board import Field, Row, Span
 from tpworker.ipc.channels import Channel
 from tpworker.ipc.messages import BatchPlan, Stop
+from tpworker.ipc.trace import Kind, Teller
 from tpworker.ipc.wire import decode, expect
 from tpworker.rank.publisher import Publisher
 from tpworker.rank.runner import Launched
@@ -46,6 +47,7 @@ class RankLoop:
         row: of the status board.
         runner, publisher: launch and publish.
         deadline: how many seconds to wait for the other ranks, asked anew at each step.
+        trace: told what each step took; None: nobody is.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class RankLoop:
         runner: StepRunner,
         publisher: Publisher,
         deadline: Callable[[], float],
+        trace: Teller | None = None,
     ) -> None:
         self.rank = rank
         self.generation = generation
@@ -68,6 +71,7 @@ class RankLoop:
         self._runner = runner
         self._publisher = publisher
         self._deadline = deadline
+        self._trace = trace or Teller()
 
     def run(self) -> None:
         """Until the scheduler says Stop."""
@@ -77,6 +81,7 @@ class RankLoop:
             launched = self._runner.launch(plan)  # 4 launch
             self._row[Field.LAUNCHED] = plan.step + 1
             self._publisher.publish(launched)  # 5 publish
+            self._trace.end(Kind.LAUNCHED)
             self._runner.catch_up()
 
     def receive(self) -> tuple[BatchPlan, int] | None:
@@ -92,6 +97,7 @@ class RankLoop:
                 f"plan of step {plan.step}, generation {plan.generation}; the next one is step "
                 f"{self.next_step} of generation {self.generation}"
             )
+        self._trace.begin(plan.step)
         self.next_step += 1
         self._row[Field.RECEIVED] = self.next_step
         return plan, zlib.crc32(data)
@@ -104,3 +110,4 @@ class RankLoop:
         self._row.took(Span.BARRIER, time.monotonic_ns() - came)
         if is_last:
             self._row[Field.LAST_ARRIVALS] += 1
+        self._trace.mark()

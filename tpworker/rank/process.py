@@ -37,6 +37,7 @@ from tpworker.ipc.deadlines import step_deadline
 from tpworker.ipc.limits import available_bytes, usable_cores
 from tpworker.ipc.masks import TURNS, MaskBoard
 from tpworker.ipc.messages import Allocate, RankLoaded, RankReady
+from tpworker.ipc.trace import rank_tellers
 from tpworker.ipc.wire import expect
 from tpworker.kernels.operands import HostMasks
 from tpworker.model.decoder import Decoder
@@ -229,6 +230,7 @@ def connect_loop(
         return Channel.connect(boot.result_address, boot.name, boot.generation)
 
     settings = boot.settings
+    launching, publishing = rank_tellers(boot)
     publisher = Publisher(
         boot.generation,
         device,
@@ -240,10 +242,11 @@ def connect_loop(
         row,
         result_channel if boot.rank == 0 else None,
         fail,
+        publishing,
     )
     barrier = Barrier.attach(boot.barrier_fd, boot.num_ranks, spin=spin)
-    deadline = step_deadline_of(boot)
-    loop = RankLoop(boot.rank, boot.generation, plans, barrier, row, runner, publisher, deadline)
+    deadline, parts = step_deadline_of(boot), (plans, barrier, row, runner, publisher)
+    loop = RankLoop(boot.rank, boot.generation, *parts, deadline, launching)
     plans.send(RankReady(boot.generation, boot.rank))
     row.enter(Phase.READY)
     return publisher, loop

@@ -30,6 +30,7 @@ from torch import Tensor
 from tpworker.ipc.board import Field, Row, Span
 from tpworker.ipc.channels import Channel
 from tpworker.ipc.messages import MAX_TOLD, StepResult, StepTiming
+from tpworker.ipc.trace import Kind, Teller
 from tpworker.kernels.operands import LOGPROB_ROW, MOST_LOGPROBS, NO_TOKEN
 from tpworker.rank.device import Device, Event
 from tpworker.rank.runner import Launched
@@ -60,6 +61,7 @@ class Publisher:
         row: of the status board.
         connect: makes the channel to the scheduler, on the publisher's own thread; None: do not send.
         fail: told of the exception when a step went wrong on the device; may not return.
+        trace: told when each step ran and was sent; None: nobody is.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class Publisher:
         row: Row,
         connect: Callable[[], Channel] | None,
         fail: Callable[[BaseException], None],
+        trace: Teller | None = None,
     ) -> None:
         self._generation = generation
         self._device = device
@@ -81,6 +84,7 @@ class Publisher:
         self._row = row
         self._connect = connect
         self._fail = fail
+        self._trace = trace or Teller()
         self._rows_in_use = 0
         self._rows_freed = 0
         self._has_told_of_nan = False
@@ -130,6 +134,7 @@ class Publisher:
             channel = None if self._connect is None else self._connect()
             while (item := self._queue.get()) is not None:
                 item.copied.synchronize()
+                self._trace.begin(item.launched.step)
                 if channel is not None and item.buffer is not None:
                     result = self._result(item, item.buffer)
                     channel.send(result)
@@ -137,10 +142,16 @@ class Publisher:
                     self._row.took(Span.PUBLISH, time.monotonic_ns() - result.timing.ended)
                 self._staging.give_back(item.launched.staging)
                 self._row[Field.COMPLETED] = item.launched.step + 1
+                self._tell(item.launched)
             if channel is not None:
                 channel.close()
         except BaseException as error:
             self._fail(error)
+
+    def _tell(self, launched: Launched) -> None:
+        """Of a step that is done: to ask when it ran costs microseconds, but waits for nothing."""
+        if self._trace.is_told:
+            self._trace.end(Kind.PUBLISHED, launched.started.time_ns(), launched.done.time_ns())
 
     def _result(self, item: _Published, buffer: Tensor) -> StepResult:
         launched = item.launched

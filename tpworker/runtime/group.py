@@ -24,6 +24,8 @@ class Group:
     rank: RankSettings
     scheduler_module: str = "tpworker.scheduler"
     rank_module: str = "tpworker.rank"
+    trace_fd: int | None = None
+    """Where processes tell what they do (ipc/trace.py); None: nowhere."""
     rank_cpus: Sequence[AbstractSet[int] | None] = ()
     """By rank the CPUs that its process keeps to; None, and ranks beyond the end: the ones it inherits."""
     gpus: Sequence[str] = ()

@@ -23,7 +23,7 @@ from tpworker.config import SchedulingPolicy
 from tpworker.errors import InvalidRequest, QueueFull, shown
 from tpworker.ipc.arrays import pack_int32, unpack_int32
 from tpworker.ipc.messages import NO_LOGPROBS, Sampling, Submit
-from tpworker.outputs import RequestOutput
+from tpworker.outputs import RequestOutput, RequestRecord
 from tpworker.runtime.admission import check_priority, fit, pack_prompt, resolve_sampling
 from tpworker.runtime.choices import Choices
 from tpworker.runtime.dispatch import Dispatch
@@ -328,6 +328,11 @@ class Intake:
         if choices.sampling is not None and self._listeners:
             self._listeners.on_request_end(choices.record(request))
         self._wake()
+
+    def open_records(self) -> list[RequestRecord]:
+        """Of those that have been submitted and have not ended: how far they have come by now."""
+        told = (choices for choices in self._open.values() if choices.sampling is not None)
+        return [choices.record(request) for choices in told for request in choices.unended]
 
     def abandon_prompts(self, error: Callable[[], Exception]) -> None:
         """Whoever waits for a prompt to be made gets an error, though threads may go on; `error` makes it."""

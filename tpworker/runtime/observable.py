@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from tpworker.config import RuntimeConfig
 from tpworker.errors import RuntimeStopped
@@ -11,14 +11,17 @@ from tpworker.ipc.board import About, Board
 from tpworker.observe.looking import look, without_processes
 from tpworker.observe.snapshot import Snapshot, Whole
 from tpworker.observe.states import ProcessState
+from tpworker.ipc.trace import Teller
+from tpworker.observe.tracing import MAX_BYTES, Tracing
 from tpworker.observe.watch import GpuState, GpuWatch
-from tpworker.outputs import Health, Listener, RuntimeEvent, RuntimeState, Stats
+from tpworker.outputs import Health, Listener, RuntimeEvent, RuntimeState, Stats, TraceSummary
 from tpworker.runtime.events import Events
 from tpworker.runtime.facts import Facts
 from tpworker.runtime.faults import Fault
 from tpworker.runtime.home_loop import HomeLoop
 from tpworker.runtime.intake import Intake
 from tpworker.runtime.listeners import EventListener, Listeners
+from tpworker.runtime.loading import in_daemon_thread
 from tpworker.runtime.processes import Processes
 from tpworker.runtime.statistics import stats_of
 from tpworker.runtime.steps import Steps
@@ -53,6 +56,9 @@ class Observable(Facts):
         self._telling = Telling(
             self._intake, self._board, lambda: self.health().state, lambda: self._num_resumed
         )
+        self._tracing = Tracing(config.tensor_parallel_size)
+        self._trace = Teller()  # of the event loop's thread
+        self._is_over = False  # nothing will be traced any more
 
     def _board(self) -> Board | None:
         """The status board, while there are processes."""
@@ -80,6 +86,63 @@ class Observable(Facts):
     def remove_listener(self, listener: Listener) -> None:
         """Not any more. Unknown ones are ignored."""
         self._listeners.remove(listener)
+
+    def start_trace(self, path: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES) -> None:
+        """Writes a timeline from now on, for Perfetto (https://ui.perfetto.dev): what scheduler, ranks,
+        devices and requests do, and when. Costs each process some microseconds a step. May be called before
+        `start`.
+
+        Args:
+            path: of the file, JSON trace events; one that is there is written over.
+            max_bytes: of the file, 1 MiB or more: then the trace ends.
+
+        Raises:
+            ConfigError: the file cannot be written, or another one is being written.
+            RuntimeStopped: the runtime was stopped.
+        """
+        if self._is_over:
+            raise RuntimeStopped("the runtime was stopped: there is nothing to be traced")
+        self._tracing.start(path, max_bytes)
+        self._listeners.remove(self._tracing)  # if it had come to its limit
+        self._listeners.add(self._tracing)
+
+    async def stop_trace(self) -> TraceSummary | None:
+        """Ends the file, which takes some hundredths of a second; a runtime that stops does so too. Returns
+        what has become of the last trace, also of one that had come to its limit; None: there was none."""
+        self._cut_trace()
+        return await in_daemon_thread(self._tracing.stop)
+
+    def _cut_trace(self) -> None:
+        """Those that are open are on it, too."""
+        self._listeners.remove(self._tracing)
+        if self._tracing.is_on:
+            for record in self._intake.open_records():
+                self._tracing.cut(record)
+
+    async def _close_trace(self) -> None:
+        """There are no processes any more."""
+        self._is_over = True
+        self._cut_trace()
+        self._trace = Teller()
+        await in_daemon_thread(self._tracing.close)
+
+    @property
+    def is_tracing(self) -> bool:
+        """Whether a timeline is being written, and is not full."""
+        return self._tracing.is_on
+
+    def trace_span(
+        self, group: str, name: str, begun_ns: int, ended_ns: int, args: Mapping[str, object] | None = None
+    ) -> None:
+        """Puts something of the caller's on the timeline, if one is being written.
+
+        Args:
+            group: where it stands there, as 'HTTP'.
+            name: of the span.
+            begun_ns, ended_ns: time.monotonic_ns().
+            args: what else is to be said, as JSON can say it.
+        """
+        self._tracing.span(group, name, begun_ns, ended_ns, args or {})
 
     def stats(self) -> Stats:
         """How busy it is, and what it has done so far. From any thread: figures may be of two moments.

@@ -21,6 +21,7 @@ from typing import Any, NoReturn, TypeVar
 from tpworker.config import RuntimeConfig
 from tpworker.errors import RuntimeStopped
 from tpworker.ipc.messages import Said, StepOutput
+from tpworker.ipc.trace import Kind
 from tpworker.observe.gpus import resolve_gpus
 from tpworker.observe.start import StartTimes
 from tpworker.observe.watch import GpuWatch
@@ -139,7 +140,9 @@ class Runtime(Observable):
         spawned_ns = time.monotonic_ns()
         restarts = Restarts(self.config.max_restarts, self.config.restart_window)
         requests = self._intake.requests
-        self._processes = processes = Processes(setup.group, restarts, requests, self._events, self)
+        self._trace = self._tracing.teller(setup.group.generation)
+        group = dataclasses.replace(setup.group, trace_fd=self._tracing.fd)
+        self._processes = processes = Processes(group, restarts, requests, self._events, self)
         self._telling.tell()
         if gpus:
             self._gpu_watch = GpuWatch(gpus, on_fault=processes.blame_gpu)
@@ -186,6 +189,7 @@ class Runtime(Observable):
             if self._processes is not None:
                 await self._processes.stop()
         finally:
+            await self._close_trace()
             if self._gpu_watch is not None:
                 self._gpu_watch.close()  # last: it waits for an answer of the driver, which may be sick
         self._home.leave()
@@ -332,9 +336,13 @@ class Runtime(Observable):
 
     def on_output(self, output: Said) -> None:
         """For `Processes`."""
+        if not isinstance(output, StepOutput):
+            self._intake.dispatch.deliver(output)
+            return
+        self._trace.begin(output.step)
         self._intake.dispatch.deliver(output)
-        if isinstance(output, StepOutput):
-            self._listeners.on_step(self._steps.add(output))
+        self._listeners.on_step(self._steps.add(output))
+        self._trace.end(Kind.DELIVERED, len(output.tokens) // 4)
 
     def on_lost(self, fault: Fault) -> None:
         """For `Processes`."""
@@ -346,6 +354,7 @@ class Runtime(Observable):
     def on_recovered(self, generation: Generation) -> int:
         """For `Processes`."""
         self._fault = None
+        self._trace = self._tracing.teller(generation.number)
         num_requests = self._intake.dispatch.resume(generation)
         self._num_resumed += num_requests
         self._telling.wake()

@@ -188,7 +188,7 @@ class Supervisor:
                 SchedulerBoot(
                     group.generation, SCHEDULER_NAME, log_level, 0, group.num_ranks, self._runtime_address,
                     plan_addresses, result_address, self.board.fd, self._masks.fd, group.scheduler,
-                    self._keeping.blocks_fd, log_format,
+                    self._keeping.blocks_fd, log_format, group.trace_fd,
                 ),
             )  # fmt: skip
             for rank, plan_address in enumerate(plan_addresses):
@@ -201,7 +201,7 @@ class Supervisor:
                         group.generation, name, log_level, 0, rank, group.num_ranks, plan_address,
                         result_address, self._barrier.fd, self.board.fd, self._meeting.fd, self._masks.fd,
                         store_fd, group.model, group.rank, self._keeping.fd(rank),
-                        self._keeping.keeper_address, log_format,
+                        self._keeping.keeper_address, log_format, group.trace_fd,
                     ),
                     group.rank_cpus[rank] if rank < len(group.rank_cpus) else None,
                 )  # fmt: skip

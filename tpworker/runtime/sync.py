@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from tpworker.config import RuntimeConfig
 from tpworker.errors import RuntimeStopped
 from tpworker.ipc.forks import Home
-from tpworker.outputs import Completion, Health, Listener, RequestOutput, RuntimeEvent, Stats
+from tpworker.observe.tracing import MAX_BYTES
+from tpworker.outputs import Completion, Health, Listener, RequestOutput, RuntimeEvent, Stats, TraceSummary
 from tpworker.runtime.loading import Progress
 from tpworker.runtime.runtime import NO_COPIES, STARTS_ONCE, Runtime
 from tpworker.sampling_params import SamplingParams, checked
@@ -236,6 +237,14 @@ class SyncRuntime:
     def remove_listener(self, listener: Listener) -> None:
         """See `Runtime.remove_listener`."""
         self.runtime.remove_listener(listener)
+
+    def start_trace(self, path: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES) -> None:
+        """See `Runtime.start_trace`."""
+        self.runtime.start_trace(path, max_bytes=max_bytes)
+
+    def stop_trace(self) -> TraceSummary | None:
+        """See `Runtime.stop_trace`."""
+        return self._call(self.runtime.stop_trace())
 
     def stats(self) -> Stats:
         """See `Runtime.stats`."""

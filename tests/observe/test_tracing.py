@@ -1,0 +1,152 @@
+"""What a trace's file holds, without a process: bounded, whole, and readable while it is written."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import eventually
+from tests.observe.traces import Trace
+from tpworker.ipc.trace import RECORDS, SCHEDULER_RING, Kind, Record, Rings, Teller, launch_ring
+from tpworker.observe.timeline import Timeline
+from tpworker.observe.tracing import Tracing
+from tpworker.outputs import RequestRecord, RuntimeEvent
+from tpworker.sampling_params import SamplingParams
+
+
+@pytest.fixture
+def tracing() -> Iterator[Tracing]:
+    tracing = Tracing(1)
+    yield tracing
+    tracing.close()
+
+
+def teller(tracing: Tracing, ring: int = SCHEDULER_RING) -> Teller:
+    return Rings.attach(tracing.fd, 1).teller(ring, 0)
+
+
+def plan(teller: Teller, step: int) -> None:
+    teller.begin(step)
+    teller.mark()
+    teller.end(Kind.PLANNED, 3 << 32 | 2, 100 + step, 1 << 32 | step)
+
+
+def record(request_id: str, **changes: object) -> RequestRecord:
+    now = time.monotonic()
+    whole = RequestRecord(
+        request_id, 0, "length", None, 3, 0, 5, 0, 0, 0, now - 5, now - 4, now - 3, now - 2, now - 1, now,
+        SamplingParams(),
+    )  # fmt: skip
+    return whole._replace(**changes)  # type: ignore[arg-type]
+
+
+def test_what_has_been_written_is_readable_before_the_end(tracing: Tracing, tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    tracing.start(path)
+    scheduler = teller(tracing)
+    for step in range(50):
+        plan(scheduler, step)
+    eventually(lambda: '"step":49,' in path.read_text())
+    text = path.read_text()  # as if the process had been killed
+    assert text.endswith("},\n")
+    assert len(Trace(f"{text[:-2]}]").named("scheduler: plans", "stream")) == 50
+    tracing.stop()
+    whole = Trace.of(path)
+    assert whole.events[:-1] == json.loads(f"{text[:-2]}]")
+    assert [e["args"] for e in whole.events if e.get("name") == "free KV blocks"][:2] == [
+        {"free": 100},
+        {"free": 101},
+    ]
+
+
+@pytest.mark.parametrize("too_quick", [False, True])
+def test_a_trace_is_bounded_and_says_what_is_missing(
+    tracing: Tracing, tmp_path: Path, caplog: pytest.LogCaptureFixture, too_quick: bool
+) -> None:
+    path, limit = tmp_path / "trace.json", 1 << 20
+    tracing.start(path, limit)
+    scheduler = teller(tracing)
+    for step in range(10**5):
+        plan(scheduler, step)
+        if not tracing.is_on or (too_quick and step > RECORDS + 10):
+            break
+    with caplog.at_level(logging.INFO):
+        summary = tracing.stop()
+    assert summary is not None
+    assert path.stat().st_size == summary.num_bytes <= limit
+    assert summary.num_dropped > 0
+    trace = Trace.of(path)
+    assert summary.num_events == len(trace.events)
+    assert trace.events[-1]["args"] == {"dropped": summary.num_dropped}
+    assert trace.instants()[-1] == ("trace is full" if summary.is_full else "trace ends")
+    assert ("is full" in caplog.text) == summary.is_full
+    assert ("dropped" in caplog.text) != summary.is_full
+    tracing.start(path)  # the next one has all of its room, and counts anew
+    plan(scheduler, 0)
+    again = tracing.stop()
+    assert again is not None
+    assert (again.num_dropped, again.is_full) == (0, False)
+
+
+def test_requests_events_and_spans_of_others_stand_beside_the_steps(tracing: Tracing, tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    tracing.start(path)
+    tracing.on_request_end(record('odd "name"\n', index=1))
+    tracing.on_request_end(record("refused", error="too late", finish_reason=None, started=None,
+                                  first_token=None, last_token=None))  # fmt: skip
+    tracing.cut(record("open"))
+    for kind in ("lost", "recovering", "recovered"):
+        tracing.on_event(RuntimeEvent(kind, 0.0, 1, "tpworker-rank1", "it died", None, 3))  # type: ignore[arg-type]
+    now = time.monotonic_ns()
+    tracing.span("HTTP", "POST /x", now, now + 5000, {"status": 200, "odd": Path("x")})
+    tracing.stop()
+    tracing.on_request_end(record("later"))
+    trace = Trace.of(path)
+    told = {
+        e["args"]["request"]: (e["args"]["finish reason"], e["args"].get("error"), e["phases"])
+        for e in trace.requests
+    }
+    phases = ["prepare", "queue", "prefill", "decode"]
+    assert told == {
+        'odd "name"\n': ("length", None, phases),
+        "refused": ("failed", "too late", ["prepare", "queue"]),
+        "open": ("open", None, phases),
+    }
+    (http,) = (e for e in trace.events if e["ph"] == "b" and e.get("cat") == "POST /x")
+    assert trace.processes[http["pid"]] == "HTTP"
+    assert http["args"] == {"status": 200, "odd": "x"}
+    assert [e["args"]["ended"] for e in trace.events if e["ph"] == "b" and e["name"] == "recovery"] == [
+        "recovered"
+    ]
+    assert min(e["ts"] for e in trace.events if "ts" in e) == 0, "nothing is before the beginning"
+
+
+def test_spans_of_a_lane_never_overlap_whatever_a_clock_says() -> None:
+    timeline = Timeline(1, 1000)
+    parts = [timeline.header(1)]
+    times = [(0, 500), (1500, 2500), (2000, 2400), (2600, 2600), (9000, 8000)]
+    for step, (started, ended) in enumerate(times):
+        record = Record(
+            launch_ring(0) + 1, Kind.PUBLISHED, 0, step, (9000 + step, 9001 + step, started, ended)
+        )
+        parts.append(timeline.of(record))
+    parts.append(timeline.of(Record(0, 99, 0, 0, (0,) * 6)))  # of a kind that is not known
+    parts.append(timeline.footer(9999, 0, False))
+    trace = Trace("".join(parts))
+    assert [e["ts"] for e in trace.lanes["rank 0: device"]] == [0, 0.5, 1.5, 1.6, 8]
+
+
+def test_a_disk_that_fails_ends_the_trace_alone(tracing: Tracing, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.ERROR):
+        tracing.start("/dev/full")
+        eventually(lambda: not tracing.is_on)
+    assert "/dev/full ends, as it cannot be written: [Errno 28]" in caplog.text
+    scheduler = teller(tracing)
+    scheduler.begin(0)
+    assert not scheduler.is_told
+    tracing.stop()
