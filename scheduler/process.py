@@ -49,6 +49,7 @@ from tpworker.scheduler.kv_blocks import BlockPool
 from tpworker.scheduler.requests import Request, State
 from tpworker.scheduler.telling import Telling
 from tpworker.scheduler.told import prompt_logprobs
+from tpworker.scheduler.traced import end_planned
 
 logger = logging.getLogger(__name__)
 
@@ -143,7 +144,7 @@ class Scheduler:
                 break
             self._trace.mark()
             self.stream(*composed)
-            self._tell(composed[1])
+            end_planned(self._trace, composed[1], self.composer)
         if self.next_step > first:
             self._row.took(Span.COMPOSE, time.monotonic_ns() - self._row[Field.BEAT])
 
@@ -251,14 +252,6 @@ class Scheduler:
             self.guides.expect(in_flight)
         self.next_step += 1
         self._row[Field.LAUNCHED] = self.next_step
-
-    def _tell(self, plan: InFlight) -> None:
-        """Of a plan that has been streamed, for a timeline."""
-        if self._trace.is_told:
-            tokens = plan.num_prefill_tokens << 32 | plan.num_decodes
-            composer = self.composer
-            requests = len(composer.running) << 32 | len(composer.waiting)
-            self._trace.end(Kind.PLANNED, tokens, composer.pool.num_free, requests)
 
     # -------------------------------------------------------------------------------- commit
 

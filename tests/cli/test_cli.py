@@ -56,6 +56,7 @@ FLAGS = {
     "--no-log-requests",
     "--no-prefix-caching",
     "--num-speculative-tokens",
+    "--otlp-endpoint",
     "--port",
     "--prompt-lookup-max",
     "--prompt-lookup-min",
@@ -74,6 +75,7 @@ FLAGS = {
     "--step-timeout",
     "--tensor-parallel-size",
     "--tool-call-parser",
+    "--trace",
     "-h",
     "-tp",
 }

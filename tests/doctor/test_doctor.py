@@ -274,6 +274,7 @@ def test_the_requirements_are_those_of_the_project() -> None:
         "server": libraries.SERVER,
         "metrics": libraries.METRICS,
         "default-model": libraries.DEFAULT_MODEL,
+        "otlp": libraries.OTLP,
     }
     for key, packages in said.items():
         section = "options" if key == "install_requires" else "options.extras_require"

@@ -39,6 +39,8 @@ NAMES = {
     "--max-queued-requests": "--max-queue",
     "--watchdog-timeout": "--step-timeout",
     "--graceful-timeout": "--shutdown-timeout",
+    "--otlp-traces-endpoint": "--otlp-endpoint, by OTLP over HTTP (port 4318, not 4317)",
+    "--profiler-config": "--trace FILE, a timeline",
     "--timeout-graceful-shutdown": "--shutdown-timeout",
     "--migration-limit": "--max-restarts, of the ranks and not of a request: all that is open goes on",
     "--disable-radix-cache": "--no-prefix-caching",
@@ -113,6 +115,8 @@ FACTS = {
     "--max-num-batched-tokens",
     "--disable-chunked-prefill": "not supported: prompts are always computed in chunks, of up to "
     "--max-num-batched-tokens",
+    "--collect-detailed-traces": "not an option: --trace FILE writes what scheduler, ranks and devices do",
+    "--enable-trace": "not an option: --otlp-endpoint URL sends spans, --trace FILE writes a timeline",
     "--trust-remote-code": "not needed: no code of a model's folder is ever run",
     "--swap-space": "not needed: a request that is preempted is computed again, and nothing is swapped",
     "--enable-log-requests": _EACH,

@@ -22,6 +22,7 @@ from tpworker.cli.server_options import (
 )
 from tpworker.cli.speculation import speculation_in
 from tpworker.cli.top import top_options
+from tpworker.cli.trace_options import TraceOptions, trace_options_in
 from tpworker.config import RuntimeConfig
 from tpworker.errors import ConfigError, shown
 from tpworker.values import is_utf8
@@ -66,6 +67,7 @@ class Options:
     tool_call_parser: str
     reasoning_parser: str
     log: LogOptions
+    traces: TraceOptions
     ask: str | None
 
 
@@ -138,6 +140,7 @@ def _serve_options(given: dict[str, Any]) -> Options:
     serving = {name: given.pop(name) for name in _SERVER_OPTIONS if name in given}
     ask = given.pop("ask", None)
     log = log_options_in(given, serves=ask is None)
+    traces = trace_options_in(given, serves=ask is None)
     if ask is not None:
         without_effect = {"max_queue", "scheduling_policy", "kv_events_config"} & given.keys()
         for name in [*serving, *without_effect]:
@@ -169,6 +172,7 @@ def _serve_options(given: dict[str, Any]) -> Options:
         tool_call_parser=serving.get("tool_call_parser", "auto"),
         reasoning_parser=serving.get("reasoning_parser", "auto"),
         log=log,
+        traces=traces,
         ask=ask,
     )
 

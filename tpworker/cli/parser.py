@@ -11,6 +11,7 @@ from tpworker.cli.bench import add_bench
 from tpworker.cli.log_options import add_log_options
 from tpworker.cli.server_options import API_KEY_VARIABLE
 from tpworker.cli.top import add_top
+from tpworker.cli.trace_options import add_trace_options
 from tpworker.config import MAX_PROMPT_LOOKUP, MAX_SPECULATIVE_TOKENS, RuntimeConfig
 from tpworker.parsing import REASONING_FORMATS, TOOL_FORMATS
 
@@ -59,6 +60,7 @@ def make_parser(source: str = "") -> tuple[argparse.ArgumentParser, dict[str, di
     _add_fault_options(serve.add_argument_group("faults"))
     _add_server_options(serve.add_argument_group("server"))
     add_log_options(serve.add_argument_group("log"))
+    add_trace_options(serve.add_argument_group("traces"))
     doctor = commands.add_parser(
         "doctor",
         usage="tpworker doctor [MODEL] [OPTION …]",

@@ -11,6 +11,7 @@ from contextlib import closing, contextmanager
 
 from tpworker.cli.log_options import say
 from tpworker.cli.options import Options
+from tpworker.cli.trace_options import traced
 from tpworker.config import RuntimeConfig
 from tpworker.errors import ConfigError
 from tpworker.logs import JSON
@@ -58,10 +59,15 @@ def serve(options: Options) -> int:
             tool_call_parser=options.tool_call_parser,
             reasoning_parser=options.reasoning_parser,
             log_prompts=options.log.prompts,
+            trace=options.traces.file,
+            has_trace_context=options.traces.otlp_endpoint is not None,
         )
         tls = None if options.tls_files is None else Tls(*options.tls_files)
         timeout = DRAIN_S if options.shutdown_timeout is None else options.shutdown_timeout
-        asyncio.run(run_server(runtime, listener, front, tls=tls, on_ready=on_ready, drain_timeout=timeout))
+        with traced(runtime, options.traces):
+            asyncio.run(
+                run_server(runtime, listener, front, tls=tls, on_ready=on_ready, drain_timeout=timeout)
+            )
     return 0
 
 

@@ -41,6 +41,7 @@ SERVER = (
     *METRICS,
 )
 DEFAULT_MODEL = (Package("gguf", (0, 17)),)
+OTLP = (Package("opentelemetry-sdk", (1, 30)), Package("opentelemetry-exporter-otlp-proto-http", (1, 30)))
 
 
 def check_libraries(device: str, is_default_model: bool) -> Iterator[Check]:
@@ -58,6 +59,8 @@ def check_libraries(device: str, is_default_model: bool) -> Iterator[Check]:
             DEFAULT_MODEL,
             "the default model, where it is not here yet, cannot be converted",
         )
+    if any(_version(package) for package in OTLP):  # whoever has none of it, does not want it
+        optional["otlp"] = OTLP, "no --otlp-endpoint without it"
     for extra, (packages, effect) in optional.items():
         for package in packages:
             found = _version(package)

@@ -5,7 +5,11 @@ from __future__ import annotations
 _TEXT = "this server generates text, and has no"
 _STATELESS = "this server keeps nothing between requests, and has no"
 
+_NO_TRACE = "this server was started without --trace FILE, which says where timelines are written"
+
 _ABSENT = {
+    "/start_profile": _NO_TRACE,
+    "/stop_profile": _NO_TRACE,
     "/v1/embeddings": f"{_TEXT} embeddings",
     "/pooling": f"{_TEXT} pooled outputs",
     "/classify": f"{_TEXT} classification",

@@ -21,10 +21,12 @@ from tpworker.server.routes.cache import add_cache
 from tpworker.server.routes.generation import add_generation
 from tpworker.server.routes.models import add_models
 from tpworker.server.routes.probes import add_probes
+from tpworker.server.routes.profile import add_profile
 from tpworker.server.routes.responses import add_responses
 from tpworker.server.routes.text import add_text
 from tpworker.server.routes.top import add_top
 from tpworker.server.timing import FrontMetrics
+from tpworker.server.tracing import HttpSpans, TraceContext
 from tpworker.version import version
 
 if TYPE_CHECKING:
@@ -90,6 +92,11 @@ def create_app(runtime: Runtime, options: FrontOptions | None = None) -> FastAPI
             allow_headers=["*"],
             expose_headers=["Retry-After", ignored.HEADER, request_ids.HEADER],
         )
+    if options.trace is not None:
+        app.add_middleware(HttpSpans, runtime=runtime)
+        add_profile(app, front, options.trace)
+    if options.has_trace_context:
+        app.add_middleware(TraceContext)
     add_handlers(app)
     add_generation(app, front)
     add_responses(app, front)

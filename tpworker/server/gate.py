@@ -21,7 +21,10 @@ sent something, however little. What that meets shows whether it reads on."""
 
 PROBES = frozenset(["/health", "/ready", "/ping", "/metrics"])
 """What those ask who look after the server, again and again."""
-GUARDED = frozenset(["/tokenize", "/detokenize", "/tokenizer_info", "/reset_prefix_cache", "/top"])
+GUARDED = frozenset(
+    ["/tokenize", "/detokenize", "/tokenizer_info", "/reset_prefix_cache", "/top"]
+    + ["/start_profile", "/stop_profile"]
+)
 """What needs the key, and has its bodies bounded, besides /v1/…."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from tpworker.errors import ConfigError, shown
 from tpworker.parsing import REASONING_FORMATS, TOOL_FORMATS
@@ -30,6 +31,11 @@ class FrontOptions:
     """The same of its thinking, of `REASONING_FORMATS`."""
     log_prompts: int = 0
     """Most characters of a request's first prompt that its line in the log shows; 0: none."""
+
+    trace: Path | None = None
+    """The file of the first timeline; later ones are begun and ended by clients. None: none are."""
+    has_trace_context: bool = False
+    """Whether requests belong to the traces that their headers name (extra `otlp`)."""
 
     def __post_init__(self) -> None:
         if self.log_prompts < 0:

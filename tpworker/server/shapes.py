@@ -297,6 +297,20 @@ class Load(_Shape):
     server_load: int
 
 
+class TraceBegun(_Shape):
+    file: str
+    """Its name, in the folder of --trace."""
+
+
+class Trace(_Shape):
+    path: str
+    """The file's name, in the folder of --trace."""
+    num_events: int
+    num_dropped: int
+    num_bytes: int
+    is_full: bool
+
+
 Documented = dict[int | str, dict[str, Any]]
 """What FastAPI takes as `responses`."""
 
@@ -304,6 +318,7 @@ _WHY = {
     400: "The request is refused, or is no JSON.",
     401: "The key is missing, or wrong.",
     404: "There is no such model here.",
+    409: "A timeline is being written, or none is.",
     408: "The body did not come in time.",
     413: "The body is too long.",
     415: "The body is compressed.",
