@@ -13,6 +13,7 @@ from tpworker.ipc.child import RANK_NAME, SchedulerBoot, board_names
 from tpworker.ipc.kv_events import KvEventPublisher
 from tpworker.ipc.masks import MaskBoard
 from tpworker.ipc.messages import SchedulerReady, Stop
+from tpworker.ipc.trace import scheduler_teller
 from tpworker.scheduler.agreement import allocate, take_offers
 from tpworker.scheduler.cache_events import CacheEvents
 from tpworker.scheduler.kept_blocks import KeptBlocks
@@ -44,7 +45,17 @@ def scheduler_main(boot: SchedulerBoot) -> None:
     publisher = _publisher(boot)
     events = None if publisher is None else CacheEvents(publisher.put)
     scheduler = Scheduler(
-        boot.generation, boot.settings, num_kv_blocks, runtime, results, plans, board, masks, kept, events
+        boot.generation,
+        boot.settings,
+        num_kv_blocks,
+        runtime,
+        results,
+        plans,
+        board,
+        masks,
+        kept,
+        events,
+        scheduler_teller(boot),
     )
     num_kept = scheduler.composer.pool.num_cached
     logger.info("%d KV blocks of %d tokens, %d kept", num_kv_blocks, boot.settings.block_size, num_kept)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from tests.conftest import eventually
 from tests.observe.traces import Trace
+from tpworker.errors import ConfigError
 from tpworker.ipc.trace import RECORDS, SCHEDULER_RING, Kind, Record, Rings, Teller, launch_ring
 from tpworker.observe.timeline import Timeline
 from tpworker.observe.tracing import Tracing
@@ -104,7 +106,10 @@ def test_requests_events_and_spans_of_others_stand_beside_the_steps(tracing: Tra
         tracing.on_event(RuntimeEvent(kind, 0.0, 1, "tpworker-rank1", "it died", None, 3))  # type: ignore[arg-type]
     now = time.monotonic_ns()
     tracing.span("HTTP", "POST /x", now, now + 5000, {"status": 200, "odd": Path("x")})
-    tracing.stop()
+    tracing.span("HTTP", "no JSON", now, now, {"a": float("nan")})
+    summary = tracing.stop()
+    assert summary is not None
+    assert summary.num_dropped == 1
     tracing.on_request_end(record("later"))
     trace = Trace.of(path)
     told = {
@@ -150,3 +155,29 @@ def test_a_disk_that_fails_ends_the_trace_alone(tracing: Tracing, caplog: pytest
     scheduler.begin(0)
     assert not scheduler.is_told
     tracing.stop()
+
+
+def test_who_stops_and_starts_at_once_has_one_trace_at_a_time(tracing: Tracing, tmp_path: Path) -> None:
+    """A stop takes a while, in a thread; what begins meanwhile must not be ended by it."""
+    for number in range(5):
+        path = tmp_path / f"{number}.json"
+        tracing.start(path)
+        stops = [threading.Thread(target=tracing.stop) for _ in range(2)]
+        for stop in stops:
+            stop.start()
+        eventually(lambda n=number: _starts(tracing, tmp_path / f"{n}-again.json"))  # type: ignore[misc]
+        for stop in stops:
+            stop.join()
+        assert tracing.is_on
+        plan(teller(tracing), 7)
+        tracing.stop()
+        assert Trace.of(path).instants() == ["trace begins", "trace ends"]
+        assert Trace.of(tmp_path / f"{number}-again.json").named("scheduler: plans", "compose") == [(0, 7)]
+
+
+def _starts(tracing: Tracing, path: Path) -> bool:
+    try:
+        tracing.start(path)
+    except ConfigError:
+        return False
+    return True

@@ -98,9 +98,9 @@ def traced(runtime: Runtime, options: TraceOptions) -> Iterator[None]:
             ) from error
         exporter = Exporter(options.otlp_endpoint)
         runtime.add_listener(RequestSpans(exporter.tracer(), lambda: runtime.served_name))
-    if options.file is not None:
-        runtime.start_trace(options.file)
     try:
+        if options.file is not None:
+            runtime.start_trace(options.file)
         yield
     finally:
         if exporter is not None:

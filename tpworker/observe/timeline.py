@@ -245,7 +245,7 @@ class Timeline:
         self._num_spans += 1
         quoted = json.dumps(name)
         of = f'"pid":{pid},"tid":{pid * 10},"id":"0x{self._num_spans:x}","cat":{quoted}'
-        told = json.dumps(args, default=str)
+        told = json.dumps(args, default=str, allow_nan=False)
         parts = [f'{{"ph":"b",{of},"ts":{self._us(begun)},"name":{quoted},"args":{told}}},\n']
         for phase, start, end in phases:
             parts.append(f'{{"ph":"b",{of},"ts":{self._us(start)},"name":"{phase}"}},\n')

@@ -51,6 +51,7 @@ class Tracing(Listener):
         self._rings: Rings | None = None
         self._writer: _Writer | None = None
         self._lost_at: int | None = None  # since when there are no processes
+        self._lock = threading.Lock()  # of `last` and `_writer`, which `stop` sets from any thread
 
     @property
     def is_on(self) -> bool:
@@ -87,15 +88,19 @@ class Tracing(Listener):
         except (OSError, ValueError) as error:
             why = error.strerror if isinstance(error, OSError) else error
             raise ConfigError(f"the trace {os.fspath(path)} cannot be written: {why}") from error
-        self._writer = _Writer(file, os.fspath(path), self._opened(), self._num_ranks, max_bytes)
+        with self._lock:
+            self._writer = _Writer(file, os.fspath(path), self._opened(), self._num_ranks, max_bytes)
         logger.info("writing a trace to %s", os.fspath(path))
 
     def stop(self) -> TraceSummary | None:
         """Writes what there is and ends the file, which takes some hundredths of a second. Returns what has
         become of the last one; None: there was none."""
-        writer, self._writer = self._writer, None
+        writer = self._writer  # which it stays until it is over: no other one may begin before
         if writer is not None:
-            self.last = writer.stop()
+            summary = writer.stop()
+            with self._lock:
+                if self._writer is writer:
+                    self._writer, self.last = None, summary
         return self.last
 
     def close(self) -> None:
@@ -218,7 +223,10 @@ class _Writer:
         for record in self._rings.drain():
             yield self._timeline.of(record)
         for _ in range(len(self._others)):
-            yield self._others.popleft()(self._timeline)
+            try:
+                yield self._others.popleft()(self._timeline)
+            except (TypeError, ValueError):  # what a caller has given is nothing that JSON can say
+                self._num_dropped += 1
 
     def _write(self, text: str, is_last: bool = False) -> None:
         data, num_events = text.encode(), text.count("},\n") + is_last
