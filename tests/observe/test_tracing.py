@@ -14,7 +14,7 @@ import pytest
 from tests.conftest import eventually
 from tests.observe.traces import Trace
 from tpworker.errors import ConfigError
-from tpworker.ipc.trace import RECORDS, SCHEDULER_RING, Kind, Record, Rings, Teller, launch_ring
+from tpworker.ipc.trace import RECORDS, SCHEDULER_RING, Kind, Record, Rings, Teller, publisher_ring
 from tpworker.observe.timeline import Timeline
 from tpworker.observe.tracing import Tracing
 from tpworker.outputs import RequestRecord, RuntimeEvent
@@ -70,24 +70,29 @@ def test_what_has_been_written_is_readable_before_the_end(tracing: Tracing, tmp_
 def test_a_trace_is_bounded_and_says_what_is_missing(
     tracing: Tracing, tmp_path: Path, caplog: pytest.LogCaptureFixture, too_quick: bool
 ) -> None:
-    path, limit = tmp_path / "trace.json", 1 << 20
+    caplog.set_level(logging.INFO)
+    path, limit, now = tmp_path / "trace.json", 1 << 20, time.monotonic_ns()
     tracing.start(path, limit)
     scheduler = teller(tracing)
-    for step in range(10**5):
+    for step in range(10 * RECORDS if too_quick else 0):  # JSON is not made as quickly
         plan(scheduler, step)
-        if not tracing.is_on or (too_quick and step > RECORDS + 10):
-            break
-    with caplog.at_level(logging.INFO):
-        summary = tracing.stop()
+    for _ in range(0 if too_quick else 1000):
+        tracing.span("HTTP", "x" * 500, now, now, {})
+    if not too_quick:
+        eventually(lambda: not tracing.is_on)
+    summary = tracing.stop()
     assert summary is not None
+    assert summary.is_full or too_quick
+    assert ("is full" in caplog.text) == summary.is_full
+    assert ("records were dropped" in caplog.text) != summary.is_full
     assert path.stat().st_size == summary.num_bytes <= limit
     assert summary.num_dropped > 0
     trace = Trace.of(path)
     assert summary.num_events == len(trace.events)
+    if not too_quick:
+        assert summary.num_dropped >= 1000 - sum(event["ph"] == "b" for event in trace.events)
     assert trace.events[-1]["args"] == {"dropped": summary.num_dropped}
     assert trace.instants()[-1] == ("trace is full" if summary.is_full else "trace ends")
-    assert ("is full" in caplog.text) == summary.is_full
-    assert ("dropped" in caplog.text) != summary.is_full
     tracing.start(path)  # the next one has all of its room, and counts anew
     plan(scheduler, 0)
     again = tracing.stop()
@@ -136,9 +141,7 @@ def test_spans_of_a_lane_never_overlap_whatever_a_clock_says() -> None:
     parts = [timeline.header(1)]
     times = [(0, 500), (1500, 2500), (2000, 2400), (2600, 2600), (9000, 8000)]
     for step, (started, ended) in enumerate(times):
-        record = Record(
-            launch_ring(0) + 1, Kind.PUBLISHED, 0, step, (9000 + step, 9001 + step, started, ended)
-        )
+        record = Record(publisher_ring(0), Kind.PUBLISHED, 0, step, (9000, 9500, started, ended))
         parts.append(timeline.of(record))
     parts.append(timeline.of(Record(0, 99, 0, 0, (0,) * 6)))  # of a kind that is not known
     parts.append(timeline.footer(9999, 0, False))

@@ -196,6 +196,7 @@ class _Writer:
                 for _ in range(0 if self._is_full else 2):  # what was in the making
                     time.sleep(TICK_SECONDS)
                     self._take()
+                self._num_dropped += len(self._others)
                 footer = self._timeline.footer(time.monotonic_ns(), self._num_lost, self._is_full)
                 self._write(footer, is_last=True)
             self._say()
