@@ -46,6 +46,7 @@ from tpworker.scheduler.guides import Guides
 from tpworker.scheduler.inflight import Answer, InFlight, InFlightPlans
 from tpworker.scheduler.kept_blocks import KeptBlocks
 from tpworker.scheduler.kv_blocks import BlockPool
+from tpworker.scheduler.late import too_late
 from tpworker.scheduler.requests import Request, State
 from tpworker.scheduler.telling import Telling
 from tpworker.scheduler.told import prompt_logprobs
@@ -55,18 +56,6 @@ logger = logging.getLogger(__name__)
 
 COMPILING_SECONDS = 0.25
 """How often to say that we are alive, while grammars are compiled and there is nothing else to do."""
-
-
-class StepTimeout(Exception):
-    """A step was not answered in time. `missing` are the ranks that are behind, for the report."""
-
-    def __init__(self, message: str, missing: list[int]) -> None:
-        super().__init__(message)
-        self.missing = missing
-
-
-class MasksUnwritten(Exception):
-    """It is this process that keeps the ranks waiting: all before a step is answered, and it has no masks."""
 
 
 class Scheduler:
@@ -357,22 +346,5 @@ class Scheduler:
         )
 
     def _check_deadline(self) -> None:
-        if not len(self.in_flight) or self.in_flight.patience.left():
-            return
-        rows = self._board.rows()[1:]
-        completed = [row[Field.COMPLETED] for row in rows]
-        behind = [rank for rank, steps in enumerate(completed) if steps == min(completed)]
-        places = "; ".join(
-            f"{row.name} received {row[Field.RECEIVED]}, admitted {row[Field.ADMITTED]}, "
-            f"launched {row[Field.LAUNCHED]}, completed {row[Field.COMPLETED]}"
-            for row in rows
-        )
-        chosen = "--step-timeout" if self.deadlines.is_given else "chosen from what steps took before"
-        late = f"was not answered within {self.in_flight.deadline:.3g} s ({chosen})"
-        oldest = self.in_flight.oldest
-        if oldest.guided and not self.guides.has_written(oldest.step):
-            raise MasksUnwritten(f"step {oldest.step} {late}: its masks have not been written; {places}")
-        raise StepTimeout(
-            f"a step {late}; steps of each rank: {places}",
-            behind if len(behind) < len(rows) or len(rows) == 1 else [],
-        )
+        if len(self.in_flight) and not self.in_flight.patience.left():
+            raise too_late(self.in_flight, self.deadlines.is_given, self.guides, self._board.rows()[1:])

@@ -22,7 +22,7 @@ from tpworker.grammar import Compiler, grammar_of
 from tpworker.ipc.arrays import pack_int32
 from tpworker.ipc.masks import TURNS
 from tpworker.ipc.messages import Failed, StepOutput, Submit
-from tpworker.scheduler.process import MasksUnwritten, StepTimeout
+from tpworker.scheduler.late import MasksUnwritten, StepTimeout
 from tpworker.structured_outputs import StructuredOutputs
 
 ALPHABET = "abcdefghijklmnop"

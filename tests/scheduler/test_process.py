@@ -16,7 +16,7 @@ from tpworker.ipc.arrays import pack_int32, unpack_int32, unpack_int64
 from tpworker.ipc.board import Field, Span
 from tpworker.ipc.messages import Abort, StepOutput, StepResult, StepTiming, Submit
 from tpworker.scheduler.inflight import STEP_PATIENCE, ProtocolError
-from tpworker.scheduler.process import StepTimeout
+from tpworker.scheduler.late import StepTimeout
 
 PROMPT = list(range(1, 11))
 

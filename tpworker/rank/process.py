@@ -225,11 +225,8 @@ def connect_loop(
         fail: see `Publisher`.
         spin: see `Barrier.attach`.
     """
-
-    def result_channel() -> Channel:
-        return Channel.connect(boot.result_address, boot.name, boot.generation)
-
     settings = boot.settings
+    results = partial(Channel.connect, boot.result_address, boot.name, boot.generation)
     launching, publishing = rank_tellers(boot)
     publisher = Publisher(
         boot.generation,
@@ -240,7 +237,7 @@ def connect_loop(
         settings.max_num_batched_tokens,
         runner.staging,
         row,
-        result_channel if boot.rank == 0 else None,
+        results if boot.rank == 0 else None,
         fail,
         publishing,
     )

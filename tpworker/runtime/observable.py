@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping
 from tpworker.config import RuntimeConfig
 from tpworker.errors import RuntimeStopped
 from tpworker.ipc.board import About, Board
+from tpworker.ipc.trace import Teller
 from tpworker.observe.looking import look, without_processes
 from tpworker.observe.snapshot import Snapshot, Whole
 from tpworker.observe.states import ProcessState
-from tpworker.ipc.trace import Teller
 from tpworker.observe.tracing import MAX_BYTES, Tracing
 from tpworker.observe.watch import GpuState, GpuWatch
 from tpworker.outputs import Health, Listener, RuntimeEvent, RuntimeState, Stats, TraceSummary

@@ -21,10 +21,9 @@ sent something, however little. What that meets shows whether it reads on."""
 
 PROBES = frozenset(["/health", "/ready", "/ping", "/metrics"])
 """What those ask who look after the server, again and again."""
-GUARDED = frozenset(
-    ["/tokenize", "/detokenize", "/tokenizer_info", "/reset_prefix_cache", "/top"]
-    + ["/start_profile", "/stop_profile"]
-)
+_OF_TEXT = ("/tokenize", "/detokenize", "/tokenizer_info")
+_OF_OPERATORS = ("/reset_prefix_cache", "/top", "/start_profile", "/stop_profile")
+GUARDED = frozenset([*_OF_TEXT, *_OF_OPERATORS])
 """What needs the key, and has its bodies bounded, besides /v1/…."""
 
 
