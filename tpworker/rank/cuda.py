@@ -33,6 +33,7 @@ POLL_SECONDS = 20e-6
 _CALIBRATIONS = 20
 _WINDOW = 256  # times after which the clocks are compared again
 _LATENCY_NS = 5_000  # from an event to the thread that asks for it, at its quickest
+_LONGEST_NS = 1_000_000_000  # between two events: behind that, drift and rounding say more than the sum
 
 
 class _Clock:
@@ -40,7 +41,8 @@ class _Clock:
 
     Times are added up from event to event: a span since the start would soon be too long for the float32 that
     CUDA returns. The two clocks drift apart, so the sum is set right by the shortest delay seen of late
-    between an event and the thread that saw it. Belongs to one thread, which asks in the order of the events.
+    between an event and the thread that saw it. After a pause, as where nobody wanted to know, it begins anew
+    with that. Belongs to one thread, which asks in the order of the events, for the last when it is reached.
     """
 
     def __init__(self) -> None:
@@ -58,9 +60,10 @@ class _Clock:
 
     def time_of(self, event: Any) -> int:
         """Of an event that has been reached, after the one that was asked for before."""
-        self._at += round(self._last.elapsed_time(event) * 1e6)
+        since, now = round(self._last.elapsed_time(event) * 1e6), time.monotonic_ns()
         self._last = event
-        self._shortest = min(self._shortest, time.monotonic_ns() - self._at)
+        self._at = self._at + since if since < _LONGEST_NS else now - _LATENCY_NS
+        self._shortest = min(self._shortest, now - self._at)
         self._asked += 1
         if self._asked == _WINDOW or self._shortest < 0:
             self._at += self._shortest - _LATENCY_NS
