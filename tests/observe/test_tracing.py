@@ -60,7 +60,7 @@ def test_what_has_been_written_is_readable_before_the_end(tracing: Tracing, tmp_
     tracing.stop()
     whole = Trace.of(path)
     assert whole.events[:-1] == json.loads(f"{text[:-2]}]")
-    assert [e["args"] for e in whole.events if e.get("name") == "free KV blocks"][:2] == [
+    assert [e["args"] for e in whole.events if e.get("name") == "KV blocks"][:2] == [
         {"free": 100},
         {"free": 101},
     ]

@@ -26,8 +26,10 @@ from tpworker.outputs import RequestRecord
 
 HEADER, END = "[\n", "]\n"
 
-_RUNTIME, _SCHEDULER, _RANKS = 1, 2, 3  # as process ids: that of rank 0 is _RANKS
-_GROUPS = 1000
+_RUNTIME, _SCHEDULER, _RANKS, _GROUPS = 100, 200, 1000, 100_000
+"""Process ids; of ranks and groups those of the first. Threads have the ids behind their process': viewers
+want all of them to differ."""
+_NEXT = 100
 _LOW = 2**32 - 1
 _MOST_PLANS = 256  # that are remembered
 _APART = 2  # ns between a lane's spans
@@ -48,7 +50,8 @@ class Timeline:
         self._num_ranks = num_ranks
         self._origin = now
         self._of: dict[Lane, str] = {}  # what each lane's events have in common
-        self._ended: dict[Lane, int] = {}  # where it has come to
+        self._begun: dict[Lane, int] = {}  # its last span
+        self._ended: dict[Lane, int] = {}
         self._last_step: dict[int, tuple[int, int]] = {}  # by ring: generation and step of its last record
         self._plans: dict[tuple[int, int], str] = {}  # what the last plans are made of
         self._counts: dict[str, str] = {}
@@ -65,7 +68,7 @@ class Timeline:
             self._process(_SCHEDULER, "scheduler", ["plans"]),
         ]
         threads = ["launch thread", "device", "publisher"]
-        parts += [self._process(_RANKS + r, f"rank {r}", threads) for r in range(self._num_ranks)]
+        parts += [self._process(_rank(r), f"rank {r}", threads) for r in range(self._num_ranks)]
         at = {"time": datetime.now(UTC).isoformat(), "monotonic_ns": self._origin, "pid": pid}
         return "".join([*parts, self.instant(self._origin, "trace begins", at)])
 
@@ -82,9 +85,9 @@ class Timeline:
             f'{{"ph":"M","pid":{pid},"name":"process_sort_index","args":{{"sort_index":{order}}}}},\n',
         ]
         for number, thread in enumerate(threads):
-            of = f'"pid":{pid},"tid":{pid * 10 + number}'  # thread ids differ, as they would anywhere
+            of = f'"pid":{pid},"tid":{pid + 1 + number}'
             self._of[pid, number] = of
-            self._ended[pid, number] = self._origin
+            self._begun[pid, number] = self._ended[pid, number] = self._origin
             parts += [
                 f'{{"ph":"M",{of},"name":"thread_name","args":{{"name":"{thread}"}}}},\n',
                 f'{{"ph":"M",{of},"name":"thread_sort_index","args":{{"sort_index":{number}}}}},\n',
@@ -106,11 +109,11 @@ class Timeline:
                 begun, ended, tokens, num_ended = record.values[:4]
                 more = f',"tokens":{tokens},"ended":{num_ended}'
                 span = self._span((_SCHEDULER, 0), begun, ended, "commit", record, more)
-                return span + self._flow("t", (_SCHEDULER, 0), begun, record, 0)
+                return span + self._flow("t", (_SCHEDULER, 0), record, 0)
             case Kind.DELIVERED:
                 begun, ended, tokens = record.values[:3]
                 span = self._span((_RUNTIME, 0), begun, ended, "deliver", record, f',"tokens":{tokens}')
-                return span + self._flow("f", (_RUNTIME, 0), begun, record, 0)
+                return span + self._flow("f", (_RUNTIME, 0), record, 0)
         return ""  # of a process that knows more kinds
 
     def _planned(self, record: Record) -> str:
@@ -123,34 +126,34 @@ class Timeline:
         parts = [
             self._span(lane, begun, composed, "compose", record, plan),
             self._span(lane, composed, streamed, "stream", record),
-            *(self._flow("s", lane, composed, record, rank) for rank in range(self._num_ranks)),
+            *(self._flow("s", lane, record, rank) for rank in range(self._num_ranks)),
             self._count(begun, "requests", f'"running":{requests >> 32},"waiting":{requests & _LOW}'),
-            self._count(begun, "free KV blocks", f'"free":{free_blocks}'),
+            self._count(begun, "KV blocks", f'"free":{free_blocks}'),
         ]
         return "".join(parts)
 
     def _launched(self, record: Record, rank: int) -> str:
         received, admitted, launched = record.values[:3]
-        lane = (_RANKS + rank, 0)
+        lane = (_rank(rank), 0)
         waited = ""
         if self._last_step.get(record.ring) == (record.generation, record.step - 1):
             waited = self._span(lane, self._ended[lane], received, "wait for plan", record)
         self._last_step[record.ring] = record.generation, record.step
         barrier = self._span(lane, received, admitted, "barrier", record)
         launch = self._span(lane, admitted, launched, "launch", record)
-        return waited + barrier + launch + self._flow("t", lane, admitted, record, rank)
+        return waited + barrier + launch + self._flow("t", lane, record, rank)
 
     def _published(self, record: Record, rank: int) -> str:
         noticed, sent, started, ended = record.values[:4]
-        device, publisher = (_RANKS + rank, 1), (_RANKS + rank, 2)
+        device, publisher = (_rank(rank), 1), (_rank(rank), 2)
         name = self._plans.get((record.generation, record.step), "step")
-        started = max(started, self._ended[device])
         step = self._span(device, started, ended, name, record)
         if rank:
-            arrow = self._flow("f", device, started, record, rank)
+            arrow = self._flow("f", device, record, rank)
             return step + arrow + self._span(publisher, noticed, sent, "note", record)
-        arrows = self._flow("t", device, started, record, 0) + self._flow("t", publisher, noticed, record, 0)
-        return step + self._span(publisher, noticed, sent, "publish", record) + arrows
+        step += self._flow("t", device, record, 0)
+        publish = self._span(publisher, noticed, sent, "publish", record)
+        return step + publish + self._flow("t", publisher, record, 0)
 
     # ------------------------------------------------------------------- requests, and the rest
 
@@ -184,7 +187,7 @@ class Timeline:
         """Something else that took time, in a group of lanes by that name."""
         new = ""
         if group not in self._groups:
-            self._groups[group] = _GROUPS + len(self._groups)
+            self._groups[group] = _GROUPS + _NEXT * len(self._groups)
             new = self._process(self._groups[group], group, [], order=0)
         return new + self._async(self._groups[group], name, begun, ended, args)
 
@@ -211,19 +214,20 @@ class Timeline:
         They do not touch, either: a viewer that rounds might see them overlap, and leave one out.
         """
         begun = max(begun, self._ended[lane])
-        self._ended[lane] = ended = max(begun, ended)
+        self._begun[lane], self._ended[lane] = begun, (ended := max(begun, ended))
         return (
             f'{{"ph":"X",{self._of[lane]},"ts":{(begun - self._origin) * 1e-3:.3f},'
             f'"dur":{max(0, ended - begun - _APART) * 1e-3:.3f},"name":"{name}",'
             f'"args":{{"step":{record.step},"generation":{record.generation}{more}}}}},\n'
         )
 
-    def _flow(self, phase: str, lane: Lane, at: int, record: Record, rank: int) -> str:
-        """Part of an arrow; it belongs to the span that is there at the time."""
+    def _flow(self, phase: str, lane: Lane, record: Record, rank: int) -> str:
+        """Part of an arrow, which belongs to the lane's last span."""
         number = (record.generation & 0x7F) << 46 | record.step << 6 & (1 << 46) - 1 | rank
+        at = (self._begun[lane] - self._origin) * 1e-3
         return (
-            f'{{"ph":"{phase}",{self._of[lane]},"ts":{(max(0, at - self._origin)) * 1e-3:.3f},"id":{number},'
-            f'"cat":"step","name":"step","bp":"e"}},\n'
+            f'{{"ph":"{phase}",{self._of[lane]},"ts":{at:.3f},"id":{number},"cat":"step","name":"step",'
+            f'"bp":"e"}},\n'
         )
 
     def _count(self, at: int, name: str, values: str) -> str:
@@ -244,7 +248,7 @@ class Timeline:
         """A span that may overlap with others of its name, and what it consists of."""
         self._num_spans += 1
         quoted = json.dumps(name)
-        of = f'"pid":{pid},"tid":{pid * 10},"id":"0x{self._num_spans:x}","cat":{quoted}'
+        of = f'"pid":{pid},"tid":{pid},"id":"0x{self._num_spans:x}","cat":{quoted}'
         told = json.dumps(args, default=str, allow_nan=False)
         parts = [f'{{"ph":"b",{of},"ts":{self._us(begun)},"name":{quoted},"args":{told}}},\n']
         for phase, start, end in phases:
@@ -252,6 +256,11 @@ class Timeline:
             parts.append(f'{{"ph":"e",{of},"ts":{self._us(end)},"name":"{phase}"}},\n')
         parts.append(f'{{"ph":"e",{of},"ts":{self._us(ended)},"name":{quoted}}},\n')
         return "".join(parts)
+
+
+def _rank(rank: int) -> int:
+    """A rank's process id."""
+    return _RANKS + _NEXT * rank
 
 
 def _name(num_prefill: int, num_decodes: int) -> str:
