@@ -98,8 +98,9 @@ class Observable(Facts):
 
         Raises:
             ConfigError: the file cannot be written, or another one is being written.
-            RuntimeStopped: the runtime was stopped.
+            RuntimeStopped: the runtime was stopped, or this is a fork of its process.
         """
+        self._home.check_process()
         if self._is_over:
             raise RuntimeStopped("the runtime was stopped: there is nothing to be traced")
         self._tracing.start(path, max_bytes)
@@ -109,6 +110,7 @@ class Observable(Facts):
     async def stop_trace(self) -> TraceSummary | None:
         """Ends the file, which takes some hundredths of a second; a runtime that stops does so too. Returns
         what has become of the last trace, also of one that had come to its limit; None: there was none."""
+        self._home.check_process()
         self._cut_trace()
         return await in_daemon_thread(self._tracing.stop)
 
@@ -134,7 +136,7 @@ class Observable(Facts):
     def trace_span(
         self, group: str, name: str, begun_ns: int, ended_ns: int, args: Mapping[str, object] | None = None
     ) -> None:
-        """Puts something of the caller's on the timeline, if one is being written.
+        """Puts something of the caller's on the timeline, if one is being written. From any thread.
 
         Args:
             group: where it stands there, as 'HTTP'.

@@ -14,7 +14,7 @@ import concurrent.futures
 import contextlib
 import os
 import threading
-from collections.abc import Coroutine, Generator, Sequence
+from collections.abc import Coroutine, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -245,6 +245,12 @@ class SyncRuntime:
     def stop_trace(self) -> TraceSummary | None:
         """See `Runtime.stop_trace`."""
         return self._call(self.runtime.stop_trace())
+
+    def trace_span(
+        self, group: str, name: str, begun_ns: int, ended_ns: int, args: Mapping[str, object] | None = None
+    ) -> None:
+        """See `Runtime.trace_span`."""
+        self.runtime.trace_span(group, name, begun_ns, ended_ns, args)
 
     def stats(self) -> Stats:
         """See `Runtime.stats`."""
