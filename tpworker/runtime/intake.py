@@ -26,6 +26,7 @@ from tpworker.ipc.messages import NO_LOGPROBS, Sampling, Submit
 from tpworker.outputs import RequestOutput, RequestRecord
 from tpworker.runtime.admission import check_priority, fit, pack_prompt, resolve_sampling
 from tpworker.runtime.choices import Choices
+from tpworker.runtime.delivered import check_delivered, go_on_behind
 from tpworker.runtime.dispatch import Dispatch
 from tpworker.runtime.grammars import Grammars
 from tpworker.runtime.listeners import Listeners
@@ -180,15 +181,19 @@ class Intake:
         prompt: str | Sequence[int],
         params: SamplingParams,
         default_max_tokens: int | None,
+        delivered: Sequence[int],
     ) -> None:
         """Checks what is asked for, and tells the scheduler. Errors are those of `Runtime.generate`."""
         check_priority(params, self._policy)
         served = self._serving()
         tokens = pack_prompt(await self._tokenise(prompt, served), served.model.spec)
         sampling = await self._resolve(params, len(tokens) // 4, default_max_tokens, served)
+        known = check_delivered(delivered, params, sampling, served.model.spec)
         grammar = await self._grammar(params, served)
         for request in choices.requests:
             self._describe(request, tokens, params, sampling, served)
+            if known:
+                go_on_behind(known, request)
         choices.sampling, now = params, time.monotonic()
         for request in choices.requests:
             request.times.submitted = now

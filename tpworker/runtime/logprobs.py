@@ -30,6 +30,10 @@ class LogprobRecord:
         self.is_prompt_told = num_prompt_top is None
         """Whether there is nothing more to tell of the prompt."""
 
+    def go_on_behind(self, num_told: int) -> None:
+        """Those of so many tokens have been told, and those of the prompt before them."""
+        self.num_received, self.is_prompt_told = num_told, True
+
     def append(self, token: int, row: LogprobRow) -> None:
         """Of the next token."""
         assert self._num_top is not None

@@ -165,6 +165,11 @@ class Request:
             is_resumed=self.was_running,
         )
 
+    def go_on_behind(self, delivered: Sequence[int]) -> None:
+        """Its client has these tokens of the output already."""
+        self.received.extend(delivered)
+        self._num_looked_at = self.num_taken = len(delivered)
+
     def append(self, token: int) -> None:
         """The next token has arrived; its logprobs, if they are asked for, have already."""
         self.received.append(token)

@@ -237,6 +237,7 @@ class Runtime(Observable):
         *,
         request_id: str | None = None,
         default_max_tokens: int | None = None,
+        delivered: Sequence[int] = (),
     ) -> AsyncGenerator[RequestOutput, None]:
         """Generates from a prompt; outputs come as tokens do, the last one with a `finish_reason`.
 
@@ -253,6 +254,8 @@ class Runtime(Observable):
             request_id: for `abort`; must not be that of another open request.
             default_max_tokens: where `sampling.max_tokens` is None: not as many as fit, but at most so
                 many, or `min_tokens` if that is more.
+            delivered: token ids of the output that its client has already, from a runtime that was lost, say.
+                Outputs go on behind them. With the same seed they are what that one's would have been.
 
         Raises:
             InvalidRequest: a parameter is out of range, or not supported.
@@ -269,7 +272,7 @@ class Runtime(Observable):
         choices = self._intake.reserve(request_id, sampling.n)
         self._telling.wake()
         try:
-            await self._intake.submit(choices, prompt, sampling, default_max_tokens)
+            await self._intake.submit(choices, prompt, sampling, default_max_tokens, delivered)
             while True:
                 self._home.check()
                 output = await self._intake.take(choices)
