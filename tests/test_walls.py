@@ -125,11 +125,16 @@ def test_only_full_names_are_imported(name: str) -> None:
         assert not users(folder, name)
 
 
-def test_the_server_is_imported_by_the_command_line_only() -> None:
+def test_the_server_is_imported_by_the_command_line_and_by_integrations_only() -> None:
     importers = {
         path for path in users("tpworker", "tpworker.server") if not path.startswith("tpworker/server/")
     }
-    assert importers == {"tpworker/cli/serve.py"}
+    integrations = {f"tpworker/integrations/{name}.py" for name in ("options", "ray")}
+    assert importers == {"tpworker/cli/serve.py", *integrations}
+
+
+def test_an_engine_is_imported_by_its_integration_only() -> None:
+    assert set(users("tpworker", "ray")) == {"tpworker/integrations/ray.py"}
 
 
 def test_no_file_is_long_but_for_a_kernel_that_says_why() -> None:
