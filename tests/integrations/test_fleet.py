@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -19,6 +20,7 @@ from tpworker.integrations.relay import Outputs
 from tpworker.server.app import create_app
 from tpworker.server.options import FrontOptions
 
+ROOT = Path(__file__).parents[2]
 CHAT = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 60}
 
 
@@ -36,7 +38,7 @@ def model(tmp_path: Path) -> Path:
 
 
 async def fleet_of(replicas: DeadOnce, model: Path, max_open: int = 100) -> Fleet:
-    fleet = Fleet(RuntimeConfig(model=str(model), device="cpu"), replicas.open, max_open)
+    fleet = Fleet(RuntimeConfig(model=str(model), device="cpu"), replicas.open, replicas.call_all, max_open)
     assert fleet.health().state == "starting"
     await fleet.start(told_by(replicas.runtimes[0], "a"))
     return fleet
@@ -76,7 +78,11 @@ def test_a_chat_goes_on_when_its_replica_is_lost(model: Path) -> None:
                 assert "".join(shown) == text
                 assert (await client.get("/v1/models")).json()["data"][0]["id"] == "tiny"
                 assert (await client.get("/ready")).status_code == 200
+                assert (await client.post("/reset_prefix_cache")).json() == {"success": True}
+                top = (await client.get("/top")).json()
                 metrics = (await client.get("/metrics")).text
+            assert (top["model"], top["runtime"]["state"], top["runtime"]["resumed"]) == ("tiny", "ready", 2)
+            assert replicas.called == ["reset_prefix_cache"]
             assert replicas.num_lost == 2
             assert fleet.stats().resumed_requests == 2
             assert "tpworker_resumed_requests_total 2.0" in metrics
@@ -90,6 +96,17 @@ def test_a_chat_goes_on_when_its_replica_is_lost(model: Path) -> None:
             fleet.close()
 
     asyncio.run(asyncio.wait_for(main(), 60))
+
+
+def test_all_that_the_front_asks_of_a_runtime_a_fleet_has() -> None:
+    asked: set[str] = set()
+    for room in ("server", "metrics"):
+        for path in (ROOT / "tpworker" / room).rglob("*.py"):
+            if path.name != "serve.py":  # which starts and stops one
+                asked |= set(re.findall(r"\b_?runtime\.([a-z_]+)", path.read_text()))
+    has = {name for name in asked if hasattr(Runtime, name)} - {"start", "stop", "drain"}
+    assert {"generate", "prepare", "reset_prefix_cache", "stats"} <= has
+    assert not [name for name in has if not hasattr(Fleet, name)]
 
 
 def test_a_request_without_a_seed_gets_one_and_keeps_it(model: Path) -> None:
@@ -152,9 +169,10 @@ def test_health_and_sums_are_those_of_the_replicas_there_are(model: Path) -> Non
         assert fleet.health().state == "recovering"
         fleet.hear([])
         assert fleet.health().summary == "there is no replica"
+        nobody = DeadOnce(runtimes, -1)
         wrong = replace(first, vocab_size=99)
         with pytest.raises(ConfigError, match="has 257 token ids, and the replicas' has 99"):
-            await Fleet(RuntimeConfig(model=str(model)), DeadOnce(runtimes, -1).open, 9).start(wrong)
+            await Fleet(RuntimeConfig(model=str(model)), nobody.open, nobody.call_all, 9).start(wrong)
         fleet.close()
 
     asyncio.run(asyncio.wait_for(main(), 60))

@@ -26,6 +26,10 @@ class DeadOnce:
         self.place = place
         self.num_lost = 0
         self.asked: list[Ask] = []
+        self.called: list[str] = []
+
+    async def call_all(self, method: str) -> None:
+        self.called.append(method)
 
     async def open(self, ask: Ask) -> Outputs:
         self.asked.append(ask)

@@ -6,8 +6,9 @@ create_app(fleet) ──► Fleet.generate ──► Relay ──► open(ask) �
 
 from __future__ import annotations
 
+import os
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
@@ -19,6 +20,10 @@ from tpworker.integrations.records import Recorder
 from tpworker.integrations.relay import Ask, Open, Outputs, Relay
 from tpworker.integrations.replica import Told
 from tpworker.integrations.sums import Sums
+from tpworker.ipc.board import About
+from tpworker.observe.looking import without_processes
+from tpworker.observe.snapshot import Snapshot, Whole
+from tpworker.observe.states import ProcessState
 from tpworker.observe.watch import GpuState
 from tpworker.outputs import Health, Listener, RuntimeEvent, RuntimeState, Stats
 from tpworker.runtime.admission import Limits
@@ -38,12 +43,16 @@ class Fleet(Facts):
     Args:
         config: of each replica.
         open: has some replica answer a request.
+        call_all: has all replicas do what the method of `Replica` with this name does, and waits for it.
         max_open: requests, each choice counted, that may be open here or wait for a replica.
     """
 
-    def __init__(self, config: RuntimeConfig, open: Open, max_open: int) -> None:
+    def __init__(
+        self, config: RuntimeConfig, open: Open, call_all: Callable[[str], Awaitable[None]], max_open: int
+    ) -> None:
         super().__init__(config)
         self._open = open
+        self._call_all = call_all
         self._max_open = max_open
         self._sums = Sums()
         self._tokenisers = Tokenisers()
@@ -135,6 +144,10 @@ class Fleet(Facts):
             self._sums.num_moves += relay.num_moves
             recorder.close(relay.num_moves, error)
 
+    async def reset_prefix_cache(self) -> None:
+        """See `Runtime.reset_prefix_cache`: of all replicas."""
+        await self._call_all("reset_prefix_cache")
+
     async def _tokenise(self, text: str) -> list[int]:
         served = self._ready
         if len(text) > SHORT_CHARS:  # among the short ones, so as not to wait only to be refused
@@ -173,6 +186,26 @@ class Fleet(Facts):
     def gpus(self) -> tuple[GpuState, ...]:
         """None: they are the replicas'."""
         return ()
+
+    def processes(self) -> tuple[ProcessState, ...]:
+        """None: they are the replicas'."""
+        return ()
+
+    def snapshot(self) -> Snapshot:
+        """What all replicas have done together; of processes, there are none here."""
+        stats = self.stats()
+        done = {name: getattr(stats, name) for name in ("running", "waiting", "output_tokens", "finished")}
+        return without_processes(
+            About() if self._setup is None else self._setup.group.about,
+            Whole(
+                pid=os.getpid(),
+                state=self.health().state,
+                **done,
+                aborted=stats.aborted,
+                restarts=stats.restarts,
+                resumed=stats.resumed_requests,
+            ),
+        )
 
     def add_listener(self, listener: Listener) -> None:
         """Tells somebody of tokens and requests from now on; steps and events are the replicas'."""

@@ -26,7 +26,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 from ray.serve.handle import DeploymentHandle
 
 from tpworker.config import RuntimeConfig
-from tpworker.errors import QueueFull
+from tpworker.errors import QueueFull, RuntimeStopped
 from tpworker.integrations.autoscaling import OPEN
 from tpworker.integrations.fleet import Fleet
 from tpworker.integrations.options import Options
@@ -132,6 +132,10 @@ class TpGroup:
         """See `Replica.tell`."""
         return self._replica.tell()
 
+    async def reset_prefix_cache(self) -> None:
+        """See `Replica.reset_prefix_cache`."""
+        await self._replica.reset_prefix_cache()
+
     async def check_health(self) -> None:
         """For Serve, which replaces a replica that raises."""
         self._replica.check()
@@ -155,7 +159,7 @@ class Front:
         self._group = group
         self._items = group.options(method_name="items", stream=True)
         self._options = options
-        self._fleet = Fleet(config, self._open, max_open)
+        self._fleet = Fleet(config, self._open, self._call_all, max_open)
         await self._fleet.start(await group.tell.remote())
         self._hearing = asyncio.create_task(self._hear())
 
@@ -182,6 +186,13 @@ class Front:
         finally:
             if not is_over:  # whoever asked has left: nobody needs the rest
                 response.cancel()
+
+    async def _call_all(self, method: str) -> None:
+        """Has all replicas that there are call a method of theirs. One that comes later has nothing to do."""
+        try:
+            await self._group.broadcast(method).results_async()
+        except DeploymentUnavailableError as error:
+            raise RuntimeStopped("there is no replica: try again later") from error
 
     async def _hear(self) -> None:
         """Asks all replicas how they do, for ever."""

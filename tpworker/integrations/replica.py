@@ -98,6 +98,10 @@ class Replica:
         except RuntimeStopped as error:
             yield Refusal(lost, str(error))
 
+    async def reset_prefix_cache(self) -> None:
+        """See `Runtime.reset_prefix_cache`."""
+        await self._runtime.reset_prefix_cache()
+
     def tell(self) -> Told:
         """What it is, and how it does."""
         runtime = self._runtime

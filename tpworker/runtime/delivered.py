@@ -68,7 +68,8 @@ def go_on_behind(delivered: Sequence[int], request: Request) -> None:
     Raises:
         InvalidRequest: they hold a stop string: nothing comes behind it.
     """
-    request.go_on_behind(delivered)
+    request.received.extend(delivered)
+    request.num_looked_at = request.num_taken = len(delivered)
     if request.logprobs is not None:
         request.logprobs.go_on_behind(len(delivered))
     if request.text is not None and (stopped := request.text.push(delivered).stopped) is not None:

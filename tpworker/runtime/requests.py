@@ -72,7 +72,6 @@ class Request:
 
     __slots__ = (
         "_bell",
-        "_num_looked_at",
         "error",
         "finish",
         "first",
@@ -85,6 +84,7 @@ class Request:
         "num_cached",
         "num_crashes",
         "num_drafts",
+        "num_looked_at",
         "num_prompt",
         "num_resumed",
         "num_taken",
@@ -144,7 +144,7 @@ class Request:
         """What has come of logprobs; None: not asked for."""
         self.wants_tokens = True
         """False: max_tokens is 0. A step yields a token at least; that one is nobody's."""
-        self._num_looked_at = 0  # of the received
+        self.num_looked_at = 0  # of the received
         self.num_taken = 0
         """Of the tokens: its consumer has got so many. Those that do not count are not among them."""
         self._bell = bell or Bell()
@@ -165,11 +165,6 @@ class Request:
             is_resumed=self.was_running,
         )
 
-    def go_on_behind(self, delivered: Sequence[int]) -> None:
-        """Its client has these tokens of the output already."""
-        self.received.extend(delivered)
-        self._num_looked_at = self.num_taken = len(delivered)
-
     def append(self, token: int) -> None:
         """The next token has arrived; its logprobs, if they are asked for, have already."""
         self.received.append(token)
@@ -189,12 +184,12 @@ class Request:
 
     def has_arrived(self) -> bool:
         """Whether there is something to take."""
-        return self.finish is not None or len(self.received) > self._num_looked_at
+        return self.finish is not None or len(self.received) > self.num_looked_at
 
     def take(self) -> RequestOutput:
         """All that has arrived, as one output. A stop string in it ends the request, at its position."""
-        tokens = self.received[self._num_looked_at :].tolist()
-        self._num_looked_at = len(self.received)
+        tokens = self.received[self.num_looked_at :].tolist()
+        self.num_looked_at = len(self.received)
         if not self.wants_tokens and tokens:
             tokens, self.finish = [], "length"
         finish = self.finish
