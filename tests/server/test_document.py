@@ -73,6 +73,9 @@ SENT: list[tuple[str, str, int, dict[str, Any]]] = [
     ("post", "/reset_prefix_cache", 200, {}),
     ("post", "/reset_prefix_cache", 400, {"params": {"reset_external": "true"}}),
     ("get", "/top", 200, {}),
+    ("get", "/model_info", 200, {}),
+    ("get", "/server_info", 200, {}),
+    ("get", "/get_load", 200, {}),
     ("get", "/v1/models", 200, {}),
     ("get", "/v1/models/{model}", 404, {}),
     ("get", "/health", 200, {}),
@@ -147,6 +150,8 @@ def test_too_many_requests_and_bugs_are_told(start: Start, document: Document) -
         ("/health", None, shapes.Probe),
         ("/version", None, shapes.Version),
         ("/load", None, shapes.Load),
+        ("/model_info", None, shapes.ModelInfo),
+        ("/server_info", None, shapes.ServerInfo),
     ],
 )
 def test_answers_have_the_shapes_that_are_told(

@@ -23,7 +23,8 @@ PROBES = frozenset(["/health", "/ready", "/ping", "/metrics"])
 """What those ask who look after the server, again and again."""
 _OF_TEXT = ("/tokenize", "/detokenize", "/tokenizer_info")
 _OF_OPERATORS = ("/reset_prefix_cache", "/top", "/start_profile", "/stop_profile")
-GUARDED = frozenset([*_OF_TEXT, *_OF_OPERATORS])
+_OF_SGLANG = ("/model_info", "/get_model_info", "/server_info", "/get_server_info", "/get_load")
+GUARDED = frozenset([*_OF_TEXT, *_OF_OPERATORS, *_OF_SGLANG])
 """What needs the key, and has its bodies bounded, besides /v1/…."""
 
 

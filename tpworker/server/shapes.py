@@ -311,6 +311,36 @@ class Trace(_Shape):
     is_full: bool
 
 
+class ModelInfo(_Shape):
+    model_path: str
+    tokenizer_path: str
+    is_generation: Literal[True]
+    preferred_sampling_params: None
+    model_type: str
+    architectures: list[str]
+
+
+class ServerInfo(_Shape):
+    model_path: str
+    tokenizer_path: str
+    served_model_name: str
+    tp_size: int
+    dp_size: Literal[1]
+    context_length: int
+    max_running_requests: int
+    max_total_num_tokens: int
+    device: str
+    dtype: str
+    version: str
+
+
+class LoadOfRank(_Shape):
+    dp_rank: Literal[0]
+    num_reqs: int
+    num_waiting_reqs: int
+    num_tokens: int
+
+
 Documented = dict[int | str, dict[str, Any]]
 """What FastAPI takes as `responses`."""
 
