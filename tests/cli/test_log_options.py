@@ -35,8 +35,8 @@ def test_what_is_logged_unless_something_else_is_asked_for(tmp_path: Path) -> No
         ("--log-prompts --log-level error", "--log-prompts has no effect with --log-level error"),
         ("--ask x --log-prompts 5", "--log-prompts has no effect with --ask"),
         ("--ask x --no-log-requests", "--no-log-requests has no effect with --ask"),
-        ("--log-prompts 0", "--log-prompts 0: must be from 1 to 100000"),
-        ("--log-prompts 100001", "--log-prompts 100001: must be from 1 to 100000"),
+        ("--log-prompts 0", "--log-prompts 0: must be from 1 to 10000"),
+        ("--log-prompts 10001", "--log-prompts 10001: must be from 1 to 10000"),
     ],
 )
 def test_what_is_out_of_range_or_has_no_effect(arguments: str, words: str) -> None:

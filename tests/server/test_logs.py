@@ -114,8 +114,14 @@ def test_one_that_cannot_be_served_now(start: Start, log: Log) -> None:
     assert "the key" not in line.getMessage()
 
 
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("stuck", [0, 3])
+def test_one_for_whose_connection_there_is_no_room(start: Start, log: Log) -> None:
+    server = start(max_open=0)
+    assert server.post(COMPLETIONS, json=BODY, headers={"X-Request-Id": "mine"}).status_code == 503
+    line = log.one(server)
+    assert (line.status, line.error, line.request_id) == (503, "too_many_connections", "mine")
+
+
+@pytest.mark.parametrize(("stream", "stuck"), [(True, 3), (False, 0)])
 def test_a_client_that_leaves(start: Start, log: Log, stream: bool, stuck: int) -> None:
     server = start(FakeRuntime(before=stuck_at(stuck)))
     with pytest.raises(httpx.ReadTimeout):

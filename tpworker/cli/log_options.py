@@ -17,7 +17,8 @@ from tpworker.logs import FORMATS, JSON, TEXT, format_in_use, make_formatter
 LEVELS = ("debug", "info", "warning", "error")
 PROMPT_CHARS = 1000
 """Of a prompt in the log, if --log-prompts does not say how many."""
-MAX_PROMPT_CHARS = 100_000
+MAX_PROMPT_CHARS = 10_000
+"""Token ids have to become text for it, on the event loop."""
 
 logger = logging.getLogger("tpworker.cli")
 
