@@ -32,7 +32,7 @@ class Telling:
         self._chances = drafting.chances
         self._num_prefilled = self._num_output = 0
         self._num_gaps = self._gaps = self._busy = 0
-        self._last_step, self._last_ended = -1, 0
+        self._last_ended = 0
         self._next_ns = 0
         row[Field.TOTAL_BLOCKS] = composer.pool.num_usable
         row[Field.FREE_BLOCKS] = composer.pool.num_free
@@ -41,11 +41,11 @@ class Telling:
         """A step has been answered, and has yielded so many tokens that count."""
         self._num_prefilled += plan.num_prefill_tokens
         self._num_output += num_tokens
-        if plan.num_decodes and plan.step == self._last_step + 1:  # before others there may have been nothing
+        if plan.num_decodes:  # before others there may have been no request at all
             self._num_gaps += 1
             self._gaps += max(0, timing.started - self._last_ended)
         self._busy += max(0, timing.ended - timing.started)
-        self._last_step, self._last_ended = plan.step, timing.ended
+        self._last_ended = timing.ended
 
     def tell(self, num_compiling: int, is_idle: bool) -> None:
         """Writes, if it is time.

@@ -21,7 +21,7 @@ from tpworker.bench.load import Level, Measured
 from tpworker.bench.picture import check_can_draw, draw
 from tpworker.bench.plan import Plan
 from tpworker.bench.report import compare, show, to_json, what_is_asked
-from tpworker.bench.summary import Goals, Summary
+from tpworker.bench.summary import Goals, Summary, load_of
 from tpworker.bench.target import Target, find_out
 from tpworker.bench.worker import run_processes
 
@@ -114,6 +114,8 @@ class _Bench:
             await self._warm_up()
         results: list[tuple[Summary, Sequence[Measured]]] = []
         for level in self._levels(results):
+            if sys.stderr.isatty():  # and nothing that moves: it would take its part of the processor
+                print(f"{load_of(level)} …", file=sys.stderr)
             measured = await self._run(self.plan, level)
             summary = Summary.of(level, measured, options.goals)
             show(summary, self._console)

@@ -132,7 +132,8 @@ class UrlSource(Source):
                     f"{self._url}: its certificate is not trusted ({reason.verify_message}): name the file "
                     "of its authority in SSL_CERT_FILE"
                 ) from None
-            raise Absent(f"{self.name} does not answer: {reason or type(error).__name__}") from None
+            told = getattr(reason, "strerror", None) or reason or type(error).__name__
+            raise Absent(f"{self.name} does not answer: {told}") from None
         try:
             return from_json(json.loads(data))
         except ValueError:
