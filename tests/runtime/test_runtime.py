@@ -1049,6 +1049,7 @@ async def everything(runtime: Runtime) -> dict[str, str]:
         "prepare": lambda: runtime.prepare(lambda: 1),
         "abort": abort,
         "drain": lambda: runtime.drain(1.0),
+        "reset_prefix_cache": runtime.reset_prefix_cache,
         "stop": runtime.stop,
     }
     said = {}

@@ -159,7 +159,11 @@ class Observable(Facts):
     def snapshot(self) -> Snapshot:
         """What its processes do at this instant, as `tpworker top` shows it. Costs some microseconds for
         each; what they have used, and how GPUs do, is added by `observe.looking.with_usage`, in milliseconds.
+
+        Raises:
+            RuntimeStopped: as `stats`.
         """
+        self._home.check_process()  # the board is its parent's too, and would be told what is so here
         board = self._board()
         if board is not None:
             self._telling.tell()
