@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import threading
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from tests.bench.raw_server import (
     STREAM,
@@ -33,6 +35,7 @@ from tpworker import cli
 from tpworker.bench.connection import Address
 from tpworker.bench.load import Level, Measured, run_level
 from tpworker.bench.records import Record
+from tpworker.bench.report import compare
 from tpworker.bench.summary import Goals, Spread, Summary
 from tpworker.errors import ConfigError
 
@@ -318,3 +321,13 @@ def test_levels_by_default() -> None:
     assert options.concurrency == ()
     with pytest.raises(ConfigError):
         cli.parse(["bench", "http://h:0"])
+
+
+def test_all_levels_stand_in_80_columns() -> None:
+    level = Level(number=1, rate=123.4, num_requests=4)
+    seen = Summary.of(level, [measured(*[record(first=12.5, last=14.0)] * 100)], Goals(ttft=1.0))
+    out = io.StringIO()
+    compare([seen, seen], Console(file=out, width=80))
+    lines = [line.split() for line in out.getvalue().splitlines() if "a second" in line]
+    times = ["12,000.0", "12,000.0", "750.0", "750.0"]
+    assert lines == [["123", "a", "second", "10.00", "30", *times, "0", "0.00"]] * 2

@@ -34,6 +34,8 @@ def test_a_process_is_followed_through_a_recovery() -> None:
             source.read()
         with closing(busy_board(generation=1)):
             assert source.read().runtime.restarts == 1
+            with closing(busy_board()), closing(BoardSource(os.getpid())) as several:
+                assert several.name.endswith("(the newest of 2 runtimes in it)")
             source._started = 1  # as of a process that had this pid before
             with pytest.raises(Ended, match=f"process {os.getpid()} has ended"):
                 source.read()

@@ -27,6 +27,8 @@ from tpworker.bench.worker import run_processes
 
 WARM_UP_OUTPUT = 16
 """Tokens of output at most while it is warmed up."""
+PLAIN_WIDTH = 120
+"""Columns of tables that go to no terminal."""
 _WARM_UP = 0  # the level that warms up; those that are measured follow
 
 
@@ -75,7 +77,9 @@ def run_bench(options: BenchOptions) -> int:
     for file in (options.json_file, options.picture):
         if file is not None:
             Path(file).touch()  # hours of measuring shall not end in an error
-    console = Console(highlight=False, emoji=False, soft_wrap=not sys.stdout.isatty())
+    is_terminal = sys.stdout.isatty()
+    width = None if is_terminal else PLAIN_WIDTH
+    console = Console(highlight=False, emoji=False, soft_wrap=not is_terminal, width=width)
     bench = _Bench(options, console)
     results = asyncio.run(bench.run())
     summaries = [summary for summary, _ in results]

@@ -84,8 +84,10 @@ def _tokens(summary: Summary) -> str:
 
 def compare(summaries: Sequence[Summary], console: Console) -> None:
     """All levels, a line each."""
-    title = "TTFT and TPOT in ms"
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, title=title, title_justify="left")
+    table = Table(
+        box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, collapse_padding=True,
+        title="TTFT and TPOT in ms", title_justify="left",
+    )  # fmt: skip
     titles = ["load", "req/s", "out/s", "TTFT p50", "p99", "TPOT p50", "p99", "failed"]
     if any(summary.num_good is not None for summary in summaries):
         titles.append("goodput")

@@ -75,6 +75,8 @@ class BoardSource(Source):
         self.pid = self._attached.pid
         """Of the runtime's process."""
         self.name = f"process {self.pid}"
+        if self._attached.num_others:
+            self.name += f" (the newest of {1 + self._attached.num_others} runtimes in it)"
         self._started = started(self.pid)
         self._nvml: Nvml | None = None
         self._gpus: dict[int, Gpu] = {}
@@ -85,7 +87,7 @@ class BoardSource(Source):
 
     def read(self) -> Snapshot:
         if self._started is None or started(self.pid) != self._started:
-            raise Ended(f"{self.name} has ended")
+            raise Ended(f"process {self.pid} has ended")
         if self._attached is not None and self._attached.board.is_over:
             self._attached.close()
             self._attached = None
