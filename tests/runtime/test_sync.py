@@ -54,6 +54,9 @@ def test_outputs_come_one_after_the_other(runtime: SyncRuntime) -> None:
     assert runtime.stats().finished == 1
     assert runtime.health().state == "ready"
     assert runtime.gpus() == ()
+    seen = runtime.snapshot()
+    assert (seen.runtime.state, seen.runtime.finished, seen.runtime.output_tokens) == ("ready", 1, 6)
+    assert (seen.model, seen.requests, len(seen.ranks)) == ("model", (), 1)
     assert runtime.start_times is not None
     assert runtime.start_times.total > 0
 

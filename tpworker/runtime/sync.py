@@ -29,6 +29,7 @@ from tpworker.sampling_params import SamplingParams, checked
 
 if TYPE_CHECKING:
     from tpworker.model.families import ModelSpec
+    from tpworker.observe.snapshot import Snapshot
     from tpworker.observe.start import StartTimes
     from tpworker.observe.watch import GpuState
     from tpworker.text.tokenizer import Tokenizer
@@ -259,6 +260,14 @@ class SyncRuntime:
             return self.runtime.stats()
 
         return self._call(stats())
+
+    def snapshot(self) -> Snapshot:
+        """See `Runtime.snapshot`."""
+
+        async def snapshot() -> Snapshot:
+            return self.runtime.snapshot()
+
+        return self._call(snapshot())
 
     def gpus(self) -> tuple[GpuState, ...]:
         """See `Runtime.gpus`."""
