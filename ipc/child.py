@@ -63,6 +63,7 @@ Path = Annotated[str, Within(1, 4096)]
 Seconds = Annotated[float, Within(0, 1e9)]
 
 MAX_VOCAB = 1 << 24
+MAX_UPDATES = 1 << 53
 MAX_LOOKUP = 16  # tokens of an n-gram that is looked up
 
 _MAX_SUMMARY = 2_000  # characters; up to 4 bytes each, and a whole report fits into a pipe
@@ -172,6 +173,8 @@ class RankBoot:
     keeper_address: Annotated[str, Within(0, 256)] = ""  # where GPU memory is kept; empty: nowhere
     log_format: Word = TEXT
     trace_fd: Descriptor | None = None  # as the scheduler's
+    weights_fd: Descriptor | None = None  # safetensors in place of those of the model's folder
+    weights_number: Annotated[int, Within(0, MAX_UPDATES)] = 0  # of the weights: those of the start are 0
 
 
 Boot = TypeVar("Boot", SchedulerBoot, RankBoot)

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         RequestError,
         RequestFailed,
         RuntimeFailed,
+        RuntimeSleeping,
         RuntimeStopped,
         TpworkerError,
     )
@@ -73,6 +74,7 @@ __all__ = [
     "RuntimeConfig",
     "RuntimeEvent",
     "RuntimeFailed",
+    "RuntimeSleeping",
     "RuntimeStopped",
     "SamplingParams",
     "Stats",

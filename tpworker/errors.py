@@ -9,6 +9,7 @@
     │   ├── QueueFull          backpressure: try again later
     │   └── RequestFailed      it was taken, and cannot go on, for a reason of its own
     ├── RuntimeStopped     the runtime is not started, drains, or has stopped
+    │   └── RuntimeSleeping    it sleeps: wake it up first
     └── RuntimeFailed      processes died, hung, diverged or raised too often; names the last
 
 Messages say what was wrong, the limit, and the remedy.
@@ -68,6 +69,10 @@ class RequestFailed(RequestError):
 
 class RuntimeStopped(TpworkerError):
     """The runtime was not started, is draining, or has stopped."""
+
+
+class RuntimeSleeping(RuntimeStopped):
+    """The runtime sleeps (`Runtime.sleep`), and takes no requests before it is woken up."""
 
 
 class RuntimeFailed(TpworkerError):

@@ -11,9 +11,13 @@ if TYPE_CHECKING:
     from tpworker.sampling_params import SamplingParams
 
 FinishReason = Literal["stop", "length", "abort"]
-RuntimeState = Literal["stopped", "starting", "ready", "recovering", "draining", "failed"]
+RuntimeState = Literal[
+    "stopped", "starting", "ready", "recovering", "draining", "failed", "sleeping", "updating"
+]
 RUNTIME_STATES: tuple[RuntimeState, ...] = get_args(RuntimeState)
-EventKind = Literal["lost", "recovering", "recovered", "given_up"]
+EventKind = Literal["lost", "recovering", "recovered", "given_up", "sleeping", "woken", "updating", "updated"]
+SleepLevel = Literal[1, 2]
+WakeTag = Literal["weights", "kv_cache"]
 
 
 class TokenLogprobs(NamedTuple):
@@ -105,19 +109,20 @@ class RuntimeEvent:
 
     kind: EventKind
     """'lost': a process died, hangs, diverged or raised. 'recovering': the group is started anew.
-    'recovered': requests go on. 'given_up': after too many restarts; the runtime has failed."""
+    'recovered': requests go on. 'given_up': after too many restarts; the runtime has failed. No fault, but
+    at the owner's wish: 'sleeping', 'woken'; 'updating', 'updated', or 'woken' with the old weights."""
     time: float
     """When: time.time()."""
     generation: int
     """Of processes, that this is about: 0 from the start, one more with every restart."""
     process: str
-    """At fault, e.g. `tpworker-rank1`."""
+    """At fault, e.g. `tpworker-rank1`; '' if none is."""
     summary: str
     """What happened, in one line."""
     seconds: float | None = None
-    """With 'recovered': since the loss was noticed."""
+    """With 'recovered': since the loss was noticed. With those that are no fault: what it took."""
     requests: int = 0
-    """With 'recovering' and 'recovered': those that are open, and go on."""
+    """With all but 'lost' and 'given_up': those that are open, and go on."""
 
 
 class RequestRecord(NamedTuple):

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 
 from tests.ipc.test_child import RANK_BOOT, SCHEDULER_BOOT
+from tpworker.ipc.child import Report
 from tpworker.outputs import RuntimeEvent
 from tpworker.runtime import processes
 from tpworker.runtime.events import Events
@@ -32,6 +33,7 @@ class Told:
     starts: dict[int, Callable[[FakeGeneration], None]] = field(default_factory=dict)
     heard: list[str] = field(default_factory=list)
     events: list[RuntimeEvent] = field(default_factory=list)
+    models: list[str] = field(default_factory=list)
     kv_blocks: list[int] = field(default_factory=list)
     kept: list[int] = field(default_factory=list)  # the memory that each generation finds: an inode
     processes: Processes | None = None
@@ -45,6 +47,9 @@ class Told:
     def on_recovered(self, generation: object) -> int:
         self.heard.append("recovered")
         return 0
+
+    def on_suspended(self) -> None:
+        self.heard.append("suspended")
 
     def on_failed(self, fault: Fault) -> None:
         self.heard.append(f"failed: {fault.summary}")
@@ -64,6 +69,8 @@ class FakeGeneration:
         self.num_kept_blocks = 0
         self.is_over = False
         self.leftovers: list[str] = []
+        self.was_orderly = True
+        self.told.models.append(group.model)
         self.told.kv_blocks.append(group.rank.num_kv_blocks)
         _, keeping = more
         self.told.kept.append(os.fstat(keeping.fd(0)).st_ino)
@@ -76,6 +83,7 @@ class FakeGeneration:
 
     async def stop(self) -> None:
         self.is_over = True
+        await asyncio.sleep(0)
 
     def kill(self) -> None:
         """Nobody is there."""
@@ -240,3 +248,133 @@ def test_who_is_lost_while_it_is_stopped_is_no_fault(told: Told) -> None:
 
     run(told, work, most=0)
     assert (told.heard, told.events) == ([], [])
+
+
+REFUSED = Fault("tpworker-rank0", "no such weights", Report("ModelError", "no such weights", "", (), ()))
+
+
+def kinds(told: Told) -> list[str]:
+    return [event.kind for event in told.events]
+
+
+def test_a_generation_that_is_ended_and_begun_by_wish_is_no_fault(told: Told) -> None:
+    async def work(processes: Processes) -> None:
+        before = processes.generation
+        await processes.suspend()
+        assert before.is_over
+        assert (processes.is_suspended, processes.is_up) == (True, False)
+        await processes.suspend()
+        await processes.resume()
+        assert (processes.is_suspended, processes.is_up) == (False, True)
+        assert (processes.generation.number, processes.num_restarts) == (1, 0)
+        await processes.resume()
+        lose(processes)
+        await until(lambda: told.heard.count("recovered") == 2)
+        assert (processes.generation.number, processes.num_restarts) == (2, 1)
+
+    run(told, work, most=1)
+    assert told.heard == ["suspended", "recovered", "lost", "recovered"]
+    assert len(set(told.kept)) == 1, "nothing is forgotten but by who wants it"
+
+
+def test_who_is_lost_while_it_is_ended_by_wish_is_not_replaced_before_that_is_wished(told: Told) -> None:
+    async def work(processes: Processes) -> None:
+        suspending = asyncio.ensure_future(processes.suspend())
+        await asyncio.sleep(0)
+        lose(processes, Fault("tpworker-rank0", "it is over", forfeits=True))
+        await suspending
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert processes.generation.number == 0
+        await processes.resume()
+
+    run(told, work)
+    assert told.heard == ["lost", "suspended", "recovered"]
+    assert told.kept[0] != told.kept[1], "and what it forfeits is forgotten"
+
+
+def test_memory_of_processes_that_do_not_end_in_order_is_forgotten(told: Told) -> None:
+    async def work(processes: Processes) -> None:
+        generation: Any = processes.generation
+        generation.was_orderly = False
+        await processes.suspend()
+        await processes.resume()
+
+    run(told, work)
+    assert told.kept[0] != told.kept[1]
+
+
+def test_an_end_by_wish_comes_after_a_recovery_that_is_under_way(told: Told) -> None:
+    async def work(processes: Processes) -> None:
+        lose(processes)
+        await asyncio.sleep(0)
+        await processes.suspend()
+        assert processes.generation.number == 1
+
+    run(told, work)
+    assert told.heard == ["lost", "recovered", "suspended"]
+
+
+@pytest.mark.parametrize("how", ["in its start", "at once"])
+def test_who_is_lost_when_it_is_wanted_again_is_replaced(told: Told, how: str) -> None:
+    told.starts[1] = fail(KILLED) if how == "in its start" else lambda generation: generation.on_fault(KILLED)
+
+    async def work(processes: Processes) -> None:
+        await processes.suspend()
+        await processes.resume()
+        assert processes.is_up
+        assert (processes.generation.number, processes.num_restarts) == (2, 1)
+
+    run(told, work)
+    assert told.heard == ["suspended", "lost", "recovered"]
+    assert kinds(told) == ["lost", "recovering", "recovered"]
+
+
+def test_what_a_process_refuses_is_said_and_may_be_tried_again(told: Told) -> None:
+    told.starts[1] = fail(REFUSED)
+
+    async def work(processes: Processes) -> None:
+        await processes.suspend()
+        with pytest.raises(StartFailed, match="no such weights"):
+            await processes.resume()
+        assert processes.is_suspended
+        await processes.resume()
+        assert (processes.is_up, processes.num_restarts) == (True, 0)
+
+    run(told, work, most=0)
+    assert told.heard == ["suspended", "recovered"]
+
+
+@pytest.mark.parametrize("then", ["they are there", "one is killed", "they are gone too"])
+def test_what_a_process_refuses_gives_way_to_what_was(told: Told, then: str) -> None:
+    told.starts[1] = fail(REFUSED)
+    if then != "they are there":
+        told.starts |= dict.fromkeys(range(2, 9), fail(REFUSED)) if then == "they are gone too" else {}
+        told.starts[2] = fail(KILLED if then == "one is killed" else REFUSED)
+
+    async def work(processes: Processes) -> None:
+        old = processes.group
+        await processes.suspend()
+        processes.group = replace(old, model="/new")
+        with pytest.raises(StartFailed, match="no such weights"):
+            await processes.resume(lambda: setattr(processes, "group", old))
+        assert processes.is_up is (then != "they are gone too")
+
+    run(told, work, most=3)
+    assert set(told.models[:2]) == {"/", "/new"}
+    assert set(told.models[2:]) == {"/"}
+    assert told.has_heard("failed") is (then == "they are gone too")
+
+
+def test_an_end_by_wish_that_is_under_way_gives_way_to_a_stop(told: Told) -> None:
+    async def work(processes: Processes) -> None:
+        task = processes.change(processes.suspend())
+        await asyncio.sleep(0)
+        await processes.stop()
+        assert task.cancelled()
+        assert processes.is_over
+        await processes.suspend()
+        await processes.resume()
+
+    run(told, work)
+    assert told.heard == []

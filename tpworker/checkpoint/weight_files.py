@@ -40,14 +40,20 @@ class Entry(NamedTuple):
 class WeightFiles:
     """The safetensors of a folder: model.safetensors, or else the files that the index names."""
 
-    def __init__(self, folder: Path) -> None:
-        """Find the files. Raises ModelError: there are none, or the index is broken."""
+    def __init__(self, folder: Path, file: Path | None = None) -> None:
+        """Find the files. Raises ModelError: there are none, or the index is broken.
+
+        Args:
+            file: an absolute path, of what is read in place of the folder's; None: nothing is.
+        """
         self.folder = folder
         self.notes: list[str] = []
         """What is to be told of them, a line each."""
         self._headers: dict[str, dict[str, Entry]] = {}
         try:
-            self.file_of = self._locate()
+            self.file_of = (
+                self._locate() if file is None else dict.fromkeys(self.header(str(file)), str(file))
+            )
         except PermissionError:
             raise unreadable(folder) from None
 

@@ -97,7 +97,7 @@ class Recorder(Listener):
     def on_event(self, event: RuntimeEvent) -> None:
         if event.kind == "recovered":
             self.recovery.observe(event.seconds or 0.0)
-        elif event.kind == "lost":  # the next step is another device's first
+        elif event.kind in ("lost", "sleeping", "updating"):  # the next step is another device's first
             self.last_step = None
 
     def on_first_tokens(self, waits: Sequence[float]) -> None:

@@ -106,6 +106,15 @@ class Dispatch:
             self.requests.close(poison)
             poison.fail(lambda: RequestFailed(_why_alone(poison, fault)))
 
+    def suspend(self) -> None:
+        """The processes have been ended, because somebody wanted it, and what they have computed is
+        forgotten. All requests wait for `resume`."""
+        self.requests.interrupt(is_fault=False)
+        self._generation = None
+        for reset in list(self._resets.values()):  # nothing is left that anybody could find
+            if not reset.done():
+                reset.set_result(None)
+
     def resume(self, generation: Generation) -> int:
         """There are processes again. Returns how many requests go on, now or when they may."""
         self._generation = generation

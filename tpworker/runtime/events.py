@@ -26,11 +26,16 @@ class Events:
         self,
         kind: EventKind,
         generation: int,
-        fault: Fault,
+        about: Fault | str,
         seconds: float | None = None,
         requests: int = 0,
     ) -> None:
-        """Something has happened now. The arguments are the fields of `RuntimeEvent`."""
-        event = RuntimeEvent(kind, time.time(), generation, fault.process, fault.summary, seconds, requests)
+        """Something has happened now. The arguments are the fields of `RuntimeEvent`.
+
+        Args:
+            about: its process and summary; the summary alone, if no process is at fault.
+        """
+        process, summary = ("", about) if isinstance(about, str) else (about.process, about.summary)
+        event = RuntimeEvent(kind, time.time(), generation, process, summary, seconds, requests)
         self.recent.append(event)
         self._listener.on_event(event)

@@ -37,6 +37,8 @@ _NO_KEEPER = "KeeperSilent"
 _LOST = re.compile(
     r"connection (closed|reset|refused)|broken pipe|timed out waiting|BarrierAborted", re.IGNORECASE
 )
+#: Errors that say that what is wanted cannot be had here: the next process would say the same.
+_REFUSALS = frozenset({"ConfigError", "ModelError", "KeeperFailed", "MemoryError", "OutOfMemoryError"})
 #: Signals of code that has gone wrong, and may have written anywhere before.
 _CRASHES = frozenset(
     {
@@ -153,6 +155,11 @@ class Fault:
     hung: bool = False  # the process lives, but does not go on
     forfeits: bool = False  # nobody can vouch for what is in memory that outlives the processes
     is_external: bool = False  # killed or stopped by somebody else: no request can have caused it
+
+    @property
+    def is_refusal(self) -> bool:
+        """Whether a process has said that what is wanted of it cannot be had here."""
+        return self.report is not None and self.report.error in _REFUSALS
 
     def failure(self) -> RuntimeFailed:
         """What everyone gets who waits for the runtime; a new one each, as an exception is raised once."""

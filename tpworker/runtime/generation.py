@@ -166,6 +166,11 @@ class Generation:
         return self._supervisor.leftovers
 
     @property
+    def was_orderly(self) -> bool:
+        """Whether its processes have ended by themselves, and well: known when it is over."""
+        return self._supervisor.was_orderly
+
+    @property
     def is_over(self) -> bool:
         """Whether it has been stopped, and nothing is left of it."""
         return self._channel is None

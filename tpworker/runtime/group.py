@@ -28,6 +28,10 @@ class Group:
     """Where processes tell what they do (ipc/trace.py); None: nowhere."""
     rank_cpus: Sequence[AbstractSet[int] | None] = ()
     """By rank the CPUs that its process keeps to; None, and ranks beyond the end: the ones it inherits."""
+    weights_fd: int | None = None
+    """Safetensors in place of those of the model's folder; None: there are none. Stays the owner's."""
+    weights_number: int = 0
+    """Of the weights: others have another one, though they come from the same folder."""
     gpus: Sequence[str] = ()
     """By rank the UUID of its GPU; none on the CPU. For the status board."""
 

@@ -316,6 +316,11 @@ class Intake:
                 self.dispatch.withdraw(request)
                 request.end("abort")
 
+    def abort_all(self) -> None:
+        """As `abort`, of all that are open."""
+        for request_id in list(self._open):
+            self.abort(request_id)
+
     def close(self, choices: Choices) -> None:
         """Its consumer has all it will get, or wants no more."""
         del self._open[choices.request_id]

@@ -2,7 +2,8 @@
 GPUs the keeper besides, which owns the memory that ranks map (rank/keeper.py).
 
 They are made once, and each generation's processes find in them what those before left (`rank/kept.py`,
-`scheduler/kept_blocks.py`), until somebody says that nothing of it can be trusted.
+`scheduler/kept_blocks.py`), until somebody says that nothing of it can be trusted, or that the memory is
+wanted for something else.
 """
 
 from __future__ import annotations
@@ -56,8 +57,7 @@ class Keeping:
             return ()
         if self._keeper is not None and not self._keeper.is_alive:
             self.forget()
-        while self._killed:
-            self._killed.pop().close()  # before the next one is there, its memory is free again
+        self._bury()  # before the next one is there, its memory is free again
         if self._keeper is None:
             self._keeper = self._start_keeper()
         return (self._keeper,)
@@ -80,12 +80,29 @@ class Keeping:
             self._fds.append(os.memfd_create(f"tpworker-kept{rank}", os.MFD_CLOEXEC))
         self.blocks_fd = os.memfd_create("tpworker-blocks", os.MFD_CLOEXEC)
 
+    def forget_contents(self) -> None:
+        """What keys and values were computed from is not so any more: nobody is to find any of them. Their
+        memory stays. To be called when no scheduler lives."""
+        blocks_fd, self.blocks_fd = self.blocks_fd, os.memfd_create("tpworker-blocks", os.MFD_CLOEXEC)
+        os.close(blocks_fd)
+
+    def put_away(self) -> None:
+        """As `give_back`; but weights on GPUs are kept in host memory."""
+        self.give_back()
+
+    def take_out(self) -> None:
+        """What `put_away` has put into host memory is where it was."""
+
+    def give_back(self) -> None:
+        """As `forget`, and when it returns the memory is free."""
+        self.forget()
+        self._bury()
+
     def close(self) -> None:
         """Gives all of it back, and waits until the keeper is gone. More than once does no harm."""
         self._close_descriptors()
         self._kill_keeper()
-        while self._killed:
-            self._killed.pop().close()
+        self._bury()
 
     def _start_keeper(self) -> Standby:
         """It is bound here, so that ranks can connect at once, and wait for it."""
@@ -104,6 +121,11 @@ class Keeping:
             self._keeper.kill()
             self._killed.append(self._keeper)
             self._keeper, self.keeper_address = None, ""
+
+    def _bury(self) -> None:
+        """Waits until keepers that were killed are gone."""
+        while self._killed:
+            self._killed.pop().close()
 
     def _close_descriptors(self) -> None:
         while self._fds:

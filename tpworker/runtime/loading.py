@@ -6,9 +6,9 @@ import asyncio
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -37,6 +37,7 @@ class FoundModel:
     spec: ModelSpec
     name: str  # what to call it towards clients
     chat_template: str | None = None  # in place of its own
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # of its weights; empty: not known
 
     def with_tokenizer(self, tokenizer: Tokenizer) -> FoundModel:
         """The model as its tokenizer ends its outputs, too. Raises ModelError if too many tokens do."""
@@ -63,14 +64,15 @@ def find_model(config: RuntimeConfig, progress: Progress, *, check_weights: bool
     """
     check_working_directory()
     chat_template = None if config.chat_template is None else _read_template(config.chat_template)
+    from tpworker.checkpoint.likeness import shapes_of
     from tpworker.checkpoint.resolve import resolve_model
     from tpworker.model.families import read_spec
 
     folder = resolve_model(config.model, progress, weights=config.load_format != "dummy").absolute()
     spec = read_spec(folder)
     check_drafts(config, spec)
-    with_mtp = config.speculative_method == "mtp"
-    for line in what_is_odd(folder, spec, check_weights and config.load_format != "dummy", with_mtp):
+    with_mtp, are_read = config.speculative_method == "mtp", check_weights and config.load_format != "dummy"
+    for line in what_is_odd(folder, spec, are_read, with_mtp):
         logger.warning("%s", line)
     check_tokenizer_files(folder)
     if chat_template is not None and not has_tokenizer(folder):
@@ -78,7 +80,8 @@ def find_model(config: RuntimeConfig, progress: Progress, *, check_weights: bool
             f"chat_template={config.chat_template!r} has no effect: there is no tokenizer in {folder}. Leave "
             "out --chat-template, or fetch tokenizer.json"
         )
-    return FoundModel(folder, spec, config.model or folder.name, chat_template)
+    shapes = shapes_of(folder, spec, with_mtp=with_mtp) if are_read else {}
+    return FoundModel(folder, spec, config.model or folder.name, chat_template, shapes)
 
 
 def _read_template(file: str) -> str:

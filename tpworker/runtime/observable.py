@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 
 from tpworker.config import RuntimeConfig
-from tpworker.errors import RuntimeStopped
+from tpworker.errors import RuntimeSleeping, RuntimeStopped
 from tpworker.ipc.board import About, Board
 from tpworker.ipc.trace import Teller
 from tpworker.observe.looking import look, without_processes
@@ -23,6 +23,7 @@ from tpworker.runtime.intake import Intake
 from tpworker.runtime.listeners import EventListener, Listeners
 from tpworker.runtime.loading import in_daemon_thread
 from tpworker.runtime.processes import Processes
+from tpworker.runtime.sleeping import Sleeping
 from tpworker.runtime.statistics import stats_of
 from tpworker.runtime.steps import Steps
 from tpworker.runtime.telling import Telling
@@ -52,6 +53,7 @@ class Observable(Facts):
         self._steps = Steps()
         self._num_resumed = 0
         self._processes: Processes | None = None  # once they were started
+        self._sleeping: Sleeping | None = None  # once it was ready
         self._gpu_watch: GpuWatch | None = None  # if there are GPUs
         self._telling = Telling(
             self._intake, self._board, lambda: self.health().state, lambda: self._num_resumed
@@ -72,6 +74,8 @@ class Observable(Facts):
         state = self._state
         if state == "ready" and self._fault is not None:
             state = "recovering"
+        elif state == "ready" and self._sleeping is not None:
+            state = self._sleeping.state or state
         return Health(state, None if self._fault is None else str(self._fault.failure()))
 
     @property
@@ -220,3 +224,5 @@ class Observable(Facts):
         is_promised = self._state == "draining" and num_choices and self._intake.take_promise(num_choices)
         if self._state != "ready" and not is_promised:
             raise RuntimeStopped(f"the runtime takes no requests: it is {self._state}")
+        if self.health().state == "sleeping":
+            raise RuntimeSleeping("the runtime sleeps, and takes no requests: wake it up first (wake_up)")

@@ -280,12 +280,12 @@ class Requests:
         """All of them, in the order in which they came."""
         return list(self._by_number.values())
 
-    def interrupt(self) -> list[Request]:
+    def interrupt(self, *, is_fault: bool = True) -> list[Request]:
         """The scheduler is gone: it knows of none any more, and all wait. Returns those that it knew of."""
         known = [request for request in self._by_number.values() if request.is_submitted]
         for request in known:
             request.is_submitted = False
-            request.num_resumed += 1
+            request.num_resumed += is_fault
             if request.is_running:
                 request.is_running = False
                 self.num_running -= 1

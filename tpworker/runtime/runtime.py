@@ -26,10 +26,10 @@ from tpworker.observe.gpus import resolve_gpus
 from tpworker.observe.start import StartTimes
 from tpworker.observe.watch import GpuWatch
 from tpworker.outputs import RequestOutput, RuntimeEvent
+from tpworker.runtime.changeable import Changeable
 from tpworker.runtime.faults import Fault
 from tpworker.runtime.generation import Generation, StartFailed
 from tpworker.runtime.loading import Progress
-from tpworker.runtime.observable import Observable
 from tpworker.runtime.processes import Processes
 from tpworker.runtime.recovery import Restarts
 from tpworker.runtime.start import RANK_MODULE, SCHEDULER_MODULE, find, set_up, start_error, until_ready
@@ -45,7 +45,7 @@ NO_COPIES = (
 )
 
 
-class Runtime(Observable):
+class Runtime(Changeable):
     """A model served by a scheduler process and TP ranks, for one event loop of one process. Start it once,
     stop it once.
 
@@ -151,6 +151,7 @@ class Runtime(Observable):
         ranks = processes.generation.ranks
         self.start_times = StartTimes.of(ranks, began_ns, spawned_ns, time.monotonic_ns())
         logger.info("%s", self.start_times)
+        self._sleeping = self._make_sleeping(processes, self._served.model)
         self._intake.serve(self._served)
         if processes.is_up:
             self._intake.dispatch.resume(processes.generation)
@@ -190,6 +191,8 @@ class Runtime(Observable):
                 await self._processes.stop()
         finally:
             await self._close_trace()
+            if self._sleeping is not None and stray is None:
+                self._sleeping.close()
             if self._gpu_watch is not None:
                 self._gpu_watch.close()  # last: it waits for an answer of the driver, which may be sick
         self._home.leave()
@@ -319,22 +322,6 @@ class Runtime(Observable):
         self._home.check()
         self._intake.abort(request_id)
 
-    async def reset_prefix_cache(self) -> None:
-        """Forgets all keys and values that have been computed, in this generation of processes and in those
-        that come after a fault: no request that begins to run from now on finds any of them.
-
-        Requests that run go on with their own, and leave none of them to others; those that wait are as new.
-
-        Raises:
-            RuntimeStopped, RuntimeFailed: as `generate` does; while it drains it is done, too.
-        """
-        self._home.check_process()
-        self._check_not_failed()
-        self._home.check()
-        if self._state not in ("ready", "draining"):
-            raise RuntimeStopped(f"there is no prefix cache: the runtime is {self._state}")
-        await self._intake.dispatch.reset_prefix_cache()
-
     # ------------------------------------------------------------------- from the processes
 
     def on_output(self, output: Said) -> None:
@@ -356,12 +343,18 @@ class Runtime(Observable):
 
     def on_recovered(self, generation: Generation) -> int:
         """For `Processes`."""
-        self._fault = None
+        was_lost, self._fault = self._fault is not None, None
         self._trace = self._tracing.teller(generation.number)
         num_requests = self._intake.dispatch.resume(generation)
-        self._num_resumed += num_requests
+        self._num_resumed += num_requests if was_lost else 0
         self._telling.wake()
         return num_requests
+
+    def on_suspended(self) -> None:
+        """For `Processes`."""
+        self._fault = None
+        self._intake.dispatch.suspend()
+        self._steps.restart()
 
     def on_failed(self, fault: Fault) -> None:
         """For `Processes`."""

@@ -30,7 +30,7 @@ def stats_of(
         recent_steps=steps.last(),
         draft_tokens=load.drafts,
         accepted_tokens=load.accepted,
-        restarts=0 if processes is None else processes.generation.number,
+        restarts=0 if processes is None else processes.num_restarts,
         resumed_requests=num_resumed,
         lost=() if processes is None else tuple(sorted(processes.lost.items())),
         last_recovery_seconds=None if processes is None else processes.last_recovery_seconds,

@@ -80,22 +80,22 @@ class Supervisor:
     ) -> None:
         self.group = group
         self._standbys = standbys or Standbys(group.scheduler_module, group.rank_module, group.rank.device)
-        self._owns_standbys = standbys is None
+        self._owns_standbys, self._owns_keeping = standbys is None, keeping is None
         self._runtime_address = runtime_address
         self.ended: concurrent.futures.Future[None] = concurrent.futures.Future()
         self.ended.set_running_or_notify_cancel()  # whoever waits for it cannot cancel it
         self._on_fault = on_fault
         self.leftovers: list[str] = []
         """Processes that were killed and have not ended, once it is done."""
+        self.was_orderly = False
+        """Whether all have ended by themselves, and well, once it is done."""
         self._children: list[Child] = []
         self._used: tuple[Standby, ...] = ()
         self._over: list[Child | Standby] = []  # in the order in which they were seen to end
         self._blamed: Fault | None = None
         self._stopping: Patience | None = None
-        self._killed = False
+        self._killed = self._closed = False
         self._lock = threading.Lock()  # of the wake-up pipe: a closed descriptor's number may be another's
-        self._closed = False
-        self._owns_keeping = keeping is None
         with contextlib.ExitStack() as undo:
             self.board = Board.create(board_names(group.num_ranks), group.about)
             undo.callback(self.board.close)
@@ -201,7 +201,8 @@ class Supervisor:
                         group.generation, name, log_level, 0, rank, group.num_ranks, plan_address,
                         result_address, self._barrier.fd, self.board.fd, self._meeting.fd, self._masks.fd,
                         store_fd, group.model, group.rank, self._keeping.fd(rank),
-                        self._keeping.keeper_address, log_format, group.trace_fd,
+                        self._keeping.keeper_address, log_format, group.trace_fd, group.weights_fd,
+                        group.weights_number,
                     ),
                     group.rank_cpus[rank] if rank < len(group.rank_cpus) else None,
                 )  # fmt: skip
@@ -259,9 +260,10 @@ class Supervisor:
                 logger.warning("%s did not end in time and will be killed", ", ".join(late))
                 return
             self._collect(min(self._stopping.slice(), answer.slice()))
-        for child in self._children:
-            if child.has_ended and child.status != 0:
-                logger.warning("while stopping, %s", child.ending.describe())
+        bad = [child for child in self._children if child.status != 0]
+        self.was_orderly = not (bad or self._killed)
+        for child in bad if not self._killed else ():
+            logger.warning("while stopping, %s", child.ending.describe())
 
     def _collect(self, timeout: float | None) -> None:
         """Sleeps until something happens, at most so many seconds, and notes what has."""
@@ -300,9 +302,7 @@ class Supervisor:
 
     def _ending(self, one: Child | Standby) -> Ending:
         """How it ended, and where it stood."""
-        if isinstance(one, Child):
-            return replace(one.ending, progress=self._progress(one))
-        return one.ending
+        return replace(one.ending, progress=self._progress(one)) if isinstance(one, Child) else one.ending
 
     def _standing(self, child: Child) -> Standing:
         return Standing(child.stopped, self._progress(child))

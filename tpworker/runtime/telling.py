@@ -52,7 +52,9 @@ class Telling:
     def _tick(self) -> None:
         self._timer = None
         self.tell()
-        if self._intake.num_open or self._state() in ("starting", "recovering"):  # on a board that is new
+        state = self._state()
+        is_busy = self._intake.num_open and state != "sleeping"
+        if is_busy or state in ("starting", "recovering", "updating"):  # on a board that is new
             self.wake()
 
     def tell(self) -> None:
