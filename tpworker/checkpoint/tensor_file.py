@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tpworker.checkpoint.weights import check_weights, needed_tensors
+from tpworker.checkpoint.weights import check_weights, needed_tensors, path_of
 from tpworker.errors import InvalidRequest, ModelError, shown
 from tpworker.model.families import ModelSpec
 
@@ -66,11 +66,10 @@ def write_tensors(
         raise ModelError(f"update_weights: {len(header)} tensors came; the model has {len(needed)}")
     os.ftruncate(fd, room + place)
     os.pwrite(fd, (room - 8).to_bytes(8, "little") + text.ljust(room - 8), 0)
-    file = Path(f"/proc/self/fd/{fd}")
     try:
-        check_weights(_SOURCE, spec, with_mtp=with_mtp, file=file)
+        check_weights(_SOURCE, spec, with_mtp=with_mtp, fd=fd)
     except ModelError as error:
-        raise ModelError(str(error).replace(str(file), str(_SOURCE))) from None
+        raise ModelError(str(error).replace(str(path_of(fd)), str(_SOURCE))) from None
 
 
 def _checked(pair: object) -> tuple[str, Tensor]:

@@ -46,7 +46,7 @@ def load_weights(
     *,
     with_mtp: bool = False,
     kept: Kept | None = None,
-    file: Path | None = None,
+    fd: int | None = None,
     number: int = 0,
 ) -> DecoderWeights:
     """Read one rank's slices of model.safetensors, or of the files of model.safetensors.index.json.
@@ -58,14 +58,14 @@ def load_weights(
         admit: told the bytes of the rank's weights before any are allocated; may raise.
         with_mtp: the head for multi-token prediction, too; the spec has one (see `why_no_mtp`).
         kept: memory for weights that are not packed. Those that it has already are not read, nor admitted.
-        file: safetensors to read instead of the folder's.
+        fd: of a file of safetensors, to be read instead of the folder's.
         number: tells weights from others that were once in the same place.
 
     Raises:
         ModelError: a file is missing, truncated or no safetensors; a tensor is missing, has another shape
             than config.json says, is not of a float type, or is one that this decoder has no use for.
     """
-    checkpoint, spec = _open(folder, spec, with_mtp, file)
+    checkpoint, spec = _open(folder, spec, with_mtp, fd)
     place = _place(kept, f"{number} {folder}", spec, shard, dtype, device, with_mtp)
     build = partial(assemble, spec, shard, dtype, device, with_mtp=with_mtp)
     if (regions := place.find()) is not None:
@@ -94,15 +94,20 @@ def load_weights(
     return weights
 
 
-def check_weights(folder: Path, spec: ModelSpec, *, with_mtp: bool = False, file: Path | None = None) -> None:
+def check_weights(folder: Path, spec: ModelSpec, *, with_mtp: bool = False, fd: int | None = None) -> None:
     """Whether `load_weights` would find what it needs, all headers read and no tensor.
 
     Raises:
         ModelError: as `load_weights` does.
     """
-    checkpoint, spec = _open(folder, spec, with_mtp, file)
+    checkpoint, spec = _open(folder, spec, with_mtp, fd)
     shard_bytes(spec, Shard.of(spec, 0, 1), torch.float32, look_up=checkpoint.look_up, with_mtp=with_mtp)
     _refuse_unused(checkpoint, spec, with_mtp)
+
+
+def path_of(fd: int) -> Path:
+    """By which this process can open what it has open."""
+    return Path(f"/proc/self/fd/{fd}")
 
 
 def needed_tensors(spec: ModelSpec, *, with_mtp: bool = False) -> dict[str, int]:
@@ -117,10 +122,10 @@ def needed_tensors(spec: ModelSpec, *, with_mtp: bool = False) -> dict[str, int]
 
 
 def _open(
-    folder: Path, spec: ModelSpec, with_mtp: bool, file: Path | None = None
+    folder: Path, spec: ModelSpec, with_mtp: bool, fd: int | None = None
 ) -> tuple[Checkpoint, ModelSpec]:
     """The checkpoint, and the model with the output head that it has. Raises ModelError."""
-    files = WeightFiles(folder, file)
+    files = WeightFiles(folder, None if fd is None else path_of(fd))
     head = output_head(files, spec)
     if with_mtp:
         check_mtp(files, spec)

@@ -300,9 +300,7 @@ def load_shard(
     if settings.load_format == "dummy":
         weights = dummy_weights(spec, shard, dtype, here, settings.seed, progress, admit, **more)
     else:
-        if boot.weights_fd is not None:
-            more["file"] = Path(f"/proc/self/fd/{boot.weights_fd}")
-        more["number"] = boot.weights_number
+        more |= {"fd": boot.weights_fd, "number": boot.weights_number}
         weights = load_weights(folder, spec, shard, dtype, here, progress, admit, **more)
     device.synchronize()  # or the copies would count as part of what comes next
     return spec, shard, weights, dtype
