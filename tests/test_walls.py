@@ -151,7 +151,7 @@ def test_the_wire_and_the_scheduler_need_no_library_of_models() -> None:
         assert not users(folder, "torch", "numpy", "transformers")
 
 
-def test_zmq_is_used_by_the_channels_only() -> None:
+def test_zmq_is_used_by_the_channels_and_by_events_for_routers_only() -> None:
     assert {path for folder in FOLDERS for path in users(folder, "zmq")} == {
         "ipc/channels.py",
         "ipc/kv_events.py",

@@ -129,18 +129,6 @@ def test_a_process_of_another_user_cannot_connect(monkeypatch: pytest.MonkeyPatc
     connected.close()
 
 
-def test_zmq_is_used_in_one_file_only() -> None:
-    root = Path(__file__).resolve().parents[2]
-    users = [
-        path.relative_to(root).as_posix()
-        for folder in ("ipc", "scheduler", "tpworker")
-        for path in (root / folder).rglob("*.py")
-        if "import zmq" in path.read_text()
-    ]
-    assert users == ["ipc/channels.py"]
-    assert zmq.zmq_version_info() >= (4, 3)
-
-
 def test_what_others_do_with_zeromqs_global_context_does_not_concern_us() -> None:
     bound, connected = pair()
     bound.accept("peer", 3, 5)
