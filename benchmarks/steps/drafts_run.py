@@ -172,6 +172,8 @@ async def _serve(
         max_num_seqs=max(row.batch for row in case.rows),
         max_num_batched_tokens=SIZES.max_num_batched_tokens,
         prefix_caching=False,
+        step_timeout=60,  # as in gpu_run
+        max_restarts=0,
         rank_module="benchmarks.steps.drafts_rank",
         scheduler_module="benchmarks.steps.drafts_scheduler",
         **speculation,

@@ -244,6 +244,8 @@ async def _serve(folder: Path, case: Case) -> list[dict[str, Any]]:
         max_num_seqs=max(case.slots, *case.batches),
         max_num_batched_tokens=case.step_tokens,
         prefix_caching=False,
+        step_timeout=60,  # a profiler that ends keeps its rank from steps for seconds
+        max_restarts=0,  # what is lost is not measured
         rank_module="benchmarks.steps.gpu_rank",
     ) as runtime:
         ready = time.monotonic() - started
