@@ -15,7 +15,7 @@ from tests.observe.boards import busy_board
 from tpworker.ipc.board import NAME, Field
 from tpworker.ipc.memory import SharedWords
 from tpworker.observe.attach import NoBoard, attach, running
-from tpworker.observe.processes import inner_pid, started, usage_of
+from tpworker.observe.processes import inner_pid, started, usage_of, user_of
 
 CHILD = """
 import os, sys
@@ -95,19 +95,24 @@ def test_another_users_process_is_said_to_be_one() -> None:
     """As a user that is nobody."""
     code = (
         "import os, sys; from tpworker.observe.attach import NoBoard, attach, running\n"
+        "from tpworker.observe import attach as attach_module\n"
         "os.setresuid(65534, 65534, 65534)\n"
         "try: attach(int(sys.argv[1]))\n"
         "except NoBoard as error: print(error)\n"
         "print(running())\n"
+        "attach_module.user_of = lambda pid, proc: 65534\n"  # as of one that has made itself undumpable
+        "try: attach(int(sys.argv[1]))\n"
+        "except NoBoard as error: print(error)\n"
     )
     if os.getuid():
         pytest.skip("only root can become another user")
     with closing(busy_board()):
         command = [sys.executable, "-c", code, str(os.getpid())]
         told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    first, second = told.stdout.splitlines()
+    first, second, third = told.stdout.splitlines()
     assert first.endswith("is another user's: only its own and root may look at it")
     assert second == "[]"
+    assert "is this user's, but the system lets only root look at it: ask as root" in third
 
 
 def test_what_a_process_has_used() -> None:
@@ -119,6 +124,7 @@ def test_what_a_process_has_used() -> None:
     assert used.memory_bytes > 1 << 20
     assert usage_of(pid, "tpworker-rank0") == (None, None), "another process has that pid here"
     assert inner_pid(pid) == pid
+    assert user_of(pid) == os.geteuid()
     assert started(pid) is not None
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait(DEADLINE)

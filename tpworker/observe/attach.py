@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tpworker.errors import ConfigError
 from tpworker.ipc.board import NAME, About, Board, OtherVersion
-from tpworker.observe.processes import PROC, inner_pid, started
+from tpworker.observe.processes import PROC, inner_pid, started, user_of
 from tpworker.version import version
 
 _LINK = f"/memfd:{NAME}"
@@ -142,11 +142,15 @@ def _links(pid: int, proc: Path) -> Iterator[Path]:
     except FileNotFoundError:
         raise NoBoard(f"there is no process {pid}: see `ps`, or leave the number out") from None
     except PermissionError:
-        raise NoBoard(
-            f"process {pid} ({_name(pid, proc)}) is another user's: only its own and root may look at it"
-        ) from None
+        raise NoBoard(f"process {pid} ({_name(pid, proc)}) {_why_not(pid, proc)}") from None
     except ProcessLookupError:
         raise NoBoard(f"process {pid} has just ended") from None
+
+
+def _why_not(pid: int, proc: Path) -> str:
+    if user_of(pid, proc) == os.geteuid():
+        return "is this user's, but the system lets only root look at it: ask as root, or by its URL"
+    return "is another user's: only its own and root may look at it"
 
 
 def _nothing(pid: int, proc: Path) -> str:

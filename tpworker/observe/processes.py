@@ -50,11 +50,22 @@ def started(pid: int, proc: Path = PROC) -> int | None:
 
 def inner_pid(pid: int, proc: Path = PROC) -> int:
     """What a process takes its own pid for: another than ours where it is in a container. 0: not known."""
+    numbers = _status(pid, "NSpid:", proc)
+    return numbers[-1] if numbers else 0
+
+
+def user_of(pid: int, proc: Path = PROC) -> int | None:
+    """The effective user of a process; None: not known."""
+    numbers = _status(pid, "Uid:", proc)
+    return numbers[1] if len(numbers) > 1 else None
+
+
+def _status(pid: int, field: str, proc: Path) -> list[int]:
     with suppress(OSError, ValueError):
         for line in (proc / str(pid) / "status").read_text().splitlines():
-            if line.startswith("NSpid:"):
-                return int(line.split()[-1])
-    return 0
+            if line.startswith(field):
+                return [int(number) for number in line.split()[1:]]
+    return []
 
 
 def _stat(folder: Path) -> list[str]:
