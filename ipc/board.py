@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 from tpworker.ipc.listing import NUM_WORDS as LISTING_WORDS
 from tpworker.ipc.listing import Listing
 from tpworker.ipc.memory import LINE, WORD, SharedWords
+from tpworker.outputs import RUNTIME_STATES
 from tpworker.version import version
 
 NAME = "tpworker-board"
@@ -109,11 +110,13 @@ class Field(IntEnum):
     BUSY = 37
     """Nanoseconds for which it ran steps, together."""
     STATE = 38
-    """Of the owner: index of its state in `RUNTIME_STATES`. What follows is its own too."""
+    """Of the owner: its state's index in `RUNTIME_STATES`, + 1; 0: it has not said. So is the rest."""
     FINISHED = 39
     ABORTED = 40
     RESUMED = 41
     """Requests that went on after a restart, each as often as it did."""
+    RESTARTS = 42
+    """Generations that were started because one was lost."""
 
 
 class Span(IntEnum):
@@ -235,6 +238,7 @@ _FORMAT = zlib.crc32(
         (
             [(one.name, one.value) for kind in (Field, Phase, Span) for one in kind],
             [field.name for field in dataclasses.fields(About)],
+            RUNTIME_STATES,
             (_PAIR, _ROW, _ENTERED, _SPANS, _SPAN, NUM_BUCKETS, _SIZE, _ENDED, LISTING_WORDS),
         )
     ).encode()

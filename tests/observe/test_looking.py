@@ -46,6 +46,7 @@ def test_a_start() -> None:
         first.enter(Phase.LOADING)
         first[Field.PROGRESS_TOTAL], first[Field.PROGRESS_DONE] = 400, 100
         seen = look(board)
+    assert seen.runtime.state == "starting"
     assert [(rank.phase, rank.progress) for rank in seen.ranks] == [("loading", 0.25), ("starting", None)]
     assert seen.scheduler.total_blocks == seen.scheduler.publishes == 0
 

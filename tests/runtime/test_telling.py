@@ -24,7 +24,7 @@ class Told:
         self.board: Board | None = board
         self.state: RuntimeState = "ready"
         self.num_written = 0
-        self.telling = Telling(self.intake, self._board, lambda: self.state, lambda: 7)
+        self.telling = Telling(self.intake, self._board, lambda: self.state, lambda: (2, 7))
 
     def _board(self) -> Board | None:
         self.num_written += 1
@@ -49,9 +49,10 @@ def test_state_counts_and_the_oldest_requests(told: Told) -> None:
     told.telling.tell()
     assert told.board is not None
     row, listed = told.board.owner, told.board.listing.read()
-    assert RUNTIME_STATES[row[Field.STATE]] == "draining"
+    assert RUNTIME_STATES[row[Field.STATE] - 1] == "draining"
     assert (row[Field.RUNNING], row[Field.WAITING]) == (1, NUM_ENTRIES + 1)
     assert (row[Field.FINISHED], row[Field.ABORTED], row[Field.RESUMED]) == (30, 2, 7)
+    assert row[Field.RESTARTS] == 2
     assert [one.name for one in listed] == [f"request-{number}" for number in range(1, NUM_ENTRIES + 1)]
     first = listed[0]
     assert (first.number, first.num_prompt, first.num_output) == (made[1].number, 12, 3)
@@ -86,5 +87,26 @@ def test_it_goes_on_while_there_is_something_and_then_sleeps(
         count = told.num_written
         await asyncio.sleep(0.02)
         assert told.num_written == count
+
+    asyncio.run(main())
+
+
+def test_who_sleeps_is_left_alone_until_there_are_processes_again(
+    told: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(telling_module, "INTERVAL_SECONDS", 0.001)
+
+    async def main() -> None:
+        board, told.board, told.state = told.board, None, "sleeping"
+        told.intake._num_open = 1
+        told.telling.wake()
+        while told.telling._timer is not None:
+            await asyncio.sleep(0.001)
+        told.board = board
+        told.telling.wake()  # they are there; only then it is said to be awake
+        count = told.num_written
+        while told.num_written < count + 6:
+            await asyncio.sleep(0.001)
+        told.telling.close()
 
     asyncio.run(main())

@@ -46,7 +46,7 @@ def test_what_counts_anew_is_compared_with_nothing() -> None:
     history = History()
     history.add(snapshot(5))
     after = replace(snapshot(0), clock=60.0)
-    assert history.add(replace(after, runtime=replace(after.runtime, restarts=3))).seconds == 0
+    assert history.add(replace(after, generation=3)).seconds == 0
     assert history.add(replace(snapshot(11), ranks=())).seconds == 0
     assert history.add(snapshot(12)).seconds == 0
     assert history.add(replace(snapshot(13), runtime=replace(after.runtime, pid=1))).seconds == 0

@@ -156,7 +156,7 @@ def _why_not(pid: int, proc: Path) -> str:
 def _nothing(pid: int, proc: Path) -> str:
     return (
         f"process {pid} ({_name(pid, proc)}) shows no status board: it is no tpworker, or one that has no "
-        "processes at this moment, since it is only beginning to start, or recovers"
+        "processes at this moment, since it begins to start, recovers or sleeps"
     )
 
 

@@ -24,6 +24,7 @@ def look(board: Board) -> Snapshot:
     return dataclasses.replace(
         snapshot,
         age_seconds=snapshot.clock - board.about.created_ns / 1e9,
+        generation=board.about.generation,
         scheduler=_scheduler(scheduler, ranks[:1]),
         ranks=tuple(_rank(number, row) for number, row in enumerate(ranks)),
         requests=tuple(
@@ -70,13 +71,13 @@ def _whole(board: Board) -> Whole:
     row, state = board.owner, board.owner[Field.STATE]
     return Whole(
         pid=board.about.pid,
-        state=RUNTIME_STATES[state] if state < len(RUNTIME_STATES) else "",
+        state=("starting", *RUNTIME_STATES)[state] if state <= len(RUNTIME_STATES) else "",
         running=row[Field.RUNNING],
         waiting=row[Field.WAITING],
         output_tokens=row[Field.OUTPUT_TOKENS],
         finished=row[Field.FINISHED],
         aborted=row[Field.ABORTED],
-        restarts=board.about.generation,
+        restarts=row[Field.RESTARTS],
         resumed=row[Field.RESUMED],
     )
 

@@ -113,6 +113,7 @@ class Whole(Process):
     finished: int = 0
     aborted: int = 0
     restarts: int = 0
+    """Because processes were lost."""
     resumed: int = 0
     """Requests that went on after a restart."""
 
@@ -142,6 +143,8 @@ class Snapshot:
     """time.monotonic(), for differences."""
     age_seconds: float = 0.0
     """Of the generation."""
+    generation: int = 0
+    """Of its processes: one more with each time that they were started."""
     model: str = ""
     """The last part of its folder's name, or what the server calls it."""
     device: str = ""

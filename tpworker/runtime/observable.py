@@ -55,9 +55,7 @@ class Observable(Facts):
         self._processes: Processes | None = None  # once they were started
         self._sleeping: Sleeping | None = None  # once it was ready
         self._gpu_watch: GpuWatch | None = None  # if there are GPUs
-        self._telling = Telling(
-            self._intake, self._board, lambda: self.health().state, lambda: self._num_resumed
-        )
+        self._telling = Telling(self._intake, self._board, lambda: self.health().state, self._restarts)
         self._tracing = Tracing(config.tensor_parallel_size)
         self._trace = Teller()  # of the event loop's thread
         self._is_over = False  # nothing will be traced any more
@@ -65,6 +63,10 @@ class Observable(Facts):
     def _board(self) -> Board | None:
         """The status board, while there are processes."""
         return None if self._processes is None else self._processes.generation.board
+
+    def _restarts(self) -> tuple[int, int]:
+        """How many there were, and requests that went on after them."""
+        return 0 if self._processes is None else self._processes.num_restarts, self._num_resumed
 
     def health(self) -> Health:
         """Whether it can serve. Costs nothing; for readiness and liveness probes."""

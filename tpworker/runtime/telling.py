@@ -25,7 +25,7 @@ class Telling:
         intake: whose requests and counts are told.
         board: where, if there is one.
         state: of the runtime.
-        num_resumed: requests that went on after restarts.
+        restarts: how many there were because processes were lost, and requests that went on after them.
     """
 
     def __init__(
@@ -33,9 +33,9 @@ class Telling:
         intake: Intake,
         board: Callable[[], Board | None],
         state: Callable[[], RuntimeState],
-        num_resumed: Callable[[], int],
+        restarts: Callable[[], tuple[int, int]],
     ) -> None:
-        self._intake, self._board, self._state, self._num_resumed = intake, board, state, num_resumed
+        self._intake, self._board, self._state, self._restarts = intake, board, state, restarts
         self._timer: asyncio.TimerHandle | None = None
 
     def wake(self) -> None:
@@ -54,7 +54,8 @@ class Telling:
         self.tell()
         state = self._state()
         is_busy = self._intake.num_open and state != "sleeping"
-        if is_busy or state in ("starting", "recovering", "updating"):  # on a board that is new
+        is_waking = state == "sleeping" and self._board() is not None
+        if is_busy or is_waking or state in ("starting", "recovering", "updating"):  # on a board that is new
             self.wake()
 
     def tell(self) -> None:
@@ -63,13 +64,13 @@ class Telling:
         if board is None:
             return
         requests, row = self._intake.requests, board.owner
-        row[Field.STATE] = RUNTIME_STATES.index(self._state())
+        row[Field.STATE] = 1 + RUNTIME_STATES.index(self._state())
         row[Field.RUNNING] = requests.num_running
         row[Field.WAITING] = self._intake.num_waiting
         row[Field.OUTPUT_TOKENS] = requests.num_output_tokens
         row[Field.FINISHED] = self._intake.num_finished
         row[Field.ABORTED] = self._intake.num_aborted
-        row[Field.RESUMED] = self._num_resumed()
+        row[Field.RESTARTS], row[Field.RESUMED] = self._restarts()
         board.listing.write([_listed(request) for request in requests.unended()[:NUM_ENTRIES]])
 
 

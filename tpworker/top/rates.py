@@ -74,7 +74,7 @@ def _is_same(before: Snapshot, after: Snapshot) -> bool:
     """Whether both are of one generation of one runtime, on one clock."""
     return (
         before.runtime.pid == after.runtime.pid
-        and before.runtime.restarts == after.runtime.restarts
+        and before.generation == after.generation
         and len(before.ranks) == len(after.ranks)
         and before.clock <= after.clock
         and before.scheduler.completed <= after.scheduler.completed

@@ -95,7 +95,7 @@ class BoardSource(Source):
             try:
                 self._attached = attach(self.pid)
             except NoBoard:
-                raise Absent("its processes are being replaced, or it is ending") from None
+                raise Absent("it has no processes at this moment: it recovers, sleeps or ends") from None
         gpus = {} if self._nvml is None else read_gpus(self._nvml, self._gpus)
         return with_usage(look(self._attached.board), gpus, self.pid)
 
