@@ -80,7 +80,6 @@ class Composer:
         self._budget = max_num_batched_tokens
         self._free_slots = list(range(max_num_seqs))
         self._released: list[int] = []  # for the next plan
-        self._started: list[Started] = []
         self._last_decode: list[int] = []
         self._blocked: tuple[int, int, int] | None = None  # what an admission failed for want of blocks at
 
@@ -103,11 +102,6 @@ class Composer:
     def is_idle(self) -> bool:
         """Whether there is no request at all."""
         return not self.running and not self.waiting
-
-    def take_started(self) -> tuple[Started, ...]:
-        """Who got a first slot since the last call."""
-        started, self._started = tuple(self._started), []
-        return started
 
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that hold this many tokens."""
@@ -238,6 +232,7 @@ class Composer:
             sampled,
             most,
             wants_logprobs,
+            tuple(draft.started),
             draft.told,
             prefill_tokens,
             num_decodes,
@@ -274,7 +269,7 @@ class Composer:
         self.drafting.renew()
         self._num_asking += request.wants_logprobs
         self._num_guided += request.is_guided
-        self._start(request, num_cached)
+        self._start(request, num_cached, draft)
         draft.admitted.append(
             Admission(
                 request.slot,
@@ -294,12 +289,12 @@ class Composer:
         tokens = request.tokens[: request.num_told + 1] if request.wants_prompt_logprobs else request.tokens
         return self.pool.match(tokens, request.root)
 
-    def _start(self, request: Request, num_cached: int) -> None:
+    def _start(self, request: Request, num_cached: int, draft: Draft) -> None:
         """Tells once that it has got a slot. The prompt of several choices counts once, with the first."""
         if request.started:
             return
         request.started = True
-        self._started.append(Started(request.id, num_cached))
+        draft.started.append(Started(request.id, num_cached))
         if not request.is_resumed and request.group in (None, request.id):
             self.num_prompt_tokens += request.target
             self.num_cached_tokens += num_cached

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from tpworker.ipc.messages import MAX_TOLD, Admission, Chunk, Grant
+from tpworker.ipc.messages import MAX_TOLD, Admission, Chunk, Grant, Started
 from tpworker.scheduler.inflight import PromptPart
 from tpworker.scheduler.requests import Request
 
@@ -21,4 +21,5 @@ class Draft:
     admitted: list[Admission] = field(default_factory=list)
     grants: list[Grant] = field(default_factory=list)
     chunks: list[Chunk] = field(default_factory=list)
+    started: list[Started] = field(default_factory=list)
     told: list[PromptPart] = field(default_factory=list)

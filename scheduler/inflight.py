@@ -10,7 +10,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from tpworker.ipc.arrays import unpack_int32
-from tpworker.ipc.messages import LOGPROB_ROW_BYTES, StepResult
+from tpworker.ipc.messages import LOGPROB_ROW_BYTES, Started, StepResult
 from tpworker.ipc.patience import Patience
 from tpworker.scheduler.deadlines import Deadlines
 from tpworker.scheduler.requests import Request
@@ -41,6 +41,7 @@ class InFlight:
     sampled: list[Request]  # whose tokens come back, in the plan's order
     most: list[int]  # tokens that each of them may get
     wants_logprobs: bool  # any of these
+    started: tuple[Started, ...]  # who got a first slot: told with the launch of this plan
     told: list[PromptPart]  # in the order of their chunks
     num_prefill_tokens: int
     num_decodes: int

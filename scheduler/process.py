@@ -270,7 +270,7 @@ class Scheduler:
                 pack_int32(committed.positions),
                 pack_int32(committed.tokens),
                 tuple(committed.finished),
-                self.composer.take_started(),
+                plan.started,
                 plan.num_prefill_tokens,
                 plan.num_decodes,
                 result.timing,

@@ -59,6 +59,20 @@ def test_plans_run_ahead_of_results() -> None:
     assert not world.tokens[1], "three steps are composed and nobody has seen a token"
 
 
+def test_who_has_got_a_slot_is_told_with_the_step_that_begins_with_it() -> None:
+    """The step's timing is taken for when the request began: an earlier step was launched before it came."""
+    world = World(lookahead=2)
+    world.submit(submit(1, PROMPT))
+    world.compose()
+    world.submit(submit(2, PROMPT[::-1]))
+    seen = []
+    while 2 not in world.cached:
+        world.compose()
+        seen.append(world.executed[-len(world.answers)])
+        world.answer()
+    assert [len(plan.admitted) for plan in seen] == [1, 0, 0, 1], "not before its own plan is answered"
+
+
 def test_plans_run_ahead_to_the_end_where_drafts_may_be_wrong() -> None:
     world = World(lookahead=2, num_drafts=4, max_num_batched_tokens=32)
     drafting: Any = AnyDrafts((4, 4), 0)  # always so many
