@@ -6,6 +6,7 @@ import asyncio
 import copy
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -40,8 +41,8 @@ class Told(FakeRuntime):
                 yield output
 
 
-def replica_of(runtime: FakeRuntime) -> Replica:
-    replica = Replica(RuntimeConfig(), "one")
+def replica_of(runtime: FakeRuntime, items_per_second: float = 1e6) -> Replica:
+    replica = Replica(RuntimeConfig(), "one", items_per_second)
     replica._runtime = cast(Runtime, runtime)
     return replica
 
@@ -63,6 +64,27 @@ def test_outputs_come_as_they_are() -> None:
     rest = asyncio.run(answer(replica_of(runtime), (1, 2, 3)))
     assert "".join(output.text for output in rest) == " said 'bc'."
     assert runtime.num_open == 0
+
+
+def test_the_more_streams_the_longer_they_wait_to_send_more_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        waits.append(seconds)
+        await asyncio.sleep(0)
+
+    monkeypatch.setattr("tpworker.integrations.replica.asyncio", SimpleNamespace(sleep=sleep))
+    replica = replica_of(Told(), items_per_second=100)
+    outputs = asyncio.run(answer(replica))
+    assert waits == [0.01] * (len(outputs) - 1), "not behind the last one"
+    waits.clear()
+
+    async def both() -> None:
+        await asyncio.gather(answer(replica), answer(replica))
+
+    asyncio.run(both())
+    assert max(waits) == 0.02
+    assert len(waits) == 2 * (len(outputs) - 1)
 
 
 @pytest.mark.parametrize(

@@ -207,6 +207,22 @@ class Fleet(Facts):
             ),
         )
 
+    @property
+    def is_tracing(self) -> bool:
+        """Never: what a timeline shows is in the replicas."""
+        return False
+
+    def start_trace(self, path: str | os.PathLike[str]) -> None:
+        """Raises ConfigError."""
+        raise ConfigError("there is no timeline of a fleet of replicas: trace a runtime of its own")
+
+    async def stop_trace(self) -> None:
+        """There is none."""
+
+    def trace_span(self, *span: object) -> None:
+        """See `is_tracing`: nobody calls it."""
+        raise AssertionError("a span, and no trace")
+
     def add_listener(self, listener: Listener) -> None:
         """Tells somebody of tokens and requests from now on; steps and events are the replicas'."""
         self._listeners.add(listener)

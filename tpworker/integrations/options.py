@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -11,6 +12,8 @@ from tpworker.config import RuntimeConfig
 from tpworker.errors import ConfigError, shown
 from tpworker.server.options import FrontOptions
 
+_OF_ONE_PROCESS = {"trace", "has_trace_context"}
+"""What the front of a runtime in its own process can do, and one before replicas cannot."""
 POLICY = "tpworker.integrations.autoscaling:by_open_choices"
 
 
@@ -27,6 +30,9 @@ class Options:
     """Of each replica. None: one for each rank on the CPU; on GPUs 1, as ranks hardly compute there."""
     resources_of_node: Mapping[str, float] = field(default_factory=dict)
     """Ray resources of a name of your own that a replica needs, too."""
+    max_items_per_second: float = 400.0
+    """That a replica sends to fronts. Ray takes up to a millisecond of a core for each, at either end: with
+    more tokens a second than that, several come together, later by at most the streams over this number."""
     num_fronts: int = 1
     """HTTP fronts. Each is one process, which tokenises and writes what all its requests get."""
     num_cpus_per_front: float = 1
@@ -44,8 +50,11 @@ class Options:
                 raise ConfigError(f"{name}={shown(value)}: must be an integer from {lowest} on")
         for name in ("num_cpus", "num_cpus_per_front", "shutdown_timeout"):
             value = getattr(self, name)
-            if value is not None and (type(value) not in (int, float) or value < 0):
+            if value is not None and (type(value) not in (int, float) or not 0 <= value < math.inf):
                 raise ConfigError(f"{name}={shown(value)}: must be a number from 0 on")
+        rate = self.max_items_per_second
+        if type(rate) not in (int, float) or not 1 <= rate <= 1e6:
+            raise ConfigError(f"max_items_per_second={shown(rate)}: must be from 1 to 1000000")
         if self.autoscaling is not None and self.num_replicas != 1:
             raise ConfigError(
                 f"num_replicas={self.num_replicas} has no effect with autoscaling: give min_replicas and "
@@ -60,7 +69,7 @@ class Options:
             ConfigError: one is unknown, or out of range.
         """
         kinds = (RuntimeConfig, FrontOptions, cls)
-        names = [{option.name for option in fields(kind)} for kind in kinds]
+        names = [{option.name for option in fields(kind)} - _OF_ONE_PROCESS for kind in kinds]
         known = sorted(set().union(*names))
         if unknown := sorted(set(args) - set(known)):
             close = difflib.get_close_matches(unknown[0], known, 1)

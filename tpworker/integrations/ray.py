@@ -82,7 +82,9 @@ def app(args: dict[str, Any]) -> Any:
         graceful_shutdown_timeout_s=options.shutdown_timeout,
         health_check_period_s=HEALTH_PERIOD_S,
     )
-    return fronts.bind(groups.bind(config), config, front, options.max_open_requests)
+    return fronts.bind(
+        groups.bind(config, options.max_items_per_second), config, front, options.max_open_requests
+    )
 
 
 def _num_gpus() -> float:
@@ -114,8 +116,11 @@ def _group_options(config: RuntimeConfig, options: Options) -> dict[str, Any]:
 class TpGroup:
     """A replica: a runtime in Serve's actor, with the GPUs or cores that Ray gave it."""
 
-    async def __init__(self, config: RuntimeConfig) -> None:  # type: ignore[misc]  # Serve awaits it
-        self._replica = Replica(config, serve.get_replica_context().replica_id.unique_id)
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, config: RuntimeConfig, items_per_second: float
+    ) -> None:
+        name = serve.get_replica_context().replica_id.unique_id
+        self._replica = Replica(config, name, items_per_second)
         try:
             await self._replica.start()
         except BaseException:

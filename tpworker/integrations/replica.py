@@ -5,6 +5,7 @@ Every answer can be pickled, refusals too: an exception with fields of its own w
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -67,11 +68,15 @@ class Replica:
     Args:
         config: of the runtime.
         name: see `Told`.
+        items_per_second: of all requests together, at most, but for those that begin: where sending one costs
+            more than making its token, several tokens are to come with it.
     """
 
-    def __init__(self, config: RuntimeConfig, name: str) -> None:
+    def __init__(self, config: RuntimeConfig, name: str, items_per_second: float) -> None:
         self._runtime = Runtime(config=config)
         self._name = name
+        self._items_per_second = items_per_second
+        self._num_streams = 0
 
     async def start(self) -> None:
         """See `Runtime.start`."""
@@ -87,16 +92,21 @@ class Replica:
         outputs = self._runtime.generate(
             ask.prompt, ask.sampling, default_max_tokens=ask.default_max_tokens, delivered=ask.delivered
         )
+        self._num_streams += 1
         try:
             async with aclosing(outputs):
                 async for output in outputs:
                     yield output
+                    if output.finish_reason is None:  # what comes meanwhile comes together
+                        await asyncio.sleep(self._num_streams / self._items_per_second)
         except RequestError as error:
             yield Refusal(type(error).__name__, str(error), getattr(error, "parameter", None))
         except RuntimeFailed as error:
             yield Refusal(lost, error.summary)
         except RuntimeStopped as error:
             yield Refusal(lost, str(error))
+        finally:
+            self._num_streams -= 1
 
     async def reset_prefix_cache(self) -> None:
         """See `Runtime.reset_prefix_cache`."""
