@@ -50,6 +50,8 @@ HEAR_SECONDS = 2.0
 """How often a front asks all replicas how they do."""
 TELL_SECONDS = 10.0
 """For which it waits."""
+HEALTH_TIMEOUT_S = 10.0
+"""After three of which without an answer Serve gives a replica up."""
 HEALTH_PERIOD_S = 2.0
 _ANY_NUMBER = 1_000_000  # of requests, where something else bounds them
 _LOST = (RayActorError, TaskCancelledError, RequestCancelledError, DeploymentUnavailableError)
@@ -108,6 +110,7 @@ def _group_options(config: RuntimeConfig, options: Options) -> dict[str, Any]:
         "graceful_shutdown_timeout_s": options.shutdown_timeout,
         "graceful_shutdown_wait_loop_s": 0.5,
         "health_check_period_s": HEALTH_PERIOD_S,
+        "health_check_timeout_s": HEALTH_TIMEOUT_S,
         "logging_config": {"enable_access_log": False},  # the front has one; fronts ask every few seconds
         **options.group_options,
     }
