@@ -83,6 +83,8 @@ async def faulty(url: str) -> dict[str, Any]:
     found = await disturbed
     _, left = psutil.wait_procs(processes, 10)
     metrics = httpx.get(f"{url}/metrics").text.splitlines()
+    models = httpx.get(f"{url}/v1/models", headers={"X-Request-Id": "mine"})
+    reset = httpx.post(f"{url}/reset_prefix_cache")
     (moved,) = (line for line in metrics if line.startswith("tpworker_resumed_requests_total"))
     return {
         "num_others": len(others),
@@ -91,6 +93,8 @@ async def faulty(url: str) -> dict[str, Any]:
         "num_tokens": streams.num_tokens,
         "names": names,
         "left": [process.name() for process in left],
+        "request_ids": models.headers.get_list("x-request-id"),
+        "reset": reset.json(),
         "moved": float(moved.split()[1]),
     }
 

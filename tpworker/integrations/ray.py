@@ -39,7 +39,7 @@ from tpworker.server.options import FrontOptions
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
-    from starlette.types import ASGIApp
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from tpworker.integrations.replica import Item
     from tpworker.runtime.runtime import Runtime
@@ -173,7 +173,7 @@ class Front:
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """For Serve."""
-        return create_app(cast("Runtime", self._fleet), self._options)
+        return _without_id(create_app(cast("Runtime", self._fleet), self._options))
 
     async def _open(self, ask: Ask) -> Outputs:
         """Has a replica answer, which Serve chooses."""
@@ -221,3 +221,19 @@ class Front:
         if hasattr(self, "_hearing"):
             self._hearing.cancel()
             self._fleet.close()
+
+
+def _without_id(app: ASGIApp) -> ASGIApp:
+    """An app that leaves X-Request-Id to Serve's proxy, or answers would have it twice: it is the proxy that
+    gives a request its id, if its client does not."""
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        async def pass_on(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = [header for header in message["headers"] if header[0].lower() != b"x-request-id"]
+                message = {**message, "headers": headers}
+            await send(message)
+
+        await app(scope, receive, pass_on)
+
+    return answer
