@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from tpworker.errors import ConfigError
+from tpworker.ipc.streams import open_standard_descriptors
 from tpworker.ipc.trace import RUNTIME_RING, Rings, Teller
 from tpworker.observe.timeline import Args, Timeline
 from tpworker.outputs import Listener, RequestRecord, RuntimeEvent, TraceSummary
@@ -65,6 +66,7 @@ class Tracing(Listener):
 
     def _opened(self) -> Rings:
         if self._rings is None:
+            open_standard_descriptors()  # or the memory could become one that is closed, and be written to
             self._rings = Rings.create(self._num_ranks)
         return self._rings
 
@@ -83,6 +85,7 @@ class Tracing(Listener):
         if max_bytes < _LEAST_BYTES:
             raise ConfigError(f"max_bytes={max_bytes}: a trace takes {_LEAST_BYTES} bytes at least")
         self.stop()
+        open_standard_descriptors()
         try:
             file = Path(path).open("wb", buffering=0)  # noqa: SIM115  # the writer's, until it closes it
         except (OSError, ValueError) as error:
