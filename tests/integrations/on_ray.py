@@ -64,17 +64,19 @@ class Streams:
 
 
 def replicas() -> list[psutil.Process]:
+    """Their actors; a process that one of them begins is called as it is, for a moment."""
     children = psutil.Process().children(recursive=True)
-    return [child for child in children if "TpGroup" in " ".join(child.cmdline())]
+    actors = {child.pid: child for child in children if "TpGroup" in " ".join(child.cmdline())}
+    return [child for child in actors.values() if child.ppid() not in actors]
 
 
 async def faulty(url: str) -> dict[str, Any]:
     streams = Streams(url)
     expected = await streams.all()
-    half = streams.num_tokens // 2
+    enough = streams.num_tokens // 4
     streams.num_tokens = 0
     disturbed = asyncio.create_task(streams.all())
-    while streams.num_tokens < half and not disturbed.done():
+    while streams.num_tokens < enough and not disturbed.done():
         await asyncio.sleep(0.01)
     victim, *others = replicas()
     processes = [victim, *victim.children(recursive=True)]

@@ -81,7 +81,7 @@ def test_no_stream_is_lost_with_a_replica(python: Path, cluster: str, folder: Pa
     seen = json.loads(run.stdout.splitlines()[-1])
     assert seen["differ"] == []
     assert seen["reasons"] == ["length", "stop"]
-    assert seen["moved"] > 10, "nothing ran where it was killed"
+    assert seen["moved"] > 0, "nothing ran where it was killed"
     assert seen["num_others"] == 1
     assert (seen["request_ids"], seen["reset"]) == (["mine"], {"success": True})
     assert {"tpworker-rank0", "tpworker-scheduler", "tpworker-rank-standby"} <= set(seen["names"])

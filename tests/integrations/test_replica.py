@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
@@ -23,8 +24,9 @@ from tpworker import (
     RuntimeStopped,
     SamplingParams,
 )
+from tpworker.integrations import replica as module
 from tpworker.integrations.relay import Ask, ReplicaLost
-from tpworker.integrations.replica import Item, Replica, outputs_of
+from tpworker.integrations.replica import LOST, Item, Refusal, Replica, outputs_of
 from tpworker.outputs import RequestOutput
 
 
@@ -36,9 +38,10 @@ class Told(FakeRuntime):
     async def generate(self, *args: Any, delivered: Any = (), **options: Any) -> Any:
         if self.error_to_raise is not None:
             raise self.error_to_raise
-        async for output in super().generate(*args, **options):
-            if output.num_output_tokens > len(delivered):
-                yield output
+        async with aclosing(super().generate(*args, **options)) as outputs:
+            async for output in outputs:
+                if output.num_output_tokens > len(delivered):
+                    yield output
 
 
 def replica_of(runtime: FakeRuntime, items_per_second: float = 1e6) -> Replica:
@@ -73,7 +76,7 @@ def test_the_more_streams_the_longer_they_wait_to_send_more_at_once(monkeypatch:
         waits.append(seconds)
         await asyncio.sleep(0)
 
-    monkeypatch.setattr("tpworker.integrations.replica.asyncio", SimpleNamespace(sleep=sleep))
+    monkeypatch.setattr(module, "asyncio", SimpleNamespace(sleep=sleep))
     replica = replica_of(Told(), items_per_second=100)
     outputs = asyncio.run(answer(replica))
     assert waits == [0.01] * (len(outputs) - 1), "not behind the last one"
@@ -85,6 +88,32 @@ def test_the_more_streams_the_longer_they_wait_to_send_more_at_once(monkeypatch:
     asyncio.run(both())
     assert max(waits) == 0.02
     assert len(waits) == 2 * (len(outputs) - 1)
+
+
+def test_what_a_front_has_asked_that_is_gone_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now))
+    runtime = Told()
+    replica = replica_of(runtime)
+    ask = Ask((65, 66), SamplingParams(seed=1), front="a")
+
+    async def main() -> None:
+        nonlocal now
+        items = replica.items(ask)
+        for _ in range(4):  # it is heard of, again and again
+            assert isinstance(await anext(items), RequestOutput)
+            now += 50
+            replica.tell("a")
+            replica.tell("b")
+        await anext(items)
+        now += 61
+        replica.tell("b")
+        assert await anext(items) == Refusal(LOST, "the front that asked for it is gone")
+        assert await anext(items, None) is None
+        assert runtime.num_open == 0
+        assert len(runtime.aborted) == 1
+
+    asyncio.run(main())
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,8 @@ class Fleet(Facts):
         self, config: RuntimeConfig, open: Open, call_all: Callable[[str], Awaitable[None]], max_open: int
     ) -> None:
         super().__init__(config)
+        self.name = secrets.token_hex(8)
+        """Towards replicas, which drop what it has asked if they do not hear of it any more."""
         self._open = open
         self._call_all = call_all
         self._max_open = max_open
@@ -130,7 +132,7 @@ class Fleet(Facts):
         try:
             ids = await self._tokenise(prompt) if isinstance(prompt, str) else prompt
             recorder.submit()
-            ask = Ask(tuple(ids), sampling, default_max_tokens)
+            ask = Ask(tuple(ids), sampling, default_max_tokens, front=self.name)
             async with aclosing(relay.outputs(ask)) as outputs:
                 async for output in outputs:
                     output = output._replace(request_id=request_id)

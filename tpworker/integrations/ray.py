@@ -136,9 +136,9 @@ class TpGroup:
             async for item in items:
                 yield item
 
-    async def tell(self) -> Told:
+    async def tell(self, front: str) -> Told:
         """See `Replica.tell`."""
-        return self._replica.tell()
+        return self._replica.tell(front)
 
     async def reset_prefix_cache(self) -> None:
         """See `Replica.reset_prefix_cache`."""
@@ -168,7 +168,7 @@ class Front:
         self._items = group.options(method_name="items", stream=True)
         self._options = options
         self._fleet = Fleet(config, self._open, self._call_all, max_open)
-        await self._fleet.start(await group.tell.remote())
+        await self._fleet.start(await group.tell.remote(self._fleet.name))
         self._hearing = asyncio.create_task(self._hear())
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
@@ -207,7 +207,7 @@ class Front:
         while True:
             await asyncio.sleep(HEAR_SECONDS)
             try:
-                answers = await self._group.broadcast("tell").results_async(
+                answers = await self._group.broadcast("tell", self._fleet.name).results_async(
                     timeout_s=TELL_SECONDS, return_exceptions=True
                 )
             except DeploymentUnavailableError:

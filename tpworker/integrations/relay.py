@@ -46,12 +46,14 @@ class ReplicaLost(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """All that a replica is told of a request. The fields are the arguments of `Runtime.generate`."""
+    """All that a replica is told of a request. The first fields are the arguments of `Runtime.generate`."""
 
     prompt: tuple[int, ...]
     sampling: SamplingParams
     default_max_tokens: int | None = None
     delivered: tuple[int, ...] = ()
+    front: str = ""
+    """Who asks: a front that tells replicas again and again that it is there."""
 
 
 Open = Callable[[Ask], Outputs]

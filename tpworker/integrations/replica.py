@@ -6,6 +6,7 @@ Every answer can be pickled, refusals too: an exception with fields of its own w
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -29,6 +30,9 @@ _WITH_PARAMETER = {kind.__name__: kind for kind in (InvalidRequest, PromptTooLon
 _REFUSALS = {kind.__name__: kind for kind in (QueueFull, RequestFailed)}
 
 
+FRONT_SECONDS = 60.0
+"""After which a front that has not been heard of is gone, and so is whoever it has asked for. Engines do not
+tell of that."""
 LOST, ABSENT = "lost", "absent"
 
 
@@ -77,6 +81,7 @@ class Replica:
         self._name = name
         self._items_per_second = items_per_second
         self._num_streams = 0
+        self._heard: dict[str, float] = {}  # of fronts: when
 
     async def start(self) -> None:
         """See `Runtime.start`."""
@@ -92,11 +97,14 @@ class Replica:
         outputs = self._runtime.generate(
             ask.prompt, ask.sampling, default_max_tokens=ask.default_max_tokens, delivered=ask.delivered
         )
+        self._hear_of(ask.front)
         self._num_streams += 1
         try:
             async with aclosing(outputs):
                 async for output in outputs:
                     yield output
+                    if self._is_gone(ask.front):
+                        raise RuntimeStopped("the front that asked for it is gone")
                     if output.finish_reason is None:  # what comes meanwhile comes together
                         await asyncio.sleep(self._num_streams / self._items_per_second)
         except RequestError as error:
@@ -112,8 +120,20 @@ class Replica:
         """See `Runtime.reset_prefix_cache`."""
         await self._runtime.reset_prefix_cache()
 
-    def tell(self) -> Told:
-        """What it is, and how it does."""
+    def _hear_of(self, front: str) -> None:
+        """It is there."""
+        now = time.monotonic()
+        self._heard = {name: when for name, when in self._heard.items() if now - when <= FRONT_SECONDS}
+        self._heard[front] = now
+
+    def _is_gone(self, front: str) -> bool:
+        when = self._heard.get(front)
+        return when is None or time.monotonic() - when > FRONT_SECONDS
+
+    def tell(self, front: str = "") -> Told:
+        """What it is, and how it does. A front that asks is there."""
+        if front:
+            self._hear_of(front)
         runtime = self._runtime
         stats = replace(runtime.stats(), recent_steps=())
         return Told(
