@@ -121,5 +121,5 @@ class Changeable(Observable):
         self._check_not_failed()
         self._home.check()
         if self._state not in ("ready", "draining") or self._sleeping is None:
-            raise RuntimeStopped(f"that can be done to a runtime that is ready: it is {self._state}")
+            raise RuntimeStopped(f"the runtime is {self._state}: this can be done while it is ready")
         return self._sleeping
