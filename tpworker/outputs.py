@@ -14,6 +14,8 @@ FinishReason = Literal["stop", "length", "abort"]
 RuntimeState = Literal[
     "stopped", "starting", "ready", "recovering", "draining", "failed", "sleeping", "updating"
 ]
+UP: frozenset[RuntimeState] = frozenset({"ready", "recovering", "draining", "sleeping", "updating"})
+"""In which a runtime has been ready, and neither stopped nor failed."""
 RUNTIME_STATES: tuple[RuntimeState, ...] = get_args(RuntimeState)
 EventKind = Literal["lost", "recovering", "recovered", "given_up", "sleeping", "woken", "updating", "updated"]
 SleepLevel = Literal[1, 2]

@@ -37,6 +37,8 @@ FLAGS = {
     "--dtype",
     "--enable-force-include-usage",
     "--enable-overlap-schedule",
+    "--enable-sleep-mode",
+    "--enable-weight-updates",
     "--gpu-memory-utilization",
     "--help",
     "--host",
@@ -144,6 +146,7 @@ def test_without_arguments_it_is_the_default_model_at_tp_2_on_the_cpu() -> None:
     assert (options.served_model_names, options.api_key, options.allowed_origins) == ((), None, ())
     assert (options.root_path, options.tls_files, options.shutdown_timeout) == ("", None, None)
     assert options.force_include_usage is False
+    assert (options.enable_sleep_mode, options.enable_weight_updates) == (False, False)
     assert (options.tool_call_parser, options.reasoning_parser) == ("auto", "auto")
 
 
@@ -156,7 +159,7 @@ def test_every_option_gets_to_its_place() -> None:
         --scheduling-policy priority --host 0.0.0.0 --port 81 --served-model-name name other name
         --api-key key
         --root-path /llm/ --shutdown-timeout 2.5 --enable-force-include-usage --chat-template t.jinja
-        --tool-call-parser hermes --reasoning-parser qwen3
+        --tool-call-parser hermes --reasoning-parser qwen3 --enable-sleep-mode --enable-weight-updates
         --speculative-method ngram --num-speculative-tokens 3 --prompt-lookup-max 6 --prompt-lookup-min 3
     """
     options = parse(*arguments.split())
@@ -190,6 +193,7 @@ def test_every_option_gets_to_its_place() -> None:
     assert (options.served_model_names, options.api_key) == (("name", "other"), "key")
     assert (options.root_path, options.shutdown_timeout) == ("/llm", 2.5)
     assert options.force_include_usage is True
+    assert (options.enable_sleep_mode, options.enable_weight_updates) == (True, True)
     assert (options.tool_call_parser, options.reasoning_parser) == ("hermes", "qwen3")
 
 

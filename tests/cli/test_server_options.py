@@ -79,6 +79,8 @@ def test_a_name_is_taken_once() -> None:
         "--ssl-certfile {folder}/one.crt",
         "--shutdown-timeout 3",
         "--enable-force-include-usage",
+        "--enable-sleep-mode",
+        "--enable-weight-updates",
         "--tool-call-parser none",
         "--reasoning-parser qwen3",
     ],

@@ -213,7 +213,6 @@ FACTS = {
     "--mm-processor-kwargs": "not supported: prompts are text or token ids",
     "--kv-transfer-config": "not supported yet: prompts and decoding share the ranks",
     "--disable-hybrid-kv-cache-manager": _CHOSEN,
-    "--enable-sleep-mode": "not supported yet: stop the server, and start it again",
     "--file-storage-path": "not supported: there are no files, and no batches of them",
     "--speculative-model": _DRAFT_MODEL,
     "--spec-model": _DRAFT_MODEL,

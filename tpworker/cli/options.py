@@ -43,6 +43,8 @@ _SERVER_OPTIONS = (
     "ssl_keyfile",
     "shutdown_timeout",
     "force_include_usage",
+    "enable_sleep_mode",
+    "enable_weight_updates",
     "tool_call_parser",
     "reasoning_parser",
 )
@@ -64,6 +66,8 @@ class Options:
     shutdown_timeout: float | None
     """Seconds; None: as many as are usual."""
     force_include_usage: bool
+    enable_sleep_mode: bool
+    enable_weight_updates: bool
     tool_call_parser: str
     reasoning_parser: str
     log: LogOptions
@@ -169,6 +173,8 @@ def _serve_options(given: dict[str, Any]) -> Options:
         tls_files=tls_files(serving.get("ssl_certfile"), serving.get("ssl_keyfile")),
         shutdown_timeout=timeout,
         force_include_usage=serving.get("force_include_usage", False),
+        enable_sleep_mode=serving.get("enable_sleep_mode", False),
+        enable_weight_updates=serving.get("enable_weight_updates", False),
         tool_call_parser=serving.get("tool_call_parser", "auto"),
         reasoning_parser=serving.get("reasoning_parser", "auto"),
         log=log,

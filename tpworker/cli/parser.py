@@ -327,6 +327,17 @@ def _add_server_options(group: _Group) -> None:
         action="store_true",
         help="streams end with the token counts, also where stream_options does not ask for them",
     )
+    group.add_argument(
+        "--enable-sleep-mode",
+        action="store_true",
+        help="clients may put the server to sleep, and wake it up (POST /sleep, /wake_up): for all of them",
+    )
+    group.add_argument(
+        "--enable-weight-updates",
+        action="store_true",
+        help="clients may have it serve other weights of the model, from a folder on this machine (POST "
+        "/update_weights_from_disk)",
+    )
     _add_formats(group)
     group.add_argument(
         "--ask", metavar="TEXT", help="answer this one question, greedily, on stdout, and exit: no server"

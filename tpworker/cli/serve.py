@@ -56,6 +56,8 @@ def serve(options: Options) -> int:
             allowed_origins=options.allowed_origins,
             root_path=options.root_path,
             force_include_usage=options.force_include_usage,
+            enable_sleep_mode=options.enable_sleep_mode,
+            enable_weight_updates=options.enable_weight_updates,
             tool_call_parser=options.tool_call_parser,
             reasoning_parser=options.reasoning_parser,
             log_prompts=options.log.prompts,

@@ -7,6 +7,8 @@ _STATELESS = "this server keeps nothing between requests, and has no"
 
 _NO_TRACE = "this server was started without --trace FILE, which says where timelines are written"
 
+_ASLEEP = "clients may not put this server to sleep: start it with --enable-sleep-mode"
+
 _ABSENT = {
     "/start_profile": _NO_TRACE,
     "/stop_profile": _NO_TRACE,
@@ -35,6 +37,10 @@ _ABSENT = {
     "/v1/fine_tuning": "this server serves one model as it is, and does not train",
     "/v1/load_lora_adapter": "this server has no adapters: merge them into the weights",
     "/v1/unload_lora_adapter": "this server has no adapters: merge them into the weights",
+    "/sleep": _ASLEEP,
+    "/wake_up": _ASLEEP,
+    "/is_sleeping": _ASLEEP,
+    "/update_weights_from_disk": "clients may not change its weights: start it with --enable-weight-updates",
     "/v1/messages": "this server speaks OpenAI's API: use /v1/chat/completions",
 }
 

@@ -16,7 +16,7 @@ from contextlib import aclosing, suppress
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from tpworker.errors import InvalidRequest, RuntimeStopped
+from tpworker.errors import InvalidRequest, RuntimeSleeping, RuntimeStopped
 from tpworker.outputs import RequestOutput
 from tpworker.server.errors import describe, internal_error
 from tpworker.server.formats import Format
@@ -157,7 +157,8 @@ class Answer(Response):
         """What a client is told of an error of the runtime."""
         if isinstance(error, InvalidRequest):
             return self._reword(error)
-        return RuntimeStopped(CUT) if isinstance(error, RuntimeStopped) else error
+        is_over = isinstance(error, RuntimeStopped) and not isinstance(error, RuntimeSleeping)
+        return RuntimeStopped(CUT) if is_over else error
 
     async def _events(self) -> AsyncGenerator[str, None]:
         """The events of all choices; one string for what is there at once."""

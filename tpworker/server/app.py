@@ -24,6 +24,7 @@ from tpworker.server.routes.probes import add_probes
 from tpworker.server.routes.profile import add_profile
 from tpworker.server.routes.responses import add_responses
 from tpworker.server.routes.sglang import add_sglang
+from tpworker.server.routes.sleeping import add_sleeping, add_weight_updates
 from tpworker.server.routes.text import add_text
 from tpworker.server.routes.top import add_top
 from tpworker.server.timing import FrontMetrics
@@ -104,6 +105,10 @@ def create_app(runtime: Runtime, options: FrontOptions | None = None) -> FastAPI
     add_models(app, front)
     add_text(app, front)
     add_cache(app, front)
+    if options.enable_sleep_mode:
+        add_sleeping(app, front)
+    if options.enable_weight_updates:
+        add_weight_updates(app, front)
     add_top(app, front)
     add_sglang(app, front)
     add_probes(app, front, metrics)

@@ -13,7 +13,8 @@ from tpworker.server.requests.fields import TOKEN_ID
 from tpworker.values import MAX_SEED
 
 if TYPE_CHECKING:
-    from tpworker.runtime.runtime import Runtime
+    from tpworker.outputs import UP
+from tpworker.runtime.runtime import Runtime
 
 _KEY = "key"
 _HEADERS = {
@@ -34,7 +35,7 @@ def complete(app: FastAPI, runtime: Runtime, has_key: bool) -> None:
         app.openapi_schema = None  # what FastAPI keeps, lacks what is added here
         document = made_by_fastapi()
         _correct(document, has_key)
-        is_known = runtime.health().state in ("ready", "recovering", "draining")
+        is_known = runtime.health().state in UP
         _mend_numbers(document, runtime.vocab_size - 1 if is_known else TOKEN_ID["maximum"])
         return document
 

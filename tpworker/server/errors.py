@@ -15,6 +15,7 @@ from tpworker.errors import (
     QueueFull,
     RequestFailed,
     RuntimeFailed,
+    RuntimeSleeping,
     RuntimeStopped,
 )
 from tpworker.server.journal import note_error
@@ -79,6 +80,8 @@ def describe(error: Exception) -> ApiError | None:
             return ApiError(429, str(error), "rate_limit_error", code="queue_full", headers=SOON)
         case RequestFailed():  # for a reason of its own: not to be tried again
             return ApiError(400, str(error), code="request_failed")
+        case RuntimeSleeping():
+            return ApiError(503, str(error), "service_unavailable", code="sleeping", headers=LATER)
         case RuntimeStopped():
             return ApiError(503, str(error), "service_unavailable", code="unavailable", headers=LATER)
         case RuntimeFailed():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from tpworker.errors import InvalidRequest, RuntimeFailed, RuntimeStopped
+from tpworker.errors import InvalidRequest, RuntimeFailed, RuntimeSleeping, RuntimeStopped
 from tpworker.sampling_params import SamplingParams
 from tpworker.server import journal
 from tpworker.server.answer import Answer
@@ -86,7 +86,11 @@ class Front:
         health = self.runtime.health()
         if health.state == "failed":
             raise RuntimeFailed(health.summary)
-        if health.state not in ("ready", "recovering"):  # what comes meanwhile, waits
+        if health.state == "sleeping":
+            raise RuntimeSleeping(
+                "the server sleeps, and takes no requests until it is woken up: POST /wake_up"
+            )
+        if health.state not in ("ready", "recovering", "updating"):  # what comes meanwhile, waits
             raise RuntimeStopped(f"the server is not ready, it is {health.state}: try again later")
         self.check_model(model)
         return timing

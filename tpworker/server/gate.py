@@ -24,7 +24,8 @@ PROBES = frozenset(["/health", "/ready", "/ping", "/metrics"])
 _OF_TEXT = ("/tokenize", "/detokenize", "/tokenizer_info")
 _OF_OPERATORS = ("/reset_prefix_cache", "/top", "/start_profile", "/stop_profile")
 _OF_SGLANG = ("/model_info", "/get_model_info", "/server_info", "/get_server_info", "/get_load")
-GUARDED = frozenset([*_OF_TEXT, *_OF_OPERATORS, *_OF_SGLANG])
+_OF_TRAINERS = ("/sleep", "/wake_up", "/is_sleeping", "/update_weights_from_disk")
+GUARDED = frozenset([*_OF_TEXT, *_OF_OPERATORS, *_OF_SGLANG, *_OF_TRAINERS])
 """What needs the key, and has its bodies bounded, besides /v1/…."""
 
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from starlette.requests import Request
 from starlette.types import Receive
 
-from tpworker.errors import RuntimeStopped
+from tpworker.errors import RuntimeSleeping, RuntimeStopped
 from tpworker.server.gate import OUTCOME
 
 T = TypeVar("T")
@@ -45,6 +45,8 @@ async def unless_left(request: Request, work: Coroutine[Any, Any, T]) -> T:
             raise ClientLeft
         try:
             return working.result()
+        except RuntimeSleeping:
+            raise
         except RuntimeStopped as error:
             raise RuntimeStopped(CUT) from error
     finally:

@@ -24,6 +24,10 @@ class FrontOptions:
     """The path under which a proxy shows the server to clients, as /llm. It may strip it, or leave it on."""
     force_include_usage: bool = False
     """Streams tell the token counts where nobody asks for them, too."""
+    enable_sleep_mode: bool = False
+    """There are /sleep, /wake_up and /is_sleeping, for whoever may send requests."""
+    enable_weight_updates: bool = False
+    """There is /update_weights_from_disk, which reads whatever folder it is told to."""
     tool_call_parser: str = AUTO
     """The format of the model's calls of tools, a name of `tpworker.parsing.TOOL_FORMATS`; `auto`: as the
     model's files say; `none`: tools are refused, unless `tool_choice` is none, too."""

@@ -293,6 +293,16 @@ class Done(_Shape):
     success: Literal[True]
 
 
+class IsSleeping(_Shape):
+    is_sleeping: bool
+
+
+class Updated(Done):
+    message: str
+    num_paused_requests: int
+    """How many requests were open: they go on with the new weights."""
+
+
 class Load(_Shape):
     server_load: int
 

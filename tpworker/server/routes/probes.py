@@ -7,6 +7,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from tpworker.metrics import Metrics
+from tpworker.outputs import UP
 from tpworker.runtime.loading import in_daemon_thread
 from tpworker.server.errors import LATER, SOON
 from tpworker.server.front import Front
@@ -23,13 +24,14 @@ def add_probes(app: FastAPI, front: Front, metrics: Metrics) -> None:
 
     @app.get("/health", responses=probes)
     async def health() -> Response:
-        """200 while the server lives, also while it loads, recovers or drains; 503 when it cannot recover."""
-        return probe({"starting", "ready", "recovering", "draining"})
+        """200 while the server lives, also while it loads, recovers, drains or sleeps; 503 when it cannot
+        recover."""
+        return probe({"starting", *UP})
 
     @app.get("/ready", responses=probes)
     async def ready() -> Response:
-        """200 while requests are worked on as they come, else 503. Those that come while it recovers are
-        taken, and wait: another server would be quicker."""
+        """200 while requests are worked on as they come, else 503. Those that come while it recovers, or
+        gets other weights, are taken, and wait: another server would be quicker."""
         return probe({"ready"})
 
     @app.get("/ping", responses=probes)
@@ -59,4 +61,4 @@ def add_probes(app: FastAPI, front: Front, metrics: Metrics) -> None:
         body = {"status": health.state} | ({"error": health.summary} if health.error else {})
         if health.state in good:
             return JSONResponse(body)
-        return JSONResponse(body, 503, SOON if health.state == "recovering" else LATER)
+        return JSONResponse(body, 503, SOON if health.state in ("recovering", "updating") else LATER)
