@@ -14,7 +14,7 @@ from tokenizers import Tokenizer as Backend
 
 from tests.server.fake_records import Record
 from tpworker.config import RuntimeConfig
-from tpworker.errors import QueueFull, RuntimeFailed, RuntimeStopped
+from tpworker.errors import InvalidRequest, QueueFull, RuntimeFailed, RuntimeStopped
 from tpworker.ipc.board import About, Board
 from tpworker.model.families.spec import ModelSpec, RopeSpec
 from tpworker.observe.looking import look, without_processes
@@ -142,6 +142,8 @@ class FakeRuntime(Facts):
     board: Board | None = None
     num_open: int = 0
     num_resets: int = 0
+    changes: list[tuple[object, ...]] = field(default_factory=list)
+    change_error: Exception | None = None
     drained: float | None = None
     tokenising_threads: set[str] = field(default_factory=set)
     prepared_chars: list[int] = field(default_factory=list)
@@ -207,6 +209,28 @@ class FakeRuntime(Facts):
 
     async def reset_prefix_cache(self) -> None:
         self.num_resets += 1
+
+    @property
+    def is_sleeping(self) -> bool:
+        return self.state == "sleeping"
+
+    async def sleep(self, level: int = 1, *, abort: bool = False) -> None:
+        if level not in (1, 2):
+            raise InvalidRequest(f"level={level}: must be 1 or 2", "level")
+        self.state = "sleeping"
+        self.changes.append(("sleep", level, abort))
+
+    async def wake_up(self, tags: Sequence[str] | None = None) -> None:
+        self.changes.append(("wake_up", tags))
+        if self.change_error is not None:
+            raise self.change_error
+        self.state = "ready"
+
+    async def update_weights(self, source: str, *, abort: bool = False) -> int:
+        if self.change_error is not None:
+            raise self.change_error
+        self.changes.append(("update", source, abort))
+        return len(self.changes)
 
     async def drain(self, timeout: float | None = None) -> None:
         self.state, self.drained = "draining", timeout
@@ -287,7 +311,7 @@ class FakeRuntime(Facts):
         sampling = sampling or SamplingParams()
         if sampling.max_tokens is None and default_max_tokens is not None:
             sampling = replace(sampling, max_tokens=max(default_max_tokens, sampling.min_tokens))
-        if self.state not in ("ready", "recovering"):
+        if self.state not in ("ready", "recovering", "updating"):
             raise RuntimeStopped(f"the runtime is {self.state}")
         ids = await self._checked_ids(prompt, sampling)
         if sampling.detokenize:

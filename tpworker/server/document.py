@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 
+from tpworker.outputs import UP
 from tpworker.server.gate import is_guarded
 from tpworker.server.ignored import HEADER as IGNORED
 from tpworker.server.request_ids import HEADER as REQUEST_ID
@@ -13,8 +14,7 @@ from tpworker.server.requests.fields import TOKEN_ID
 from tpworker.values import MAX_SEED
 
 if TYPE_CHECKING:
-    from tpworker.outputs import UP
-from tpworker.runtime.runtime import Runtime
+    from tpworker.runtime.runtime import Runtime
 
 _KEY = "key"
 _HEADERS = {
