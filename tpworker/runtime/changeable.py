@@ -57,9 +57,9 @@ class Changeable(Observable):
         then with the tokens that they would have had: prompt and output so far are computed again.
 
         Args:
-            level: 1: weights on GPUs are copied to host memory. On the CPU, and with max_restarts=0, they are
-                read from their files again, or stay where `update_weights` has put them. 2: they are dropped;
-                tensors that came by `update_weights` must come again before it is woken up.
+            level: 1: weights can be had again: from their files, or from host memory, where `update_weights`
+                has put them if they were tensors. 2: such tensors are dropped, too, and others must come before
+                it is woken up.
             abort: end open requests, with the finish reason 'abort', rather than have them wait.
 
         Raises:
