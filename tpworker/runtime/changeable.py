@@ -58,8 +58,8 @@ class Changeable(Observable):
 
         Args:
             level: 1: weights can be had again: from their files, or from host memory, where `update_weights`
-                has put them if they were tensors. 2: such tensors are dropped, too, and others must come before
-                it is woken up.
+                has put them if they were tensors. 2: such tensors are dropped, too, and others must come
+                before it is woken up.
             abort: end open requests, with the finish reason 'abort', rather than have them wait.
 
         Raises:
@@ -75,7 +75,7 @@ class Changeable(Observable):
 
         Args:
             tags: what is to have its memory again: 'weights', 'kv_cache'; None: both. It sleeps until both
-                have been named. Weights that lie in host memory come back at once, all else with the last.
+                have been named, and has neither before.
 
         Raises:
             InvalidRequest: there is no such tag.

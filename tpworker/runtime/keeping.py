@@ -86,13 +86,6 @@ class Keeping:
         blocks_fd, self.blocks_fd = self.blocks_fd, os.memfd_create("tpworker-blocks", os.MFD_CLOEXEC)
         os.close(blocks_fd)
 
-    def put_away(self) -> None:
-        """As `give_back`; but weights on GPUs are kept in host memory."""
-        self.give_back()
-
-    def take_out(self) -> None:
-        """What `put_away` has put into host memory is where it was."""
-
     def give_back(self) -> None:
         """As `forget`, and when it returns the memory is free."""
         self.forget()

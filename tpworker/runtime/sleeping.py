@@ -80,7 +80,7 @@ class Sleeping:
         """See `Runtime.sleep`."""
         if type(level) is not int or level not in (1, 2):
             raise InvalidRequest(
-                f"level={shown(level)}: must be 1 (weights are kept in host memory) or 2 (they are dropped)",
+                f"level={shown(level)}: must be 1 (tensors of update_weights are kept) or 2 (dropped)",
                 "level",
             )
         await self._run(self._sleep(2 if level == 2 else 1, abort))
@@ -100,8 +100,7 @@ class Sleeping:
             if not self._processes.is_suspended:  # they have failed, or are stopped
                 self.level = before
                 return
-            keeping = self._processes.keeping
-            await _in_thread(keeping.put_away if level == 1 else keeping.give_back)
+            await _in_thread(self._processes.keeping.give_back)
             if level == 2:
                 self._weights.drop()
             if level != before:
@@ -120,9 +119,6 @@ class Sleeping:
             if self.level is None:
                 return
             began = time.monotonic()
-            if "weights" in tags:
-                self._check_weights()
-                await _in_thread(self._processes.keeping.take_out)
             self._awake |= tags
             if not self._awake.issuperset(TAGS):
                 return

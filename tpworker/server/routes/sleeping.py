@@ -25,16 +25,16 @@ def add_sleeping(app: FastAPI, front: Front) -> None:
     async def sleep(
         level: Annotated[int, Query()] = 1, mode: Annotated[Literal["keep", "abort"], Query()] = "keep"
     ) -> dict[str, bool]:
-        """Ends the processes and gives back the memory of weights (level 1: GPUs' are copied to host memory;
-        2: they are dropped) and KV cache. Open requests wait until the server is woken up (`mode=keep`), or
-        end (`abort`); new ones are refused with 503 and the code `sleeping`."""
+        """Ends the processes and gives back the memory of weights and KV cache; weights are read from their
+        files again. Open requests wait until the server is woken up (`mode=keep`), or end (`abort`); new ones
+        are refused with 503 and the code `sleeping`."""
         await runtime.sleep(level, abort=mode == "abort")
         return {"success": True}
 
     @app.post("/wake_up", responses=documented(*GUARDED, ok=Done))
     async def wake_up(tags: Annotated[list[str] | None, Query()] = None) -> dict[str, bool]:
-        """Starts the processes again: what is tagged `weights`, `kv_cache`, or (without a tag) both has its
-        memory again. Requests are taken when both have."""
+        """Starts the processes again, when both tags, `weights` and `kv_cache`, have been named, or without a
+        tag. Requests are taken when it answers."""
         try:
             await runtime.wake_up(tags or None)
         except (ConfigError, ModelError) as error:
