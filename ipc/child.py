@@ -40,6 +40,7 @@ from tpworker.ipc.messages import (
     NumDrafts,
     Rank,
 )
+from tpworker.ipc.outside import Outside
 from tpworker.ipc.standby import MAX_BOOT_BYTES, Forked, serve, take_control
 from tpworker.ipc.streams import leave, make_output_safe
 from tpworker.logs import TEXT, make_formatter
@@ -47,6 +48,7 @@ from tpworker.logs import TEXT, make_formatter
 RANK_NAME = "tpworker-rank{}"
 SCHEDULER_NAME = "tpworker-scheduler"
 RANK_STANDBY = "tpworker-rank-standby"
+OUTSIDE_STANDBY = "tpworker-rank{}-standby"  # of one rank, started from outside
 SCHEDULER_STANDBY = "tpworker-scheduler-standby"
 KEEPER_NAME = "tpworker-keeper"
 
@@ -175,6 +177,10 @@ class RankBoot:
     trace_fd: Descriptor | None = None  # as the scheduler's
     weights_fd: Descriptor | None = None  # safetensors in place of those of the model's folder
     weights_number: Annotated[int, Within(0, MAX_UPDATES)] = 0  # of the weights: those of the start are 0
+    num_sharing: Annotated[int, Within(0, MAX_RANKS)] = 0  # ranks that share this one's CPUs; 0: all do
+    gpus: tuple[
+        Annotated[str, Within(1, 128)], ...
+    ] = ()  # all ranks', by UUID; (): as CUDA numbers them here
 
 
 Boot = TypeVar("Boot", SchedulerBoot, RankBoot)
@@ -279,7 +285,9 @@ def run_child(
         prepare: called in the standby with 'cpu' or 'cuda': imports what `main` would. It must start no
             thread, and not so much as look for a GPU: CUDA cannot be used in the child of a process that has.
     """
-    control, device = begin(), sys.argv[2]
+    is_ours = not sys.argv[5:]  # the pid of another launcher
+    control, device = begin(is_ours), sys.argv[2]
+    outside = None if is_ours else Outside(control, int(sys.argv[5]))
     gc.disable()  # or it looks through what torch is made of, time and again: a fifth of the import
     try:
         if prepare is not None:
@@ -290,17 +298,23 @@ def run_child(
     gc.freeze()  # what is there is never looked through again: its pages stay shared with the children
     gc.enable()
     control.send(READY)
-    _live(serve(control, lambda fd, error: write_report(fd, Report.of(error))), boot_class, main)
+    forked = serve(control, lambda fd, error: write_report(fd, Report.of(error)), outside)
+    _live(forked, boot_class, main)
 
 
-def begin() -> socket.socket:
+def begin(is_ours: bool = True) -> socket.socket:
     """What comes first in a process that lives as long as the runtime, whose arguments begin with its name,
     its device, and the format and the level of its log. Returns its control socket: EOF there means that the
-    runtime is gone."""
+    runtime is gone.
+
+    Args:
+        is_ours: whether the runtime has started it, with whose thread it is to end.
+    """
     make_output_safe()
     control = take_control()
     _be_called(sys.argv[1], max(int(sys.argv[4]), logging.WARNING), sys.argv[3])
-    _die_with_parent()
+    if is_ours:
+        _die_with_parent()
     # A service manager or a terminal may signal all processes at once; when to stop is for the parent to say.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)

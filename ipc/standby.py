@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from tpworker.ipc.codec import MessageError, Within, pack_dataclass, unpack_dataclass
+from tpworker.ipc.joining import BYE
+from tpworker.ipc.outside import Outside
 from tpworker.ipc.streams import leave
 
 MAX_BOOT_BYTES = 1 << 16
@@ -77,13 +79,16 @@ def take_control() -> socket.socket:
     return control
 
 
-def serve(control: socket.socket, refuse: Callable[[int, BaseException], None]) -> Forked:
+def serve(
+    control: socket.socket, refuse: Callable[[int, BaseException], None], outside: Outside | None = None
+) -> Forked:
     """The life of a standby. It returns in the children only: the standby ends in here, with its parent.
 
     Args:
         refuse: told why there will be no child, and the report pipe that the child would have had.
+        outside: of a standby that somebody else has started.
     """
-    return _ForkServer(control, refuse).serve()
+    return _ForkServer(control, refuse, outside).serve()
 
 
 @dataclass(eq=False, slots=True)
@@ -96,9 +101,12 @@ class _Record:
 
 
 class _ForkServer:
-    def __init__(self, control: socket.socket, refuse: Callable[[int, BaseException], None]) -> None:
+    def __init__(
+        self, control: socket.socket, refuse: Callable[[int, BaseException], None], outside: Outside | None
+    ) -> None:
         self._control = control
         self._refuse = refuse
+        self._outside = outside
         self._records: list[_Record] = []
         self._wake_receiver, self._wake_sender = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         signal.set_wakeup_fd(self._wake_sender, warn_on_full_buffer=False)
@@ -106,6 +114,9 @@ class _ForkServer:
         self._poll = select.poll()
         self._poll.register(self._control, select.POLLIN)
         self._poll.register(self._wake_receiver, select.POLLIN)
+        self._launcher_fd = None if outside is None else outside.launcher_fd
+        if self._launcher_fd is not None:
+            self._poll.register(self._launcher_fd, select.POLLIN)
 
     def serve(self) -> Forked:
         while True:
@@ -113,6 +124,8 @@ class _ForkServer:
                 if fd == self._wake_receiver:
                     os.read(fd, 1 << 12)
                     self._tell_endings()
+                elif fd == self._launcher_fd and self._outside is not None:
+                    self._outside.lose_launcher()
                 elif fd != self._control.fileno():
                     self._release(fd)
                 elif (forked := self._take_request()) is not None:
@@ -124,8 +137,10 @@ class _ForkServer:
             data, descriptors, flags, _ = socket.recv_fds(self._control, _MAX_REQUEST_BYTES, _MAX_DESCRIPTORS)
         except ConnectionResetError:  # the parent has not even read what we said
             data, descriptors, flags = b"", [], 0
-        if not data:
-            leave(0)  # the parent is gone; the kernel ends our children
+        if not data or data.startswith(BYE):  # the parent is gone; the kernel ends our children
+            if self._outside is not None:
+                self._outside.end(data)
+            leave(0)
         for fd in descriptors:
             os.set_inheritable(fd, False)  # EOF must mean that a child is gone, not what it has started
         try:
@@ -167,6 +182,8 @@ class _ForkServer:
         """In a child: closes what belongs to the standby and to other children."""
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        if self._outside is not None:
+            self._outside.leave_to_parent()
         for record in self._records:
             if record.status is not None:
                 record.status.close()

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from tpworker.errors import ConfigError, shown
 from tpworker.keywords import OPTIONS, Named
 from tpworker.kv_events_config import KvEventsConfig, kv_events_config
-from tpworker.values import MAX_SEED, dtype_name, is_utf8, number, string
+from tpworker.values import MAX_SEED, dtype_name, is_address, is_utf8, number, string
 
 DeviceName = Literal["auto", "cpu", "cuda"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
@@ -126,6 +126,11 @@ class RuntimeConfig(Named):
     """Seconds within which restarts are counted."""
     start_timeout: float = 600.0
     """Seconds within which all ranks must have loaded the model."""
+    join_address: str | None = None
+    """Ranks are not started here, but by somebody else, with `tpworker rank --join` and this name: torchrun,
+    Slurm, a Ray placement group. Letters, digits, '.', '_' and '-', up to 64. Those that are missing, at the
+    start and when one has been lost, are waited for as long as `start_timeout` says. None: they are started
+    here."""
     load_format: LoadFormat = "auto"
     """`dummy`: random weights of the right shapes, for benchmarks."""
     chat_template: str | None = None
@@ -166,6 +171,11 @@ class RuntimeConfig(Named):
             self.chat_template != "" and is_utf8(self.chat_template or ""),
             "chat_template",
             "a file, named in UTF-8; leave it out for the model's own",
+        )
+        self._check(
+            self.join_address is None or is_address(self.join_address),
+            "join_address",
+            "1 to 64 of letters, digits, '.', '_' and '-'; leave it out to have the ranks started here",
         )
         self._check(1 <= self.tensor_parallel_size <= 64, "tensor_parallel_size", "from 1 to 64")
         self._check(self.device in ("auto", "cpu", "cuda"), "device", "auto, cpu or cuda")

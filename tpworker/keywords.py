@@ -74,7 +74,8 @@ OPTIONS = {
         ),
         _CHOSEN,
     ),
-    "distributed_executor_backend": "not needed: ranks are processes of this machine, started by this one",
+    "distributed_executor_backend": "not needed: ranks are processes of this machine, started by this one, "
+    "or by others (join_address)",
     **dict.fromkeys(
         (
             "tokenizer", "tokenizer_path", "tokenizer_mode", "tokenizer_revision", "hf_overrides",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -16,6 +17,11 @@ def is_utf8(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def is_address(text: str) -> bool:
+    """Whether ranks may join at an address of that name."""
+    return re.fullmatch(r"[A-Za-z0-9._-]{1,64}", text) is not None
 
 
 def plain(value: Any) -> Any:

@@ -42,6 +42,7 @@ FLAGS = {
     "--gpu-memory-utilization",
     "--help",
     "--host",
+    "--join-address",
     "--kv-events-config",
     "--load-format",
     "--log-format",
@@ -155,7 +156,7 @@ def test_every_option_gets_to_its_place() -> None:
         --model m -tp 4 --device cpu --dtype bfloat16 --max-model-len 99 --load-format dummy --seed 5
         --max-num-seqs 8 --max-num-batched-tokens 80 --lookahead 3 --block-size 32
         --gpu-memory-utilization 0.5 --no-prefix-caching --max-queue 7 --step-timeout 1.5 --start-timeout 90
-        --max-restarts 3 --restart-window 60.5
+        --max-restarts 3 --restart-window 60.5 --join-address my-group.1
         --scheduling-policy priority --host 0.0.0.0 --port 81 --served-model-name name other name
         --api-key key
         --root-path /llm/ --shutdown-timeout 2.5 --enable-force-include-usage --chat-template t.jinja
@@ -183,6 +184,7 @@ def test_every_option_gets_to_its_place() -> None:
         start_timeout=90.0,
         max_restarts=3,
         restart_window=60.5,
+        join_address="my-group.1",
         chat_template="t.jinja",
         speculative_method="ngram",
         num_speculative_tokens=3,

@@ -19,7 +19,8 @@ from tests.conftest import eventually, is_gone
 from tests.ipc.test_child import RANK_BOOT
 from tpworker.ipc.child import RANK_STANDBY, SCHEDULER_STANDBY
 from tpworker.runtime.children import Child, state_of
-from tpworker.runtime.standby import Standby, Standbys
+from tpworker.runtime.standby import Standby
+from tpworker.runtime.standbys import Standbys
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 

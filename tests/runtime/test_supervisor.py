@@ -24,7 +24,7 @@ from tpworker.runtime.children import Child
 from tpworker.runtime.faults import Fault, Kind
 from tpworker.runtime.group import Group
 from tpworker.runtime.keeping import Keeping
-from tpworker.runtime.standby import Standbys
+from tpworker.runtime.standbys import Standbys
 from tpworker.runtime.supervisor import GRACE_SECONDS, Supervisor
 
 pytestmark = pytest.mark.usefixtures("nothing_left")

@@ -1,5 +1,5 @@
-"""The command line: `tpworker serve …`, `tpworker doctor …`, `tpworker top …`,
-`tpworker bench …`.
+"""The command line: `tpworker serve …`, `tpworker doctor …`, `tpworker top …`, `tpworker bench …`,
+`tpworker rank …`.
 
 Importing this, and being told of a mistake in an option, takes an instant: what serving needs is imported
 when it is needed.
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from tpworker.cli.interrupt import Interrupted, interruptible
 from tpworker.cli.log_options import logging_to_stderr, say
 from tpworker.cli.options import DoctorOptions, Options, parse
+from tpworker.cli.rank_options import RankOptions
 from tpworker.errors import ConfigError, InvalidRequest, ModelError, TpworkerError
 from tpworker.logs import TEXT, format_in_use
 
@@ -67,6 +68,10 @@ def _run(words: Sequence[str], log: ExitStack) -> int:
 
         logging.basicConfig(format="%(asctime)s tpworker %(levelname)s %(message)s", level=logging.WARNING)
         return run_doctor(options.config, options.as_json)
+    if isinstance(options, RankOptions):
+        from tpworker.cli.rank import run_rank
+
+        run_rank(options)
     if not isinstance(options, Options):
         return _look_or_measure(options)
     from tpworker.cli.serve import ask, serve

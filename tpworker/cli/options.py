@@ -13,6 +13,7 @@ from tpworker.cli.config_file import words_of
 from tpworker.cli.explain import Flags, explain
 from tpworker.cli.log_options import LogOptions, log_options_in
 from tpworker.cli.parser import DEFAULT_HOST, DEFAULT_PORT, flag_of, make_parser
+from tpworker.cli.rank_options import RankOptions, rank_options
 from tpworker.cli.server_options import (
     checked_names,
     checked_root_path,
@@ -83,7 +84,9 @@ class DoctorOptions:
     as_json: bool
 
 
-def parse(arguments: Sequence[str] | None = None) -> Options | DoctorOptions | TopOptions | BenchOptions:
+def parse(
+    arguments: Sequence[str] | None = None,
+) -> Options | DoctorOptions | TopOptions | BenchOptions | RankOptions:
     """Read the command line.
 
     Raises:
@@ -99,6 +102,8 @@ def parse(arguments: Sequence[str] | None = None) -> Options | DoctorOptions | T
         return top_options(vars(parser.parse_args(words)))
     if words[:1] == ["bench"]:
         return bench_options(vars(parser.parse_args(words)))
+    if words[:1] == ["rank"]:
+        return rank_options(vars(parser.parse_args(words)))
     known, unknown = parser.parse_known_args(words)
     if unknown:
         raise ConfigError(explain(unknown, words, flags))

@@ -9,6 +9,7 @@ from typing import Any
 from tpworker.cli.arguments import CommandParser, ShowVersion, integer, json_object, number
 from tpworker.cli.bench import add_bench
 from tpworker.cli.log_options import add_log_options
+from tpworker.cli.rank_options import add_rank
 from tpworker.cli.server_options import API_KEY_VARIABLE
 from tpworker.cli.top import add_top
 from tpworker.cli.trace_options import add_trace_options
@@ -74,6 +75,7 @@ def make_parser(source: str = "") -> tuple[argparse.ArgumentParser, dict[str, di
     _add_doctor_options(doctor)
     add_top(commands)
     add_bench(commands)
+    add_rank(commands)
     flags = {
         command: {flag: action.nargs != 0 for action in one._actions for flag in action.option_strings}
         for command, one in (("serve", serve), ("doctor", doctor))
@@ -108,6 +110,7 @@ def _add_model_options(group: _Group) -> None:
         "(org/name); default: SmolLM2-135M-Instruct",
     )
     _add_ranks(group)
+    _add_join_address(group)
     _add_dtype(group)
     _add_max_model_len(group)
     _add(
@@ -143,6 +146,16 @@ def _add_ranks(group: _Group) -> None:
         "what the ranks run on; auto: GPUs, where there is one for each rank, else the CPU. A rank on a GPU "
         "keeps to the CPUs near that GPU, of those that it may use (taskset, the container)",
         choices=["auto", "cpu", "cuda"],
+    )
+
+
+def _add_join_address(group: _Group) -> None:
+    _add(
+        group,
+        "--join-address",
+        "start no ranks, but wait for those that somebody else starts on this machine (torchrun, Slurm, a "
+        "Ray placement group), each a `tpworker rank` with this name (default: ranks are started here)",
+        metavar="NAME",
     )
 
 

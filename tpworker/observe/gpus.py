@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from tpworker.config import RuntimeConfig
@@ -22,7 +24,7 @@ def resolve_gpus(config: RuntimeConfig) -> tuple[Gpu, ...]:
     """
     if config.device == "cpu":
         return ()
-    found = find_gpus()
+    found = find_all_gpus() if config.join_address else find_gpus()
     reason = cuda_obstacle(config.tensor_parallel_size, found)
     if reason is None:
         return found.gpus[: config.tensor_parallel_size]
@@ -33,6 +35,17 @@ def resolve_gpus(config: RuntimeConfig) -> tuple[Gpu, ...]:
     elif found.problem and found.has_library:
         logger.warning("no GPU can be used, so serving on the CPU: %s", found.problem)
     return ()
+
+
+def find_all_gpus() -> Found:
+    """All that this process could use, whatever CUDA_VISIBLE_DEVICES shows it."""
+    return find_gpus(environment={k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"})
+
+
+def gpus_by_uuid(uuids: Sequence[str]) -> tuple[Gpu, ...]:
+    """These GPUs, in this order; none, if the driver does not show all of them to this process."""
+    known = {gpu.uuid: gpu for gpu in find_all_gpus().gpus} if uuids else {}
+    return tuple(known[uuid] for uuid in uuids) if all(uuid in known for uuid in uuids) else ()
 
 
 def cuda_obstacle(num_ranks: int, found: Found) -> str | None:

@@ -88,7 +88,7 @@ def run_rank(boot: RankBoot, device: Device, runner_class: type[Runner]) -> None
     row = own_row(boot)
     row[Field.PID] = os.getpid()
     plans = Channel.connect(boot.plan_address, boot.name, boot.generation)
-    torch.set_num_threads(max(1, usable_cores() // boot.num_ranks))
+    torch.set_num_threads(max(1, usable_cores() // (boot.num_sharing or boot.num_ranks)))
     runner = assemble(boot, device, plans, row, runner_class)
     if device.captures:
         prepare(boot, runner, row)

@@ -84,6 +84,7 @@ class Ending:
     report: Report | None
     oom_kills: int | None = None
     progress: tuple[int, ...] = ()  # see `Standing`
+    left: str = ""  # of a process that somebody else has started: what is known of its end, behind its name
 
     @property
     def was_killed(self) -> bool:
@@ -93,6 +94,8 @@ class Ending:
     @property
     def was_killed_by_others(self) -> bool:
         """Whether a signal ended it that does not come of what a process does."""
+        if self.left:  # it only forks others: nothing that it runs can have ended it
+            return True
         return self.report is None and self.status is not None and self.status < 0 and not self.has_crashed
 
     @property
@@ -128,6 +131,8 @@ class Ending:
         """What happened, in one line, beginning with the name of the process."""
         if self.report is not None:
             return f"{self.process} raised {self.report.error}: {self.report.summary}"
+        if self.left:
+            return f"{self.process} {self.left}"
         if self.status is None:
             return f"{self.process} ended without a word"
         if self.status < 0:
@@ -155,6 +160,7 @@ class Fault:
     hung: bool = False  # the process lives, but does not go on
     forfeits: bool = False  # nobody can vouch for what is in memory that outlives the processes
     is_external: bool = False  # killed or stopped by somebody else: no request can have caused it
+    is_final: bool = False  # others in their place would not get further
 
     @property
     def is_refusal(self) -> bool:

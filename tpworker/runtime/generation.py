@@ -27,7 +27,7 @@ from tpworker.runtime.faults import Fault
 from tpworker.runtime.group import Group
 from tpworker.runtime.keeping import Keeping
 from tpworker.runtime.loading import Progress
-from tpworker.runtime.standby import Standbys
+from tpworker.runtime.standbys import Standbys
 from tpworker.runtime.supervisor import Supervisor
 
 logger = logging.getLogger(__name__)
@@ -131,7 +131,9 @@ class Generation:
             if now != shown:
                 progress(*now)
                 shown = now
-            if not patience.left():
+            if self._supervisor.waits_for:
+                patience.restart()  # nothing has been started yet: the supervisor has a deadline for that
+            elif not patience.left():
                 self._blame_late_starter(timeout)
                 patience = Patience(math.inf)
             stopped = self._supervisor.stopped() if self.number else None
@@ -325,6 +327,8 @@ class Generation:
 
     def _progress(self) -> tuple[str, float | None]:
         """What the slowest rank does, and how far all are with it."""
+        if waits_for := self._supervisor.waits_for:
+            return waits_for, None
         phase = min(row[Field.PHASE] for row in self.ranks)
         here = [row for row in self.ranks if row[Field.PHASE] == phase]
         total = sum(row[Field.PROGRESS_TOTAL] for row in here)

@@ -7,7 +7,14 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 from tpworker.ipc.board import About
-from tpworker.ipc.child import RankSettings, SchedulerSettings
+from tpworker.ipc.child import (
+    RANK_NAME,
+    SCHEDULER_NAME,
+    RankBoot,
+    RankSettings,
+    SchedulerBoot,
+    SchedulerSettings,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +40,9 @@ class Group:
     weights_number: int = 0
     """Of the weights: others have another one, though they come from the same folder."""
     gpus: Sequence[str] = ()
-    """By rank the UUID of its GPU; none on the CPU. For the status board."""
+    """By rank the UUID of its GPU; none on the CPU, and of ranks that join. For the status board."""
+    join_address: str | None = None
+    """Where ranks join that are started from outside; None: they are started here."""
 
     @property
     def about(self) -> About:
@@ -50,3 +59,42 @@ class Group:
             lookahead=self.scheduler.lookahead,
             num_drafts=self.scheduler.num_drafts,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wiring:
+    """What the processes of one generation have in common: where they meet, and what they share."""
+
+    group: Group
+    runtime_address: str
+    plan_addresses: tuple[str, ...]
+    result_address: str
+    board_fd: int
+    masks_fd: int
+    barrier_fd: int
+    meeting_fd: int
+    store_fd: int
+    blocks_fd: int
+    keeper_address: str
+    log_level: int
+    log_format: str
+    rank_gpus: tuple[str, ...]
+    """Of ranks that have joined; see `RankBoot.gpus`."""
+
+    def scheduler_boot(self) -> SchedulerBoot:
+        """What the scheduler is told."""
+        return SchedulerBoot(
+            self.group.generation, SCHEDULER_NAME, self.log_level, 0, self.group.num_ranks,
+            self.runtime_address, self.plan_addresses, self.result_address, self.board_fd, self.masks_fd,
+            self.group.scheduler, self.blocks_fd, self.log_format, self.group.trace_fd,
+        )  # fmt: skip
+
+    def rank_boot(self, rank: int, kept_fd: int, num_sharing: int) -> RankBoot:
+        """What a rank is told."""
+        return RankBoot(
+            self.group.generation, RANK_NAME.format(rank), self.log_level, 0, rank, self.group.num_ranks,
+            self.plan_addresses[rank], self.result_address, self.barrier_fd, self.board_fd, self.meeting_fd,
+            self.masks_fd, self.store_fd, self.group.model, self.group.rank, kept_fd, self.keeper_address,
+            self.log_format, self.group.trace_fd, self.group.weights_fd, self.group.weights_number,
+            num_sharing, self.rank_gpus,
+        )  # fmt: skip

@@ -35,6 +35,7 @@ class Keeping:
         self._has_keeper = device == "cuda"
         self._keeper: Standby | None = None
         self._killed: list[Standby] = []
+        self._gpus: tuple[str, ...] = ()
         self.keeper_address = ""
         """Where ranks reach the keeper, once it was started; empty: there is none."""
         self.blocks_fd = -1
@@ -46,17 +47,21 @@ class Keeping:
         """See `forks.Holder`: what is kept is gigabytes, and to be free once the runtime is gone."""
         self._close_descriptors()
 
-    def start(self) -> tuple[Standby, ...]:
+    def start(self, gpus: tuple[str, ...] = ()) -> tuple[Standby, ...]:
         """Starts the keeper, if there is to be one and none lives; of one that has died all is forgotten.
         To be called when no rank lives. Returns what must live for the ranks to do so.
+
+        Args:
+            gpus: by rank, the UUID of its GPU; none: as CUDA numbers them here. Of others all is forgotten.
 
         Raises:
             OSError: it cannot be started.
         """
         if not self._has_keeper:
             return ()
-        if self._keeper is not None and not self._keeper.is_alive:
+        if self._keeper is not None and (gpus != self._gpus or not self._keeper.is_alive):
             self.forget()
+        self._gpus = gpus
         self._bury()  # before the next one is there, its memory is free again
         if self._keeper is None:
             self._keeper = self._start_keeper()
@@ -105,7 +110,8 @@ class Keeping:
             listener.listen(_BACKLOG)
             number = listener.fileno()
             arguments = (str(self._num_ranks), str(number))
-            keeper = Standby(KEEPER_NAME, KEEPER_MODULE, "cuda", arguments, (number,))
+            variables = {"CUDA_VISIBLE_DEVICES": ",".join(self._gpus)} if self._gpus else {}
+            keeper = Standby(KEEPER_NAME, KEEPER_MODULE, "cuda", arguments, (number,), variables)
         self.keeper_address = address
         return keeper
 

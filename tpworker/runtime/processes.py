@@ -28,11 +28,12 @@ from tpworker.runtime.events import Events
 from tpworker.runtime.faults import Fault, gpu_fault
 from tpworker.runtime.generation import Generation, StartFailed
 from tpworker.runtime.group import Group
+from tpworker.runtime.joining import Joining
 from tpworker.runtime.keeping import Keeping
 from tpworker.runtime.loading import Progress
 from tpworker.runtime.recovery import Restarts
 from tpworker.runtime.requests import Requests
-from tpworker.runtime.standby import Standbys
+from tpworker.runtime.standbys import Standbys
 
 logger = logging.getLogger(__name__)
 
@@ -104,8 +105,10 @@ class Processes:
         """Whether the generation has not been lost."""
         self.is_over = False
         """Whether nothing is left of them, and there will be no others."""
+        self._why = ""  # there will be no others, if they failed
         open_standard_descriptors()  # or what is kept could become one that was closed, and be written to
-        self._standbys = Standbys(group.scheduler_module, group.rank_module, group.rank.device)
+        self._joining = _joining(group)
+        self._standbys = Standbys(group.scheduler_module, group.rank_module, group.rank.device, self._joining)
         self.keeping = Keeping(group.num_ranks, group.rank.device if restarts.are_allowed else "cpu")
         try:
             self.generation = self._begin(group)
@@ -121,7 +124,11 @@ class Processes:
         Raises:
             StartFailed: it did not get ready.
         """
-        num_blocks = await self.generation.ready(self.group.rank.start_timeout, progress)
+        try:
+            num_blocks = await self.generation.ready(self.group.rank.start_timeout, progress)
+        except StartFailed as failed:
+            self._why = failed.fault.summary
+            raise
         self._longest_start = time.monotonic() - self._began
         # As many blocks, however much memory is free then: what was taken must go on.
         self.group = replace(self.group, rank=replace(self.group.rank, num_kv_blocks=num_blocks))
@@ -172,9 +179,14 @@ class Processes:
             if self.generation.is_over:
                 self._close()
 
+    @property
+    def joined_gpus(self) -> tuple[str, ...]:
+        """By rank the UUID of its GPU, of ranks that have joined on GPUs."""
+        return () if self._joining is None else self._joining.gpus()
+
     def _close(self) -> None:
         self.is_over = True
-        self._standbys.close()
+        self._standbys.close(self._why)
         self.keeping.close()
 
     @property
@@ -208,12 +220,13 @@ class Processes:
         number = self.generation.number
         self.lost[_kind_of(fault.process)] += 1
         logger.error("%s", fault.failure())
-        if self.restarts.allow(in_a_row):
+        if not fault.is_final and self.restarts.allow(in_a_row):
             self._owner.on_lost(fault)
             self._events.add("lost", number, fault)
             return True
-        last = replace(fault, summary=f"{fault.summary}; {self.restarts.why_not()}")
-        self._is_over = True
+        why_not = "" if fault.is_final else f"; {self.restarts.why_not()}"
+        last = replace(fault, summary=f"{fault.summary}{why_not}")
+        self._is_over, self._why = True, last.summary
         self._owner.on_failed(last)
         self._events.add("lost", number, fault)
         self._events.add("given_up", number, last)
@@ -222,7 +235,7 @@ class Processes:
     def give_up(self, why: str) -> None:
         """Gives up for another reason than too many faults."""
         fault = Fault("tpworker-supervisor", f"the processes cannot be replaced: {why}")
-        self._is_over = True
+        self._is_over, self._why = True, fault.summary
         self._owner.on_failed(fault)
         self._events.add("given_up", self.generation.number, fault)
 
@@ -363,6 +376,14 @@ class Processes:
             self.is_up = True
             self._owner.on_recovered(self.generation)
         return None
+
+
+def _joining(group: Group) -> Joining | None:
+    """Where its ranks join, if they do."""
+    if group.join_address is None:
+        return None
+    rank = group.rank
+    return Joining(group.join_address, group.num_ranks, group.rank_module, rank.device, rank.start_timeout)
 
 
 def _kind_of(process: str) -> str:

@@ -22,7 +22,7 @@ from tpworker.config import RuntimeConfig
 from tpworker.errors import RuntimeStopped
 from tpworker.ipc.messages import Said, StepOutput
 from tpworker.ipc.trace import Kind
-from tpworker.observe.gpus import resolve_gpus
+from tpworker.observe.gpus import gpus_by_uuid, resolve_gpus
 from tpworker.observe.start import StartTimes
 from tpworker.observe.watch import GpuWatch
 from tpworker.outputs import RequestOutput, RuntimeEvent
@@ -144,9 +144,11 @@ class Runtime(Changeable):
         group = dataclasses.replace(setup.group, trace_fd=self._tracing.fd)
         self._processes = processes = Processes(group, restarts, requests, self._events, self)
         self._telling.tell()
-        if gpus:
+        if gpus and not self.config.join_address:
             self._gpu_watch = GpuWatch(gpus, on_fault=processes.blame_gpu)
         self._served = await until_ready(setup, processes, self._progress)
+        if joined := gpus_by_uuid(processes.joined_gpus):
+            self._gpu_watch = GpuWatch(joined, on_fault=processes.blame_gpu)
         self._check_starting()  # stopping takes the board away
         ranks = processes.generation.ranks
         self.start_times = StartTimes.of(ranks, began_ns, spawned_ns, time.monotonic_ns())

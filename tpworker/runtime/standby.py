@@ -2,7 +2,7 @@
 
 A standby is started by exec and imports what its children need, which takes seconds. A child is forked from
 it in milliseconds, has those imports, and shares the memory that they take. A standby's own side is
-ipc/standby.py.
+ipc/standby.py. Those of ranks that are started from outside are in joining.py.
 
     Runtime ── Standbys ──┬── tpworker-scheduler-standby ──► tpworker-scheduler     one a generation
                           └── tpworker-rank-standby ───────► tpworker-rank0…N
@@ -18,14 +18,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from concurrent.futures import Future
+from typing import Protocol
 
 from tpworker.ipc.child import (
-    RANK_STANDBY,
     READY,
-    SCHEDULER_STANDBY,
     RankBoot,
     Report,
     SchedulerBoot,
@@ -52,30 +51,36 @@ _MAX_ANNOUNCED = 1 << 17
 _SEND_BUFFER = 1 << 20  # bytes, as many as the kernel allows: the ranks' requests while it still imports
 
 
-class Standby:
-    """A standby process, started at once. `close` it.
+class Process(Protocol):
+    """What standbys need of `subprocess.Popen`."""
+
+    @property
+    def pid(self) -> int: ...
+
+    def poll(self) -> int | None: ...
+
+    def wait(self, timeout: float | None = None) -> int: ...
+
+    def kill(self) -> None: ...
+
+
+class AnyStandby:
+    """A standby process, whoever has started it.
 
     `fork`, `read`, `over` and `ending` belong to one thread at a time: that of the generation that is there.
 
     Args:
         name: what it is called.
-        module: what it runs (`python -m`): imports, then `run_child`.
-        device: 'cpu' or 'cuda': what its children will use.
-        arguments: more of the command line.
-        descriptors: which it inherits, by the same numbers.
-
-    Raises:
-        OSError: it cannot be started.
+        control: a socket whose other end is its control socket.
     """
 
-    def __init__(
-        self,
-        name: str,
-        module: str,
-        device: str,
-        arguments: Sequence[str] = (),
-        descriptors: Sequence[int] = (),
-    ) -> None:
+    process: Process
+    cpus: AbstractSet[int] | None = None
+    """Those that it may use; None: as many as this process."""
+    gpu = ""
+    """The UUID of its GPU; '': as its children are numbered."""
+
+    def __init__(self, name: str, control: socket.socket) -> None:
         self.name = name
         self.is_ready = False
         """Whether it has imported everything."""
@@ -85,43 +90,9 @@ class Standby:
         """Nothing more will come from it: it ends, or has."""
         self._is_killed = False  # by us: it may live for a moment, and is of no use
         self._oom_kills = count_oom_kills()
-        self._closing = threading.Event()
-        with GUARD:
-            self._start(module, device, arguments, descriptors)
-            close_in_forks(self)
-
-    def _start(self, module: str, device: str, arguments: Sequence[str], descriptors: Sequence[int]) -> None:
-        """Has a thread start the process."""
-        name = self.name
-        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._control = control
         self._control.setblocking(False)
         self._control.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
-        started: Future[subprocess.Popen[bytes]] = Future()
-
-        def stay() -> None:
-            """PDEATHSIG ends a process with the *thread* that started it: so this one stays."""
-            try:
-                started.set_result(_execute(name, module, device, arguments, descriptors, theirs))
-            except BaseException as error:
-                started.set_exception(error)
-            else:
-                self._closing.wait()
-
-        self._thread = threading.Thread(target=stay, name=name, daemon=True)
-        self._thread.start()
-        try:
-            self.process = started.result()
-        except BaseException:
-            self._thread.join()
-            self._control.close()
-            raise
-        finally:
-            theirs.close()
-
-    def leave_to_parent(self) -> None:
-        """See `forks.Holder`."""
-        self._control.close()
-        self.process.returncode = 0  # a process of the parent's: not to be waited for here, and not killed
 
     def fileno(self) -> int:
         """Readable when there is something to `read`."""
@@ -158,6 +129,10 @@ class Standby:
             ours.pop_all()
             return Child(boot.name, self, status, report_fd, lifeline)
 
+    def num_sharing(self, ranks: Sequence[AnyStandby]) -> int:
+        """How many of the ranks that have these standbys may run on CPUs where this one's may."""
+        return sum(1 for other in ranks if not (self.cpus and other.cpus) or self.cpus & other.cpus)
+
     def read(self) -> None:
         """Takes what it says of itself."""
         while not self.silent:
@@ -167,12 +142,16 @@ class Standby:
                 return
             except ConnectionResetError:
                 continue  # it has ended over requests that it never read; what it said before comes next
-            if data == READY:
-                self.is_ready = True
-            elif data:
-                self.report = unpack_dataclass(Report, data)
-            else:
+            if not data:
                 self.silent = True
+            else:
+                self._take(data)
+
+    def _take(self, data: bytes) -> None:
+        if data == READY:
+            self.is_ready = True
+        else:
+            self.report = unpack_dataclass(Report, data)
 
     @property
     def over(self) -> bool:
@@ -212,6 +191,70 @@ class Standby:
         self._is_killed = True
         self.process.kill()
 
+
+class Standby(AnyStandby):
+    """A standby process of ours, started at once. `close` it.
+
+    Args:
+        name: what it is called.
+        module: what it runs (`python -m`): imports, then `run_child`.
+        device: 'cpu' or 'cuda': what its children will use.
+        arguments: more of the command line.
+        descriptors: which it inherits, by the same numbers.
+        environment: variables that it has besides ours.
+
+    Raises:
+        OSError: it cannot be started.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        module: str,
+        device: str,
+        arguments: Sequence[str] = (),
+        descriptors: Sequence[int] = (),
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        self._closing = threading.Event()
+        with GUARD:
+            control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            super().__init__(name, control)
+            try:
+                command = [module, name, device, *_log_arguments(), *arguments]
+                variables = child_environment(device) | dict(environment or {})
+                self._start(lambda: _execute(command, descriptors, theirs, variables))
+            finally:
+                theirs.close()
+            close_in_forks(self)
+
+    def _start(self, execute: Callable[[], subprocess.Popen[bytes]]) -> None:
+        """Has a thread start the process."""
+        started: Future[subprocess.Popen[bytes]] = Future()
+
+        def stay() -> None:
+            """PDEATHSIG ends a process with the *thread* that started it: so this one stays."""
+            try:
+                started.set_result(execute())
+            except BaseException as error:
+                started.set_exception(error)
+            else:
+                self._closing.wait()
+
+        self._thread = threading.Thread(target=stay, name=self.name, daemon=True)
+        self._thread.start()
+        try:
+            self._popen = self.process = started.result()
+        except BaseException:
+            self._thread.join()
+            self._control.close()
+            raise
+
+    def leave_to_parent(self) -> None:
+        """See `forks.Holder`."""
+        self._control.close()
+        self._popen.returncode = 0  # a process of the parent's: not to be waited for here, and not killed
+
     def close(self) -> None:
         """Ends it, and what is left of its children; waits until it is gone. Once more does no harm."""
         self.kill()
@@ -222,69 +265,21 @@ class Standby:
         self._control.close()
 
 
+def _log_arguments() -> list[str]:
+    return [format_in_use(), str(logging.getLogger("tpworker").getEffectiveLevel())]
+
+
 def _execute(
-    name: str,
-    module: str,
-    device: str,
-    arguments: Sequence[str],
-    descriptors: Sequence[int],
-    control: socket.socket,
+    command: Sequence[str], descriptors: Sequence[int], control: socket.socket, environment: Mapping[str, str]
 ) -> subprocess.Popen[bytes]:
     log = log_descriptor()
-    log_level = logging.getLogger("tpworker").getEffectiveLevel()
     return subprocess.Popen(
-        [sys.executable, "-P", "-m", module, name, device, format_in_use(), str(log_level), *arguments],
+        [sys.executable, "-P", "-m", *command],
         stdin=control.fileno(),
         stdout=log,  # our own standard output may be somebody's data
         stderr=log,
         pass_fds=descriptors,
-        env=child_environment(device),
+        env=environment,
         # Keys typed in a terminal (Ctrl-C, Ctrl-Z) are signals to all of a session: they are for us.
         start_new_session=True,
     )
-
-
-class Standbys:
-    """The standbys of a runtime. Nothing is started before `start`; `close` them.
-
-    All methods may be called from any thread; but see `Standby`, which serves one generation at a time.
-
-    Args:
-        scheduler_module, rank_module: what they run.
-        device: 'cpu' or 'cuda'.
-    """
-
-    def __init__(self, scheduler_module: str, rank_module: str, device: str) -> None:
-        self._device = device
-        self._modules = {SCHEDULER_STANDBY: scheduler_module, RANK_STANDBY: rank_module}
-        self._standbys: dict[str, Standby] = {}
-        self._lock = threading.Lock()
-        self._is_closed = False
-
-    def start(self) -> tuple[Standby, Standby]:
-        """Starts those that do not live, or stand still, which may take some seconds to import; returns the
-        schedulers' and the ranks'.
-
-        Raises:
-            OSError: one cannot be started; or they have been closed.
-        """
-        with self._lock:
-            if self._is_closed:
-                raise OSError("the standbys have been closed")
-            for name, module in self._modules.items():
-                standby = self._standbys.get(name)
-                if standby is not None:
-                    if standby.is_alive and not standby.stands_still():
-                        continue
-                    del self._standbys[name]
-                    standby.close()
-                self._standbys[name] = Standby(name, module, self._device)
-            return self._standbys[SCHEDULER_STANDBY], self._standbys[RANK_STANDBY]
-
-    def close(self) -> None:
-        """Ends them, and waits until they are gone. Once more does no harm."""
-        with self._lock:
-            self._is_closed = True
-            for standby in self._standbys.values():
-                standby.close()
-            self._standbys.clear()

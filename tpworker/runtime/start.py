@@ -121,8 +121,10 @@ def set_up(
         model=str(model.folder),
         scheduler=scheduler_settings(config, model.spec, device, max_model_len),
         rank=rank_settings(config, model.spec, device, max_model_len),
-        rank_cpus=near_cpus(gpus),
-        gpus=tuple(gpu.uuid for gpu in gpus),
+        # Ranks that join keep to what their launcher gave them, and say themselves which GPU that is.
+        rank_cpus=() if config.join_address else near_cpus(gpus),
+        gpus=() if config.join_address else tuple(gpu.uuid for gpu in gpus),
+        join_address=config.join_address,
         rank_module=rank_module,
         scheduler_module=scheduler_module,
     )

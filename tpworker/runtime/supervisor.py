@@ -22,17 +22,20 @@ from collections.abc import Set as AbstractSet
 from dataclasses import replace
 
 from tpworker.ipc.barrier import Barrier
-from tpworker.ipc.board import Board, Field, Phase
+from tpworker.ipc.board import Board, Phase
 from tpworker.ipc.channels import new_address
-from tpworker.ipc.child import RANK_NAME, SCHEDULER_NAME, RankBoot, SchedulerBoot, board_names
+from tpworker.ipc.child import RANK_NAME, RankBoot, SchedulerBoot, board_names
 from tpworker.ipc.masks import MaskBoard
 from tpworker.ipc.patience import Patience
 from tpworker.logs import format_in_use
 from tpworker.runtime.children import Child, is_stopped
-from tpworker.runtime.faults import Ending, Fault, Kind, Standing, find_cause
-from tpworker.runtime.group import Group
+from tpworker.runtime.faults import Ending, Fault, Kind, find_cause
+from tpworker.runtime.group import Group, Wiring
+from tpworker.runtime.joining import NotJoined
 from tpworker.runtime.keeping import Keeping
-from tpworker.runtime.standby import Standby, Standbys
+from tpworker.runtime.standby import AnyStandby
+from tpworker.runtime.standbys import Standbys
+from tpworker.runtime.standing import explain, progress_of, standing_of
 
 logger = logging.getLogger(__name__)
 
@@ -42,16 +45,14 @@ KILLED_SECONDS = 0.05
 """The same after a SIGKILL of a scheduler or a rank, which explains itself."""
 STATUS_SECONDS = 2.0
 """How long a process that ended without a report may take to be reaped; its memory is freed before."""
-STACKS_SECONDS = 0.5
-"""How long a process that hangs may take to write its stacks."""
 ANSWER_SECONDS = 1.0
 """How long a standby may take to tell of a child that is gone: then the standby hangs, and is killed."""
 WIDOWED_SECONDS = 1.0
 """How long the others may take to end by themselves when one has been lost, for which they may wait."""
+JOIN_SECONDS = 1.0
+"""How often it looks whether ranks that have joined are still there, while others are missing."""
 REAP_SECONDS = 30.0
 """How long a killed process may take to end."""
-
-_STEPS = (Field.RECEIVED, Field.ADMITTED, Field.LAUNCHED, Field.COMPLETED)
 
 
 class Supervisor:
@@ -89,9 +90,11 @@ class Supervisor:
         """Processes that were killed and have not ended, once it is done."""
         self.was_orderly = False
         """Whether all have ended by themselves, and well, once it is done."""
+        self.waits_for = ""
+        """Which ranks it waits for that are started from outside, in a line; '': for none."""
         self._children: list[Child] = []
-        self._used: tuple[Standby, ...] = ()
-        self._over: list[Child | Standby] = []  # in the order in which they were seen to end
+        self._used: tuple[AnyStandby, ...] = ()
+        self._over: list[Child | AnyStandby] = []  # in the order in which they were seen to end
         self._blamed: Fault | None = None
         self._stopping: Patience | None = None
         self._killed = self._closed = False
@@ -173,47 +176,77 @@ class Supervisor:
 
     def _start(self) -> Fault | None:
         """Starts the scheduler, then the ranks. A fault: one could not be started."""
-        group = self.group
-        plan_addresses = tuple(new_address(f"plan{rank}") for rank in range(group.num_ranks))
-        result_address = new_address("result")
-        log_level, log_format = logging.getLogger("tpworker").getEffectiveLevel(), format_in_use()
         store_fd = os.memfd_create("tpworker-store", os.MFD_CLOEXEC)
         try:
-            scheduler, ranks = self._standbys.start()
-            self._used = scheduler, ranks, *self._keeping.start()
+            standbys = self._await_standbys()
+            if not isinstance(standbys, tuple):
+                return standbys
+            scheduler, *ranks = standbys
+            gpus = tuple(one.gpu for one in ranks if one.gpu)
+            self._used = *standbys, *self._keeping.start(gpus)
             for standby in self._used:
                 self._selector.register(standby, selectors.EVENT_READ, standby)
-            self._fork(
-                scheduler,
-                SchedulerBoot(
-                    group.generation, SCHEDULER_NAME, log_level, 0, group.num_ranks, self._runtime_address,
-                    plan_addresses, result_address, self.board.fd, self._masks.fd, group.scheduler,
-                    self._keeping.blocks_fd, log_format, group.trace_fd,
-                ),
-            )  # fmt: skip
-            for rank, plan_address in enumerate(plan_addresses):
-                name = RANK_NAME.format(rank)
+            wiring = self._wiring(store_fd, gpus)
+            self._fork(scheduler, wiring.scheduler_boot())
+            for rank in range(self.group.num_ranks):
                 # The standby does, until the rank enters the next.
-                self.board.row(name).enter(Phase.IMPORTING)
-                self._fork(
-                    ranks,
-                    RankBoot(
-                        group.generation, name, log_level, 0, rank, group.num_ranks, plan_address,
-                        result_address, self._barrier.fd, self.board.fd, self._meeting.fd, self._masks.fd,
-                        store_fd, group.model, group.rank, self._keeping.fd(rank),
-                        self._keeping.keeper_address, log_format, group.trace_fd, group.weights_fd,
-                        group.weights_number,
-                    ),
-                    group.rank_cpus[rank] if rank < len(group.rank_cpus) else None,
-                )  # fmt: skip
+                self.board.row(RANK_NAME.format(rank)).enter(Phase.IMPORTING)
+                own = ranks[min(rank, len(ranks) - 1)]
+                num_sharing = own.num_sharing(ranks) if len(ranks) > 1 else 0
+                cpus = self.group.rank_cpus[rank] if rank < len(self.group.rank_cpus) else None
+                self._fork(own, wiring.rank_boot(rank, self._keeping.fd(rank), num_sharing), cpus)
         except OSError as error:
             return Fault("tpworker-supervisor", f"a process could not be started: {error}")
         finally:
             os.close(store_fd)
         return None
 
+    def _await_standbys(self) -> tuple[AnyStandby, ...] | Fault | None:
+        """What the processes are forked from. Where ranks join from outside, it sleeps until all have, or one
+        is a fault; None: nobody wants them any more."""
+        joining, patience = self._standbys.joining, None
+        try:
+            while not self._killed and self._blamed is None:
+                try:
+                    return self._standbys.start()
+                except NotJoined:
+                    assert joining is not None
+                if patience is None:
+                    patience, joining.on_change = Patience(joining.timeout), self._wake
+                if not (missing := joining.missing()):
+                    continue
+                if not patience.left():
+                    return joining.fault(missing)
+                if (line := joining.waits_for(missing)) != self.waits_for:
+                    self.waits_for = line
+                    logger.log(logging.WARNING if self.group.generation else logging.INFO, "%s", line)
+                self._collect(min(patience.slice(), JOIN_SECONDS))
+            return None
+        finally:
+            self.waits_for = ""
+            if joining is not None:
+                joining.on_change = None
+
+    def _wiring(self, store_fd: int, gpus: tuple[str, ...]) -> Wiring:
+        return Wiring(
+            group=self.group,
+            runtime_address=self._runtime_address,
+            plan_addresses=tuple(new_address(f"plan{rank}") for rank in range(self.group.num_ranks)),
+            result_address=new_address("result"),
+            board_fd=self.board.fd,
+            masks_fd=self._masks.fd,
+            barrier_fd=self._barrier.fd,
+            meeting_fd=self._meeting.fd,
+            store_fd=store_fd,
+            blocks_fd=self._keeping.blocks_fd,
+            keeper_address=self._keeping.keeper_address,
+            log_level=logging.getLogger("tpworker").getEffectiveLevel(),
+            log_format=format_in_use(),
+            rank_gpus=gpus,
+        )
+
     def _fork(
-        self, standby: Standby, boot: SchedulerBoot | RankBoot, cpus: AbstractSet[int] | None = None
+        self, standby: AnyStandby, boot: SchedulerBoot | RankBoot, cpus: AbstractSet[int] | None = None
     ) -> None:
         child = standby.fork(boot, cpus)
         self._children.append(child)
@@ -268,7 +301,7 @@ class Supervisor:
     def _collect(self, timeout: float | None) -> None:
         """Sleeps until something happens, at most so many seconds, and notes what has."""
         for key, _ in self._selector.select(timeout):
-            one: Child | Standby | None = key.data
+            one: Child | AnyStandby | None = key.data
             if one is None:
                 os.read(self._wake_receiver, 1 << 16)
                 continue
@@ -285,7 +318,7 @@ class Supervisor:
     # -------------------------------------------------------------------------- whose fault it is
 
     def _cause(self) -> Fault:
-        standings = {child.name: self._standing(child) for child in self._children if not child.over}
+        standings = {child.name: standing_of(child, self.board) for child in self._children if not child.over}
         return self._explained(find_cause(self._endings(), standings))
 
     def _endings(self) -> list[Ending]:
@@ -300,52 +333,17 @@ class Supervisor:
         # A standby takes its children along: their ends say nothing.
         return [self._ending(one) for one in self._over if not (isinstance(one, Child) and one.is_orphan)]
 
-    def _ending(self, one: Child | Standby) -> Ending:
+    def _ending(self, one: Child | AnyStandby) -> Ending:
         """How it ended, and where it stood."""
-        return replace(one.ending, progress=self._progress(one)) if isinstance(one, Child) else one.ending
-
-    def _standing(self, child: Child) -> Standing:
-        return Standing(child.stopped, self._progress(child))
-
-    def _progress(self, child: Child) -> tuple[int, ...]:
-        """See `Standing`."""
-        row = self.board.row(child.name)
-        progress = (row[Field.PHASE], *(row[field] for field in _STEPS))
-        return () if child.name == SCHEDULER_NAME else progress
+        return (
+            replace(one.ending, progress=progress_of(one, self.board))
+            if isinstance(one, Child)
+            else one.ending
+        )
 
     def _explained(self, fault: Fault) -> Fault:
-        """If a process hangs: its stacks, where everybody stands, and whether somebody has stopped it."""
-        if not fault.hung:
-            return fault
-        at_fault = [child for child in self._children if child.name in fault.process.split(", ")]
-        is_external = fault.is_external or any(child.stopped for child in at_fault)
-        parts = [fault.traceback] if fault.traceback else []
-        parts.append("Where each process stands (steps so far):\n" + self._positions())
-        for child in at_fault:
-            if stacks := self._stacks_of(child):
-                parts.append(f"Stacks of {child.name}:\n{stacks}")
-        return replace(fault, traceback="\n".join(parts), is_external=is_external)
-
-    def _positions(self) -> str:
-        lines = []
-        for child in self._children:
-            row = self.board.row(child.name)
-            steps = ", ".join(f"{field.name.lower()} {row[field]}" for field in _STEPS)
-            phase = Phase(row[Field.PHASE]).name.lower()
-            lines.append(f"  {child.name} (pid {child.pid}, {child.state}, {phase}): {steps}")
-        return "\n".join(lines)
-
-    def _stacks_of(self, child: Child) -> str:
-        if child.over or child.stopped:
-            return ""
-        child.ask_for_stacks()
-        patience = Patience(STACKS_SECONDS)
-        while patience.left() and not child.over:
-            seen = len(child.stacks)
-            self._collect(0.1)
-            if seen and len(child.stacks) == seen:
-                break  # quiet for a while: that was all
-        return child.stacks
+        """See `explain`."""
+        return explain(fault, self._children, self.board, self._collect) if fault.hung else fault
 
     # -------------------------------------------------------------------------------- the end
 
@@ -394,7 +392,7 @@ class Supervisor:
             self._keeping.close()
 
 
-def _grace(one: Child | Standby) -> float:
+def _grace(one: Child | AnyStandby) -> float:
     """How many seconds to wait for further endings behind this one's."""
     ending = one.ending
     return KILLED_SECONDS if isinstance(one, Child) and ending.was_killed else GRACE_SECONDS[ending.kind]
