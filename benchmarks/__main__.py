@@ -27,6 +27,7 @@ BENCHMARKS = {
         "a mixture of experts on a GPU, beside the bytes it must read and torch's grouped products",
     ),
     "host": ("host.host", "what a step costs the host, with a fake device"),
+    "hosts": ("hosts.hosts", "what two hosts would cost a step: plans and barriers between namespaces"),
     "metrics": ("host.metrics", "what metrics cost: a token, a step, a scrape"),
     "serve": ("serving.serve", "a real model over HTTP, overlap off and on"),
     "schemas": ("serving.schemas", "outputs held to JSON schemas: whether all validate, and what that costs"),

@@ -219,7 +219,8 @@ class Supervisor:
                     return joining.fault(missing)
                 if (line := joining.waits_for(missing)) != self.waits_for:
                     self.waits_for = line
-                    logger.log(logging.WARNING if self.group.generation else logging.INFO, "%s", line)
+                    if self.group.generation:  # of a first start its progress tells
+                        logger.warning("%s", line)
                 self._collect(min(patience.slice(), JOIN_SECONDS))
             return None
         finally:
