@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 
 import pytest
@@ -10,6 +11,7 @@ from tests.observe.fake_nvml import FakeNvml
 from tpworker.config import RuntimeConfig
 from tpworker.errors import ConfigError
 from tpworker.observe import gpus as gpus_module
+from tpworker.observe.gpus import gpus_by_uuid, resolve_gpus
 from tpworker.observe.nvml import Found, Nvml, find_gpus
 
 
@@ -88,3 +90,16 @@ def test_gpus_are_counted_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     assert gpus_module.count_gpus() == 2
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     assert gpus_module.count_gpus() == 1
+
+
+def test_for_ranks_that_join_it_counts_which_gpus_there_are_and_not_which_are_shown(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", FakeNvml(["GPU-1", "GPU-2"]))
+    monkeypatch.setattr(gpus_module, "torch_cuda", lambda: (13, 0))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    config = RuntimeConfig(tensor_parallel_size=2)
+    assert resolve_gpus(config) == ()
+    assert len(resolve_gpus(dataclasses.replace(config, join_address="here"))) == 2
+    assert [gpu.uuid for gpu in gpus_by_uuid(["GPU-2", "GPU-1"])] == ["GPU-2", "GPU-1"]
+    assert gpus_by_uuid(["GPU-2", "GPU-3"]) == ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -52,3 +53,11 @@ def test_without_a_driver_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> No
 def test_it_imports_no_torch() -> None:
     program = "import sys, tpworker.rank.context; print('torch' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", program], text=True).strip() == "False"
+
+
+def test_gpus_of_another_launchers_ranks_are_shown_in_rank_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    context.show_gpus(())
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "1"
+    context.show_gpus(("GPU-b", "GPU-a"))
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-b,GPU-a"

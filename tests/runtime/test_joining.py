@@ -191,3 +191,40 @@ def test_a_gpu_that_will_not_do_is_refused(place: Place, changes: dict[str, Any]
     place.join(rank=0, gpus=GPUS[:1], reachable=GPUS)
     with pytest.raises(Refused, match=reason):
         place.join(**{"rank": 1, "reachable": GPUS, **changes})
+
+
+def test_ranks_share_the_cpus_that_they_have_in_common(place: Place) -> None:
+    place.join(cpus=(0, 1))
+    place.join(cpus=(1, 2))
+    first, second = place.joining.standbys()
+    assert first.num_sharing([first, second]) == 2
+    second.cpus = frozenset({2, 3})
+    assert first.num_sharing([first, second]) == 1
+
+
+def test_a_fork_keeps_no_connection_open(place: Place) -> None:
+    """Or who has joined would not see that the runtime is gone, while a fork of its process lives."""
+    place.join()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as silent:
+        silent.connect(socket_address(place.joining.name))
+        eventually(lambda: bool(place.joining._silent))
+        ours = len([fd for fd in os.listdir("/proc/self/fd") if _is_of_place(int(fd), place)])
+        reader, writer = os.pipe()
+        if (pid := os.fork()) == 0:
+            left = [fd for fd in os.listdir("/proc/self/fd") if _is_of_place(int(fd), place)]
+            os.write(writer, str(len(left)).encode())
+            os._exit(0)
+        os.waitpid(pid, 0)
+        assert (ours, os.read(reader, 10)) == (3, b"0")  # it listens, one has joined, one is silent
+        os.close(reader)
+        os.close(writer)
+
+
+def _is_of_place(fd: int, place: Place) -> bool:
+    try:
+        if not os.readlink(f"/proc/self/fd/{fd}").startswith("socket:"):
+            return False
+    except FileNotFoundError:  # the one that listed them
+        return False
+    with socket.socket(fileno=os.dup(fd)) as one:
+        return bool(one.getsockname() == socket_address(place.joining.name).encode())

@@ -42,6 +42,18 @@ def test_the_keeper_is_started_once_and_ends_with_the_rest() -> None:
     keeping.close()
 
 
+def test_the_keeper_sees_the_gpus_of_ranks_that_have_joined_and_forgets_all_of_others() -> None:
+    keeping = Keeping(2, "cuda")
+    (first,) = keeping.start(("GPU-b", "GPU-a"))
+    assert keeping.start(("GPU-b", "GPU-a")) == (first,)
+    assert psutil.Process(first.process.pid).environ()["CUDA_VISIBLE_DEVICES"] == "GPU-b,GPU-a"
+    before = identity(keeping)
+    (second,) = keeping.start(("GPU-b", "GPU-c"))
+    assert second is not first
+    assert not set(identity(keeping)) & set(before)
+    keeping.close()
+
+
 @pytest.mark.parametrize("how", ["killed", "forgotten"])
 def test_of_a_keeper_that_is_gone_all_is_forgotten(how: str) -> None:
     keeping = Keeping(2, "cuda")

@@ -6,9 +6,17 @@ This comes before torch, so the driver is asked through ctypes. torch finds the 
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
 
 _LIBRARY = "libcuda.so.1"
+
+
+def show_gpus(uuids: tuple[str, ...]) -> None:
+    """Has CUDA show this process these GPUs, of all ranks, in rank order: what started it may show it its own
+    alone. It must not have looked for one yet. None: it sees what it sees."""
+    if uuids:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(uuids)
 
 
 def open_early(index: int) -> threading.Thread:

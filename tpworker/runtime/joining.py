@@ -78,6 +78,7 @@ class Joining:
         self._device = device
         self._joined: dict[int, OutsideStandby] = {}
         self._replaced: list[OutsideStandby] = []  # have ended
+        self._silent: dict[int, tuple[socket.socket, float]] = {}  # have not said hello, and since when
         self._lock = threading.Lock()
         self._is_closed = False
         with GUARD, contextlib.ExitStack() as undo:
@@ -102,8 +103,13 @@ class Joining:
     def leave_to_parent(self) -> None:
         """See `forks.Holder`."""
         self._listener.close()
-        for fd in (self._stop_reader, self._stop_writer):
-            os.close(fd)
+        for connection, _ in self._silent.values():
+            connection.close()
+        numbers = self._stop_reader, self._stop_writer
+        self._stop_reader = self._stop_writer = -1  # first: in a fork the numbers may soon be others'
+        for fd in numbers:
+            if fd >= 0:
+                os.close(fd)
 
     def missing(self) -> list[int]:
         """Ranks that are not here."""
@@ -185,28 +191,26 @@ class Joining:
         poll = select.poll()
         for fd in (self._listener.fileno(), self._stop_reader):
             poll.register(fd, select.POLLIN)
-        silent: dict[int, tuple[socket.socket, float]] = {}  # have not said hello, and since when
         while True:
-            ready = {fd for fd, _ in poll.poll(1000 if silent else None)}
+            ready = {fd for fd, _ in poll.poll(1000 if self._silent else None)}
             if self._stop_reader in ready:
                 break
             if self._listener.fileno() in ready and (connection := self._accept()) is not None:
-                silent[connection.fileno()] = connection, time.monotonic()
                 poll.register(connection, select.POLLIN)
-            for fd, (connection, since) in list(silent.items()):
+            for fd, (connection, since) in list(self._silent.items()):
                 is_late = time.monotonic() - since > HELLO_SECONDS
                 if fd in ready or is_late:
                     poll.unregister(fd)
-                    del silent[fd]
                     self._greet(connection)
-        for connection, _ in silent.values():
-            connection.close()
+                    del self._silent[fd]  # by now it is closed, or a standby's
 
     def _accept(self) -> socket.socket | None:
-        try:
-            connection, _ = self._listener.accept()
-        except OSError:  # it has left already; or no descriptors are free
-            return None
+        with GUARD:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:  # it has left already; or no descriptors are free
+                return None
+            self._silent[connection.fileno()] = connection, time.monotonic()
         connection.setblocking(False)
         return connection
 

@@ -107,9 +107,13 @@ class Processes:
         """Whether nothing is left of them, and there will be no others."""
         self._why = ""  # there will be no others, if they failed
         open_standard_descriptors()  # or what is kept could become one that was closed, and be written to
-        self._joining = _joining(group)
-        self._standbys = Standbys(group.scheduler_module, group.rank_module, group.rank.device, self._joining)
         self.keeping = Keeping(group.num_ranks, group.rank.device if restarts.are_allowed else "cpu")
+        try:
+            self._joining = _joining(group)
+        except BaseException:
+            self.keeping.close()
+            raise
+        self._standbys = Standbys(group.scheduler_module, group.rank_module, group.rank.device, self._joining)
         try:
             self.generation = self._begin(group)
             """The present one, or the last."""
