@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -272,3 +274,17 @@ def test_step_gaps_are_those_with_work_to_do() -> None:
     ]
     assert step_gaps(steps) == [10e-9, 30e-9]
     assert step_gaps([]) == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("ip") is None, reason="namespaces need root, and ip")
+def test_hosts(tmp_path: Path) -> None:
+    small = ["--ranks", "2", "--rounds", "1", "--steps", "20", "--json", str(tmp_path / "hosts.json")]
+    done = bench("hosts", *small)
+    if "Operation not permitted" in done.stderr:
+        pytest.skip("this container may make no network namespaces")
+    assert done.returncode == 0, done.stderr
+    measured = json.loads((tmp_path / "hosts.json").read_text())["microseconds"]["2"]
+    kinds = ["plan: ipc", "plan: tcp", "plan: tcp + CURVE", "barrier: one host", "barrier: two hosts"]
+    assert {kind: one["count"] for kind, one in measured.items()} == dict.fromkeys(kinds, 20)
+    names = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout
+    assert "tpworker-" not in names
