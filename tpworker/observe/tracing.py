@@ -52,7 +52,7 @@ class Tracing(Listener):
         self._rings: Rings | None = None
         self._writer: _Writer | None = None
         self._lost_at: int | None = None  # since when there are no processes
-        self._lock = threading.Lock()  # of `last` and `_writer`, which `stop` sets from any thread
+        self._lock = threading.Lock()  # of `last`, `_writer` and `_rings`, which any thread may set
 
     @property
     def is_on(self) -> bool:
@@ -107,11 +107,13 @@ class Tracing(Listener):
         return self.last
 
     def close(self) -> None:
-        """Stops, and gives the memory back, once there are no processes."""
+        """Stops, and gives the memory back, once there are no processes. Two may do so at once: who stops a
+        runtime that starts, and the start that was stopped."""
         self.stop()
-        if self._rings is not None:
-            self._rings.close()
-            self._rings = None
+        with self._lock:
+            rings, self._rings = self._rings, None
+        if rings is not None:
+            rings.close()
 
     # --------------------------------------------------------------------- from the event loop
 
