@@ -13,6 +13,7 @@ asked for PDEATHSIG; PDEATHSIG when the child hangs in native code and no Python
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import faulthandler
 import gc
@@ -297,7 +298,8 @@ def run_child(
         leave(1)
     gc.freeze()  # what is there is never looked through again: its pages stay shared with the children
     gc.enable()
-    control.send(READY)
+    with contextlib.suppress(ConnectionError):  # the runtime is gone, as `serve` finds out
+        control.send(READY)
     forked = serve(control, lambda fd, error: write_report(fd, Report.of(error)), outside)
     _live(forked, boot_class, main)
 
@@ -315,9 +317,9 @@ def begin(is_ours: bool = True) -> socket.socket:
     _be_called(sys.argv[1], max(int(sys.argv[4]), logging.WARNING), sys.argv[3])
     if is_ours:
         _die_with_parent()
-    # A service manager or a terminal may signal all processes at once; when to stop is for the parent to say.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
+        # A service manager or a terminal may signal all processes at once; when to stop is for us to say.
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
     faulthandler.enable()  # a crash in native code leaves its stacks on stderr
     return control
 

@@ -47,6 +47,7 @@ class Outside:
                 self.lose_launcher()
         for number in SIGNALS:
             signal.signal(number, self._on_signal)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # see cli/rank.py
 
     def lose_launcher(self) -> NoReturn:
         """Ends the process, as whoever started it has ended."""

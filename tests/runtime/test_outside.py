@@ -15,7 +15,7 @@ import pytest
 
 from tests.conftest import eventually, is_gone
 from tests.runtime.test_joining import new_name
-from tpworker import Runtime, RuntimeEvent, RuntimeFailed, SamplingParams
+from tpworker import Runtime, RuntimeEvent, RuntimeFailed, RuntimeStopped, SamplingParams
 from tpworker.ipc.joining import BYE, LEFT, Accepted, pack_answer, socket_address, unpack_hello
 from tpworker.version import version
 
@@ -183,6 +183,25 @@ def test_requests_go_on_when_a_rank_or_the_process_behind_it_is_lost(
     assert "tpworker-rank1-standby" in {event.process for event in events}
     assert ranks.statuses() == [-9, 0, 0]
     assert second.returncode == 0
+
+
+def test_they_end_well_when_the_runtime_is_stopped_while_they_import(
+    fake_runtime: MakeRuntime, ranks: Ranks
+) -> None:
+    ranks.start()
+    ranks.start()
+    runtime = fake_runtime(tensor_parallel_size=2, device="cpu", join_address=ranks.name)
+
+    async def live() -> None:
+        start = asyncio.create_task(runtime.start())
+        while runtime._processes is None or runtime._processes._joining.missing():  # type: ignore[union-attr]
+            await asyncio.sleep(0.001)
+        await runtime.stop()
+        with pytest.raises(RuntimeStopped):
+            await start
+
+    asyncio.run(live())
+    assert ranks.statuses() == [0, 0]
 
 
 def test_who_does_not_come_is_named(fake_runtime: MakeRuntime, ranks: Ranks) -> None:

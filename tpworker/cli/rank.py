@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import socket
 import sys
 import time
@@ -28,6 +29,7 @@ from tpworker.ipc.joining import (
     socket_address,
     unpack_answer,
 )
+from tpworker.ipc.outside import SIGNALS
 from tpworker.ipc.spawn import child_environment
 from tpworker.observe.gpus import find_all_gpus
 from tpworker.observe.launch import find_launch
@@ -107,12 +109,24 @@ def _greet(connection: socket.socket, hello: Hello) -> Accepted:
             "nothing; take another address"
         )
     connection.settimeout(ANSWER_SECONDS)
+    # One that came before the program that it becomes has its handlers would end it: it is to hear it then.
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        accepted = _ask(connection, hello)
+    except BaseException:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        raise
+    connection.settimeout(None)
+    return accepted
+
+
+def _ask(connection: socket.socket, hello: Hello) -> Accepted:
     try:
         connection.send(pack_hello(hello, version()))
         data = connection.recv(MAX_HELLO_BYTES)
         if not data:
             raise ConnectionResetError("the runtime has left")
-        accepted = unpack_answer(data)
+        return unpack_answer(data)
     except TimeoutError:
         raise RuntimeFailed(f"the runtime has not answered within {ANSWER_SECONDS:g} s") from None
     except Refused as refused:
@@ -121,5 +135,3 @@ def _greet(connection: socket.socket, hello: Hello) -> Accepted:
         raise ConfigError(
             f"what listens at that join address is no tpworker of this version: {error}"
         ) from None
-    connection.settimeout(None)
-    return accepted

@@ -20,6 +20,9 @@ from tpworker.runtime.standby import KILL_SECONDS, AnyStandby
 
 logger = logging.getLogger(__name__)
 
+STARTING_SECONDS = 0.5
+"""How long one that still imports may take to end before it is left to itself."""
+
 _MAX_REASON = 1000  # characters
 
 
@@ -120,8 +123,10 @@ class OutsideStandby(AnyStandby):
             self._outside.send_signal(signal.SIGTERM)
 
     def close(self) -> None:
-        """To be called after `dismiss`, or when it has ended."""
-        if not self.wait(KILL_SECONDS):
+        """To be called after `dismiss`, or when it has ended. One that still imports is not waited for: it
+        has nothing of ours, and will find that the runtime has ended."""
+        is_gone = self.wait(KILL_SECONDS if self.is_ready else STARTING_SECONDS)
+        if not is_gone and self.is_ready:
             logger.error("%s (pid %d) does not end, and is killed", self.name, self.process.pid)
             self.kill()
             self.wait(KILL_SECONDS)
