@@ -22,6 +22,7 @@ from tpworker import (
     ModelError,
     Runtime,
     RuntimeFailed,
+    RuntimeSleeping,
     RuntimeStopped,
     SamplingParams,
     StepRecord,
@@ -245,3 +246,20 @@ def test_it_cannot_be_copied_but_what_it_is_made_of_can(kind: type, copied: Call
         copied(runtime)
     for plain in (runtime.config, SamplingParams(logit_bias={5: 1.0}, stop=["a"])):
         assert pickle.loads(pickle.dumps(plain)) == plain
+
+
+def test_it_sleeps_wakes_up_and_refuses_other_weights(runtime: SyncRuntime, tmp_path: Path) -> None:
+    runtime.sleep(level=2)
+    assert (runtime.is_sleeping, runtime.health().state) == (True, "sleeping")
+    with pytest.raises(RuntimeSleeping):
+        next(runtime.generate([5, 6], IDS_ONLY))
+    runtime.wake_up(["weights"])
+    assert runtime.is_sleeping
+    runtime.wake_up()
+    assert runtime.health().state == "ready"
+    assert len([token for out in runtime.generate([5, 6], IDS_ONLY) for token in out.token_ids]) == 6
+    with pytest.raises(ModelError, match="there is no such folder"):
+        runtime.update_weights(tmp_path / "nothing")
+    with pytest.raises(InvalidRequest, match="no source of weights"):
+        runtime.update_weights(7)  # type: ignore[arg-type]
+    assert (runtime.weights_number, runtime.stats().restarts) == (0, 0)

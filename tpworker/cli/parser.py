@@ -10,7 +10,7 @@ from tpworker.cli.arguments import CommandParser, ShowVersion, integer, json_obj
 from tpworker.cli.bench import add_bench
 from tpworker.cli.log_options import add_log_options
 from tpworker.cli.rank_options import add_rank
-from tpworker.cli.server_options import API_KEY_VARIABLE
+from tpworker.cli.server_options import API_KEY_VARIABLE, add_web_options
 from tpworker.cli.top import add_top
 from tpworker.cli.trace_options import add_trace_options
 from tpworker.config import MAX_PROMPT_LOOKUP, MAX_SPECULATIVE_TOKENS, RuntimeConfig
@@ -328,7 +328,7 @@ def _add_server_options(group: _Group) -> None:
         f"everyone here: better --api-key-file, or the environment variable {API_KEY_VARIABLE}",
     )
     group.add_argument("--api-key-file", metavar="FILE", help="a file with that key, and nothing else")
-    _add_web_options(group)
+    add_web_options(group)
     group.add_argument(
         "--shutdown-timeout",
         **_SECONDS,
@@ -372,31 +372,4 @@ def _add_formats(group: _Group) -> None:
         choices=["auto", "none", *sorted(REASONING_FORMATS)],
         help="the format in which it thinks before it answers: auto (default), or "
         f"{', '.join(sorted(REASONING_FORMATS))}; none: its thinking is content",
-    )
-
-
-def _add_web_options(group: _Group) -> None:
-    """Of what stands between the server and its clients: browsers, a proxy, TLS."""
-    group.add_argument(
-        "--allowed-origins",
-        nargs="+",
-        metavar="ORIGIN",
-        help="web pages that browsers may let use the API, as https://host:port, several, or a JSON list; "
-        "*: all (default: none)",
-    )
-    group.add_argument(
-        "--root-path",
-        metavar="PATH",
-        help="the path under which a proxy shows the server, as /llm, which it may strip or leave on "
-        "(default: none)",
-    )
-    group.add_argument(
-        "--ssl-certfile",
-        metavar="FILE",
-        help="a certificate (PEM), with its chain: the server speaks https (default: http)",
-    )
-    group.add_argument(
-        "--ssl-keyfile",
-        metavar="FILE",
-        help="the certificate's key (PEM; default: in the certificate's file)",
     )

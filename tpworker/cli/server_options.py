@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from tpworker.errors import ConfigError, shown
 
@@ -170,3 +171,34 @@ def parse_origins(words: Sequence[str]) -> tuple[str, ...]:
                 "letters and without a path; * alone is any"
             )
     return tuple(origins)
+
+
+def add_web_options(group: Any) -> None:
+    """Adds those of what stands between the server and its clients: browsers, a proxy, TLS.
+
+    Args:
+        group: of the parser.
+    """
+    group.add_argument(
+        "--allowed-origins",
+        nargs="+",
+        metavar="ORIGIN",
+        help="web pages that browsers may let use the API, as https://host:port, several, or a JSON list; "
+        "*: all (default: none)",
+    )
+    group.add_argument(
+        "--root-path",
+        metavar="PATH",
+        help="the path under which a proxy shows the server, as /llm, which it may strip or leave on "
+        "(default: none)",
+    )
+    group.add_argument(
+        "--ssl-certfile",
+        metavar="FILE",
+        help="a certificate (PEM), with its chain: the server speaks https (default: http)",
+    )
+    group.add_argument(
+        "--ssl-keyfile",
+        metavar="FILE",
+        help="the certificate's key (PEM; default: in the certificate's file)",
+    )

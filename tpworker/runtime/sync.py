@@ -14,7 +14,7 @@ import concurrent.futures
 import contextlib
 import os
 import threading
-from collections.abc import Coroutine, Generator, Mapping, Sequence
+from collections.abc import Collection, Coroutine, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -28,6 +28,8 @@ from tpworker.runtime.runtime import NO_COPIES, STARTS_ONCE, Runtime
 from tpworker.sampling_params import SamplingParams, checked
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from tpworker.model.families import ModelSpec
     from tpworker.observe.snapshot import Snapshot
     from tpworker.observe.start import StartTimes
@@ -219,6 +221,33 @@ class SyncRuntime:
     def reset_prefix_cache(self) -> None:
         """See `Runtime.reset_prefix_cache`."""
         self._call(self.runtime.reset_prefix_cache())
+
+    @property
+    def is_sleeping(self) -> bool:
+        """See `Runtime.is_sleeping`."""
+        return self.runtime.is_sleeping
+
+    @property
+    def weights_number(self) -> int:
+        """See `Runtime.weights_number`."""
+        return self.runtime.weights_number
+
+    def sleep(self, level: int = 1, *, abort: bool = False) -> None:
+        """See `Runtime.sleep`."""
+        self._call(self.runtime.sleep(level, abort=abort))
+
+    def wake_up(self, tags: Collection[str] | None = None) -> None:
+        """See `Runtime.wake_up`."""
+        self._call(self.runtime.wake_up(tags))
+
+    def update_weights(
+        self,
+        source: str | os.PathLike[str] | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
+        *,
+        abort: bool = False,
+    ) -> int:
+        """See `Runtime.update_weights`."""
+        return self._call(self.runtime.update_weights(source, abort=abort))
 
     # ---------------------------------------------------------------------------- what it is
 
