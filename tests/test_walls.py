@@ -165,7 +165,7 @@ def test_prometheus_is_known_to_metrics_and_the_server_only() -> None:
 
 
 def test_torch_is_used_where_tensors_are() -> None:
-    for_types = {"tpworker/runtime/changeable.py"}  # of what its callers have
+    for_types = {"tpworker/runtime/changeable.py", "tpworker/runtime/sync.py"}  # of what its callers have
     rooms = {path.split("/")[1] for path in users("tpworker", "torch").keys() - for_types}
     assert rooms == {"kernels", "model", "checkpoint", "rank", "testing", "doctor"}
     for_the_size_of_a_model = {"tpworker/doctor/model_check.py"}
