@@ -29,6 +29,8 @@ def test_options_go_to_whom_they_are_for() -> None:
         ({"tensor_paralel_size": 2}, "no option tensor_paralel_size: did you mean tensor_parallel_size"),
         ({"zzz": 2}, "no option zzz: there are allowed_origins, api_key"),
         ({"trace": "t.json"}, "no option trace"),
+        ({"enable_sleep_mode": True}, "no option enable_sleep_mode"),
+        ({"join_address": "a"}, "no option join_address"),
         ({"num_replicas": 0}, "num_replicas=0: must be an integer from 1 on"),
         ({"num_fronts": True}, "num_fronts=True"),
         ({"max_items_per_second": 0}, "max_items_per_second=0: must be from 1 to 1000000"),

@@ -12,8 +12,9 @@ from tpworker.config import RuntimeConfig
 from tpworker.errors import ConfigError, shown
 from tpworker.server.options import FrontOptions
 
-_OF_ONE_PROCESS = {"trace", "has_trace_context"}
-"""What the front of a runtime in its own process can do, and one before replicas cannot."""
+_OF_ONE_PROCESS = {"trace", "has_trace_context", "enable_sleep_mode", "enable_weight_updates", "join_address"}
+"""What the front of a runtime in its own process can do, and one before replicas cannot; and where ranks are
+to come to, which can be of one replica alone."""
 POLICY = "tpworker.integrations.autoscaling:by_open_choices"
 
 
