@@ -178,7 +178,6 @@ def test_the_only_one_is_shown_and_of_several_one_is_to_be_named(
         (["0"], "'0' is neither"),
         (["1", "--interval", "0"], "--interval 0.0: must be from 0.1 to 60"),
         (["1", "--api-key", "x"], "--api-key has no effect without a URL"),
-        (["http://h", "--json", "--once"], "--once has no effect with --json"),
         (["http://h", "--api-key", "a", "--api-key-file", "b"], "both given"),
     ],
 )
@@ -191,3 +190,4 @@ def test_the_key_comes_from_the_environment_too(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("TPWORKER_API_KEY", "secret")
     assert cli.parse(["top", "http://h"]) == TopOptions("http://h", False, False, 1.0, "secret")
     assert cli.parse(["top", "12", "--once"]) == TopOptions(12, True, False, 1.0, None)
+    assert cli.parse(["top", "12", "--once", "--json"]) == TopOptions(12, True, True, 1.0, None)

@@ -72,8 +72,6 @@ def top_options(given: dict[str, Any]) -> TopOptions:
             raise ConfigError(f"--{name.replace('_', '-')} has no effect without a URL: leave it out")
     if target is not None and not is_url and not (target.isdecimal() and int(target)):
         raise ConfigError(f"{shown(target)} is neither a process' number nor a URL, as http://host:port")
-    if given["json"] and given["once"]:
-        raise ConfigError("--once has no effect with --json, which is one frame: leave it out")
     key = find_api_key(given["api_key"], given["api_key_file"], os.environ) if is_url else None
     return TopOptions(
         target=int(target) if target is not None and not is_url else target,
