@@ -23,15 +23,17 @@ def keeping() -> Iterator[Keeping]:
     keeping.close()
 
 
-def killed(work: Callable[[], object]) -> None:
-    """Does it in a process that then dies of SIGKILL."""
+def killed(fd: int, work: Callable[[int], object]) -> None:
+    """Does it to a descriptor in a process that then dies of SIGKILL. A fork has none of a runtime's own."""
+    theirs = os.dup(fd)
     pid = os.fork()
     if not pid:
         try:
-            work()
+            work(theirs)
             os.kill(os.getpid(), signal.SIGKILL)
         finally:
             os._exit(1)
+    os.close(theirs)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
 
 
@@ -47,7 +49,7 @@ def write(fd: int, layout: str = LAYOUT, num_bytes: int = SIZE, finishes: bool =
 def test_the_next_process_finds_what_a_killed_one_has_left(keeping: Keeping) -> None:
     assert HostMemory(keeping.fd(0)).find("kv", LAYOUT) is None
     for _ in range(2):
-        killed(lambda: write(keeping.fd(0)))
+        killed(keeping.fd(0), write)
         area = HostMemory(keeping.fd(0)).find("kv", LAYOUT)
         assert area is not None
         assert area.nbytes == SIZE
@@ -58,8 +60,8 @@ def test_the_next_process_finds_what_a_killed_one_has_left(keeping: Keeping) -> 
 
 def test_what_was_not_finished_is_not_there_and_takes_no_memory(keeping: Keeping) -> None:
     fd = keeping.fd(1)
-    killed(lambda: write(fd))
-    killed(lambda: write(fd, finishes=False))
+    killed(fd, write)
+    killed(fd, lambda fd: write(fd, finishes=False))
     assert os.fstat(fd).st_blocks > 8
     assert HostMemory(fd).find("kv", LAYOUT) is None
     assert os.fstat(fd).st_blocks <= 8
@@ -70,21 +72,21 @@ def test_what_was_not_finished_is_not_there_and_takes_no_memory(keeping: Keeping
 
 def test_of_another_layout_nothing_is_found_then_or_later(keeping: Keeping) -> None:
     fd = keeping.fd(0)
-    killed(lambda: write(fd))
+    killed(fd, write)
     assert HostMemory(fd).find("kv", "8 blocks of float32") is None
     assert HostMemory(fd).find("kv", LAYOUT) is None
 
 
 def test_a_file_of_another_size_than_was_finished_is_nothing(keeping: Keeping) -> None:
     fd = keeping.fd(0)
-    killed(lambda: write(fd))
+    killed(fd, write)
     os.ftruncate(fd, os.fstat(fd).st_size + 4096)
     assert HostMemory(fd).find("kv", LAYOUT) is None
 
 
 def test_what_was_found_can_be_made_anew(keeping: Keeping) -> None:
     fd = keeping.fd(0)
-    killed(lambda: write(fd))
+    killed(fd, write)
     memory = HostMemory(fd)
     assert memory.find("kv", LAYOUT) is not None
     area = memory.make("kv", LAYOUT, SIZE // 2)
@@ -99,13 +101,13 @@ def test_what_was_found_can_be_made_anew(keeping: Keeping) -> None:
 
 
 def test_ranks_do_not_see_each_others(keeping: Keeping) -> None:
-    killed(lambda: write(keeping.fd(0)))
+    killed(keeping.fd(0), write)
     assert HostMemory(keeping.fd(1)).find("kv", LAYOUT) is None
     assert HostMemory(keeping.fd(0)).find("kv", LAYOUT) is not None
 
 
 def test_what_is_forgotten_is_gone(keeping: Keeping) -> None:
-    killed(lambda: write(keeping.fd(0)))
+    killed(keeping.fd(0), write)
     keeping.forget()
     assert HostMemory(keeping.fd(0)).find("kv", LAYOUT) is None
     assert os.fstat(keeping.fd(0)).st_blocks <= 8
