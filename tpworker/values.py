@@ -5,7 +5,10 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
+from urllib.parse import urlsplit
+
+from tpworker.errors import ConfigError, shown
 
 MAX_SEED = 2**63 - 1
 
@@ -22,6 +25,38 @@ def is_utf8(text: str) -> bool:
 def is_address(text: str) -> bool:
     """Whether ranks may join at an address of that name."""
     return re.fullmatch(r"[A-Za-z0-9._-]{1,64}", text) is not None
+
+
+class ServerUrl(NamedTuple):
+    """Where a server is."""
+
+    scheme: str
+    """'http' or 'https'."""
+    host: str
+    port: int
+    authority: str
+    """As the header Host has it."""
+    path: str
+    """What stands before /v1; '' mostly."""
+
+
+def server_url(text: str) -> ServerUrl:
+    """A server's URL in any of the ways in which people name one: with /v1 or without.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    try:
+        parts = urlsplit(text)
+        port = parts.port
+    except ValueError:  # brackets that do not match, a port that is none
+        parts, port = urlsplit(""), None
+    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
+        raise ConfigError(f"{shown(text)} is no URL of a server: as http://127.0.0.1:8000")
+    path = parts.path.rstrip("/").removesuffix("/v1")
+    authority = parts.netloc.rpartition("@")[2]
+    usual = 443 if parts.scheme == "https" else 80
+    return ServerUrl(parts.scheme, parts.hostname, port or usual, authority, path)
 
 
 def plain(value: Any) -> Any:

@@ -199,7 +199,9 @@ def test_fetch() -> None:
     asyncio.run(main())
 
 
-@pytest.mark.parametrize("url", ["h:8000", "ftp://h", "http://", "http://h:0", "http://h:99999"])
+@pytest.mark.parametrize(
+    "url", ["h:8000", "ftp://h", "http://", "http://h:0", "http://h:99999", "http://[::1"]
+)
 def test_what_is_no_url(url: str) -> None:
     with pytest.raises(ConfigError, match="no URL of a server"):
         Address.of(url)

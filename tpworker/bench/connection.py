@@ -9,11 +9,10 @@ from __future__ import annotations
 import asyncio
 import ssl
 import time
-import urllib.parse
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from tpworker.errors import ConfigError, shown
+from tpworker.values import server_url
 
 _MAX_HEAD = 1 << 16
 _MAX_BODY = 1 << 24  # of what is no stream of events
@@ -236,17 +235,8 @@ class Address:
     @classmethod
     def of(cls, url: str) -> Address:
         """Raises ConfigError: it is no URL of a server."""
-        parts = urllib.parse.urlsplit(url)
-        try:
-            port = parts.port
-        except ValueError:
-            port = 0
-        if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
-            raise ConfigError(f"{shown(url)} is no URL of a server: as http://127.0.0.1:8000")
-        is_tls = parts.scheme == "https"
-        path = parts.path.rstrip("/").removesuffix("/v1")
-        authority = parts.netloc.rpartition("@")[2]
-        return cls(parts.hostname, port or (443 if is_tls else 80), is_tls, path, authority)
+        found = server_url(url)
+        return cls(found.host, found.port, found.scheme == "https", found.path, found.authority)
 
 
 class Pool:

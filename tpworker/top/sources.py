@@ -7,7 +7,6 @@ import http.client
 import json
 import ssl
 import urllib.error
-import urllib.parse
 import urllib.request
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -20,6 +19,7 @@ from tpworker.observe.nvml import Gpu, Nvml, NvmlUnavailable
 from tpworker.observe.processes import started
 from tpworker.observe.snapshot import Snapshot, from_json
 from tpworker.top.text import duration, plain
+from tpworker.values import server_url
 
 ANSWER_SECONDS = 5.0
 """How long a server may take to answer."""
@@ -156,11 +156,8 @@ class UrlSource(Source):
 
 def top_url(url: str) -> str:
     """Where a server's /top is, from any of the ways in which people name a server."""
-    parts = urllib.parse.urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ConfigError(f"{url!r} is no URL of a server: as http://127.0.0.1:8000")
-    path = parts.path.rstrip("/").removesuffix("/v1").removesuffix("/top")
-    return urllib.parse.urlunsplit((parts.scheme, parts.netloc, f"{path}/top", "", ""))
+    found = server_url(url)
+    return f"{found.scheme}://{found.authority}{found.path.removesuffix('/top')}/top"
 
 
 def told(choices: Iterable[tuple[int, About]], now_ns: int) -> list[str]:
