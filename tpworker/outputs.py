@@ -159,6 +159,16 @@ class RequestRecord(NamedTuple):
     """When its consumer took its last output, or left."""
     sampling: SamplingParams
 
+    def phases(self) -> list[tuple[str, float, float]]:
+        """Those that it has come to: name, begin, end. 'prepare' lasts until it was submitted, 'queue' until
+        it was started, 'prefill' until its first token, 'decode' until its last; or else until it ended."""
+        stations = (self.arrived, self.submitted, self.started, self.first_token, self.last_token)
+        reached = [station for station in stations if station is not None]
+        if self.last_token is None:
+            reached.append(self.ended)
+        names = ("prepare", "queue", "prefill", "decode")
+        return list(zip(names, reached, reached[1:], strict=False))
+
 
 class StepRecord(NamedTuple):
     """One step, as rank 0's device saw it. Times are CLOCK_MONOTONIC in nanoseconds (`time.monotonic_ns`).

@@ -127,6 +127,14 @@ def test_requests_events_and_spans_of_others_stand_beside_the_steps(tracing: Tra
         "refused": ("failed", "too late", ["prepare", "queue"]),
         "open": ("open", None, phases),
     }
+    ends = {  # of what was under way: with the trace
+        e["args"]["request"]: [o["ts"] for o in trace.events if o["ph"] == "e" and o.get("id") == e["id"]][
+            -2:
+        ]
+        for e in trace.requests
+    }
+    assert ends["open"][0] == ends["open"][1]
+    assert ends['odd "name"\n'][0] < ends['odd "name"\n'][1]
     (http,) = (e for e in trace.events if e["ph"] == "b" and e.get("cat") == "POST /x")
     assert trace.processes[http["pid"]] == "HTTP"
     assert http["args"] == {"status": 200, "odd": "x"}

@@ -17,7 +17,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from typing import Any
 
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
@@ -65,7 +64,7 @@ class RequestSpans(Listener):
         if not span.is_recording():
             return  # whoever sent it wants no span
         context = set_span_in_context(span)
-        for name, begun, ended in phases(record):
+        for name, begun, ended in record.phases()[1:]:  # vLLM has none for the preparation
             phase = self._tracer.start_span(name, context, start_time=epoch + _ns(begun))
             phase.end(epoch + _ns(ended))
         if record.error is not None:
@@ -94,16 +93,6 @@ class RequestSpans(Listener):
             "tpworker.restarts": record.num_resumed,
         }
         return {name: value for name, value in told.items() if value is not None}
-
-
-def phases(record: RequestRecord) -> list[tuple[str, float, float]]:
-    """Those that a request has come to: name, begin and end, in seconds of `time.monotonic`."""
-    stations = [record.submitted, record.started, record.first_token, record.last_token]
-    reached = [time for time in stations if time is not None]
-    if record.last_token is None:
-        reached.append(record.ended)
-    names = ("queue", "prefill", "decode")
-    return [(name, *times) for name, times in zip(names, pairwise(reached), strict=False)]
 
 
 def _latencies(record: RequestRecord) -> dict[str, float]:

@@ -162,14 +162,11 @@ class Timeline:
 
         Args:
             record: of it.
-            is_open: it has not ended, but the trace does.
+            is_open: it has not ended, but the trace does, and with that the phase that it is in.
         """
-        stations = (record.arrived, record.submitted, record.started, record.first_token, record.last_token)
-        reached = [round(time * 1e9) for time in stations if time is not None]
-        ended = round(record.ended * 1e9)
-        if record.last_token is None or is_open:
-            reached.append(ended)
-        phases = list(zip(("prepare", "queue", "prefill", "decode"), reached, reached[1:], strict=False))
+        if is_open:
+            record = record._replace(last_token=None)  # there may be more
+        phases = [(name, _ns(begun), _ns(ended)) for name, begun, ended in record.phases()]
         args = {
             "request": record.request_id,
             "choice": record.index,
@@ -181,7 +178,7 @@ class Timeline:
         }
         if record.error:
             args["error"] = record.error
-        return self._async(_RUNTIME, "request", reached[0], ended, args, phases)
+        return self._async(_RUNTIME, "request", _ns(record.arrived), _ns(record.ended), args, phases)
 
     def span(self, group: str, name: str, begun: int, ended: int, args: Args) -> str:
         """Something else that took time, in a group of lanes by that name."""
@@ -256,6 +253,10 @@ class Timeline:
             parts.append(f'{{"ph":"e",{of},"ts":{self._us(end)},"name":"{phase}"}},\n')
         parts.append(f'{{"ph":"e",{of},"ts":{self._us(ended)},"name":{quoted}}},\n')
         return "".join(parts)
+
+
+def _ns(seconds: float) -> int:
+    return round(seconds * 1e9)
 
 
 def _rank(rank: int) -> int:
