@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 from typing import TYPE_CHECKING, Any
 
-from tpworker.cli.server_options import API_KEY_VARIABLE, find_api_key
+from tpworker.cli.arguments import integer, json_object, number
+from tpworker.cli.server_options import add_key_options, find_api_key
 from tpworker.errors import ConfigError, shown
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def _add_load(group: Any) -> None:
     group.add_argument(
         "--concurrency",
         nargs="+",
-        type=int,
+        type=integer,
         metavar="N",
         help="requests at a time, a level each (default: 1 16 64, unless there is only --rate without %%)",
     )
@@ -57,16 +57,16 @@ def _add_load(group: Any) -> None:
     )
     group.add_argument(
         "--num-requests",
-        type=int,
+        type=integer,
         metavar="N",
         help="of each level (default: 4 times its concurrency, or of 30 seconds; at least 32)",
     )
     group.add_argument(
-        "--seconds", type=float, metavar="S", help="send new requests for so long, in each level, instead"
+        "--seconds", type=number, metavar="S", help="send new requests for so long, in each level, instead"
     )
     group.add_argument(
         "--warmup",
-        type=int,
+        type=integer,
         default=8,
         metavar="N",
         help="requests before all, which do not count (default: 8)",
@@ -86,14 +86,14 @@ def _add_prompts(group: Any) -> None:
     )
     group.add_argument(
         "--shared-prefix",
-        type=int,
+        type=integer,
         default=0,
         metavar="N",
         help="tokens more, before all prompts, the same for all",
     )
     group.add_argument(
         "--turns",
-        type=int,
+        type=integer,
         default=1,
         metavar="N",
         help="requests of a conversation, each with --prompt-len new tokens behind all that was said before; "
@@ -111,11 +111,15 @@ def _add_prompts(group: Any) -> None:
     group.add_argument(
         "--text", action="store_true", help="prompts are text, also where the server takes token ids"
     )
-    group.add_argument("--temperature", type=float, default=0.0, metavar="T", help="of sampling (default: 0)")
-    group.add_argument("--extra-body", metavar="JSON", help="further fields of each request, as an object")
+    group.add_argument(
+        "--temperature", type=number, default=0.0, metavar="T", help="of sampling (default: 0)"
+    )
+    group.add_argument(
+        "--extra-body", type=json_object, metavar="JSON", help="further fields of each request, as an object"
+    )
     group.add_argument(
         "--seed",
-        type=int,
+        type=integer,
         metavar="N",
         help="of what is asked and when (default: another in each run, as a server may remember prompts)",
     )
@@ -123,19 +127,13 @@ def _add_prompts(group: Any) -> None:
 
 def _add_server(group: Any) -> None:
     group.add_argument("--model", metavar="NAME", help="default: the first that the server names")
+    add_key_options(group, "what the server wants to be sent")
     group.add_argument(
-        "--api-key",
-        metavar="KEY",
-        help="what the server wants to be sent. `ps` shows it to everyone here: better --api-key-file, or "
-        f"the environment variable {API_KEY_VARIABLE}",
-    )
-    group.add_argument("--api-key-file", metavar="FILE", help="a file with that key, and nothing else")
-    group.add_argument(
-        "--timeout", type=float, default=600.0, metavar="S", help="of a request, seconds (default: 600)"
+        "--timeout", type=number, default=600.0, metavar="S", help="of a request, seconds (default: 600)"
     )
     group.add_argument(
         "--processes",
-        type=int,
+        type=integer,
         default=1,
         metavar="N",
         help="of the client, which says when it needs more (default: 1)",
@@ -145,11 +143,11 @@ def _add_server(group: Any) -> None:
 def _add_results(group: Any) -> None:
     group.add_argument(
         "--slo-ttft",
-        type=float,
+        type=number,
         metavar="MS",
         help="a request is good if its TTFT is at most that; and goodput is told: good requests a second",
     )
-    group.add_argument("--slo-tpot", type=float, metavar="MS", help="the same of its TPOT")
+    group.add_argument("--slo-tpot", type=number, metavar="MS", help="the same of its TPOT")
     group.add_argument("--json", metavar="FILE", help="write what was measured, each request included")
     group.add_argument("--plot", metavar="FILE", help="draw it to FILE (PNG, SVG …; needs matplotlib)")
 
@@ -249,15 +247,8 @@ def _rates(texts: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return tuple(rates), tuple(shares)
 
 
-def _extra(text: str | None) -> dict[str, Any]:
-    if text is None:
-        return {}
-    try:
-        extra = json.loads(text)
-    except ValueError as error:
-        raise ConfigError(f"--extra-body {shown(text)} is no JSON: {error}") from None
-    if not isinstance(extra, dict):
-        raise ConfigError(f'--extra-body {shown(text)}: must be an object, as {{"top_p": 0.9}}')
+def _extra(given: dict[str, Any] | None) -> dict[str, Any]:
+    extra = given or {}
     for name in ("stream", "stream_options", "n"):
         if name in extra:
             raise ConfigError(f"--extra-body: {name} is the benchmark's own")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import sys
 from collections.abc import Generator, Mapping
@@ -10,8 +9,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from tpworker.cli.arguments import integer
 from tpworker.cli.log_writer import LogWriter
-from tpworker.errors import ConfigError, shown
+from tpworker.errors import ConfigError
 from tpworker.logs import FORMATS, JSON, TEXT, format_in_use, make_formatter
 
 LEVELS = ("debug", "info", "warning", "error")
@@ -60,18 +60,11 @@ def add_log_options(group: Any) -> None:
         "--log-prompts",
         nargs="?",
         const=PROMPT_CHARS,
-        type=_chars,
+        type=integer,
         metavar="CHARS",
         help="with each request the begin of its first prompt, up to so many characters, "
         f"{PROMPT_CHARS} without a number (default: none: what people ask is not for the log)",
     )
-
-
-def _chars(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{shown(text)} must be a whole number") from None
 
 
 def log_options_in(given: dict[str, Any], serves: bool) -> LogOptions:

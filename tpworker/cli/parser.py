@@ -10,7 +10,7 @@ from tpworker.cli.arguments import CommandParser, ShowVersion, integer, json_obj
 from tpworker.cli.bench import add_bench
 from tpworker.cli.log_options import add_log_options
 from tpworker.cli.rank_options import add_rank
-from tpworker.cli.server_options import API_KEY_VARIABLE, add_web_options
+from tpworker.cli.server_options import add_key_options, add_web_options
 from tpworker.cli.top import add_top
 from tpworker.cli.trace_options import add_trace_options
 from tpworker.config import MAX_PROMPT_LOOKUP, MAX_SPECULATIVE_TOKENS, RuntimeConfig
@@ -321,13 +321,7 @@ def _add_server_options(group: _Group) -> None:
         help="what clients may call the model, one or several names, of which the first is in answers "
         "(default: its hub name, or the name of its folder)",
     )
-    group.add_argument(
-        "--api-key",
-        metavar="KEY",
-        help="what clients must send as 'Authorization: Bearer KEY' (default: nothing). `ps` shows it to "
-        f"everyone here: better --api-key-file, or the environment variable {API_KEY_VARIABLE}",
-    )
-    group.add_argument("--api-key-file", metavar="FILE", help="a file with that key, and nothing else")
+    add_key_options(group, "what clients must send as 'Authorization: Bearer KEY' (default: nothing)")
     add_web_options(group)
     group.add_argument(
         "--shutdown-timeout",

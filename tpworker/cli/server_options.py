@@ -33,6 +33,22 @@ def find_api_key(key: str | None, file: str | None, environment: Mapping[str, st
     return None if variable is None else _checked_key(variable, API_KEY_VARIABLE)
 
 
+def add_key_options(group: Any, what: str) -> None:
+    """Adds those of the API key.
+
+    Args:
+        group: of the parser.
+        what: what the key is, as the begin of a sentence.
+    """
+    group.add_argument(
+        "--api-key",
+        metavar="KEY",
+        help=f"{what}. `ps` shows it to everyone here: better --api-key-file, or the environment variable "
+        f"{API_KEY_VARIABLE}",
+    )
+    group.add_argument("--api-key-file", metavar="FILE", help="a file with that key, and nothing else")
+
+
 def _key_in(file: str) -> str:
     try:
         with Path(file).open("rb") as opened:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from tpworker.cli.server_options import API_KEY_VARIABLE, find_api_key
+from tpworker.cli.arguments import number
+from tpworker.cli.server_options import add_key_options, find_api_key
 from tpworker.errors import ConfigError, shown
 
 if TYPE_CHECKING:
@@ -39,18 +40,12 @@ def add_top(commands: Any) -> None:
     parser.add_argument("--json", action="store_true", help="print one frame as JSON and exit")
     parser.add_argument(
         "--interval",
-        type=float,
+        type=number,
         default=1.0,
         metavar="SECONDS",
         help=f"between two frames, from {LEAST_INTERVAL:g} to {MOST_INTERVAL:g} (default: 1)",
     )
-    parser.add_argument(
-        "--api-key",
-        metavar="KEY",
-        help="with a URL: what the server wants to be sent. `ps` shows it to everyone here: better "
-        f"--api-key-file, or the environment variable {API_KEY_VARIABLE}",
-    )
-    parser.add_argument("--api-key-file", metavar="FILE", help="a file with that key, and nothing else")
+    add_key_options(parser, "with a URL: what the server wants to be sent")
 
 
 def top_options(given: dict[str, Any]) -> TopOptions:
