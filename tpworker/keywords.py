@@ -111,6 +111,7 @@ OPTIONS = {
         ("guided_decoding_backend", "structured_outputs_config", "grammar_backend"),
         "not needed: llguidance, which is part of it, does that",
     ),
+    **dict.fromkeys(("enable_sleep_mode", "enable_memory_saver"), "always so: Runtime.sleep and wake_up"),
     "log_level": "not an option: logging.getLogger('tpworker').setLevel(…)",
     **dict.fromkeys(("disable_log_stats", "disable_log_requests"), "not needed: see Runtime.add_listener"),
 }  # fmt: skip

@@ -13,6 +13,7 @@ from tpworker.cli import habits, parse
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        ("--enable-memory-saver", "--enable-memory-saver: the name here is --enable-sleep-mode"),
         ("--tp 4", "--tp: the name here is -tp or --tensor-parallel-size"),
         ("--tensor-parallel=4", "--tensor-parallel: the name here is -tp or --tensor-parallel-size"),
         ("--max_model_len 5", "--max_model_len: the name here is --max-model-len"),
