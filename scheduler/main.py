@@ -63,7 +63,7 @@ def scheduler_main(boot: SchedulerBoot) -> None:
     board.rows()[0][Field.PHASE] = Phase.READY
     gc.collect()
     gc.freeze()
-    gc.disable()  # a collection in the middle of a step would be a step gap; see `_patience`
+    gc.disable()  # a collection in the middle of a step would be a step gap; see `Scheduler._patience`
     scheduler.run()
     if publisher is not None:
         publisher.close()

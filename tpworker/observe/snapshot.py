@@ -157,7 +157,7 @@ class Snapshot:
     runtime: Whole = Whole()
     scheduler: Scheduler = Scheduler()
     ranks: tuple[Rank, ...] = ()
-    """None: there are no processes at the moment."""
+    """(): there are no processes at the moment."""
     requests: tuple[Request, ...] = ()
     """The oldest open ones."""
 

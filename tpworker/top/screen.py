@@ -1,13 +1,13 @@
 """Lays a frame out: as many lines and columns as there is room for, the most telling ones first.
 
 tpworker 0.1.0  qwen3-8b  cuda bfloat16  pid 4242  since 3:12                                        ready
-steps       412/s   gap 4.2 µs   device 99% busy   skew 12 µs   publish 31 µs   step 81,234
-requests    14/64 running   3 waiting   120 done   1 aborted   0 preempted   0 restarts
-tokens/s    1,203 prompt   2,340 output   62% of drafts right   40% of prompts cached
+steps       412/s  4.2 µs gap  99% busy  81,234 done  12 µs skew  31 µs to publish
+requests    14/64 running  3 waiting  120 done  1 aborted  0 restarts  0 preempted
+tokens/s    2,340 output  1,203 prompt  40% of prompts cached  62% of drafts right
 KV blocks   ██████████████░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░ 15%  312 of 2,048
 
-process     state       step   CPU   memory   …
-request     state       age   prompt   output
+process  state  step  CPU  memory  waits  last  GPU  …
+oldest requests  state  age  prompt  output  number
 """
 
 from __future__ import annotations
