@@ -43,7 +43,6 @@ def test_a_board_is_found_by_its_process_and_by_any_that_has_it() -> None:
         for pid in (os.getpid(), process.pid):
             with attach(pid) as attached:
                 assert attached.pid == os.getpid()
-                assert attached.is_alive
                 assert attached.board.about == board.about
                 assert attached.board.row("tpworker-rank1")[Field.RECEIVED] == 103
         assert [about for pid, about in running() if pid == os.getpid()] == [board.about]
@@ -68,7 +67,6 @@ def test_who_ends_is_seen_to() -> None:
         assert attached.board.about.model == "/models/other"
         assert (process.pid, attached.board.about) in running()
         process.communicate(timeout=DEADLINE)
-        assert not attached.is_alive
         assert not attached.board.is_over, "nobody was there to say so"
         attached.close()
         with pytest.raises(NoBoard, match=f"there is no process {process.pid}"):

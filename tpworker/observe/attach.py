@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tpworker.errors import ConfigError
 from tpworker.ipc.board import NAME, About, Board, OtherVersion
-from tpworker.observe.processes import PROC, inner_pid, started, user_of
+from tpworker.observe.processes import PROC, inner_pid, user_of
 from tpworker.version import version
 
 _LINK = f"/memfd:{NAME}"
@@ -35,12 +35,6 @@ class Attached:
 
     def __init__(self, pid: int, board: Board, num_others: int = 0) -> None:
         self.pid, self.board, self.num_others = pid, board, num_others
-        self._started = started(pid)
-
-    @property
-    def is_alive(self) -> bool:
-        """Whether that process is."""
-        return self._started is not None and started(self.pid) == self._started
 
     def close(self) -> None:
         """Lets go of the board."""

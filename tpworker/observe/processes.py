@@ -48,6 +48,13 @@ def started(pid: int, proc: Path = PROC) -> int | None:
     return None
 
 
+def letter_of(pid: int | None, proc: Path = PROC) -> str:
+    """What the kernel calls its state, as 'S'; '' if there is no such process."""
+    with suppress(OSError, IndexError):
+        return _stat(proc / str(pid))[0]
+    return ""
+
+
 def inner_pid(pid: int, proc: Path = PROC) -> int:
     """What a process takes its own pid for: another than ours where it is in a container. 0: not known."""
     numbers = _status(pid, "NSpid:", proc)

@@ -18,20 +18,20 @@ from tpworker.ipc.child import STACKS_SIGNAL, Report, read_report
 from tpworker.ipc.forks import close_in_forks
 from tpworker.ipc.patience import Patience
 from tpworker.ipc.standby import read_told
+from tpworker.observe.processes import letter_of
 from tpworker.runtime.faults import Ending
 
 logger = logging.getLogger(__name__)
 
-_STATES = {"R": "running", "S": "sleeping", "D": "in the kernel", "T": "stopped", "t": "traced", "Z": "dead"}
+_STATES = {
+    "": "gone", "R": "running", "S": "sleeping", "D": "in the kernel",
+    "T": "stopped", "t": "traced", "Z": "dead",
+}  # fmt: skip
 
 
 def state_of(pid: int | None) -> str:
     """What the kernel says that a process does, e.g. 'sleeping'; 'stopped' by SIGSTOP; 'gone' of none."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return "gone"
-    letter = stat.rpartition(")")[2].split()[0]
+    letter = letter_of(pid)
     return _STATES.get(letter, letter)
 
 
