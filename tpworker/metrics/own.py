@@ -82,7 +82,7 @@ def fault_metrics(health: Health, stats: Stats) -> Iterable[Metric]:
         lost.add_metric([process], count)
     yield lost
     for name, text, value in (
-        ("restarts", "How often the processes were started anew.", stats.restarts),
+        ("restarts", "How often the processes were started anew because one was lost.", stats.restarts),
         ("resumed_requests", "Requests that went on after a restart.", stats.resumed_requests),
     ):
         yield CounterMetricFamily(f"tpworker_{name}", text, value)
