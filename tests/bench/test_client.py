@@ -25,7 +25,7 @@ from tests.bench.raw_server import (
     text,
     usage,
 )  # fmt: skip
-from tpworker.bench.client import CHAT, COMPLETIONS, Listener, fetch, perform
+from tpworker.bench.client import CHAT, COMPLETIONS, AnswerReader, fetch, perform
 from tpworker.bench.connection import Address, Connection, Pool
 from tpworker.bench.records import Record
 from tpworker.errors import ConfigError
@@ -97,21 +97,21 @@ def test_wherever_it_is_cut(name: str, cuts: list[int]) -> None:
     data = b"".join(piece for piece in ANSWERS[name] if piece is not None)
     edges = [0, *sorted(cut % (len(data) + 1) for cut in cuts), len(data)]
 
-    async def main() -> tuple[Listener, Record]:
+    async def main() -> tuple[AnswerReader, Record]:
         record, connection = Record(0.0), Connection()
-        listener = Listener(record, keeps_text=True)
+        reader = AnswerReader(record, keeps_text=True)
         connection._done = done = asyncio.get_running_loop().create_future()
-        connection._on_event = listener.on_event
+        connection._on_event = reader.on_event
         for start, end in pairwise(edges):
             if start < end:
                 connection.data_received(data[start:end])
         if name == "until the end":
             connection.connection_lost(None)
-        listener.close(await done)
-        return listener, record
+        reader.close(await done)
+        return reader, record
 
-    listener, record = asyncio.run(main())
-    assert (listener.text, record.error, record.num_output, len(record.intervals)) == ("ab", None, 3, 1)
+    reader, record = asyncio.run(main())
+    assert (reader.text, record.error, record.num_output, len(record.intervals)) == ("ab", None, 3, 1)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 _WORDS = ("content", "reasoning_content", "reasoning", "tool_calls", "refusal")
 
 
-class Listener:
+class AnswerReader:
     """Takes the events of one answer, and notes when its pieces came.
 
     Args:
@@ -115,18 +115,18 @@ async def perform(
         record: of it, with what is known so far.
         timeout: seconds for all of it.
     """
-    listener = Listener(record, keeps_text)
+    reader = AnswerReader(record, keeps_text)
     record.sent = time.monotonic()
     try:
         async with asyncio.timeout(timeout):
-            response = await pool.ask("POST", path, body, listener.on_event)
-        listener.close(response)
+            response = await pool.ask("POST", path, body, reader.on_event)
+        reader.close(response)
     except RequestLost as error:
         record.error = record.error or str(error)
     except TimeoutError:
         record.error = "timeout"
     record.ended = time.monotonic()
-    return listener.text
+    return reader.text
 
 
 async def fetch(
