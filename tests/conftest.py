@@ -106,9 +106,7 @@ def _left() -> set[str]:
     return left
 
 
-def eventually(
-    condition: Callable[[], bool], message: Callable[[], str] = str, seconds: float = 20.0
-) -> None:
+def eventually(condition: Callable[[], bool], message: Callable[[], str] = str) -> None:
     """Waits until a condition holds, and fails if it does not come to hold."""
     deadline = time.monotonic() + 20.0
     while not condition():

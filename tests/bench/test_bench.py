@@ -210,8 +210,16 @@ def test_who_is_no_server(capsys: pytest.CaptureFixture[str]) -> None:
     assert "does not answer: no connection" in bench(raw.url, capsys=capsys, status=1)
 
 
-def test_arrivals_do_not_wait_for_answers() -> None:
-    """And come as often as they are to, as chance has it."""
+def test_shares_of_a_level_are_all_of_it() -> None:
+    rates = [Level(number=1, rate=10.0).shared(share, 4).rate for share in range(4)]
+    assert rates == [2.5] * 4
+    concurrencies = [Level(number=1, concurrency=10).shared(share, 4).concurrency for share in range(4)]
+    assert concurrencies == [3, 3, 2, 2]
+
+
+@pytest.mark.parametrize("turns", [1, 4])
+def test_arrivals_do_not_wait_for_answers(turns: int) -> None:
+    """And come as often as they are to, as chance has it: a conversation of several turns more seldom."""
 
     async def main() -> Measured:
         all_here, asked_for = asyncio.Event(), []
@@ -223,12 +231,15 @@ def test_arrivals_do_not_wait_for_answers() -> None:
             return [all_here, *openai(asked)]
 
         async with raw_server(answer) as raw:
-            level = Level(number=1, rate=200.0, num_requests=40, timeout=10.0)
-            return await run_level(Address.of(raw.url), None, plan(token_ids=(1, 9)), level)
+            level = Level(number=1, rate=200.0 * turns, num_requests=40 * turns, timeout=10.0)
+            asks = plan(is_chat=turns > 1, turns=turns, token_ids=None if turns > 1 else (1, 9))
+            return await run_level(Address.of(raw.url), None, asks, level)
 
     measured = asyncio.run(main())
-    due = [record.due - measured.began for record in measured.records]
-    assert len(due) == 40
+    assert len(measured.records) == 40 * turns
+    due = [
+        record.due - measured.began for record in measured.records[:40]
+    ]  # none is answered before all came
     assert due == sorted(due)
     gaps = [after - before for before, after in pairwise(due)]
     assert 0.002 < sum(gaps) / len(gaps) < 0.012

@@ -148,6 +148,18 @@ def test_a_kept_connection_that_was_closed_meanwhile_is_no_error() -> None:
     asyncio.run(main())
 
 
+def test_a_connection_that_the_server_is_about_to_close_is_not_used_again() -> None:
+    async def main() -> None:
+        async with raw_server(lambda asked: [plain({}, more="Connection: close\r\n")]) as raw:
+            pool = Pool(Address.of(raw.url))
+            for number in range(1, 3):
+                assert await fetch(pool, "GET", "/") == (200, {})
+                assert raw.num_connections == number
+            pool.close()
+
+    asyncio.run(main())
+
+
 def test_no_server() -> None:
     async def main() -> None:
         async with raw_server(lambda asked: []) as raw:

@@ -177,6 +177,24 @@ def test_the_listing_is_what_was_written_last(requests: list[Listed], num_before
         ]
 
 
+def test_a_listing_that_is_being_written_is_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = Listed(1, "a", 2, 3, 4, True)
+    with closing(Board.create(NAMES)) as board:
+        listing, read, num_looks = board.listing, board.listing._read, 0
+        listing._words[0] |= 1  # as a writer begins
+
+        def look() -> list[Listed]:
+            nonlocal num_looks
+            num_looks += 1
+            if num_looks == 3:
+                listing.write([listed])
+            return read()
+
+        monkeypatch.setattr(listing, "_read", look)
+        assert listing.read() == [listed]
+        assert num_looks == 4, "what was written in the middle of a look is looked at once more"
+
+
 def test_both_sides_must_know_the_same_names() -> None:
     with closing(Board.create(NAMES)) as board, closing(Barrier.create(len(NAMES))) as barrier:
         for fd, names in ((board.fd, NAMES[:2]), (board.fd, NAMES[::-1]), (barrier.fd, NAMES)):

@@ -49,6 +49,8 @@ def test_bounds_that_nothing_reaches_are_not_told() -> None:
     histogram = Histogram((1, 2, 5, 10))
     for value in (1, 5, 7):
         histogram.observe(value)
+    at_most_5 = family("x", "Text.", [histogram.series(most=5)])
+    assert [s.labels["le"] for s in at_most_5.samples if "le" in s.labels] == ["1.0", "2.0", "5.0", "+Inf"]
     made = family("x", "Text.", [histogram.series(most=7)])
     assert [(s.labels["le"], s.value) for s in made.samples if "le" in s.labels] == [
         ("1.0", 1), ("2.0", 1), ("5.0", 2), ("+Inf", 3)
@@ -156,3 +158,7 @@ def test_a_recovery_is_no_gap() -> None:
     assert counted(recorder.gap) == (0, 0.0)
     assert counted(recorder.ahead) == (0, 0.0)
     assert counted(recorder.recovery) == (2, 3.25)
+    for kind in ("sleeping", "updating"):  # and no recovery, either
+        recorder.on_event(event(kind, 1.5))
+        recorder.on_step(step(2, 3 * 10**9, 3 * 10**9, 3 * 10**9 + 5))
+    assert (counted(recorder.gap), counted(recorder.recovery)) == ((0, 0.0), (2, 3.25))

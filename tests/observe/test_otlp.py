@@ -12,10 +12,12 @@ import pytest
 pytest.importorskip("opentelemetry.sdk", reason="the extra otlp is not installed (scripts/setup --dev does)")
 pytest.importorskip("opentelemetry.exporter.otlp.proto.http", reason="the extra otlp is not installed")
 
+from opentelemetry.sdk.trace.export import SpanExportResult
+
 from tests.conftest import eventually
 from tests.observe.collector import collecting, values
 from tests.observe.test_tracing import record
-from tpworker.observe.otlp import Exporter, RequestSpans, endpoint_url
+from tpworker.observe.otlp import Exporter, RequestSpans, _Hushed, _Told, endpoint_url
 from tpworker.sampling_params import SamplingParams
 from tpworker.server.tracing import TraceContext
 
@@ -126,6 +128,27 @@ def test_a_collector_that_is_down_costs_a_line_in_the_log(
     (line,) = [one.getMessage() for one in caplog.records]
     assert "spans could not be sent to http://127.0.0.1:" in line
     assert "requests are not affected (" in line
+
+
+def test_how_many_spans_were_lost_is_told_of_each_time_by_itself(caplog: pytest.LogCaptureFixture) -> None:
+    class Collector:
+        result = SpanExportResult.FAILURE
+
+        def export(self, spans: object) -> SpanExportResult:
+            return self.result
+
+    collector = Collector()
+    told = _Told(collector, "http://here", _Hushed())
+    for spans in (2, 3):
+        for collector.result in (
+            SpanExportResult.FAILURE,
+            SpanExportResult.FAILURE,
+            SpanExportResult.SUCCESS,
+        ):
+            told.export(["span"] * spans)
+    assert [one.getMessage().partition(";")[2].split(" (")[0] for one in caplog.records] == [
+        " requests are not affected", " 4 were lost", " requests are not affected", " 6 were lost"
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,20 @@ import subprocess
 import sys
 import time
 from contextlib import closing
+from pathlib import Path
 
 from tpworker.ipc.board import Board, Field, Span
+from tpworker.observe.processes import usage_of
 from tpworker.observe.states import states_of
+
+
+def test_processor_time_is_that_of_the_program_and_of_the_kernel_for_it(tmp_path: Path) -> None:
+    (tmp_path / "7").mkdir()
+    values = ["S", *["0"] * 10, "300", "200", *["0"] * 10]
+    (tmp_path / "7" / "stat").write_text(f"7 (a) b) {' '.join(values)}\n")
+    (tmp_path / "7" / "statm").write_text("9 2 1 1 0 1 0\n")
+    ticks, page = os.sysconf("SC_CLK_TCK"), os.sysconf("SC_PAGE_SIZE")
+    assert usage_of(7, proc=tmp_path) == (500 / ticks, 2 * page)
 
 
 def test_what_a_process_uses_and_how_far_it_is() -> None:

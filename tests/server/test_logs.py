@@ -13,7 +13,10 @@ import pytest
 from tests.server.conftest import MODEL, LiveServer
 from tests.server.fake_runtime import FakeRuntime
 from tests.server.test_faults import stuck_at
+from tpworker.outputs import RequestRecord
+from tpworker.sampling_params import SamplingParams
 from tpworker.server import request_log
+from tpworker.server.journal import Entry
 
 Start = Callable[..., LiveServer]
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -70,6 +73,22 @@ def test_a_request_has_one_line_whatever_its_prompts_and_choices(start: Start, l
         "cmpl-mine prompt 0",
         "cmpl-mine prompt 1",
     }, "what the runtime says of them has the same id"
+
+
+def test_times_of_several_choices() -> None:
+    """The longest wait for a slot, the first token of all, and the mean between tokens of a choice."""
+    entry = Entry()
+    first = RequestRecord(
+        "r", 0, "stop", None, 3, 0, 5, 0, 0, 0, 10.0, 11.0, 12.0, 14.0, 18.0, 18.0, SamplingParams(n=3)
+    )
+    entry.arrived = 9.0
+    entry.records += [
+        first._replace(index=1, started=13.0, first_token=15.0, last_token=15.0, num_output_tokens=1),
+        first,
+        first._replace(index=2, first_token=16.0, last_token=18.0, num_output_tokens=2),
+    ]
+    told = entry.fields()
+    assert (told["queue_s"], told["ttft_s"], told["tpot_s"]) == (2.0, 5.0, 6.0 / 5)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +199,9 @@ def test_a_flood_of_what_costs_nothing_is_summed_up(server: LiveServer, log: Log
         for _ in range(request_log.MAX_LINES + 2):
             assert client.post(COMPLETIONS, json={**BODY, "max_tokens": 1}).status_code == 200
     server.wait_until(lambda: len(log.all()) == 2 * request_log.MAX_LINES + 3)
-    assert [line.error for line in log.all() if line.status == 404] == ["model_not_found"], "of another kind"
+    lines = [line for line in log.all() if hasattr(line, "endpoint")]
+    assert [line.error for line in lines if line.status == 404] == ["model_not_found"], "of another kind"
+    assert sum(line.status == 400 for line in lines) == request_log.MAX_LINES
     server.call(request_log.tell_rest)
     *_, told = log.all()
     assert told.getMessage() == "7 more requests within 10 s ended so: 400 invalid_request_error"

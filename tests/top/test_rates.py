@@ -36,6 +36,11 @@ def test_where_nothing_happens_there_is_nothing_to_tell() -> None:
     assert rates_of(before, replace(snapshot(4), scheduler=gone)).scheduler_cpu is None
 
 
+def test_one_rank_waits_for_nobody() -> None:
+    before, after = (replace(one, ranks=one.ranks[:1]) for one in (snapshot(3), snapshot(5)))
+    assert rates_of(before, after).skew_seconds is None
+
+
 def test_rates_are_those_of_some_seconds() -> None:
     history = History()
     seconds = [history.add(snapshot(second)).seconds for second in (0, 1, 2, 3, 4, 10, 11, 13)]
@@ -46,7 +51,7 @@ def test_what_counts_anew_is_compared_with_nothing() -> None:
     history = History()
     history.add(snapshot(5))
     after = replace(snapshot(0), clock=60.0)
-    assert history.add(replace(after, generation=3)).seconds == 0
+    assert history.add(replace(snapshot(10), generation=3)).seconds == 0, "though it has counted more by now"
     assert history.add(replace(snapshot(11), ranks=())).seconds == 0
     assert history.add(snapshot(12)).seconds == 0
     assert history.add(replace(snapshot(13), runtime=replace(after.runtime, pid=1))).seconds == 0
