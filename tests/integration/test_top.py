@@ -38,7 +38,7 @@ def until(source: Source, condition: Callable[[Snapshot], bool]) -> Snapshot:
 
 
 def is_busy(seen: Snapshot) -> bool:
-    """Whether all that is asked is told of, in the list of requests and in the counts, which are two reads."""
+    """Whether all requests are told of, in their list and in the counts, which are two reads."""
     states = sorted(one.state for one in seen.requests)
     return states == STATES and (seen.scheduler.running, seen.scheduler.waiting) == (4, 2)
 
