@@ -47,9 +47,11 @@ class HomeLoop:
 
     def astray(self) -> RuntimeStopped | None:
         """What to say to who is not on this event loop; None: they are, or there is none."""
+        if self._loop is asyncio._get_running_loop():
+            return None  # nor is this a fork: in one no loop of its parent's is running
         if (lost := self.lost()) is not None:
             return lost
-        if self._loop is None or self._loop is asyncio._get_running_loop():
+        if self._loop is None:
             return None
         if self._loop.is_closed():
             return RuntimeStopped(

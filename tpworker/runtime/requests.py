@@ -325,7 +325,7 @@ class Requests:
             triples = list(triples)
             self._deliver_logprobs(output, triples)
             self._count_drafts(output, triples)
-        now = time.monotonic()
+        now, is_told = time.monotonic(), bool(self._listeners)
         waits: list[float] = []  # of those who get their first
         behind: list[tuple[Request, int, float]] = []  # of the others
         delivered = 0
@@ -340,7 +340,7 @@ class Requests:
                     if times.last_token is None:
                         times.first_token = now
                         waits.append(now - times.arrived)
-                    else:
+                    elif is_told:
                         behind.append((request, expected, now - times.last_token))
                     times.last_token = now
                 request.append(token)
@@ -351,9 +351,9 @@ class Requests:
                     f"but that at {expected} never did (step {output.step})"
                 )
         self.num_output_tokens += delivered
-        if waits and self._listeners:
+        if waits and is_told:
             self._listeners.on_first_tokens(waits)
-        if behind and self._listeners:
+        if behind:
             self._listeners.on_tokens([(len(r.received) - before, seconds) for r, before, seconds in behind])
         for finish in output.finished:
             request = by_number.get(numbers[finish.index])
