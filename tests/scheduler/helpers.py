@@ -92,6 +92,10 @@ class AnyDrafts:
         return self._random.choice([choice for choice in self.choices if choice <= most])
 
 
+worlds: weakref.WeakSet[World] = weakref.WeakSet()
+"""All that there are. tests/scheduler/conftest.py ends them with the test that has made them."""
+
+
 def close_descriptor(memory: SharedWords) -> None:
     """Unless that was done. What is mapped goes with who looks at it."""
     if memory.owns_fd:
@@ -126,6 +130,7 @@ class World:
         self.masks = MaskBoard.create(scheduler.max_num_seqs, scheduler.vocab_size)
         for shared in (self.board, self.masks):
             weakref.finalize(self, close_descriptor, shared._memory)
+        worlds.add(self)
         self.scheduler = Scheduler(
             0,
             scheduler,
