@@ -29,6 +29,18 @@ class Normed:
     squares: Tensor | None = None  # float32 [n, T], each row's sum of squares in n parts; with `scaled`
 
 
+class Fp8Weight(NamedTuple):
+    """A weight in FP8 (E4M3): element [i, j] stands for values[i, j] * scales[i // rows, j // columns].
+
+    A scale is a block's of `block` = (rows, columns): (1, in) where each output channel has one, (128, 128)
+    where blocks have, and less where ranks' parts do not end with those: powers of two that divide both.
+    """
+
+    values: Tensor  # float8_e4m3fn [..., out, in]
+    scales: Tensor  # float32 [..., ceil(out / rows), ceil(in / columns)]
+    block: tuple[int, int]
+
+
 class Matrix(Protocol):
     """A weight [out, in] and its bias that can be multiplied with, in the layout that is fastest there."""
 
