@@ -22,6 +22,7 @@ BENCHMARKS = {
         "steps.kernels",
         "a decode step on a GPU, kernel by kernel, beside the peer and the bytes it must read",
     ),
+    "prompts": ("steps.prompts", "steps of prompts on a GPU, kernel by kernel, beside their operations"),
     "moe": (
         "steps.moe",
         "a mixture of experts on a GPU, beside the bytes it must read and torch's grouped products",
@@ -30,6 +31,7 @@ BENCHMARKS = {
     "hosts": ("hosts.hosts", "what two hosts would cost a step: plans and barriers between namespaces"),
     "metrics": ("host.metrics", "what metrics cost: a token, a step, a scrape"),
     "serve": ("serving.serve", "a real model over HTTP, overlap off and on"),
+    "rows": ("serving.rows", "kinds of load against any OpenAI-compatible server, or two servers compared"),
     "schemas": ("serving.schemas", "outputs held to JSON schemas: whether all validate, and what that costs"),
     "chaos": (
         "chaos.chaos",
