@@ -275,27 +275,6 @@ def test_sums_and_norms_in_products_of_few_rows(fused: Any, count: int, sizes: t
     check_sums_and_norms(count, *sizes, count == 16, torch.bfloat16, rules)
 
 
-@pytest.mark.parametrize("count", [1, 2, 64, 65, 500])
-@pytest.mark.parametrize("has_bias", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_product_adds_to_the_residual_whatever_its_rows(
-    fused: Any, count: int, has_bias: bool, dtype: torch.dtype
-) -> None:
-    """Or says that it does not, and leaves everything alone."""
-    a, weight, bias, product = product_case(count, 1096, 152, has_bias, dtype)
-    x, norm = randn(count, 152, dtype=dtype).to(DEVICE), randn(152, dtype=dtype).to(DEVICE)
-    expected_x = x.cpu().clone()
-    expected = layer_ops.add_norm(expected_x, product.to(dtype).cpu(), norm.cpu(), 1e-6)
-    residual = x.clone()
-    target = operations_of(DEVICE).linear(weight, bias).add_to(residual, a, norm, 1e-6)
-    if target is None:
-        torch.testing.assert_close(residual, x, rtol=0, atol=0)
-        assert has_bias or dtype == torch.float16
-        return
-    near(residual, expected_x)
-    near(composed_ops.tensor_of(operations_of(DEVICE), target), expected)
-
-
 def check_sums_and_norms(
     count: int, size_in: int, size: int, has_bias: bool, dtype: torch.dtype, rules: list[Any]
 ) -> None:

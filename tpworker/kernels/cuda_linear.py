@@ -36,16 +36,13 @@ class CudaLinear:
         return self._multiply(x, gated=True)
 
     def add_to(self, residual: Tensor, x: Tensor, norm_weight: Tensor, eps: float) -> Normed | None:
-        """See `Product.add_to`. Of many rows the library adds as it stores; the norm is left for later."""
-        target = Normed(residual, norm_weight, eps)
-        rule = skinny_kernel.choose(len(x), self.weight, gated=False)
-        if rule is None:
-            if self.bias is not None:
-                return None
-            residual.addmm_(x, self.weight.t())
-            return target
+        """See `Product.add_to`."""
         if x.dtype == torch.float16:
             return None  # the residual times the norm's weight, not yet divided, is beyond float16
+        rule = skinny_kernel.choose(len(x), self.weight, gated=False)
+        if rule is None:
+            return None
+        target = Normed(residual, norm_weight, eps)
         skinny_kernel.multiply_add(x, self.weight, self.bias, rule, target)
         return target
 
