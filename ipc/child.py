@@ -131,6 +131,7 @@ class RankSettings:
     num_drafts: NumDrafts = 0
     prompt_lookup_max: Annotated[int, Within(1, MAX_LOOKUP)] = 1  # tokens, of n-grams
     prompt_lookup_min: Annotated[int, Within(1, MAX_LOOKUP)] = 1
+    kv_cache_dtype: Word = "auto"  # 'auto': that of `dtype`; or 'fp8'
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,6 +43,7 @@ FLAGS = {
     "--help",
     "--host",
     "--join-address",
+    "--kv-cache-dtype",
     "--kv-events-config",
     "--load-format",
     "--log-format",
@@ -89,6 +90,7 @@ DOCTOR_FLAGS = {
     "--gpu-memory-utilization",
     "--help",
     "--json",
+    "--kv-cache-dtype",
     "--load-format",
     "--max-num-batched-tokens",
     "--max-num-seqs",
@@ -162,6 +164,7 @@ def test_every_option_gets_to_its_place() -> None:
         --root-path /llm/ --shutdown-timeout 2.5 --enable-force-include-usage --chat-template t.jinja
         --tool-call-parser hermes --reasoning-parser qwen3 --enable-sleep-mode --enable-weight-updates
         --speculative-method ngram --num-speculative-tokens 3 --prompt-lookup-max 6 --prompt-lookup-min 3
+        --kv-cache-dtype fp8
     """
     options = parse(*arguments.split())
     assert options.config == RuntimeConfig(
@@ -176,6 +179,7 @@ def test_every_option_gets_to_its_place() -> None:
         max_num_batched_tokens=80,
         lookahead=3,
         block_size=32,
+        kv_cache_dtype="fp8",
         gpu_memory_utilization=0.5,
         prefix_caching=False,
         scheduling_policy="priority",

@@ -65,7 +65,6 @@ from tpworker.cli import habits, parse
         ("--tokenizer-revision a", "--tokenizer-revision: not supported: it is read from the model's folder"),
         ("--logits-processors a.b", "--logits-processors: not supported: no code but tpworker's own runs"),
         ("--swap-space 4", "--swap-space: not needed: a request that is preempted is computed again"),
-        ("--kv-cache-dtype fp8", "--kv-cache-dtype: not supported yet: the KV cache has the dtype of"),
         ("--lora-modules a=b c=d", "--lora-modules: not supported yet: merge the adapter into the weights"),
     ],
 )
@@ -135,6 +134,7 @@ SHARED = {"--speculative-config", "--speculative-method"}
         ("serve --dtype half", "argument --dtype: 'half': its name here is float16"),
         ("serve --dtype fp8", "argument --dtype: 'fp8': not supported yet: weights are served in float32"),
         ("serve --dtype x", "argument --dtype: invalid choice: 'x' (choose from"),
+        ("serve --kv-cache-dtype fp8_e5m2", "argument --kv-cache-dtype: 'fp8_e5m2': not supported: fp8 is E4M3"),
         ("serve --device gpu", "argument --device: 'gpu': its name here is cuda"),
         ("serve --load-format safetensors", "argument --load-format: 'safetensors': that is auto"),
         ("serve --speculative-method eagle", "argument --speculative-method: 'eagle': not supported: drafts"),

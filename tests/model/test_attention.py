@@ -17,6 +17,7 @@ from tpworker.model.attention import Scores, paged, split
 from tpworker.model.attention.paged import PagedAttention
 from tpworker.model.attention.split import SplitAttention
 from tpworker.model.batch import Batch
+from tpworker.model.kv_cache import FP8, FP8_LARGEST, store
 
 HEAD_DIM = 8
 PLAIN = Scores.plain(HEAD_DIM)
@@ -119,6 +120,7 @@ def run(
     num_kv_heads: int = 3,
     dtype: torch.dtype = torch.float32,
     scores: Scores = PLAIN,
+    cache: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(result, reference) of decoding sequences of these lengths and chunks (start, length)."""
     spans = [(length - 1, 1) for length in decodes] + chunks
@@ -129,13 +131,13 @@ def run(
     batch = make_batch(plan, tables, block_size)
     generator = torch.Generator().manual_seed(len(spans))
     shape = (num_blocks, block_size, num_kv_heads, HEAD_DIM)
-    keys, values = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
+    keys, values = (torch.randn(shape, generator=generator).to(cache or dtype) for _ in range(2))
     num_tokens = len(batch.token_ids)
     queries = (3 * torch.randn(num_tokens, num_heads, HEAD_DIM, generator=generator)).to(dtype)
     attention = PagedAttention(num_heads, num_kv_heads, HEAD_DIM, dtype, scores)
     result = attention(queries, keys, values, attention.prepare(batch, block_size))
     assert result.dtype == dtype
-    return result, naive(queries, keys, values, batch, block_size, scores)
+    return result, naive(queries, keys.to(dtype), values.to(dtype), batch, block_size, scores)
 
 
 def check(result: Tensor, reference: Tensor) -> None:
@@ -189,6 +191,22 @@ def test_groups_of_any_size(group_bytes: int, monkeypatch: pytest.MonkeyPatch) -
 def test_half_precision(dtype: torch.dtype, scores: Scores) -> None:
     result, reference = run([70, 3, 90, 17], [(5, 7), (0, 9)], dtype=dtype, scores=scores)
     assert (result - reference).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("scores", [PLAIN, Scores(0.4, window=6, softcap=2.0)])
+def test_keys_and_values_in_fp8_are_attended_to_as_what_they_stand_for(scores: Scores) -> None:
+    check(*run([70, 3, 90, 17], [(5, 7), (0, 9)], scores=scores, cache=FP8))
+
+
+def test_what_is_stored_in_fp8_is_rounded_and_knows_no_overflow() -> None:
+    cache = torch.zeros(2, 2, 1, 4).to(FP8)
+    given = torch.tensor([[1.03, 448.0, 1e6, -500.0], [torch.nan, torch.inf, -torch.inf, 0.01]])
+    store(cache, torch.tensor([3, 0]), given[:, None])
+    largest = FP8_LARGEST
+    assert cache[1, 1, 0].float().tolist() == [1.0, largest, largest, -largest]
+    assert cache[0, 0, 0, 0].float().isnan()
+    assert cache[0, 0, 0, 1:].float().tolist() == [largest, -largest, 0.009765625]
+    assert not cache.float()[[0, 1], [1, 0]].any()
 
 
 @pytest.mark.parametrize("count", [1, 300, 10**9])

@@ -168,7 +168,6 @@ FACTS = {
     "--download-dir": "not an option: the environment variable HF_HOME says where the hub's models lie",
     "--quantization": _QUANTISED,
     "-q": _QUANTISED,
-    "--kv-cache-dtype": "not supported yet: the KV cache has the dtype of the weights (--dtype)",
     "--cpu-offload-gb": "not supported: weights and KV cache stay on the device",
     "--pipeline-parallel-size": _ONE_KIND,
     "-pp": _ONE_KIND,
@@ -361,6 +360,7 @@ VALUES: Mapping[str, Mapping[str, str]] = {
         "bf16": "its name here is bfloat16",
         **dict.fromkeys(("fp8", "float8", "int8", "int4", "fp4"), _QUANTISED),
     },
+    "--kv-cache-dtype": {"fp8_e4m3": "its name here is fp8", "fp8_e5m2": "not supported: fp8 is E4M3 here"},
     "--device": {
         **dict.fromkeys(("gpu", "nvidia"), "its name here is cuda"),
         **dict.fromkeys(

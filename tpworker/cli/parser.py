@@ -205,6 +205,13 @@ def _add_memory_options(group: _Group) -> None:
     _add(group, "--block-size", "tokens in one KV block, a power of two", **_COUNT)
     _add(
         group,
+        "--kv-cache-dtype",
+        "fp8: round keys and values to FP8 (E4M3) as they are stored, for twice as many tokens in the same "
+        "memory; auto: as --dtype",
+        choices=["auto", "fp8"],
+    )
+    _add(
+        group,
         "--gpu-memory-utilization",
         "share of what is free beside the weights for KV blocks; on the CPU, of a rank's part of half of it",
         type=number,

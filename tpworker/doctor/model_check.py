@@ -111,7 +111,7 @@ def _memory(config: RuntimeConfig, spec: ModelSpec, length: int, device: str, gp
     import torch
 
     from tpworker.checkpoint.weights import shard_bytes
-    from tpworker.model.kv_cache import KVCache
+    from tpworker.model.kv_cache import KVCache, cache_dtype
     from tpworker.model.tp import Shard
 
     num_ranks, with_mtp = config.tensor_parallel_size, config.speculative_method == "mtp"
@@ -119,7 +119,8 @@ def _memory(config: RuntimeConfig, spec: ModelSpec, length: int, device: str, gp
     shard = Shard.of(spec, 0, num_ranks)
     weights = shard_bytes(spec, shard, dtype, torch.device(device), with_mtp=with_mtp)
     num_layers = spec.num_layers + with_mtp
-    block = KVCache.bytes_per_block(spec, shard, config.block_size, dtype, num_layers)
+    kv_dtype = cache_dtype(config.kv_cache_dtype, dtype)
+    block = KVCache.bytes_per_block(spec, shard, config.block_size, kv_dtype, num_layers)
     if device == "cuda":
         free = [gpu.free for gpu in gpus if gpu.free is not None]
         if not free:

@@ -60,8 +60,8 @@ def _attend(
         row_of_cache = block.to(tl.int64) * BLOCK_SIZE + position % BLOCK_SIZE
         source = (row_of_cache * NUM_KV_HEADS + kv_head)[:, None] * HEAD_DIM + column[None, :]
         mask = exists[:, None] & (column < HEAD_DIM)[None, :]
-        key = tl.load(keys + source, mask=mask, other=0.0)
-        value = tl.load(values + source, mask=mask, other=0.0)
+        key = tl.load(keys + source, mask=mask, other=0.0).to(query.dtype)
+        value = tl.load(values + source, mask=mask, other=0.0).to(query.dtype)
         scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
         scores = tl.where(exists[None, :], scores, float("-inf"))
         higher = tl.maximum(maximum, tl.max(scores, axis=1))
@@ -146,7 +146,7 @@ def attend(
         WIDTH=width,
         BLOCK_SIZE=block_size,
         NUM_PARTS=num_parts,
-        TILE=_TILE // 2 if keys.element_size() * head_dim > 512 else _TILE,
+        TILE=_TILE // 2 if queries.element_size() * head_dim > 512 else _TILE,
         ROWS=max(16, triton.next_power_of_2(group)),  # what the matrix units take at least
         COLUMNS=max(16, triton.next_power_of_2(head_dim)),
         **pdl.options(),

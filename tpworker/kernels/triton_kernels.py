@@ -186,15 +186,15 @@ def _norm_rotate_store(
     to_value = values + (row * NUM_KV_HEADS + head - NUM_HEADS - NUM_KV_HEADS) * HEAD_DIM
     tl.store(to_query + column, out_low, mask=is_query & inside)
     tl.store(to_query + half + column, out_high, mask=is_query & inside)
-    tl.store(to_key + column, out_low, mask=is_key & inside)
-    tl.store(to_key + half + column, out_high, mask=is_key & inside)
-    tl.store(to_value + column, out_low, mask=is_value & inside)
-    tl.store(to_value + half + column, out_high, mask=is_value & inside)
+    tl.store(to_key + column, out_low.to(keys.dtype.element_ty), mask=is_key & inside)
+    tl.store(to_key + half + column, out_high.to(keys.dtype.element_ty), mask=is_key & inside)
+    tl.store(to_value + column, out_low.to(keys.dtype.element_ty), mask=is_value & inside)
+    tl.store(to_value + half + column, out_high.to(keys.dtype.element_ty), mask=is_value & inside)
     if ROTARY_DIM < HEAD_DIM:
         out_rest = rest.to(query.dtype.element_ty)
         tl.store(to_query + rest_column, out_rest, mask=is_query & rest_inside)
-        tl.store(to_key + rest_column, out_rest, mask=is_key & rest_inside)
-        tl.store(to_value + rest_column, out_rest, mask=is_value & rest_inside)
+        tl.store(to_key + rest_column, out_rest.to(keys.dtype.element_ty), mask=is_key & rest_inside)
+        tl.store(to_value + rest_column, out_rest.to(keys.dtype.element_ty), mask=is_value & rest_inside)
 
 
 @triton.jit
@@ -273,4 +273,24 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     _silu_mul[(num_tokens, triton.cdiv(width, block))](
         gate_up, out, WIDTH=width, BLOCK=block, num_warps=4, **pdl.options()
     )
+    return out
+
+
+# ------------------------------------------------------------------------------------------ FP8
+
+
+@triton.jit
+def _narrow(x, out, SIZE, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    start_next(PDL)
+    wait(PDL)
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(x + place, mask=place < SIZE, other=0.0)
+    tl.store(out + place, value.to(out.dtype.element_ty), mask=place < SIZE)
+
+
+def narrow(x: Tensor) -> Tensor:
+    """In FP8 (E4M3), without a scale; what is beyond its range becomes the greatest that there is."""
+    assert x.is_contiguous()
+    out = torch.empty_like(x, dtype=torch.float8_e4m3fn)
+    _narrow[(triton.cdiv(x.numel(), 4096),)](x, out, x.numel(), BLOCK=4096, num_warps=8, **pdl.options())
     return out

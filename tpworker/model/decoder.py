@@ -68,6 +68,7 @@ class Decoder:
         collectives: the rank's group, of `shard.size` ranks.
         max_model_len: positions are below it; may exceed the model's own.
         attention: the backend of layers with plain scores; None: the best that there is for the device.
+        kv_dtype: of keys and values; None: that of the weights.
 
     Attributes:
         attention: the backend of all layers; of two, the one for windows, which can do the least.
@@ -81,6 +82,7 @@ class Decoder:
         collectives: Collectives,
         max_model_len: int,
         attention: Attention | None = None,
+        kv_dtype: torch.dtype | None = None,
     ) -> None:
         assert (collectives.rank, collectives.size) == (shard.rank, shard.size)
         self.spec = spec
@@ -95,10 +97,14 @@ class Decoder:
         local = {layer.is_local for layer in weights.layers}
         kinds = local if weights.mtp is None else local | {weights.mtp.layer.is_local}
         self._local = sorted(local)
-        self._kinds = {is_local: self._kind(is_local, max_model_len, attention) for is_local in sorted(kinds)}
+        self._kinds = {
+            is_local: self._kind(is_local, max_model_len, attention, kv_dtype) for is_local in sorted(kinds)
+        }
         self.attention = self._kinds[self._local[-1]].attention
 
-    def _kind(self, is_local: bool, max_model_len: int, attention: Attention | None) -> _Kind:
+    def _kind(
+        self, is_local: bool, max_model_len: int, attention: Attention | None, kv_dtype: torch.dtype | None
+    ) -> _Kind:
         """Of the layers with a window (`is_local`), or of the others."""
         spec, shard, table = self.spec, self.shard, self.weights.embed
         scale, rope = spec.attention_scale or spec.head_dim**-0.5, spec.rope
@@ -111,7 +117,13 @@ class Decoder:
                 scores = replace(scores, window=spec.window.size)
         if attention is None or scores != Scores.plain(spec.head_dim):
             attention = choose_attention(
-                shard.num_heads, shard.num_kv_heads, spec.head_dim, table.dtype, table.device, scores
+                shard.num_heads,
+                shard.num_kv_heads,
+                spec.head_dim,
+                table.dtype,
+                table.device,
+                scores,
+                kv_dtype,
             )
         return _Kind(attention, *rope_tables(rope, spec.head_dim, max_model_len, table.device))
 

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tpworker.kernels.operands import Places
+from tpworker.model.kv_cache import store
 
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -67,8 +68,8 @@ def norm_rotate_store(
         key = norm(heads[:, num_heads:num_rotated], norms[1], eps)
         rotated = torch.cat((query, key), dim=1)
     rotated = rotate(rotated, places.cos, places.sin)
-    keys.flatten(0, 1).index_copy_(0, places.rows, rotated[:, num_heads:])
-    values.flatten(0, 1).index_copy_(0, places.rows, heads[:, num_rotated:])
+    store(keys, places.rows, rotated[:, num_heads:])
+    store(values, places.rows, heads[:, num_rotated:])
     return rotated[:, :num_heads]
 
 

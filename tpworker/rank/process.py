@@ -42,7 +42,7 @@ from tpworker.ipc.wire import expect
 from tpworker.kernels.operands import HostMasks
 from tpworker.model.decoder import Decoder
 from tpworker.model.families import ModelSpec, read_spec
-from tpworker.model.kv_cache import KVCache
+from tpworker.model.kv_cache import KVCache, cache_dtype
 from tpworker.model.tp import Collectives, Shard
 from tpworker.model.weights import DecoderWeights
 from tpworker.rank.collectives import LIBRARY_SECONDS, connect
@@ -137,16 +137,16 @@ def assemble(
     with torch.inference_mode():
         row.enter(Phase.LOADING)
         kept = open_kept(boot, device)
-        spec, shard, weights, dtype = load_shard(boot, device, row, kept)
+        spec, shard, weights, kv_dtype = load_shard(boot, device, row, kept)
         row.enter(Phase.MEETING)
         collectives = meeting.result()
         # Drafts may be fed behind the end of the longest sequence, though to no effect; and behind a prompt
         # that fills it stands a token which is nobody's.
         most_positions = settings.max_model_len + settings.num_drafts
-        decoder = Decoder(spec, weights, shard, collectives, most_positions)
+        decoder = Decoder(spec, weights, shard, collectives, most_positions, kv_dtype=kv_dtype)
         row.enter(Phase.ALLOCATING)
         slots = make_slots(boot, device, spec, shard, most_positions)
-        cache = agree_on_cache(boot, plans, decoder, dtype, device, kept)
+        cache = agree_on_cache(boot, plans, decoder, kv_dtype, device, kept)
         return runner_class(
             decoder,
             cache,
@@ -277,7 +277,7 @@ def ring_rows(settings: RankSettings) -> int:
 def load_shard(
     boot: RankBoot, device: Device, row: Row, kept: KeptMemory
 ) -> tuple[ModelSpec, Shard, DecoderWeights, torch.dtype]:
-    """This rank's shard of the model, and its dtype; weights that an earlier process left are taken.
+    """This rank's shard, and the dtype of keys and values; weights that an earlier process left are taken.
 
     Raises:
         ModelError: the folder is not a model that is supported, or is broken.
@@ -303,7 +303,7 @@ def load_shard(
         more |= {"fd": boot.weights_fd, "number": boot.weights_number}
         weights = load_weights(folder, spec, shard, dtype, here, progress, admit, **more)
     device.synchronize()  # or the copies would count as part of what comes next
-    return spec, shard, weights, dtype
+    return spec, shard, weights, cache_dtype(settings.kv_cache_dtype, dtype)
 
 
 def check_room(boot: RankBoot, device: Device, wanted: int) -> None:

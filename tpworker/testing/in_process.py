@@ -57,6 +57,7 @@ class InProcessGroup:
         check_agreement: debug mode of `Runner`.
         prepare: as ranks do whose device captures graphs: decode batches are padded to a few sizes.
         speculative_method: who makes drafts, if `num_drafts` is set; n-grams have 1 to 3 tokens.
+        kv_cache_dtype: `auto`, or `fp8`.
         settings: fields of `SchedulerSettings`.
     """
 
@@ -70,6 +71,7 @@ class InProcessGroup:
         check_agreement: bool = False,
         prepare: bool = False,
         speculative_method: str = "ngram",
+        kv_cache_dtype: str = "auto",
         **settings: Any,
     ) -> None:
         defaults: dict[str, Any] = {
@@ -91,6 +93,7 @@ class InProcessGroup:
         self._dtype, self._jitter, self._check_agreement = dtype, jitter, check_agreement
         self._prepare = prepare
         self._speculative_method = speculative_method if self.settings.num_drafts else ""
+        self._kv_cache_dtype = kv_cache_dtype
         self._address = f"inproc://tpworker-{next(_names)}"
         self._ready = threading.Barrier(2)
         self._barrier = Barrier.create(num_ranks)
@@ -243,6 +246,7 @@ class InProcessGroup:
                 num_drafts=settings.num_drafts,
                 prompt_lookup_max=3,
                 prompt_lookup_min=1,
+                kv_cache_dtype=self._kv_cache_dtype,
             ),
             kept_fd=self._keeping.fd(rank),
         )

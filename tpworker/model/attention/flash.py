@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tpworker.model.attention.backend import Scores
 from tpworker.model.batch import Batch
+from tpworker.model.kv_cache import FP8
 
 _ops: Any = torch.ops
 
@@ -69,8 +70,10 @@ class FlashAttention:
     Args:
         num_heads, num_kv_heads: query heads and key-value heads of this rank.
         head_dim: size of a head.
-        dtype: of queries, keys and values.
+        dtype: of queries, and of what is attended.
         scores: None: plain ones.
+        kv_dtype: of keys and values; None: the same. The library wants queries in it, too: in FP8 these, and
+            the weights of values, are rounded to it.
         share_schedule: False: let every layer prepare for itself.
     """
 
@@ -84,12 +87,13 @@ class FlashAttention:
         dtype: torch.dtype,
         scores: Scores | None = None,
         *,
+        kv_dtype: torch.dtype | None = None,
         share_schedule: bool = True,
     ) -> None:
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
-        self.dtype = dtype
+        self.dtype = kv_dtype or dtype
         self.scores = scores or Scores.plain(head_dim)
         # To the left of a token, itself not counted; -1: all. As the library has it.
         self._left = -1 if self.scores.window is None else self.scores.window - 1
@@ -132,6 +136,10 @@ class FlashAttention:
     def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, plan: _Plan) -> Tensor:
         """See `Attention`."""
         is_decode = plan.query_starts is None
+        if keys.dtype == FP8:
+            from tpworker.kernels.triton_kernels import narrow
+
+            queries = narrow(queries)
         # Not the library's own `flash_attn_with_kvcache`, a Python operator around this one: the first call
         # of such an operator imports torch's compiler, which takes seconds, and each one takes 10 µs more.
         attended: Tensor = _ops.flash_attn_3.fwd(

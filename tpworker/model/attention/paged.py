@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tpworker.model.attention.backend import Scores
 from tpworker.model.batch import Batch
+from tpworker.model.kv_cache import FP8, take
 
 _GROUP_BYTES = 1024 * 1024  # of a group's gathered keys: about what a core's second-level cache holds
 _SCORES = 1 << 21  # of capped chunks, so many at a time
@@ -58,7 +59,7 @@ class PagedAttention:
     Args:
         num_heads, num_kv_heads: query heads H and key-value heads K of this rank; H is a multiple of K.
         head_dim: size of a head.
-        dtype: of queries, keys and values.
+        dtype: of queries, and of keys and values unless these are in FP8.
         scores: None: plain ones.
     """
 
@@ -195,10 +196,14 @@ class PagedAttention:
         for group in groups:
             batch, _, length = group.mask.shape  # s * K, 1, L
             q = queries[group.rows].reshape(batch, group_size, self.head_dim)
-            k = key_rows.index_select(0, group.keys).view(batch, length, self.head_dim).float()
-            scores = self._score(q, k, group.mask)
-            weights = torch.softmax(scores, dim=-1).to(value_rows.dtype).view(-1, length)
-            sums = F.embedding_bag(group.values, value_rows, per_sample_weights=weights, mode="sum")
+            k = take(key_rows, group.keys, torch.float32).view(batch, length, self.head_dim).float()
+            weights = torch.softmax(self._score(q, k, group.mask), dim=-1)
+            if value_rows.dtype == FP8:
+                v = take(value_rows, group.keys, self.dtype).view(batch, length, self.head_dim)
+                sums = torch.bmm(weights.to(self.dtype), v)
+            else:
+                weights = weights.to(value_rows.dtype).view(-1, length)
+                sums = F.embedding_bag(group.values, value_rows, per_sample_weights=weights, mode="sum")
             out[group.rows] = sums.view(-1, self.num_heads, self.head_dim)
 
     def _score(self, queries: Tensor, keys: Tensor, mask: Tensor) -> Tensor:
@@ -225,8 +230,8 @@ class PagedAttention:
         return out
 
     def _attend_chunk(self, queries: Tensor, keys: Tensor, values: Tensor, chunk: _Chunk) -> Tensor:
-        k = keys.flatten(0, 1).index_select(0, chunk.slots).transpose(0, 1)[None]  # [1, K, L, head_dim]
-        v = values.flatten(0, 1).index_select(0, chunk.slots).transpose(0, 1)[None]
+        k = take(keys.flatten(0, 1), chunk.slots, self.dtype).transpose(0, 1)[None]  # [1, K, L, head_dim]
+        v = take(values.flatten(0, 1), chunk.slots, self.dtype).transpose(0, 1)[None]
         if self.scores.softcap is not None:
             assert chunk.mask is not None
             return self._attend_capped(queries, k[0], v[0], chunk.mask)
