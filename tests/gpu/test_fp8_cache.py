@@ -132,7 +132,7 @@ def test_heads_are_stored_as_the_reference_stores_them() -> None:
     layer_ops.norm_rotate_store(heads, None, 1e-6, places, *here)
     norm_rotate_store(heads.to(DEVICE), None, 1e-6, there, *cuda)
     assert torch.equal(bytes_of(cuda[1]), bytes_of(here[1]))  # values are not rotated
-    near(cuda[0].float(), here[0].float(), 0.07)  # a bit of rounding before may be one of rounding to FP8
+    near(cuda[0].float(), here[0].float(), 0.03)  # a bit of rounding before may be one of rounding to FP8
 
 
 def test_narrowing_knows_no_overflow() -> None:
