@@ -134,7 +134,10 @@ SHARED = {"--speculative-config", "--speculative-method"}
         ("serve --dtype half", "argument --dtype: 'half': its name here is float16"),
         ("serve --dtype fp8", "argument --dtype: 'fp8': not supported yet: weights are served in float32"),
         ("serve --dtype x", "argument --dtype: invalid choice: 'x' (choose from"),
-        ("serve --kv-cache-dtype fp8_e5m2", "argument --kv-cache-dtype: 'fp8_e5m2': not supported: fp8 is E4M3"),
+        (
+            "serve --kv-cache-dtype fp8_e5m2",
+            "argument --kv-cache-dtype: 'fp8_e5m2': not supported: fp8 is E4M3",
+        ),
         ("serve --device gpu", "argument --device: 'gpu': its name here is cuda"),
         ("serve --load-format safetensors", "argument --load-format: 'safetensors': that is auto"),
         ("serve --speculative-method eagle", "argument --speculative-method: 'eagle': not supported: drafts"),

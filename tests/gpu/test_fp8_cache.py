@@ -26,7 +26,9 @@ from tpworker.model import layer_ops
 from tpworker.model.attention import flash
 from tpworker.model.attention.paged import PagedAttention
 from tpworker.model.attention.split import SplitAttention
+from tpworker.model.families import RopeSpec
 from tpworker.model.kv_cache import FP8, FP8_LARGEST, store
+from tpworker.model.rope import rope_tables
 
 pytestmark = [
     pytest.mark.gpu,
@@ -122,10 +124,10 @@ def test_flash_attention_reads_it(name: str, decodes: list[int], chunks: list[tu
 def test_heads_are_stored_as_the_reference_stores_them() -> None:
     from tpworker.kernels.triton_kernels import norm_rotate_store
 
-    heads, angle = randn(40, 12, 128, dtype=BF16, scale=3.0), torch.rand(40, 1, 128)
+    heads = randn(40, 12, 128, dtype=BF16, scale=3.0)
     heads[3, 11] = 5000.0
-    rows = torch.randperm(8 * 16)[:40]
-    places = Places(angle.cos(), angle.sin(), rows)
+    cos, sin = rope_tables(RopeSpec(theta=1e4), 128, 40, torch.device("cpu"))
+    places = Places(cos[:, None], sin[:, None], torch.randperm(8 * 16)[:40])
     there = Places(*(x.to(DEVICE) for x in places))
     here = [torch.zeros(8, 16, 2, 128).to(FP8) for _ in range(2)]
     cuda = [x.to(DEVICE) for x in here]
