@@ -67,7 +67,8 @@ def test_the_ring_stores_and_reads_it(shape: Shape, cut: Any) -> None:
     heads, new = newest(there, queries.to(DEVICE), *wide)
     narrow = wide[0].to(FP8), wide[1].to(FP8)
     result = attend(cut, there.block_tables, there.lengths, heads, *narrow, new)
-    near(result, expected, 5e-3)
+    errors = (result.cpu().float() - expected.float()).norm(dim=1) / expected.float().norm(dim=1)
+    assert errors.max() < 1e-2, dict(zip(LENGTHS, errors.tolist(), strict=True))
     for stored, held in zip(narrow, (keys, values), strict=True):
         assert torch.equal(bytes_of(stored), bytes_of(held.to(FP8)))
 
