@@ -22,6 +22,10 @@ BENCHMARKS = {
         "steps.kernels",
         "a decode step on a GPU, kernel by kernel, beside the peer and the bytes it must read",
     ),
+    "fill": (
+        "steps.fill",
+        "simulated clients and step times: how steps are filled, and what clients see of it",
+    ),
     "prompts": ("steps.prompts", "steps of prompts on a GPU, kernel by kernel, beside their operations"),
     "moe": (
         "steps.moe",

@@ -107,6 +107,9 @@ class SchedulerSettings:
     num_drafts: NumDrafts = 0  # of a slot, at most; 0: no speculation
     shortest_deadline: Seconds = 5.0  # of a step, if it is chosen
     kv_events: KvEventsSettings | None = None
+    target_itl: Seconds = 0.0  # between two tokens of a request; 0: every step holds as much as it may
+    target_ttft: Seconds = 0.0  # to its first token; with the other
+    has_graphs: bool = False  # steps are padded to a few sizes
 
 
 @dataclass(frozen=True, slots=True)

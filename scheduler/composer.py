@@ -37,6 +37,7 @@ from tpworker.ipc.drafting import most_drafts
 from tpworker.ipc.messages import Admission, BatchPlan, Chunk, Grant, Started
 from tpworker.scheduler.draft import Draft
 from tpworker.scheduler.drafting import Drafting
+from tpworker.scheduler.filling import Filling
 from tpworker.scheduler.inflight import InFlight, PromptPart
 from tpworker.scheduler.kept_blocks import Node
 from tpworker.scheduler.kv_blocks import BlockPool
@@ -61,13 +62,20 @@ class Composer:
         max_num_batched_tokens: token budget of a step, at least max_num_seqs.
         pool: the KV blocks.
         drafting: chooses how many drafts a plan has.
+        filling: chooses how much of the budget goes to prompts; None: all that decodes leaves.
     """
 
     def __init__(
-        self, max_num_seqs: int, max_num_batched_tokens: int, pool: BlockPool, drafting: Drafting
+        self,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        pool: BlockPool,
+        drafting: Drafting,
+        filling: Filling | None = None,
     ) -> None:
         self.pool = pool
         self.drafting = drafting
+        self.filling = filling
         self.waiting = Queue()
         self.running: list[Request] = []  # in the order of their keys
         self.num_preemptions = 0
@@ -75,6 +83,7 @@ class Composer:
         self.num_cached_tokens = 0
         self._num_asking = 0  # of the running, who want logprobs
         self._num_guided = 0  # of the running
+        self._num_prefilling = 0  # of the running
         self._computing: dict[int, Request] = {}  # of groups: who computes what the others will share
         self._num_slots = max_num_seqs
         self._budget = max_num_batched_tokens
@@ -116,6 +125,8 @@ class Composer:
         """
         draft = Draft(self._budget, self._choose_num_drafts())
         self._decode(draft)
+        if self.filling is not None and (self._num_prefilling or (self.waiting and self._free_slots)):
+            draft.budget = min(draft.budget, self._choose_num_prompt_tokens(draft, self.filling))
         self._prefill(draft)
         self._admit(draft)
         if not draft.decoding and not draft.chunks:
@@ -124,7 +135,10 @@ class Composer:
             self._register(request, request.computed, 0)
             if request.state is State.DECODING:
                 self._let_siblings_pass(request)
-        return self._plan(draft, generation, step), self._snapshot(draft, step)
+        in_flight = draft.in_flight(
+            step, self._num_asking > 0, self._num_guided > 0, self.pool.take_unanswered()
+        )
+        return self._plan(draft, generation, step), in_flight
 
     def _choose_num_drafts(self) -> int:
         """Of the next plan: its rows are bounded, and leave half of the budget to prompts."""
@@ -134,6 +148,13 @@ class Composer:
         num_sampled = len(self.running) + min(len(self.waiting), len(self._free_slots))
         most = most_drafts(choices, num_sampled, self._budget // 2)
         return self.drafting.choose(num_sampled, most)
+
+    def _choose_num_prompt_tokens(self, draft: Draft, filling: Filling) -> int:
+        """Of the plan, at most."""
+        waiting = self.waiting.num_tokens if self._free_slots else 0
+        if self._num_prefilling:
+            waiting += sum(r.target - r.computed for r in self.running if r.state is State.PREFILLING)
+        return filling.choose(len(draft.decoding), self._budget - draft.budget, waiting)
 
     def _decode(self, draft: Draft) -> None:
         index = 0
@@ -193,6 +214,7 @@ class Composer:
         if sample:
             request.state = State.DECODING
             request.in_flight += 1
+            self._num_prefilling -= 1
 
     def _plan(self, draft: Draft, generation: int, step: int) -> BatchPlan:
         decode = [request.slot for request in draft.decoding]
@@ -208,37 +230,6 @@ class Composer:
             tuple(draft.chunks),
             None if unchanged else pack_int32(decode),
             draft.num_drafts,
-        )
-
-    def _snapshot(self, draft: Draft, step: int) -> InFlight:
-        sampled = draft.decoding + [
-            request for request, chunk in zip(draft.prefilling, draft.chunks, strict=True) if chunk.sample
-        ]
-        prefill_tokens = sum(chunk.length for chunk in draft.chunks)
-        wants_logprobs = self._num_asking > 0 and any(request.wants_logprobs for request in sampled)
-        guided = []
-        if self._num_guided:
-            guided = [
-                (request.slot, request, request.least_length - 1 - request.num_prompt)
-                for request in sampled
-                if request.is_guided
-            ]
-        num_decodes = len(draft.decoding)
-        most = [1] * len(sampled)
-        if draft.num_drafts:
-            most[:num_decodes] = [1 + draft.num_drafts * (not r.is_guided) for r in draft.decoding]
-        return InFlight(
-            step,
-            sampled,
-            most,
-            wants_logprobs,
-            tuple(draft.started),
-            draft.told,
-            prefill_tokens,
-            num_decodes,
-            draft.num_drafts,
-            guided,
-            self.pool.take_unanswered(),
         )
 
     # ----------------------------------------------------------------------- slots and blocks
@@ -267,6 +258,7 @@ class Composer:
         request.num_registered, request.last_node = len(shared), node
         insort(self.running, request, key=_by_key)
         self.drafting.renew()
+        self._num_prefilling += 1
         self._num_asking += request.wants_logprobs
         self._num_guided += request.is_guided
         self._start(request, num_cached, draft)
@@ -328,6 +320,7 @@ class Composer:
     def _take_slot_away(self, request: Request) -> None:
         self._register(request, min(request.computed, len(request.tokens)), len(request.tokens) - 1)
         self.running.remove(request)
+        self._num_prefilling -= request.state is State.PREFILLING
         self._num_asking -= request.wants_logprobs
         self._num_guided -= request.is_guided
         self.pool.release(request.blocks)
@@ -373,6 +366,8 @@ class Composer:
         assert self._num_asking == len(asking), "who wants logprobs is miscounted"
         num_guided = sum(request.is_guided for request in self.running)
         assert self._num_guided == num_guided, "who is guided is miscounted"
+        num_prefilling = sum(request.state is State.PREFILLING for request in self.running)
+        assert self._num_prefilling == num_prefilling, "whose prompts are under way is miscounted"
         slots = [request.slot for request in self.running]
         assert sorted(slots + self._free_slots) == list(range(self._num_slots)), "a slot is lost or doubled"
         for request in self.running:

@@ -42,6 +42,7 @@ from tpworker.scheduler.commit import Committed
 from tpworker.scheduler.composer import Composer
 from tpworker.scheduler.deadlines import Deadlines
 from tpworker.scheduler.drafting import Drafting
+from tpworker.scheduler.filling import filling_of
 from tpworker.scheduler.guides import Guides
 from tpworker.scheduler.inflight import Answer, InFlight, InFlightPlans
 from tpworker.scheduler.kept_blocks import KeptBlocks
@@ -93,7 +94,10 @@ class Scheduler:
         pool = BlockPool(num_kv_blocks, settings.block_size, settings.prefix_caching, kept, events)
         self._events = events
         self.drafting = Drafting(draft_choices(settings.num_drafts))
-        self.composer = Composer(settings.max_num_seqs, settings.max_num_batched_tokens, pool, self.drafting)
+        self.filling = filling_of(settings)
+        self.composer = Composer(
+            settings.max_num_seqs, settings.max_num_batched_tokens, pool, self.drafting, self.filling
+        )
         self.deadlines = Deadlines(settings.step_timeout, settings.shortest_deadline)
         self.in_flight = InFlightPlans(settings.lookahead, self.deadlines)
         self.next_step = 0
@@ -253,6 +257,9 @@ class Scheduler:
         told_of_prompts = prompt_logprobs(plan, result)  # of those that have not ended by now
         if self.settings.num_drafts:
             self._learn(answer)
+        if self.filling is not None:
+            seconds = (result.timing.ended - result.timing.started) / 1e9
+            self.filling.answered(plan.num_decodes, plan.num_prefill_tokens, seconds)
         committed = Committed.of(answer, complete)
         self._computed += plan.registered
         self._filled += committed.filled

@@ -17,6 +17,9 @@ class Queue:
 
     def __init__(self) -> None:
         self._heap: list[tuple[Key, Request]] = []  # keys are unique: requests are never compared
+        self._num_tokens: dict[Key, int] = {}  # that each had when it came
+        self.num_tokens = 0
+        """Of all requests in it, as they came: one that was preempted may get some more while it waits."""
         self._removed: set[Key] = set()
 
     def __len__(self) -> int:
@@ -29,6 +32,8 @@ class Queue:
     def push(self, request: Request) -> None:
         """It waits from now on; it must not be in the queue."""
         heapq.heappush(self._heap, (request.key, request))
+        self._num_tokens[request.key] = len(request.tokens)
+        self.num_tokens += len(request.tokens)
 
     def first(self) -> Request:
         """The next request; there must be one."""
@@ -40,12 +45,14 @@ class Queue:
         """Takes the next request out; there must be one."""
         request = self.first()
         heapq.heappop(self._heap)
+        self.num_tokens -= self._num_tokens.pop(request.key)
         self._forget_removed()
         return request
 
     def remove(self, request: Request) -> None:
         """Takes out a request that is in the queue, for good: it is never pushed again."""
         self._removed.add(request.key)
+        self.num_tokens -= self._num_tokens.pop(request.key)
         self._forget_removed()
 
     def _forget_removed(self) -> None:

@@ -82,8 +82,15 @@ class RuntimeConfig(Named):
     """Most requests that run at once: the number of slots. None: 256 on GPUs, 64 on the CPU, but no more than
     the token budget that is asked for."""
     max_num_batched_tokens: int | None = None
-    """Token budget of one step: decoding requests count one each, the rest goes to prefill chunks. None: 2048
-    on GPUs, 512 on the CPU, or as many as there are slots."""
+    """Token budget of one step: decoding requests count one each, the rest goes to prefill chunks. None: at
+    most 8192 on GPUs, 512 on the CPU, or as many as there are slots; how many of them a step takes is chosen
+    by `target_itl` and `target_ttft`. If it is given, and those are not, a step takes as much as there is."""
+    target_itl: float | None = None
+    """Seconds between two tokens of a request (ITL) that steps with prompts keep to, if three steps without
+    prompts take no longer: so small are the chunks of prompts. None: 0.035 s."""
+    target_ttft: float | None = None
+    """Seconds to the first token (TTFT): when all that waits would take longer than that in small chunks,
+    steps are as large as they may be, and tokens come more slowly. None: 0.4 s."""
     lookahead: int = 2
     """Steps launched beyond the oldest unanswered one. 0 is the plain schedule, without overlap."""
     block_size: int = 16
@@ -229,6 +236,9 @@ class RuntimeConfig(Named):
         )
         self._check(0 < self.start_timeout <= 86400, "start_timeout", "above 0 and at most 86400 seconds")
         self._check(0 <= self.max_restarts <= 2**20, "max_restarts", f"from 0 to {2**20}")
+        for name in ("target_itl", "target_ttft"):
+            given = getattr(self, name)
+            self._check(given is None or 0 < given <= 3600, name, "above 0 and at most 3600 seconds")
         self._check(0 < self.restart_window <= 1e6, "restart_window", "above 0 and at most 1000000 seconds")
 
     def _check_speculation(self) -> None:

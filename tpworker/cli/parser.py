@@ -198,8 +198,8 @@ def _add_memory_options(group: _Group) -> None:
     _add(
         group,
         "--max-num-batched-tokens",
-        "most tokens of one step: one for each request that decodes, the rest for prompts (default: 2048 on "
-        "GPUs, 512 on the CPU)",
+        "most tokens of one step: one for each request that decodes, the rest for prompts (default: chosen "
+        "step by step, up to 8192 on GPUs and 512 on the CPU)",
         **_COUNT,
     )
     _add(group, "--block-size", "tokens in one KV block, a power of two", **_COUNT)
@@ -260,6 +260,20 @@ def _add_schedule_options(group: _Group) -> None:
 
 def _add_fault_options(group: _Group) -> None:
     """Of what is a fault, and how many may be."""
+    _add(
+        group,
+        "--target-itl",
+        "seconds between two tokens that steps with prompts keep to, in chunks that are so small (default: "
+        "0.035, or three steps without prompts)",
+        **_SECONDS,
+    )
+    _add(
+        group,
+        "--target-ttft",
+        "seconds to the first token: if all that waits would take longer in small chunks, steps are as large "
+        "as they may be (default: 0.4)",
+        **_SECONDS,
+    )
     _add(
         group,
         "--step-timeout",

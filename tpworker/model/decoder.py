@@ -228,6 +228,16 @@ class Decoder:
         excerpt.weights = replace(self.weights, layers=tuple(firsts.values()))
         return excerpt
 
+    def step_bytes(self, num_tokens: int) -> int:
+        """Memory that a step of so many tokens takes beside weights and cache, about, at its widest place."""
+        spec, shard = self.spec, self.shard
+        heads = (shard.num_heads + 2 * shard.num_kv_heads + shard.num_heads) * spec.head_dim
+        widest = max(heads, 3 * shard.mlp.local)
+        if spec.moe is not None and shard.expert is not None:
+            chosen = spec.moe.experts_per_token + spec.moe.num_shared
+            widest = max(widest, chosen * (3 * shard.expert.local + spec.hidden_size))
+        return num_tokens * (4 * spec.hidden_size + widest) * self.weights.embed.element_size()
+
     def logits(self, hidden: Tensor) -> Tensor:
         """From hidden [R, D] to [R, vocab_local]: tokens from `vocab_start` on, padding is -inf.
 

@@ -20,6 +20,7 @@ from functools import partial
 from typing import Generic, TypeVar
 
 from tpworker.ipc.drafting import MOST_ROWS
+from tpworker.ipc.step_sizes import step_ladder
 from tpworker.model.sampling import SamplingMode
 from tpworker.rank.device import Device
 
@@ -43,21 +44,17 @@ def ladder(most: int) -> list[int]:
     return [*(size for size in sizes if size < most), most]
 
 
-MOST_TOKENS = 2048
-"""A mixed step of more is launched kernel by kernel: it keeps even a small model's GPU busy for about as long
-as the host needs. (One H200 with a slow host. Qwen3-0.6B: 10 ms of the host for any number of tokens, 0.5
-ms with graphs; the GPU takes 1.2 ms for 16 tokens, 4.4 ms for 963. Qwen3-8B: 12 and 0.6 ms; 4.6 ms for 16
-tokens, 15 ms for 575.)"""
+MOST_TOKENS = 8192
+"""A mixed step of more is launched kernel by kernel: with so many the GPU is busy for far longer than the
+host needs. (One H200 with a slow host. Qwen3-0.6B: 10 ms of the host for any number of tokens, 0.5 ms with
+graphs; the GPU takes 1.2 ms for 16 tokens, 4.4 ms for 963. Qwen3-8B: 12 and 0.6 ms; 4.6 ms for 16 tokens, 185
+ms for 8192. But several such steps ahead of the GPU are more kernels than the driver's queue takes, and then
+the host spins.)"""
 
 
 def token_ladder(most: int) -> list[int]:
-    """Numbers of tokens to capture, ascending, up to `most` or MOST_TOKENS.
-
-    Close to each other: products take time for padding too, and a capture some 20 ms.
-    """
-    most = min(most, MOST_TOKENS)
-    sizes = [16, *range(32, 512, 32), *range(512, 1024, 64), *range(1024, most, 128)]
-    return [*(size for size in sizes if size < most), most]
+    """Numbers of tokens to capture, ascending, up to `most` or MOST_TOKENS."""
+    return step_ladder(min(most, MOST_TOKENS))
 
 
 _K = TypeVar("_K")

@@ -140,8 +140,7 @@ def assemble(
         spec, shard, weights, kv_dtype = load_shard(boot, device, row, kept)
         row.enter(Phase.MEETING)
         collectives = meeting.result()
-        # Drafts may be fed behind the end of the longest sequence, though to no effect; and behind a prompt
-        # that fills it stands a token which is nobody's.
+        # Drafts are fed behind the end of the longest sequence, and stand there, though to no effect.
         most_positions = settings.max_model_len + settings.num_drafts
         decoder = Decoder(spec, weights, shard, collectives, most_positions, kv_dtype=kv_dtype)
         row.enter(Phase.ALLOCATING)
@@ -351,7 +350,7 @@ def agree_on_cache(
     if memory is not None:
         offer = memory.nbytes // block_bytes
     else:
-        offer = wanted or blocks_that_fit(boot, device, block_bytes)
+        offer = wanted or blocks_that_fit(boot, device, decoder, block_bytes)
     plans.send(RankLoaded(boot.generation, boot.rank, offer, has_kept=memory is not None))
     answer = plans.receive(settings.start_timeout)
     if answer is None:
@@ -366,14 +365,15 @@ def agree_on_cache(
     return KVCache(spec, shard, num_blocks, block_size, dtype, device.torch_device, num_layers, memory)
 
 
-def blocks_that_fit(boot: RankBoot, device: Device, block_bytes: int) -> int:
+def blocks_that_fit(boot: RankBoot, device: Device, decoder: Decoder, block_bytes: int) -> int:
     """How many blocks of the KV cache a rank has memory for, and a use.
 
     Raises:
         ConfigError: not even two: the null block, and one to be of use.
     """
     settings = boot.settings
-    share = int(device.free_bytes(boot.num_ranks) * settings.gpu_memory_utilization)
+    free = device.free_bytes(boot.num_ranks) - decoder.step_bytes(settings.max_num_batched_tokens)
+    share = int(max(0, free) * settings.gpu_memory_utilization)
     most = settings.max_num_seqs * -(-settings.max_model_len // settings.block_size) + 1
     if share < 2 * block_bytes:
         raise ConfigError(

@@ -27,10 +27,10 @@ class StepSizes:
     def of(cls, config: RuntimeConfig, device: str) -> StepSizes:
         """As configured, or what suits the device ('cpu' or 'cuda'); what is asked for moves the other one.
 
-        On an H200, 64 slots and 512 tokens lose to these with 256 clients, and with prompts of thousands of
-        tokens (docs/benchmarks.md). A CPU is as fast in small steps as in large ones, and answers sooner.
+        How many of the tokens a step takes is chosen step by step, unless they are asked for
+        (scheduler/filling.py). A CPU is as fast in small steps as in large ones, and answers sooner.
         """
-        slots, tokens = (256, 2048) if device == "cuda" else (64, 512)
+        slots, tokens = (256, 8192) if device == "cuda" else (64, 512)
         if config.max_num_seqs is not None:
             slots, tokens = config.max_num_seqs, max(tokens, config.max_num_seqs)
         if config.max_num_batched_tokens is not None:
@@ -101,6 +101,16 @@ def resolve_max_model_len(config: RuntimeConfig, spec: ModelSpec) -> int:
     return config.max_model_len
 
 
+TARGET_ITL, TARGET_TTFT = 0.035, 0.4
+"""Seconds, where none are given; see `RuntimeConfig`."""
+
+
+def is_chosen(config: RuntimeConfig) -> bool:
+    """Whether it is chosen, step by step, how much of its budget is used."""
+    has_targets = config.target_itl is not None or config.target_ttft is not None
+    return has_targets or config.max_num_batched_tokens is None
+
+
 def scheduler_settings(
     config: RuntimeConfig, spec: ModelSpec, device: str, max_model_len: int
 ) -> SchedulerSettings:
@@ -119,6 +129,9 @@ def scheduler_settings(
         num_drafts=Speculation.of(config).num_drafts,
         shortest_deadline=SHORTEST_SECONDS[device],
         kv_events=_kv_events_settings(config.kv_events_config, device),
+        target_itl=config.target_itl or TARGET_ITL if is_chosen(config) else 0.0,
+        target_ttft=config.target_ttft or TARGET_TTFT if is_chosen(config) else 0.0,
+        has_graphs=device == "cuda",
     )
 
 
