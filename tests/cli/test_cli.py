@@ -78,6 +78,8 @@ FLAGS = {
     "--start-timeout",
     "--step-timeout",
     "--tensor-parallel-size",
+    "--target-itl",
+    "--target-ttft",
     "--tool-call-parser",
     "--trace",
     "-h",
@@ -164,7 +166,7 @@ def test_every_option_gets_to_its_place() -> None:
         --root-path /llm/ --shutdown-timeout 2.5 --enable-force-include-usage --chat-template t.jinja
         --tool-call-parser hermes --reasoning-parser qwen3 --enable-sleep-mode --enable-weight-updates
         --speculative-method ngram --num-speculative-tokens 3 --prompt-lookup-max 6 --prompt-lookup-min 3
-        --kv-cache-dtype fp8
+        --kv-cache-dtype fp8 --target-itl 0.02 --target-ttft 2.5
     """
     options = parse(*arguments.split())
     assert options.config == RuntimeConfig(
@@ -180,6 +182,8 @@ def test_every_option_gets_to_its_place() -> None:
         lookahead=3,
         block_size=32,
         kv_cache_dtype="fp8",
+        target_itl=0.02,
+        target_ttft=2.5,
         gpu_memory_utilization=0.5,
         prefix_caching=False,
         scheduling_policy="priority",

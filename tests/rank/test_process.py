@@ -43,15 +43,25 @@ class Wire:
         return Allocate(0, self.answer or self.offers[-1])
 
 
+STEP = 48
+"""Bytes that a step takes for each of its tokens."""
+
+
 def agree(wire: Wire, free_bytes: int, kept: HostMemory | None = None, **changes: Any) -> KVCache:
     fields = {
         "num_kv_blocks": 0, "gpu_memory_utilization": 0.5, "max_num_seqs": 4, "max_model_len": 64,
-        "block_size": 16, "start_timeout": 1.0, **changes,
+        "block_size": 16, "start_timeout": 1.0, "max_num_batched_tokens": 100, **changes,
     }  # fmt: skip
     boot: Any = SimpleNamespace(generation=0, rank=0, num_ranks=1, settings=SimpleNamespace(**fields))
     weights = SimpleNamespace(mtp=None)
-    decoder: Any = SimpleNamespace(spec=SPEC, shard=Shard.of(SPEC, 0, 1), weights=weights)
-    device: Any = SimpleNamespace(torch_device=CPU, free_bytes=lambda num_ranks: free_bytes)
+    decoder: Any = SimpleNamespace(
+        spec=SPEC,
+        shard=Shard.of(SPEC, 0, 1),
+        weights=weights,
+        step_bytes=lambda num_tokens: STEP * num_tokens,
+    )
+    free = free_bytes + 100 * STEP  # free_bytes: beyond what a step of 100 tokens takes
+    device: Any = SimpleNamespace(torch_device=CPU, free_bytes=lambda num_ranks: free)
     plans: Any = wire
     if kept is not None:
         return agree_on_cache(boot, plans, decoder, torch.float32, device, kept)
@@ -65,7 +75,9 @@ def agree(wire: Wire, free_bytes: int, kept: HostMemory | None = None, **changes
 def test_the_offer_is_what_fits_into_its_share_of_the_free_memory() -> None:
     wire = Wire()
     assert agree(wire, free_bytes=2 * 7 * BLOCK_BYTES).num_blocks == 7
-    assert wire.offers == [7]
+    assert agree(wire, free_bytes=2 * 7 * BLOCK_BYTES - 1).num_blocks == 6
+    assert agree(wire, free_bytes=2 * 7 * BLOCK_BYTES, max_num_batched_tokens=101).num_blocks == 6
+    assert wire.offers == [7, 6, 6]
 
 
 def test_no_more_is_offered_than_all_slots_could_use() -> None:
