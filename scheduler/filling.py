@@ -139,6 +139,14 @@ class Filling:
 
     # ----------------------------------------------------------------------------------- estimates
 
+    def expected(self, num_decodes: int, num_prefill_tokens: int) -> float:
+        """Seconds that a step of these should take; 0: not known."""
+        plain = self._plain_seconds(num_decodes)
+        if not num_prefill_tokens:
+            return plain
+        seconds = self._token_seconds(num_prefill_tokens) * num_prefill_tokens
+        return seconds + plain if seconds else 0.0
+
     def _longest(self, num_decodes: int) -> float:
         """Seconds that a step may take without being slow."""
         return max(self._target_itl, PLAIN_STEPS * self._plain_seconds(num_decodes))

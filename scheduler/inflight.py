@@ -8,12 +8,18 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from itertools import islice
 
 from tpworker.ipc.arrays import unpack_int32
 from tpworker.ipc.messages import LOGPROB_ROW_BYTES, Started, StepResult
 from tpworker.ipc.patience import Patience
 from tpworker.scheduler.deadlines import Deadlines
+from tpworker.scheduler.filling import Filling
 from tpworker.scheduler.requests import Request
+
+ENOUGH_SECONDS = 0.005
+"""Of plans that wait behind the one that runs. More work there does nothing for a host that needs less time
+than that for the next plan, and a prompt that comes has to wait for all of it."""
 
 STEP_PATIENCE = 1.25
 """Times a step's deadline: the ranks, who wait for each other that long, know better whom they miss."""
@@ -94,13 +100,16 @@ class InFlightPlans:
     Args:
         lookahead: see above.
         deadlines: how long the oldest plan may take to be answered, and told how long each took.
+        filling: knows what a plan should take; None: that does not count.
     """
 
-    def __init__(self, lookahead: int, deadlines: Deadlines) -> None:
+    def __init__(self, lookahead: int, deadlines: Deadlines, filling: Filling | None = None) -> None:
         self._limit = lookahead + 1
         self._plans: deque[InFlight] = deque()
         self._deadlines = deadlines
         self._seconds: deque[float] = deque()  # that each plan may take
+        self._filling = filling
+        self._expected: deque[float] = deque()  # seconds that each should take; 0: not known
         self.patience = Patience(0.0)
         """With the oldest plan, since it has been the next to be answered. Not since it was streamed: with
         lookahead it waited its turn behind others."""
@@ -124,12 +133,15 @@ class InFlightPlans:
         return max(self._seconds)
 
     def has_room(self) -> bool:
-        """Whether one more plan may be streamed before the oldest is answered."""
-        return len(self._plans) < self._limit
+        """Whether one more plan may be streamed before the oldest is answered, and would be of use."""
+        ahead = sum(islice(self._expected, 1, None))
+        return len(self._plans) < self._limit and ahead < ENOUGH_SECONDS
 
     def add(self, plan: InFlight) -> None:
-        assert self.has_room()
+        assert len(self._plans) < self._limit
         self._plans.append(plan)
+        seconds = self._filling.expected(plan.num_decodes, plan.num_prefill_tokens) if self._filling else 0.0
+        self._expected.append(seconds)
         self._seconds.append(self._deadlines.of(plan.num_tokens))
         if len(self._plans) == 1:
             self.patience = Patience(self.deadline * STEP_PATIENCE)
@@ -145,6 +157,7 @@ class InFlightPlans:
             raise ProtocolError(f"an answer to step {result.step}, but the oldest unanswered is {waiting}")
         answer = Answer.of(self._plans.popleft(), result)
         self._seconds.popleft()
+        self._expected.popleft()
         self._deadlines.answered(answer.plan.num_tokens, self.patience.spent())
         if self._plans:
             self.patience = Patience(self.deadline * STEP_PATIENCE)

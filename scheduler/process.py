@@ -99,7 +99,7 @@ class Scheduler:
             settings.max_num_seqs, settings.max_num_batched_tokens, pool, self.drafting, self.filling
         )
         self.deadlines = Deadlines(settings.step_timeout, settings.shortest_deadline)
-        self.in_flight = InFlightPlans(settings.lookahead, self.deadlines)
+        self.in_flight = InFlightPlans(settings.lookahead, self.deadlines, self.filling)
         self.next_step = 0
         self._open: dict[int, Request] = {}
         self._num_arrived = 0

@@ -92,7 +92,8 @@ class RuntimeConfig(Named):
     """Seconds to the first token (TTFT): when all that waits would take longer than that in small chunks,
     steps are as large as they may be, and tokens come more slowly. None: 0.4 s."""
     lookahead: int = 2
-    """Steps launched beyond the oldest unanswered one. 0 is the plain schedule, without overlap."""
+    """Steps launched beyond the oldest unanswered one, at most: where they are long, and their sizes are
+    chosen, it is one. 0 is the plain schedule, without overlap."""
     block_size: int = 16
     """Tokens in one KV block."""
     num_kv_blocks: int | None = None

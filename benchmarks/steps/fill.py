@@ -24,13 +24,14 @@ from rich.table import Table
 from benchmarks.common.options import positive
 from benchmarks.common.report import machine, quantile, save
 from tpworker.ipc.arrays import pack_int32
-from tpworker.ipc.messages import Sampling, Submit
+from tpworker.ipc.messages import Sampling, StepResult, StepTiming, Submit
 from tpworker.ipc.step_sizes import step_ladder
 from tpworker.runtime.settings import TARGET_ITL, TARGET_TTFT
 from tpworker.scheduler.composer import Composer
+from tpworker.scheduler.deadlines import Deadlines
 from tpworker.scheduler.drafting import Drafting
 from tpworker.scheduler.filling import Filling
-from tpworker.scheduler.inflight import InFlight
+from tpworker.scheduler.inflight import InFlight, InFlightPlans
 from tpworker.scheduler.kv_blocks import BlockPool
 from tpworker.scheduler.requests import Request, State
 
@@ -121,13 +122,15 @@ class World:
             when += self._random.expovariate(load.rate) if load.rate else 1e-5
             heapq.heappush(self._arrivals, (when, load.rounds - 1))
         flying: deque[tuple[InFlight, float, float]] = deque()  # with its time, and when it ends
+        in_flight = InFlightPlans(LOOKAHEAD, Deadlines(1e6, 1.0), self._filling)
         while self._arrivals or not self.composer.is_idle():
-            while len(flying) <= LOOKAHEAD and (composed := self.composer.compose(0, step)) is not None:
+            while in_flight.has_room() and (composed := self.composer.compose(0, step)) is not None:
                 plan = composed[1]
                 contexts = sum(len(request.tokens) for request in plan.sampled[: plan.num_decodes])
                 seconds = step_seconds(plan, contexts, self._ladder)
                 free = max(now, free) + seconds
                 flying.append((plan, seconds, free))
+                in_flight.add(plan)
                 self.seen.steps.append(plan.num_prefill_tokens)
                 step += 1
             comes = self._arrivals[0][0] if self._arrivals else float("inf")
@@ -136,6 +139,9 @@ class World:
             if comes <= ends:
                 self._admit(now)
             else:
+                plan = flying[0][0]
+                tokens = pack_int32([1] * len(plan.sampled))
+                in_flight.answered(StepResult(0, plan.step, tokens, StepTiming(0, 0, 0)))
                 self._commit(*flying.popleft())
         self.seen.seconds = now
         return self.seen

@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 
 from benchmarks.common.report import quantile
 from benchmarks.steps.fill import Load, simulate
+from tpworker.ipc.messages import StepResult, StepTiming
 from tpworker.ipc.step_sizes import step_ladder
+from tpworker.scheduler.deadlines import Deadlines
 from tpworker.scheduler.filling import (
     FEWEST,
     FIRST_GUESS,
@@ -17,6 +19,7 @@ from tpworker.scheduler.filling import (
     SAVED_AT_FIRST,
     Filling,
 )
+from tpworker.scheduler.inflight import InFlight, InFlightPlans
 
 MOST = 8192
 TOKEN, PLAIN = 20e-6, 5e-3  # seconds
@@ -152,3 +155,33 @@ def test_fixed_steps_do_lose_some_of_it() -> None:
     assert quantile(few.itl, 0.99) > 0.04
     many = simulate(Load(1024, 256, 64), "8192")
     assert quantile(many.ttft, 0.5) > 0.6
+
+
+def test_it_is_known_beforehand_what_a_step_should_take() -> None:
+    made = filling()
+    assert made.expected(16, 0) == pytest.approx(PLAIN)
+    assert made.expected(0, 2000) == pytest.approx(2000 * TOKEN)
+    assert made.expected(16, 2000) == pytest.approx(PLAIN + 2000 * TOKEN)
+    made = Filling(MOST, 0.035, 0.4)
+    assert (made.expected(16, 0), made.expected(16, 2000)) == (0.0, 0.0)
+    made.answered(16, 0, PLAIN)
+    assert made.expected(16, 2000) == 0.0, "only half of it is known"
+
+
+@pytest.mark.parametrize(("prompts", "ahead"), [(0, 4), (100, 3), (200, 2), (8000, 2)])
+def test_no_more_is_planned_ahead_than_gives_the_host_time(prompts: int, ahead: int) -> None:
+    """Decode steps of 2 ms, and prompts of 20 µs a token: as many as a lookahead of 3 allows, or 5 ms."""
+    made = filling()
+    for _ in range(60):
+        made.answered(1, 0, 0.002)
+    plans = InFlightPlans(3, Deadlines(1.0, 1.0), made)
+    while plans.has_room():
+        step = len(plans)
+        plans.add(InFlight(step, [], [], False, (), [], prompts, 1, 0, [], []))
+    assert len(plans) == ahead, "the one that runs, and what waits behind it"
+    plans.answered(StepResult(0, 0, b"", StepTiming(0, 0, 0)))
+    assert plans.has_room()
+    unknown = InFlightPlans(3, Deadlines(1.0, 1.0))
+    while unknown.has_room():
+        unknown.add(InFlight(len(unknown), [], [], False, (), [], prompts, 1, 0, [], []))
+    assert len(unknown) == 4
