@@ -49,10 +49,13 @@ class Load:
     clients: int
     rate: float = 0.0
     rounds: int = 3
+    shared: int = 0
+    """Tokens at the beginning of all prompts, which the prefix cache has."""
 
     def __str__(self) -> str:
         how = f"{self.rate:g}/s" if self.rate else f"{self.clients} clients"
-        return f"{self.prompt} / {self.output}, {how}"
+        prompt = f"{self.shared} + {self.prompt - self.shared}" if self.shared else f"{self.prompt}"
+        return f"{prompt} / {self.output}, {how}"
 
 
 LOADS = (
@@ -62,6 +65,10 @@ LOADS = (
     Load(1024, 256, 256, rounds=2),
     Load(8000, 16, 8, rounds=6),
     Load(16000, 200, 8),
+    Load(2100, 128, 32, shared=2000),
+    Load(8192, 1024, 8),
+    Load(8192, 1024, 32, rounds=2),
+    Load(8192, 1024, 64, rounds=2),
     Load(1024, 256, 300, rate=16.9, rounds=1),
 )
 
@@ -106,7 +113,7 @@ class World:
     def __init__(self, load: Load, most: int, filling: Filling | None, seed: int = 0) -> None:
         self._load, self._filling, self._random = load, filling, random.Random(seed)
         blocks = SLOTS * -(-(load.prompt + load.output + 1) // BLOCK_SIZE) + 64
-        pool = BlockPool(blocks, BLOCK_SIZE, False, None, None)
+        pool = BlockPool(blocks, BLOCK_SIZE, load.shared > 0, None, None)
         self.composer = Composer(SLOTS, most, pool, Drafting((0,)), filling)
         self._ladder = step_ladder(MOST)
         self._arrivals: list[tuple[float, int]] = []  # when, and how many more of this client
@@ -149,7 +156,9 @@ class World:
     def _admit(self, now: float) -> None:
         _, more = heapq.heappop(self._arrivals)
         self._num_came += 1
-        prompt = pack_int32([self._random.randrange(1000) for _ in range(self._load.prompt)])
+        shared = self._load.shared
+        own = [self._random.randrange(1000) for _ in range(self._load.prompt - shared)]
+        prompt = pack_int32([1] * shared + own)
         sampling = Sampling(0.0, 1.0, 0, 0, self._load.output, 0, b"")
         request = Request(Submit(0, self._num_came, prompt, 0, sampling), 1 << 20, self._num_came)
         self._running[request.id] = (now, -1.0, more)
