@@ -358,6 +358,15 @@ def test_what_cannot_be_said_of_drafts(options: dict[str, Any], said: str) -> No
         RuntimeConfig(**options)
 
 
+@pytest.mark.parametrize("name", ["target_itl", "target_ttft"])
+def test_targets_are_times(name: str) -> None:
+    for value in (1e-9, 1, 3600):
+        assert getattr(RuntimeConfig(**{name: value}), name) == float(value)
+    for value in (0, -1.0, 3601, math.nan, math.inf):
+        with pytest.raises(ConfigError, match=f"{name}=.*: must be above 0 and at most 3600 seconds"):
+            RuntimeConfig(**{name: value})
+
+
 def test_the_bounds_of_drafts_are_those_of_messages() -> None:
     assert (MAX_SPECULATIVE_TOKENS, MAX_PROMPT_LOOKUP) == (MAX_DRAFTS, MAX_LOOKUP)
 

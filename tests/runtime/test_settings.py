@@ -11,6 +11,7 @@ from tpworker.ipc.codec import pack_dataclass, unpack_dataclass
 from tpworker.ipc.deadlines import SHORTEST_SECONDS
 from tpworker.ipc.messages import MAX_SEQUENCE
 from tpworker.runtime import settings
+from tpworker.scheduler.filling import filling_of
 
 SPEC: Any = SimpleNamespace(
     max_model_len=2048, vocab_size=97, dtype="bfloat16", rope=SimpleNamespace(max_positions=None)
@@ -43,6 +44,27 @@ def test_no_step_timeout_is_one_that_is_chosen(device: str) -> None:
     given = RuntimeConfig(step_timeout=2)
     assert settings.scheduler_settings(given, SPEC, device, 2048).step_timeout == 2.0
     assert settings.rank_settings(given, SPEC, device, 2048).step_timeout == 2.0
+
+
+@pytest.mark.parametrize(
+    ("options", "targets"),
+    [
+        ({}, (0.035, 0.4)),
+        ({"target_itl": 0.02}, (0.02, 0.4)),
+        ({"target_ttft": 2}, (0.035, 2.0)),
+        ({"max_num_batched_tokens": 1024}, (0.0, 0.0)),
+        ({"max_num_batched_tokens": 1024, "target_ttft": 2}, (0.035, 2.0)),
+        ({"max_num_seqs": 8}, (0.035, 0.4)),
+    ],
+)
+def test_sizes_of_steps_are_chosen_unless_their_bound_alone_is_given(
+    options: dict[str, Any], targets: tuple[float, float]
+) -> None:
+    for device in ("cpu", "cuda"):
+        told = settings.scheduler_settings(RuntimeConfig(**options), SPEC, device, 2048)
+        assert (told.target_itl, told.target_ttft) == targets
+        assert told.has_graphs == (device == "cuda")
+        assert (filling_of(told) is None) == (targets == (0.0, 0.0))
 
 
 def test_what_ranks_are_told() -> None:
@@ -93,9 +115,9 @@ def test_what_is_told_of_drafts(options: dict[str, Any], told: tuple[str, int, i
     ("device", "slots", "tokens", "sizes"),
     [
         ("cpu", None, None, (64, 512)),
-        ("cuda", None, None, (256, 2048)),
+        ("cuda", None, None, (256, 8192)),
         ("cpu", 600, None, (600, 600)),
-        ("cuda", 600, None, (600, 2048)),
+        ("cuda", 600, None, (600, 8192)),
         ("cpu", 8, None, (8, 512)),
         ("cpu", None, 32, (32, 32)),
         ("cuda", None, 512, (256, 512)),

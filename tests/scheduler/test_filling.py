@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.common.report import quantile
 from benchmarks.steps.fill import Load, simulate
+from tests.scheduler.helpers import VOCAB, World, expected, submit
 from tpworker.ipc.messages import StepResult, StepTiming
 from tpworker.ipc.step_sizes import step_ladder
 from tpworker.scheduler.deadlines import Deadlines
@@ -186,3 +190,71 @@ def test_no_more_is_planned_ahead_than_gives_the_host_time(prompts: int, ahead: 
     while unknown.has_room():
         unknown.add(InFlight(len(unknown), [], [], False, (), [], prompts, 1, 0, [], []))
     assert len(unknown) == 4
+
+
+class TimedWorld(World):
+    """Steps take as long as a device's, whose speed is a multiple of that in `filling`."""
+
+    def __init__(self, scale: float, **changes: Any) -> None:
+        options = {"max_num_batched_tokens": 512, "max_model_len": 1024, "max_num_seqs": 6, **changes}
+        super().__init__(num_blocks=1500, target_itl=0.035, target_ttft=0.4, **options)
+        self._scale, self._now = scale, 0.0
+        self.chunks: list[int] = []
+        """Tokens of prompts in each step that had any beside others that decode."""
+
+    def execute(self) -> None:
+        first = len(self.executed)
+        super().execute()
+        plans = self.executed[first:]
+        for place, plan in enumerate(plans, len(self.answers) - len(plans)):
+            count = sum(chunk.length for chunk in plan.chunks)
+            if count and self.rank.num_decoding:
+                self.chunks.append(count)
+            seconds = self._scale * (PLAIN + count * TOKEN)
+            timing = StepTiming(0, int(1e9 * self._now), int(1e9 * (self._now + seconds)))
+            self._now += seconds
+            self.answers[place] = replace(self.answers[place], timing=timing)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 700), min_size=1, max_size=16),
+    scale=st.sampled_from([0.01, 1.0, 30.0]),
+    lookahead=st.integers(0, 3),
+    num_drafts=st.sampled_from([0, 2]),
+    has_graphs=st.booleans(),
+)
+@settings(max_examples=25, deadline=None)
+def test_every_prompt_is_computed_within_the_bound_and_outputs_are_the_same_at_any_speed(
+    lengths: list[int], scale: float, lookahead: int, num_drafts: int, has_graphs: bool
+) -> None:
+    world = TimedWorld(scale, lookahead=lookahead, num_drafts=num_drafts, has_graphs=has_graphs)
+    messages = [submit(i, [(i * 13 + j * j) % VOCAB for j in range(n)]) for i, n in enumerate(lengths)]
+    for message in messages:
+        world.submit(message)
+        world.compose()
+    world.run()  # no step is beyond the bound: World._check_budget
+    for message in messages:
+        assert world.tokens[message.request] == expected(message, 1024)
+
+
+def test_chunks_beside_what_decodes_are_short_on_a_slow_device() -> None:
+    longest = {}
+    for scale in (0.1, 5.0):
+        world = TimedWorld(scale, lookahead=0, max_num_batched_tokens=1024)
+        world.submit(submit(0, [1], max_tokens=600))
+        world.submit(submit(1, [1, 2, 3] * 230))
+        while 1 not in world.finished:
+            world.compose()
+            world.answer()
+        made = world.scheduler.filling
+        assert made is not None
+        made.saved, made._target_ttft = 0.0, 1e6
+        world.chunks.clear()
+        world.submit(submit(2, [4, 5, 6] * 230))
+        while 2 not in world.finished:
+            world.compose()
+            world.answer()
+        longest[scale] = max(world.chunks)
+        world.run()
+    assert longest[0.1] == 690
+    assert longest[5.0] < 690 / 1.2

@@ -12,11 +12,11 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from tests.scheduler.helpers import World, expected, submit
 from tpworker.scheduler.queue import Queue
-from tpworker.scheduler.requests import Request
+from tpworker.scheduler.requests import Key, Request
 
 
 def request(priority: int, arrival: int) -> Request:
-    return Request(submit(arrival, [1], priority=priority), 64, arrival)
+    return Request(submit(arrival, [1] * (1 + arrival % 5), priority=priority), 64, arrival)
 
 
 class Model(RuleBasedStateMachine):
@@ -27,10 +27,12 @@ class Model(RuleBasedStateMachine):
         self.queue = Queue()
         self.model: list[Request] = []
         self.arrived = 0
+        self.came_with: dict[Key, int] = {}  # how many tokens each had then
 
     @rule(priority=st.integers(-2, 2))
     def push(self, priority: int) -> None:
         self.model.append(request(priority, self.arrived))
+        self.came_with[self.model[-1].key] = len(self.model[-1].tokens)
         self.queue.push(self.model[-1])
         self.arrived += 1
 
@@ -43,6 +45,13 @@ class Model(RuleBasedStateMachine):
         if again:  # it was preempted, or parked
             self.queue.push(first)
             self.model.append(first)
+            self.came_with[first.key] = len(first.tokens)
+
+    @precondition(lambda self: self.model)
+    @rule(data=st.data())
+    def get_a_token(self, data: st.DataObject) -> None:
+        """That was in flight when it was preempted."""
+        data.draw(st.sampled_from(self.model)).tokens.append(1)
 
     @precondition(lambda self: self.model)
     @rule(data=st.data())
@@ -53,6 +62,7 @@ class Model(RuleBasedStateMachine):
     def same(self) -> None:
         assert len(self.queue) == len(self.model)
         assert set(self.queue) == set(self.model)
+        assert self.queue.num_tokens == sum(self.came_with[one.key] for one in self.model)
         if self.model:
             assert self.queue.first() is min(self.model, key=lambda one: one.key)
         assert len(self.queue._heap) <= 2 * len(self.model) + 1, "what was removed is kept for ever"
