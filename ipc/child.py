@@ -135,6 +135,7 @@ class RankSettings:
     prompt_lookup_max: Annotated[int, Within(1, MAX_LOOKUP)] = 1  # tokens, of n-grams
     prompt_lookup_min: Annotated[int, Within(1, MAX_LOOKUP)] = 1
     kv_cache_dtype: Word = "auto"  # 'auto': that of `dtype`; or 'fp8'
+    quantization: Annotated[str, Within(0, 16)] = ""  # '' or 'fp8', of weights that are not quantised
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ DeviceName = Literal["auto", "cpu", "cuda"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 LoadFormat = Literal["auto", "dummy"]
 KvCacheDtype = Literal["auto", "fp8"]
+QuantizationName = Literal["fp8"]
 SchedulingPolicy = Literal["fcfs", "priority"]
 SpeculativeMethod = Literal["ngram", "mtp"]
 
@@ -38,6 +39,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "DtypeName": (str,),
     "LoadFormat": (str,),
     "KvCacheDtype": (str,),
+    "QuantizationName | None": (str, type(None)),
     "SchedulingPolicy": (str,),
     "SpeculativeMethod | None": (str, type(None)),
     "KvEventsConfig | None": (KvEventsConfig, type(None)),
@@ -76,6 +78,11 @@ class RuntimeConfig(Named):
     """`auto`: GPUs, where there is one for each rank, else the CPU."""
     dtype: DtypeName = "auto"
     """Of weights, activations and KV cache. `auto` is what the checkpoint says."""
+    quantization: QuantizationName | None = None
+    """`fp8`: weights of attention and MLPs, experts included, are brought to FP8 (E4M3) as they are read, with a
+    scale for each output channel, if they are not in FP8 already. Half the memory of bfloat16, and on Hopper
+    GPUs half the time to read them; the CPU computes with what they stand for. None: as the checkpoint has
+    them."""
     max_model_len: int | None = None
     """Most tokens of one request, prompt and output together. None: what the model's config says."""
     max_num_seqs: int | None = None
@@ -201,6 +208,7 @@ class RuntimeConfig(Named):
             "from 2 to 2**31 - 1",
         )
         self._check(self.kv_cache_dtype in ("auto", "fp8"), "kv_cache_dtype", "auto or fp8")
+        self._check(self.quantization in (None, "fp8"), "quantization", "fp8; leave it out for none")
         self._check(self.load_format in ("auto", "dummy"), "load_format", "auto or dummy")
         self._check(0 <= self.seed <= MAX_SEED, "seed", "from 0 to 2**63 - 1")
 

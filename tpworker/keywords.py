@@ -88,7 +88,7 @@ OPTIONS = {
     "revision": "not supported: `hf download NAME --revision …`, then give its folder",
     "download_dir": "not an option: the environment variable HF_HOME says where the hub's models lie",
     "hf_token": "not an option: set HF_TOKEN or run `hf auth login`",
-    **dict.fromkeys(("quantization", "quant_config", "calculate_kv_scales"), _QUANTISED),
+    **dict.fromkeys(("quant_config", "calculate_kv_scales"), _QUANTISED),
     **dict.fromkeys(
         (
             "pipeline_parallel_size", "data_parallel_size", "pp_size", "dp_size", "ep_size",

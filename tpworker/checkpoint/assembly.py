@@ -10,10 +10,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tpworker.checkpoint.fp8 import Part, block_of, empty_weight, fill_made, fill_weight
 from tpworker.checkpoint.regions import Region
-from tpworker.kernels.operands import Matrix
+from tpworker.errors import ModelError
+from tpworker.kernels.operands import Fp8Weight, Matrix
 from tpworker.kernels.operations import Operations
 from tpworker.model.families import FAMILIES, ModelSpec, MoeNames, MoeSpec, WeightNames
+from tpworker.model.fp8 import dequantise
 from tpworker.model.linear import can_pack
 from tpworker.model.mlp import Mlp
 from tpworker.model.moe import Moe
@@ -118,12 +121,10 @@ class _Builder:
     def qkv(self, names: WeightNames, queries: Split, keys: Split) -> Matrix:
         """All query heads, then keys, then values."""
         parts = [(names.query, queries), (names.key, keys), (names.value, keys)]
-        weight, bias = self.columns(parts, self.spec.qkv_bias)
-        if self.fills and self.spec.rope.interleaved:
-            rotated = queries.local + keys.local
-            _to_halves(weight[:rotated], self.spec.head_dim)
-            if bias is not None:
-                _to_halves(bias[:rotated], self.spec.head_dim)
+        rotated = queries.local + keys.local if self.spec.rope.interleaved else 0
+        weight, bias = self.columns(parts, self.spec.qkv_bias, to_halves=rotated)
+        if self.fills and rotated and bias is not None:
+            _to_halves(bias[:rotated], self.spec.head_dim)
         return self.operations.linear(weight, bias)
 
     def mlp(self, names: WeightNames) -> Mlp:
@@ -152,12 +153,8 @@ class _Builder:
             ]
             downs = [self.row_linear(e.down, e.split, False) for e in experts]
             return Moe(spec, operations.linear(gate), bias, gate_ups, downs, operations)
-        gate_up = self.zeros(len(experts), 2 * width.local, self.spec.hidden_size)
-        down = self.zeros(len(experts), self.spec.hidden_size, width.local)
-        for number, e in enumerate(experts if self.fills else ()):
-            self.fill(gate_up[number, : width.local], f"{e.gate}.weight", 0, e.split)
-            self.fill(gate_up[number, width.local :], f"{e.up}.weight", 0, e.split)
-            self.fill(down[number], f"{e.down}.weight", 1, e.split)
+        gate_up = self.stack([[(e.gate, e.split), (e.up, e.split)] for e in experts], 0)
+        down = self.stack([[(e.down, e.split)] for e in experts], 1)
         return Moe(spec, operations.linear(gate), bias, gate_up, down, operations)
 
     @property
@@ -214,7 +211,7 @@ class _Builder:
             return self.region.take(shape, dtype)
         return torch.zeros(shape, dtype=dtype, device=self.device)
 
-    def rows(self, parts: list[tuple[str, Split]]) -> Tensor:
+    def rows(self, parts: list[Part]) -> Tensor:
         """[sum of the parts' local rows, hidden]: weights split by output rows, one below the other."""
         return self._stacked(parts, (self.spec.hidden_size,))
 
@@ -231,17 +228,24 @@ class _Builder:
         """The weight of a norm of what a layer adds to the residual stream, where the model has them."""
         return self.norm(name, self.spec.hidden_size) if self.spec.post_norms else None
 
-    def columns(self, parts: list[tuple[str, Split]], has_bias: bool) -> tuple[Tensor, Tensor | None]:
-        """Weights split by output rows, fused into one matrix, and their biases."""
+    def columns(
+        self, parts: list[Part], has_bias: bool, *, to_halves: int = 0
+    ) -> tuple[Tensor | Fp8Weight, Tensor | None]:
+        """Weights split by output rows, fused into one matrix, and their biases.
+
+        Args:
+            to_halves: so many rows, the first, are of heads with neighbours that are rotated.
+        """
         parts = _places(parts)
-        weight = self.rows([(f"{name}.weight", split) for name, split in parts])
+        stack = self.stack([parts], 0, to_halves)
+        weight = stack[0] if isinstance(stack, Tensor) else stack.of(0)
         bias = self._stacked([(f"{name}.bias", split) for name, split in parts], ()) if has_bias else None
         return weight, bias
 
     def row_linear(self, name: str, split: Split, has_bias: bool) -> Matrix:
         """[hidden, split.local]: a weight split by input columns; its bias on rank 0 alone."""
-        weight = self.zeros(self.spec.hidden_size, split.local)
-        self.fill(weight, f"{name}.weight", 1, split)
+        stack = self.stack([[(name, split)]], 1)
+        weight = stack[0] if isinstance(stack, Tensor) else stack.of(0)
         bias = None
         if has_bias:
             bias = self.vector(f"{name}.bias", self.spec.hidden_size)
@@ -249,7 +253,80 @@ class _Builder:
                 bias.zero_()
         return self.operations.linear(weight, bias)
 
-    def _stacked(self, parts: list[tuple[str, Split]], inner: tuple[int, ...]) -> Tensor:
+    def stack(self, weights: list[list[Part]], dim: int, to_halves: int = 0) -> Tensor | Fp8Weight:
+        """Weights of one size, [n, out, in], each of parts that are split along `dim`.
+
+        In FP8, where the model's are; but on the CPU, which does not compute in it, what it stands for.
+
+        Args:
+            to_halves: see `columns`.
+        """
+        size, other = sum(split.local for _, split in weights[0]), self.spec.hidden_size
+        shape = (size, other) if dim == 0 else (other, size)
+        if not self._is_fp8([name for parts in weights for name, _ in parts]):
+            plain = self.zeros(len(weights), *shape)
+            for out, parts in zip(plain, weights, strict=True):
+                self._fill_plain(out, parts, dim, to_halves)
+            return plain
+        quantization = self.spec.quantization
+        assert quantization is not None
+        block = block_of(quantization, weights, dim, shape[1])
+        if to_halves and quantization.block % self.spec.head_dim:
+            block = (1, block[1])  # rows of a head change places, and are of several blocks
+        if self.sized_for.type == "cpu":
+            plain = self.zeros(len(weights), *shape)
+            for out, parts in zip(plain, weights, strict=True):
+                one = empty_weight(self._apart, shape, block, self.dtype)
+                self._fill_fp8(one, parts, dim, to_halves)
+                if self.fills:
+                    out.copy_(dequantise(one))
+            return plain
+        stack = empty_weight(self.zeros, (len(weights), *shape), block, self.dtype)
+        for number, parts in enumerate(weights if self.fills else ()):
+            self._fill_fp8(stack.of(number), parts, dim, to_halves)
+        return stack
+
+    def _is_fp8(self, modules: list[str]) -> bool:
+        """Whether these modules' weights, of one matrix or stack, are. Raises ModelError: some are."""
+        quantization = self.spec.quantization
+        if quantization is None:
+            return False
+        covered = [quantization.covers(module) for module in modules]
+        if any(covered) and not all(covered):
+            raise ModelError(
+                f"the checkpoint has {modules[covered.index(True)]} in FP8 and "
+                f"{modules[covered.index(False)]} not, and they are one matrix here: quantise both, or none"
+            )
+        return all(covered)
+
+    def _fill_plain(self, out: Tensor, parts: list[Part], dim: int, to_halves: int) -> None:
+        start = 0
+        for name, split in parts:
+            self.fill(out.narrow(dim, start, split.local), f"{name}.weight", dim, split)
+            start += split.local
+        if self.fills and to_halves:
+            _to_halves(out[:to_halves], self.spec.head_dim)
+
+    def _fill_fp8(self, out: Fp8Weight, parts: list[Part], dim: int, to_halves: int) -> None:
+        """One weight of values and scales that are zeros."""
+        quantization = self.spec.quantization
+        assert quantization is not None
+        if quantization.is_made:
+            plain = self._apart(*out.values.shape, dtype=self.dtype)
+            self._fill_plain(plain, parts, dim, to_halves)
+            fill_made(out, plain)
+            return
+        fill_weight(out, parts, dim, quantization, self.fill)
+        if self.fills and to_halves:
+            _to_halves(out.values[:to_halves], self.spec.head_dim)
+            if out.block[0] == 1:
+                _to_halves(out.scales[:to_halves], self.spec.head_dim)
+
+    def _apart(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        """Zeros that are no part of the rank's weights."""
+        return torch.zeros(shape, dtype=dtype, device=self.device)
+
+    def _stacked(self, parts: list[Part], inner: tuple[int, ...]) -> Tensor:
         out = self.zeros(sum(split.local for _, split in parts), *inner)
         start = 0
         for name, split in parts:
@@ -280,7 +357,7 @@ def _experts(spec: MoeSpec, names: MoeNames, width: Split) -> Iterator[_Expert]:
         yield _Expert(names.shared_gate, names.shared_up, names.shared_down, split)
 
 
-def _places(parts: list[tuple[str, Split]]) -> list[tuple[str, Split]]:
+def _places(parts: list[Part]) -> list[Part]:
     """The same parts; those of one name as what they are of one published tensor, one below the other."""
     full = Counter[str]()
     for name, split in parts:

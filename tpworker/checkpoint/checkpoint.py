@@ -7,6 +7,7 @@ import threading
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from tpworker.model.families.spec import with_article
 from tpworker.model.tp import Split
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
+_FP8 = ("F8_E4M3",)
 
 
 class Checkpoint:
@@ -80,10 +82,12 @@ class Checkpoint:
             raise ModelError(
                 f"{path}: tensor {name} has shape {list(tensor.get_shape())}; config.json asks for {expected}"
             )
-        if tensor.get_dtype() not in _FLOATS:
+        expected_types = _FP8 if out.dtype == torch.float8_e4m3fn else _FLOATS
+        if tensor.get_dtype() not in expected_types:
             raise ModelError(
-                f"{path}: tensor {name} is of type {tensor.get_dtype()}, expected one of "
-                f"{', '.join(_FLOATS)}; quantised checkpoints are not supported"
+                f"{path}: tensor {name} is of type {tensor.get_dtype()}, expected "
+                f"{' or '.join(expected_types)}: quantization_config in config.json says how weights are "
+                "quantised, and without it they are not"
             )
         self._used.add(name)
         return tensor

@@ -10,7 +10,7 @@ from pathlib import Path
 from tpworker.checkpoint.weight_files import WeightFiles, check_files
 from tpworker.errors import ModelError, shown
 from tpworker.json_file import shown_name
-from tpworker.model.families import FAMILIES, ModelSpec, read_spec
+from tpworker.model.families import FAMILIES, FP8, MADE, ModelSpec, read_spec
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Of published tensors, by name."""
@@ -51,7 +51,7 @@ def check_likeness(folder: Path, spec: ModelSpec, shapes: Shapes, *, with_mtp: b
     """
     if not folder.is_dir():
         raise ModelError(f"{folder}: there is no such folder: give one with config.json and safetensors")
-    other = read_spec(folder)
+    other = read_spec(folder, FP8 if spec.quantization == MADE else None)
     for field in fields(ModelSpec):
         theirs, ours = getattr(other, field.name), getattr(spec, field.name)
         if field.name not in _FREE and theirs != ours:

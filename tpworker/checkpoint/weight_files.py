@@ -24,7 +24,19 @@ _OTHER_FORMATS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 _MAX_HEADER = 100_000_000  # the limit of safetensors itself
 _MAX_OFFSET = 1 << 63
 _MAX_DIMS = 16
-_BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8}
+_BITS = {
+    "F64": 64,
+    "F32": 32,
+    "F16": 16,
+    "BF16": 16,
+    "I64": 64,
+    "I32": 32,
+    "I16": 16,
+    "I8": 8,
+    "U8": 8,
+    "F8_E4M3": 8,
+    "F8_E5M2": 8,
+}
 _PIECE = 1 << 20
 
 

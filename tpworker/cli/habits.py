@@ -78,7 +78,9 @@ _LOCAL = "not needed: ranks are processes of this machine, started by this one, 
 _PORTS = "not needed: processes talk without ports, and /metrics is on --port"
 _WITH_MODEL = "not supported: it is read from the model's folder, put another one there"
 _ONE_KIND = "not supported yet: tensor parallelism (-tp) on one machine is all there is"
-_QUANTISED = "not supported yet: weights are served in float32, bfloat16 or float16 (--dtype)"
+_QUANTISED = (
+    "not supported: weights are in float32, bfloat16 or float16 (--dtype), or in FP8 (--quantization fp8)"
+)
 _DRAFT_MODEL = (
     "not supported: drafts come from n-grams (--speculative-method ngram) or from the model's own next-token "
     "layer (--speculative-method mtp)"
@@ -166,8 +168,7 @@ FACTS = {
     "--skip-tokenizer-init": "not needed: a model without a tokenizer takes token ids",
     "--revision": "not supported: `hf download NAME --revision …`, then --model FOLDER",
     "--download-dir": "not an option: the environment variable HF_HOME says where the hub's models lie",
-    "--quantization": _QUANTISED,
-    "-q": _QUANTISED,
+    "-q": "its name here is --quantization, and fp8 its value",
     "--cpu-offload-gb": "not supported: weights and KV cache stay on the device",
     "--pipeline-parallel-size": _ONE_KIND,
     "-pp": _ONE_KIND,
@@ -361,6 +362,12 @@ VALUES: Mapping[str, Mapping[str, str]] = {
         **dict.fromkeys(("fp8", "float8", "int8", "int4", "fp4"), _QUANTISED),
     },
     "--kv-cache-dtype": {"fp8_e4m3": "its name here is fp8", "fp8_e5m2": "not supported: fp8 is E4M3 here"},
+    "--quantization": {
+        **dict.fromkeys(("compressed-tensors", "w8a8_fp8", "fbgemm_fp8", "fp8_e4m3"), "its name here is fp8"),
+        **dict.fromkeys(
+            ("awq", "gptq", "awq_marlin", "gptq_marlin", "bitsandbytes", "int8", "gguf"), _QUANTISED
+        ),
+    },
     "--device": {
         **dict.fromkeys(("gpu", "nvidia"), "its name here is cuda"),
         **dict.fromkeys(

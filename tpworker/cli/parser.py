@@ -112,6 +112,7 @@ def _add_model_options(group: _Group) -> None:
     _add_ranks(group)
     _add_join_address(group)
     _add_dtype(group)
+    _add_quantization(group)
     _add_max_model_len(group)
     _add(
         group,
@@ -168,6 +169,16 @@ def _add_dtype(group: _Group) -> None:
     )
 
 
+def _add_quantization(group: _Group) -> None:
+    _add(
+        group,
+        "--quantization",
+        "bring weights to FP8 (E4M3) as they are read, if the checkpoint's are not; norms, embeddings and the "
+        "output head stay as they are (default: as the checkpoint has them)",
+        choices=["fp8"],
+    )
+
+
 def _add_max_model_len(group: _Group) -> None:
     _add(
         group,
@@ -181,6 +192,7 @@ def _add_doctor_options(parser: argparse.ArgumentParser) -> None:
     _add_model(parser, "a folder, or a name on the hub that is in its cache: look whether it fits")
     _add_ranks(parser)
     _add_dtype(parser)
+    _add_quantization(parser)
     _add_max_model_len(parser)
     _add(parser, "--load-format", "dummy: the weights' files need not be there", choices=["auto", "dummy"])
     _add_memory_options(parser)

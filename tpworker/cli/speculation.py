@@ -45,7 +45,7 @@ _OTHER_KEYS = {
     "posterior_alpha": _ACCEPTED,
     "enforce_eager": "not needed: steps on GPUs are always graph replays",
     "max_model_len": "not an option: there are drafts up to --max-model-len",
-    "quantization": "not supported yet: weights are served in float32, bfloat16 or float16 (--dtype)",
+    "quantization": "not an option: a head is in FP8 where the model is (--quantization fp8)",
 }
 """Keys that other engines have, and what holds here instead."""
 

@@ -75,7 +75,8 @@ def ready_line(runtime: Runtime, options: Options, port: int) -> str:
     place = "the CPU" if runtime.device == "cpu" else "a GPU" if num_ranks == 1 else "GPUs"
     name = options.served_model_names[0] if options.served_model_names else runtime.served_name
     drafts = f", {runtime.speculation}" if runtime.speculation.method else ""
-    return f"ready: {name} on {ranks} on {place}, {runtime.dtype}{drafts}, {_url(options, port)}"
+    weights = ", weights in FP8" if runtime.quantization else ""
+    return f"ready: {name} on {ranks} on {place}, {runtime.dtype}{weights}{drafts}, {_url(options, port)}"
 
 
 def ready_text(runtime: Runtime, options: Options, port: int) -> str:

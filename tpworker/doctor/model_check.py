@@ -42,7 +42,7 @@ def check_model(config: RuntimeConfig, device: str, gpus: tuple[Gpu, ...]) -> It
                 "model", f"{config.model} is not in the hub's cache", "the first start will fetch it"
             )
             return
-        spec = read_spec(folder)
+        spec = read_spec(folder, config.quantization)
         length = resolve_max_model_len(config, spec)
         check_drafts(config, spec)
     except (ModelError, ConfigError) as error:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -13,7 +11,7 @@ from tpworker.kernels.logit_kernels import adjust, count_tokens
 from tpworker.kernels.logprob_kernel import logprob_parts
 from tpworker.kernels.mask_kernel import take_masks
 from tpworker.kernels.ngram_kernel import look_up
-from tpworker.kernels.operands import Matrix, Routing
+from tpworker.kernels.operands import Matrix, Routing, Stack
 from tpworker.kernels.sampling_kernel import best_tokens
 from tpworker.kernels.slot_kernels import begin_decode, begin_mixed, finish_step
 from tpworker.kernels.triton_kernels import add_norm, norm_rotate_store, places, silu_mul
@@ -57,8 +55,8 @@ def experts(
     x: Tensor,
     ids: Tensor,
     weights: Tensor,
-    gate_up: Tensor | Sequence[Matrix],
-    down: Tensor | Sequence[Matrix],
+    gate_up: Stack,
+    down: Stack,
 ) -> Tensor:
     """See `Operations.experts`; here weights are not packed, and all experts are one tensor."""
     assert isinstance(gate_up, Tensor)

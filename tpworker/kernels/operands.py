@@ -9,10 +9,11 @@ What cannot be done so is done one kernel after the other (`tensor_of` in model/
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 _SHORTEST_PART = 128  # tokens: more parts cost more to put together than they save
@@ -29,7 +30,8 @@ class Normed:
     squares: Tensor | None = None  # float32 [n, T], each row's sum of squares in n parts; with `scaled`
 
 
-class Fp8Weight(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Fp8Weight:
     """A weight in FP8 (E4M3): element [i, j] stands for values[i, j] * scales[i // rows, j // columns].
 
     A scale is a block's of `block` = (rows, columns): (1, in) where each output channel has one, (128, 128)
@@ -39,6 +41,16 @@ class Fp8Weight(NamedTuple):
     values: Tensor  # float8_e4m3fn [..., out, in]
     scales: Tensor  # float32 [..., ceil(out / rows), ceil(in / columns)]
     block: tuple[int, int]
+    dtype: torch.dtype  # of what it is multiplied with, and of the product
+
+    def of(self, number: int) -> Fp8Weight:
+        """One of several."""
+        return Fp8Weight(self.values[number], self.scales[number], self.block, self.dtype)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Both."""
+        yield self.values
+        yield self.scales
 
 
 class Matrix(Protocol):
@@ -62,6 +74,10 @@ class Matrix(Protocol):
     def tensors(self) -> Iterator[Tensor]:
         """Every tensor that it holds."""
         ...
+
+
+Stack = Tensor | Fp8Weight | Sequence[Matrix]
+"""Weights of all experts: [n, out, in], or a matrix for each."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,12 +11,12 @@ token's and W - 1 drafts': row s * W + i is the i-th of the s-th slot.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor
 
 from tpworker.kernels.operands import (
+    Fp8Weight,
     HostMasks,
     LogitTables,
     Matrix,
@@ -24,6 +24,7 @@ from tpworker.kernels.operands import (
     Routing,
     SamplingRows,
     SlotState,
+    Stack,
 )
 
 
@@ -32,8 +33,12 @@ class Operations(Protocol):
 
     # ------------------------------------------------------------------------- weights and layers
 
-    def linear(self, weight: Tensor, bias: Tensor | None = None) -> Matrix:
-        """A weight [out, in], made ready to be multiplied with; bias: [out]."""
+    def linear(self, weight: Tensor | Fp8Weight, bias: Tensor | None = None) -> Matrix:
+        """A weight [out, in], made ready to be multiplied with; bias: [out].
+
+        Products with weights in FP8 are those with what they stand for. Where rows are many, the input may be
+        rounded to FP8 as well, each row by its greatest element.
+        """
         ...
 
     def add_norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
@@ -116,8 +121,8 @@ class Operations(Protocol):
         x: Tensor,
         ids: Tensor,
         weights: Tensor,
-        gate_up: Tensor | Sequence[Matrix],
-        down: Tensor | Sequence[Matrix],
+        gate_up: Stack,
+        down: Stack,
     ) -> Tensor:
         """The weighted sum of what each token's experts make of it.
 

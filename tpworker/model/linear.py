@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tpworker.kernels.operands import Normed
+from tpworker.kernels.operands import Fp8Weight, Normed
 from tpworker.model import layer_ops
+from tpworker.model.fp8 import dequantise
 
 _PACK_ROWS = 64  # the number of input rows that a packed layout is chosen for; others run well in it too
 _SHORT_ROW = 768  # inputs; for one row of more (1536, not 768) oneDNN sums in another order than for several
@@ -27,12 +28,15 @@ class Linear:
     Elsewhere, and in other dtypes, it is left as it is. See `operands.Matrix`.
 
     Args:
-        weight: [out, in]; dropped after packing.
+        weight: [out, in]; dropped after packing. In FP8 each product is with what it stands for.
         bias: [out] or None.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+    def __init__(self, weight: Tensor | Fp8Weight, bias: Tensor | None = None) -> None:
         self.bias = bias
+        self.fp8 = weight if isinstance(weight, Fp8Weight) else None
+        if isinstance(weight, Fp8Weight):
+            weight = weight.values
         self.is_packed = can_pack(weight.device, weight.dtype)
         self._fewest_rows = 2 if weight.shape[1] > _SHORT_ROW else 1
         if self.is_packed:
@@ -43,7 +47,9 @@ class Linear:
         """[T, in] to [T, out]."""
         if isinstance(x, Normed):
             x = layer_ops.norm(x.x, x.weight, x.eps)
-        return self._multiply_packed(x) if self.is_packed else F.linear(x, self.weight, self.bias)
+        if self.is_packed:
+            return self._multiply_packed(x)
+        return F.linear(x, self.weight if self.fp8 is None else dequantise(self.fp8), self.bias)
 
     def gated(self, x: Tensor | Normed) -> Tensor:
         """silu(gate) * up, [T, F], of a product [T, 2 F], gate then up."""
@@ -55,7 +61,7 @@ class Linear:
 
     def tensors(self) -> Iterator[Tensor]:
         """Every tensor that it holds."""
-        yield self.weight
+        yield from (self.weight,) if self.fp8 is None else self.fp8.tensors()
         if self.bias is not None:
             yield self.bias
 

@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tpworker.kernels.operands import Matrix, Normed, Routing
+from tpworker.kernels.operands import Fp8Weight, Matrix, Normed, Routing, Stack
 from tpworker.kernels.operations import Operations
 from tpworker.model import layer_ops
 from tpworker.model.families import MoeSpec
+from tpworker.model.fp8 import dequantise
 
 Router = Callable[[Tensor], tuple[Tensor, Tensor]]
 """From [T, D] to ids int32 [T, k + S] and weights float32 [T, k + S], shared experts included."""
@@ -34,7 +35,7 @@ class Moe:
         gate: [E, D], the router's weight. In float32 on the CPU.
         bias: float32 [E], the router's correction bias; None: it has none.
         gate_up: [E + S, 2 F, D], gate rows and then up rows; or, to be packed, a `Linear` for each expert.
-        down: [E + S, D, F]; or a `Linear` for each expert.
+        down: [E + S, D, F]; or a `Linear` for each expert. Both may be in FP8.
         operations: of the device.
     """
 
@@ -43,11 +44,10 @@ class Moe:
         spec: MoeSpec,
         gate: Matrix,
         bias: Tensor | None,
-        gate_up: Tensor | Sequence[Matrix],
-        down: Tensor | Sequence[Matrix],
+        gate_up: Stack,
+        down: Stack,
         operations: Operations,
     ) -> None:
-        assert len(gate_up) == len(down) == spec.num_experts + spec.num_shared
         self.spec = spec
         self.gate = gate
         self.bias = bias
@@ -75,6 +75,8 @@ class Moe:
         for part in (self.gate_up, self.down):
             if isinstance(part, Tensor):
                 yield part
+            elif isinstance(part, Fp8Weight):
+                yield from part.tensors()
             else:
                 for linear in part:
                     yield from linear.tensors()
@@ -114,14 +116,16 @@ def experts(
     x: Tensor,
     ids: Tensor,
     weights: Tensor,
-    gate_up: Tensor | Sequence[Matrix],
-    down: Tensor | Sequence[Matrix],
+    gate_up: Stack,
+    down: Stack,
 ) -> Tensor:
     """See `Operations.experts`."""
     return _compute(x, ids, weights, _products(gate_up), _products(down))
 
 
-def _products(stack: Tensor | Sequence[Matrix]) -> Sequence[Callable[[Tensor], Tensor]]:
+def _products(stack: Stack) -> Sequence[Callable[[Tensor], Tensor]]:
+    if isinstance(stack, Fp8Weight):
+        stack = dequantise(stack)
     if isinstance(stack, Tensor):
         return [functools.partial(F.linear, weight=weight) for weight in stack]
     return stack

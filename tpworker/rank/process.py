@@ -283,7 +283,7 @@ def load_shard(
         ConfigError: there is no memory for it.
     """
     folder, settings = Path(boot.model), boot.settings
-    spec = read_spec(folder)
+    spec = read_spec(folder, settings.quantization)
     shard = Shard.of(spec, boot.rank, boot.num_ranks)
     dtype: torch.dtype = getattr(torch, spec.dtype if settings.dtype == "auto" else settings.dtype)
 

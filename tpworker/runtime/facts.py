@@ -41,6 +41,12 @@ class Facts:
         return "" if self._setup is None else self._setup.group.rank.dtype
 
     @property
+    def quantization(self) -> str:
+        """Of weights: 'fp8', whether the checkpoint has them so or `RuntimeConfig.quantization` asks for it; ''
+        if they are not quantised, or before the start."""
+        return "" if self._setup is None or self._setup.model.spec.quantization is None else "fp8"
+
+    @property
     def speculation(self) -> Speculation:
         """How tokens are guessed, and how many at most; known before the start."""
         return Speculation.of(self.config)

@@ -69,7 +69,7 @@ def find_model(config: RuntimeConfig, progress: Progress, *, check_weights: bool
     from tpworker.model.families import read_spec
 
     folder = resolve_model(config.model, progress, weights=config.load_format != "dummy").absolute()
-    spec = read_spec(folder)
+    spec = read_spec(folder, config.quantization)
     check_drafts(config, spec)
     with_mtp, are_read = config.speculative_method == "mtp", check_weights and config.load_format != "dummy"
     for line in what_is_odd(folder, spec, are_read, with_mtp):

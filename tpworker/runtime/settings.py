@@ -172,4 +172,5 @@ def rank_settings(config: RuntimeConfig, spec: ModelSpec, device: str, max_model
         prompt_lookup_max=speculation.prompt_lookup_max,
         prompt_lookup_min=speculation.prompt_lookup_min,
         kv_cache_dtype=config.kv_cache_dtype,
+        quantization=config.quantization or "",
     )

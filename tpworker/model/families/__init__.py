@@ -20,6 +20,7 @@ from tpworker.model.families.glm4_moe import GLM4_MOE
 from tpworker.model.families.llama import LLAMA
 from tpworker.model.families.mixtral import MIXTRAL
 from tpworker.model.families.phi3 import PHI3
+from tpworker.model.families.quantization import FP8, MADE, Quantization, read_quantization
 from tpworker.model.families.qwen3_moe import QWEN3_MOE
 from tpworker.model.families.spec import (
     MAX_ALL_EXPERTS,
@@ -41,6 +42,8 @@ from tpworker.model.families.spec import (
 
 __all__ = [
     "FAMILIES",
+    "FP8",
+    "MADE",
     "MAX_TEMPERATURE",
     "MAX_TOP_K",
     "Family",
@@ -52,6 +55,7 @@ __all__ = [
     "MoeSpec",
     "MtpNames",
     "MtpSpec",
+    "Quantization",
     "RopeSpec",
     "WeightNames",
     "WindowSpec",
@@ -78,23 +82,20 @@ FAMILIES: dict[str, Family] = {
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
-def read_spec(folder: Path) -> ModelSpec:
+def read_spec(folder: Path, quantization: str | None = None) -> ModelSpec:
     """Read config.json and, where there is one, generation_config.json of a model folder.
 
+    Args:
+        quantization: `fp8`, to which weights are brought as they are read, if the checkpoint's are not in it.
+
     Raises:
-        ModelError: a file is missing or broken, the architecture is unknown, the checkpoint is quantised,
-            or the config asks for something that is not implemented. Names file, key, value and remedy.
+        ModelError: a file is missing or broken, the architecture is unknown, the checkpoint is quantised in
+            another way than `Quantization` knows, or the config asks for something that is not implemented.
+            Names file, key, value and remedy.
     """
     config = Config(folder / "config.json")
     family = _family(config)
-    for key in ("quantization_config", "compression_config"):
-        quantization = config.section(key)
-        if quantization is not None and quantization.values:
-            method = shown(quantization.get("quant_method") or "unnamed")
-            raise ModelError(
-                f"{config.path}: the checkpoint is quantised ({key}, method {method}), which is not "
-                "supported; use the model's float32, bfloat16 or float16 weights"
-            )
+    quantized = read_quantization(config) or (MADE if quantization == FP8 else None)
     model_type: object = config.get("model_type")
     config = family.unwrap(config)
     fields = family.read(config)
@@ -125,6 +126,7 @@ def read_spec(folder: Path) -> ModelSpec:
         architecture=config.values["architectures"][0],
         model_type=model_type if isinstance(model_type, str) else "",
         dtype=dtype,
+        quantization=quantized,
         generation_defaults=read_defaults(generation),
         generation_ignored=read_ignored(generation),
         notes=tuple(notes),

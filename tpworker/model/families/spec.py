@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from tpworker.errors import ModelError
 from tpworker.model.families.config import Config
+from tpworker.model.families.quantization import Quantization
 
 # What a dimension may be: far above any published model's, and so little that no product overflows, and that
 # what is done once for each layer, head or expert takes no time to speak of.
@@ -202,6 +203,8 @@ class ModelSpec:
     post_norms: bool = False
     """What attention and MLP return is normed, too, before it is added to the residual stream."""
     moe: MoeSpec | None = None
+    quantization: Quantization | None = None
+    """Of weights; None: they are of `dtype`."""
     num_mtp_layers: int = 0
     """Layers for multi-token prediction that config.json names. Of several, the first makes all drafts."""
     mtp: MtpSpec | None = None

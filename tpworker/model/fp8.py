@@ -1,0 +1,28 @@
+"""Weights in FP8 (E4M3): what they stand for, and how they are made of others."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tpworker.kernels.operands import Fp8Weight
+
+E4M3 = torch.float8_e4m3fn
+LARGEST = 448.0
+"""Of E4M3, which has no infinity."""
+
+
+def dequantise(weight: Fp8Weight) -> Tensor:
+    """What a weight stands for, [..., out, in], each element rounded once, to the weight's dtype."""
+    rows, columns = weight.block
+    scales = weight.scales.repeat_interleave(rows, dim=-2)[..., : weight.values.shape[-2], :]
+    scales = scales.repeat_interleave(columns, dim=-1)[..., : weight.values.shape[-1]]
+    return (weight.values.float() * scales).to(weight.dtype)
+
+
+def quantise(weight: Tensor) -> Fp8Weight:
+    """A weight [..., out, in] in FP8: each output channel by its greatest element."""
+    greatest = weight.abs().amax(dim=-1, keepdim=True).float()
+    scales = torch.where(greatest > 0, greatest / LARGEST, 1.0)
+    values = (weight.float() / scales).clamp_(-LARGEST, LARGEST).to(E4M3)
+    return Fp8Weight(values, scales, (1, weight.shape[-1]), weight.dtype)
