@@ -79,10 +79,10 @@ class RuntimeConfig(Named):
     dtype: DtypeName = "auto"
     """Of weights, activations and KV cache. `auto` is what the checkpoint says."""
     quantization: QuantizationName | None = None
-    """`fp8`: weights of attention and MLPs, experts included, are brought to FP8 (E4M3) as they are read, with a
-    scale for each output channel, if they are not in FP8 already. Half the memory of bfloat16, and on Hopper
-    GPUs half the time to read them; the CPU computes with what they stand for. None: as the checkpoint has
-    them."""
+    """`fp8`: weights of attention and MLPs, experts too, are brought to FP8 (E4M3) as they are read, with
+    a scale for each output channel, if they are not in FP8 already. Half the memory of bfloat16 on GPUs, and
+    half the time to read them; the CPU computes with what they stand for, and saves nothing. None: as the
+    checkpoint has them."""
     max_model_len: int | None = None
     """Most tokens of one request, prompt and output together. None: what the model's config says."""
     max_num_seqs: int | None = None

@@ -256,7 +256,7 @@ class _Builder:
     def stack(self, weights: list[list[Part]], dim: int, to_halves: int = 0) -> Tensor | Fp8Weight:
         """Weights of one size, [n, out, in], each of parts that are split along `dim`.
 
-        In FP8, where the model's are; but on the CPU, which does not compute in it, what it stands for.
+        In FP8, where the model's are; but on the CPU, which does not compute in it, what they stand for.
 
         Args:
             to_halves: see `columns`.
@@ -271,14 +271,14 @@ class _Builder:
         quantization = self.spec.quantization
         assert quantization is not None
         block = block_of(quantization, weights, dim, shape[1])
-        if to_halves and quantization.block % self.spec.head_dim:
+        if to_halves and quantization.scales == "block" and quantization.block % self.spec.head_dim:
             block = (1, block[1])  # rows of a head change places, and are of several blocks
         if self.sized_for.type == "cpu":
             plain = self.zeros(len(weights), *shape)
             for out, parts in zip(plain, weights, strict=True):
                 one = empty_weight(self._apart, shape, block, self.dtype)
                 self._fill_fp8(one, parts, dim, to_halves)
-                if self.fills:
+                if self.fills and self.device.type != "meta":
                     out.copy_(dequantise(one))
             return plain
         stack = empty_weight(self.zeros, (len(weights), *shape), block, self.dtype)
@@ -314,7 +314,8 @@ class _Builder:
         if quantization.is_made:
             plain = self._apart(*out.values.shape, dtype=self.dtype)
             self._fill_plain(plain, parts, dim, to_halves)
-            fill_made(out, plain)
+            if self.device.type != "meta":
+                fill_made(out, plain)
             return
         fill_weight(out, parts, dim, quantization, self.fill)
         if self.fills and to_halves:

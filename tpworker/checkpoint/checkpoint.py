@@ -62,6 +62,8 @@ class Checkpoint:
     def look_up(self, out: Tensor, name: str, dim: int, split: Split) -> Any:
         """The tensor that `read_into` would read with the same arguments; nothing of it is read.
 
+        A single number may be of shape [1] or [].
+
         Raises:
             ModelError: the tensor is missing, of another shape or not of a float type.
         """
@@ -77,17 +79,17 @@ class Checkpoint:
             tensor = self._file(file_name).get_slice(name)
         except SafetensorError as error:
             raise ModelError(f"{path} has no tensor {name}, although {INDEX} says so: {error}") from error
-        expected = [split.full if axis == dim else size for axis, size in enumerate(out.shape)]
-        if list(tensor.get_shape()) != expected:
+        shape = [split.full if axis == dim else size for axis, size in enumerate(out.shape)]
+        if list(tensor.get_shape()) not in (shape, [] if shape == [1] else shape):
             raise ModelError(
-                f"{path}: tensor {name} has shape {list(tensor.get_shape())}; config.json asks for {expected}"
+                f"{path}: tensor {name} has shape {list(tensor.get_shape())}; config.json asks for {shape}"
             )
-        expected_types = _FP8 if out.dtype == torch.float8_e4m3fn else _FLOATS
-        if tensor.get_dtype() not in expected_types:
+        dtype, types = tensor.get_dtype(), _FP8 if out.dtype == torch.float8_e4m3fn else _FLOATS
+        if dtype not in types:
+            expected = types[0] if len(types) == 1 else f"one of {', '.join(types)}"
             raise ModelError(
-                f"{path}: tensor {name} is of type {tensor.get_dtype()}, expected "
-                f"{' or '.join(expected_types)}: quantization_config in config.json says how weights are "
-                "quantised, and without it they are not"
+                f"{path}: tensor {name} is of type {dtype}, expected {expected}: quantization_config in "
+                "config.json says which modules are in FP8, and without it none is"
             )
         self._used.add(name)
         return tensor
@@ -99,6 +101,9 @@ class Checkpoint:
             ModelError: as `look_up`.
         """
         tensor = self.look_up(out, name, dim, split)
+        if not tensor.get_shape():
+            out.copy_(tensor[...])
+            return
         for run in split.runs:
             cut = slice(run.source, run.source + run.length)
             out.narrow(dim, run.target, run.length).copy_(tensor[cut] if dim == 0 else tensor[:, cut])

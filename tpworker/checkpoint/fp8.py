@@ -1,7 +1,8 @@
 """Weights in FP8 as a rank holds them: the published values of its part, and the scales that belong to these.
 
-A scale for each output channel goes with the channel. A block's scale goes with all that a rank has of the
-block. Where parts end within blocks, a rank's blocks are smaller: the greatest power of two that fits all.
+A scale for each output channel goes with the channel; a tensor's only one becomes each channel's. A block's
+goes with all that a rank has of the block. Where parts end within blocks, a rank's blocks are smaller: the
+greatest power of two that fits all.
 
     published, blocks of 128   |  s0 (rows 0 … 127)  |  s1 (128 … 255)  | s2 …
     a rank's rows 64 … 191           |  s0    |  s1  |                           blocks of 64
@@ -33,9 +34,9 @@ def block_of(
 
     Args:
         parts: of each weight, one below the other; split by output rows (dim 0) or input columns (dim 1).
-        whole: columns, if `dim` is 0; else not looked at.
+        whole: columns that a rank has.
     """
-    if not quantization.block:
+    if quantization.scales != "block":
         return 1, whole
     granule = quantization.block
     for weight in parts:
@@ -58,14 +59,17 @@ def fill_weight(
     start = 0
     for name, split in parts:
         fill(weight.values.narrow(dim, start, split.local), f"{name}.weight", dim, split)
-        scales = f"{name}.{quantization.scale}"
-        if not quantization.block:
-            if dim == 0:
-                fill(weight.scales.narrow(0, start, split.local), scales, 0, split)
-            else:
-                fill(weight.scales, scales, 0, Split.whole(len(weight.scales)))
-        else:
+        scales = f"{name}.{quantization.name}"
+        if quantization.scales == "block":
             _fill_blocks(weight, scales, start, split, dim, quantization.block, fill)
+        else:
+            rows = weight.scales.narrow(0, start, split.local) if dim == 0 else weight.scales
+            if quantization.scales == "tensor":
+                one = rows.new_zeros(1)
+                fill(one, scales, 0, Split.whole(1))
+                rows.copy_(one.expand_as(rows))
+            else:
+                fill(rows, scales, 0, split if dim == 0 else Split.whole(len(rows)))
         start += split.local
 
 
@@ -77,9 +81,11 @@ def _fill_blocks(
     sizes[dim] = split.full
     published = weight.scales.new_zeros([-(-size // block) for size in sizes])
     fill(published, name, 0, Split.whole(len(published)))
+    if published.device.type == "meta":
+        return
     granule = weight.block[dim]
     for run in split.runs:
-        first, count = (start + run.target) // granule, run.length // granule
+        first, count = (start + run.target) // granule, -(-run.length // granule)
         of_block = (run.source + granule * torch.arange(count, device=published.device)) // block
         weight.scales.narrow(dim, first, count).copy_(published.index_select(dim, of_block))
 

@@ -22,7 +22,13 @@ from tpworker.checkpoint.weights import check_weights, needed_tensors, path_of
 from tpworker.errors import InvalidRequest, ModelError, shown
 from tpworker.model.families import ModelSpec
 
-_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+}
 _SOURCE = Path("update_weights")
 """What the tensors are called in errors: for a folder, they have none."""
 _ENTRY_BYTES = 160  # of the header, for a tensor beside its name
@@ -80,8 +86,8 @@ def _checked(pair: object) -> tuple[str, Tensor]:
     if not isinstance(tensor, Tensor) or tensor.dtype not in _NAMES or tensor.layout != torch.strided:
         what = f"of {tensor.dtype}" if isinstance(tensor, Tensor) else f"of type {type(tensor).__name__}"
         raise InvalidRequest(
-            f"update_weights: {shown(name)} is {what}: a dense torch.Tensor of float64, float32, float16 or "
-            "bfloat16 is wanted",
+            f"update_weights: {shown(name)} is {what}: a dense torch.Tensor of float64, float32, float16, "
+            "bfloat16 or float8_e4m3fn is wanted",
             "source",
         )
     return name, tensor.detach()

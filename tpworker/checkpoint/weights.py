@@ -19,6 +19,7 @@ from tpworker.checkpoint.checkpoint import Checkpoint
 from tpworker.checkpoint.regions import Kept, Place, sizes_of
 from tpworker.checkpoint.weight_files import WeightFiles, check_mtp, output_head
 from tpworker.model.families import FAMILIES, ModelSpec
+from tpworker.model.fp8 import E4M3, LARGEST
 from tpworker.model.linear import can_pack
 from tpworker.model.tp import Shard, Split
 from tpworker.model.weights import DecoderWeights, LayerWeights, MtpWeights
@@ -32,6 +33,7 @@ MAX_READERS = 4
 """Threads that read weights; on the CPU no more than it has cores for this rank."""
 
 _DUMMY_STD = 0.02
+_DUMMY_SCALE = 6 * _DUMMY_STD / LARGEST  # of weights in FP8
 _DUMMY_PERIOD = 4_194_301  # a prime: no two rows of a matrix are alike, although the values repeat
 
 
@@ -71,20 +73,26 @@ def load_weights(
     if (regions := place.find()) is not None:
         progress(place.num_bytes, place.num_bytes)
         return build(None, regions=regions)
-    total = shard_bytes(spec, shard, dtype, device, checkpoint.look_up, with_mtp=with_mtp)
+    done = to_read = 0
+
+    def look_up(out: Tensor, name: str, dim: int, split: Split) -> None:
+        nonlocal to_read
+        checkpoint.look_up(out, name, dim, split)
+        to_read += out.nbytes
+
+    total = shard_bytes(spec, shard, dtype, device, look_up, with_mtp=with_mtp)
     skipped = _refuse_unused(checkpoint, spec, with_mtp)
     if skipped and shard.rank == 0:
         logger.info("not read: %d tensors for multi-token prediction (%s, …)", len(skipped), skipped[0])
     admit(total)
-    done = 0
     lock = threading.Lock()
 
     def fill(out: Tensor, name: str, dim: int, split: Split) -> None:
         nonlocal done
         checkpoint.read_into(out, name, dim, split)
         with lock:
-            done += out.nbytes
-            progress(min(done, total), total)
+            done += out.nbytes  # of what becomes FP8 more than its weight takes
+            progress(total * done // to_read, total)
 
     num_readers = MAX_READERS if device.type == "cuda" else min(MAX_READERS, torch.get_num_threads())
     with torch.no_grad(), ThreadPoolExecutor(num_readers, "weights", _use, (device,)) as pool:
@@ -161,29 +169,40 @@ def dummy_weights(
 ) -> DecoderWeights:
     """Random weights for benchmarks: normal with σ 0.02, norms 1, biases 0. Other TP sizes, other models.
 
-    `progress`, `admit`, `with_mtp` and `kept` are as those of `load_weights`.
+    Those of a checkpoint in FP8 are in it from the start, with scales that are all alike. `progress`,
+    `admit`, `with_mtp` and `kept` are as those of `load_weights`.
     """
     place = _place(kept, f"dummy {seed}", spec, shard, dtype, device, with_mtp)
     build = partial(assemble, spec, shard, dtype, device, with_mtp=with_mtp)
     if (regions := place.find()) is not None:
         progress(place.num_bytes, place.num_bytes)
         return build(None, regions=regions)
-    total = shard_bytes(spec, shard, dtype, device, with_mtp=with_mtp)
+    done = to_make = 0
+
+    def count(out: Tensor, name: str, dim: int, split: Split) -> None:
+        nonlocal to_make
+        to_make += out.nbytes
+
+    total = shard_bytes(spec, shard, dtype, device, count, with_mtp=with_mtp)
     admit(total)
-    done = 0
     generator = torch.Generator(device=device).manual_seed(seed * 64 + shard.rank)
-    period = torch.empty(_DUMMY_PERIOD, dtype=dtype, device=device)
-    period.normal_(0, _DUMMY_STD, generator=generator)
+    normal = torch.empty(_DUMMY_PERIOD, dtype=dtype, device=device)
+    normal.normal_(0, _DUMMY_STD, generator=generator)
+    periods = {dtype: normal}
+    if spec.quantization is not None:
+        periods[E4M3] = (normal.float() / _DUMMY_SCALE).clamp_(-LARGEST, LARGEST).to(E4M3)
     position = 0
 
     def fill(out: Tensor, name: str, dim: int, split: Split) -> None:
         nonlocal position, done
         if name.endswith("bias"):
             out.zero_()
+        elif spec.quantization is not None and name.endswith(f".{spec.quantization.name}"):
+            out.fill_(_DUMMY_SCALE)
         elif out.dim() == 1:
             out.fill_(1 - spec.norm_offset)
         else:  # copies run at the speed of memory, random numbers do not
-            flat = out.view(-1)
+            flat, period = out.view(-1), periods.get(out.dtype, normal)
             start = 0
             while start < flat.numel():
                 length = min(flat.numel() - start, _DUMMY_PERIOD - position)
@@ -191,7 +210,7 @@ def dummy_weights(
                 start += length
                 position = (position + length) % _DUMMY_PERIOD
         done += out.nbytes
-        progress(min(done, total), total)
+        progress(total * done // to_make, total)
 
     with torch.no_grad():
         weights = build(fill, regions=place.make())

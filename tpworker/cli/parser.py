@@ -173,7 +173,7 @@ def _add_quantization(group: _Group) -> None:
     _add(
         group,
         "--quantization",
-        "bring weights to FP8 (E4M3) as they are read, if the checkpoint's are not; norms, embeddings and the "
+        "bring weights to FP8 (E4M3) as they are read, if the checkpoint's are not; norms, embeddings and "
         "output head stay as they are (default: as the checkpoint has them)",
         choices=["fp8"],
     )

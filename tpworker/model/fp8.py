@@ -14,10 +14,11 @@ LARGEST = 448.0
 
 def dequantise(weight: Fp8Weight) -> Tensor:
     """What a weight stands for, [..., out, in], each element rounded once, to the weight's dtype."""
-    rows, columns = weight.block
-    scales = weight.scales.repeat_interleave(rows, dim=-2)[..., : weight.values.shape[-2], :]
-    scales = scales.repeat_interleave(columns, dim=-1)[..., : weight.values.shape[-1]]
-    return (weight.values.float() * scales).to(weight.dtype)
+    values, (rows, columns) = weight.values.float(), weight.block
+    scales = weight.scales.repeat_interleave(rows, dim=-2)[..., : values.shape[-2], :]
+    if scales.shape[-1] > 1:
+        scales = scales.repeat_interleave(columns, dim=-1)[..., : values.shape[-1]]
+    return values.mul_(scales).to(weight.dtype)
 
 
 def quantise(weight: Tensor) -> Fp8Weight:

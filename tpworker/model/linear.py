@@ -35,13 +35,12 @@ class Linear:
     def __init__(self, weight: Tensor | Fp8Weight, bias: Tensor | None = None) -> None:
         self.bias = bias
         self.fp8 = weight if isinstance(weight, Fp8Weight) else None
-        if isinstance(weight, Fp8Weight):
-            weight = weight.values
-        self.is_packed = can_pack(weight.device, weight.dtype)
-        self._fewest_rows = 2 if weight.shape[1] > _SHORT_ROW else 1
+        plain = weight.values if isinstance(weight, Fp8Weight) else weight
+        self.is_packed = can_pack(plain.device, plain.dtype)
+        self._fewest_rows = 2 if plain.shape[1] > _SHORT_ROW else 1
         if self.is_packed:
-            weight = torch.ops.mkldnn._reorder_linear_weight(weight, _PACK_ROWS)
-        self.weight = weight
+            plain = torch.ops.mkldnn._reorder_linear_weight(plain, _PACK_ROWS)
+        self.weight: Tensor = plain
 
     def __call__(self, x: Tensor | Normed) -> Tensor:
         """[T, in] to [T, out]."""

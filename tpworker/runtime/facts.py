@@ -42,8 +42,8 @@ class Facts:
 
     @property
     def quantization(self) -> str:
-        """Of weights: 'fp8', whether the checkpoint has them so or `RuntimeConfig.quantization` asks for it; ''
-        if they are not quantised, or before the start."""
+        """Of weights: 'fp8', whether the checkpoint has them so or `RuntimeConfig.quantization` asks for it;
+        '' if they are not quantised, or before the start."""
         return "" if self._setup is None or self._setup.model.spec.quantization is None else "fp8"
 
     @property
