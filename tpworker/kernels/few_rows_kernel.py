@@ -29,7 +29,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from tpworker.kernels import pdl
 from tpworker.kernels.few_rows import FewRows, counters, num_processors, padded
-from tpworker.kernels.operands import Normed
+from tpworker.kernels.operands import Fp8Weight, Normed
 from tpworker.kernels.pdl import start_next, wait
 
 
@@ -44,11 +44,11 @@ def _layout(outputs: int, rows: int, warps: int) -> gl.BlockedLayout:
 
 @gluon.jit(do_not_specialize=["num_rows", "steps_of_split", "num_squares"])
 def _few_rows(
-    x, weight, squares, bias, out, next_norm, next_scaled, next_squares, partial, counts, eps,
+    x, weight, scales, squares, bias, out, next_norm, next_scaled, next_squares, partial, counts, eps,
     num_rows, size_in, size_out, steps_of_split, num_squares, NUM_SQUARES: gl.constexpr,
-    HAS_BIAS: gl.constexpr, GATED: gl.constexpr, ADDS: gl.constexpr, ROWS: gl.constexpr,
-    OUTPUTS: gl.constexpr, STEP: gl.constexpr, SPLITS: gl.constexpr, STAGES: gl.constexpr, PDL: gl.constexpr,
-    num_warps: gl.constexpr,
+    BLOCK_ROWS: gl.constexpr, BLOCK_COLUMNS: gl.constexpr, HAS_BIAS: gl.constexpr, GATED: gl.constexpr,
+    ADDS: gl.constexpr, ROWS: gl.constexpr, OUTPUTS: gl.constexpr, STEP: gl.constexpr, SPLITS: gl.constexpr,
+    STAGES: gl.constexpr, PDL: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """One program OUTPUTS rows of the weight, or some steps of each; sums in float32. x and weight are tensor
     descriptors; what of a tile does not exist is read as zeros.
@@ -56,6 +56,10 @@ def _few_rows(
     The product is computed transposed, out.T = weight @ x.T: the matrix units take 64 rows at a time of what
     stands left, and that is the weight. SPLITS programs that share a tile add up their sums for some of the
     rows each, in the same order always.
+
+    BLOCK_ROWS > 0: the weight is FP8, and so many rows of it have a scale in common, of BLOCK_COLUMNS inputs, or
+    of all if that is 0. It is read as bytes and becomes 16 bits wide in registers, which is exact; scales are
+    applied to sums.
 
     GATED: the weight's first half is gate and its second half up, and the result is silu(gate) * up: a tile
     has OUTPUTS / 2 rows of gate and then the same ones of up.
@@ -66,14 +70,14 @@ def _few_rows(
     columns.
     """
     start_next(PDL)
-    dtype: gl.constexpr = weight.dtype
+    dtype: gl.constexpr = x.dtype
     tile = gl.program_id(0)
     split = gl.program_id(1)
     begin = split * steps_of_split
     num_steps = gl.minimum(steps_of_split, gl.cdiv(size_in, STEP) - begin)
     half = size_out // 2
     first = tile * (OUTPUTS // 2 if GATED else OUTPUTS)
-    weights = gl.allocate_shared_memory(dtype, [STAGES, OUTPUTS, STEP], weight.layout)
+    weights = gl.allocate_shared_memory(weight.dtype, [STAGES, OUTPUTS, STEP], weight.layout)
     inputs = gl.allocate_shared_memory(dtype, [STAGES, ROWS, STEP], x.layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for early in gl.static_range(STAGES):
@@ -94,6 +98,14 @@ def _few_rows(
         scale = gl.load(next_norm + output, mask=output < size_out, other=0.0)
     if HAS_BIAS:
         added = gl.load(bias + output, mask=output < size_out, other=0.0)
+    if BLOCK_ROWS > 0 and BLOCK_COLUMNS == 0:
+        scale_of_row = gl.load(scales + output // BLOCK_ROWS, mask=output < size_out, other=0.0)
+    PRODUCT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, ROWS, 16])
+    LEFT: gl.constexpr = gl.DotOperandLayout(0, PRODUCT, 2)
+    INPUTS: gl.constexpr = _inputs_of_sum(STEP, BLOCK_ROWS, BLOCK_COLUMNS)
+    if BLOCK_COLUMNS > 0:
+        of_sum = _outputs(first, half, size_out, GATED, OUTPUTS, PRODUCT)
+        coming_scale = _scale(scales, of_sum, begin * STEP, size_in, size_out, BLOCK_ROWS, BLOCK_COLUMNS)
     wait(PDL)
     for early in gl.static_range(STAGES):
         _ask_for_input(x, inputs.index(early), ready.index(early), (begin + early) * STEP, early < num_steps)
@@ -107,25 +119,39 @@ def _few_rows(
         has_square = (which < num_squares) & (of_row < num_rows)
         square = gl.load(squares + which * num_rows + of_row, mask=has_square, other=0.0)
 
-    PRODUCT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, ROWS, 16])
     product = warpgroup_mma_init(gl.zeros([OUTPUTS, ROWS], gl.float32, PRODUCT))
+    total = gl.zeros([OUTPUTS, ROWS], gl.float32, PRODUCT)
     for step in range(num_steps):
         slot = step % STAGES
         mbarrier.wait(ready.index(slot), (step // STAGES) & 1)
-        product = warpgroup_mma_wait(0, deps=[product])
-        if step > 0:  # what the last step was computed from is free
-            coming = step - 1 + STAGES
-            free = coming % STAGES
-            column = (begin + coming) * STEP
-            _ask_for_weight(
-                weight, weights.index(free), ready.index(free), inputs.index(free), first, half, column,
-                coming < num_steps, GATED,
-            )  # fmt: skip
-            _ask_for_input(x, inputs.index(free), ready.index(free), column, coming < num_steps)
-        product = warpgroup_mma(
-            weights.index(slot), inputs.index(slot).permute((1, 0)), product, is_async=True
-        )
-    total = warpgroup_mma_wait(0, deps=[product])
+        for part in gl.static_range(STEP // INPUTS):
+            left = weights.index(slot).slice(part * INPUTS, INPUTS, dim=1)
+            right = inputs.index(slot).slice(part * INPUTS, INPUTS, dim=1).permute((1, 0))
+            if BLOCK_ROWS > 0:
+                left = _widened(left.load(LEFT), dtype)
+            else:
+                product = warpgroup_mma_wait(0, deps=[product])
+            if part == 0 and step > 0:  # what the last step was computed from is free
+                coming = step - 1 + STAGES
+                free = coming % STAGES
+                column = (begin + coming) * STEP
+                _ask_for_weight(
+                    weight, weights.index(free), ready.index(free), inputs.index(free), first, half, column,
+                    coming < num_steps, GATED,
+                )  # fmt: skip
+                _ask_for_input(x, inputs.index(free), ready.index(free), column, coming < num_steps)
+            if BLOCK_ROWS == 0:
+                product = warpgroup_mma(left, right, product, is_async=True)
+            elif BLOCK_COLUMNS == 0:
+                total = warpgroup_mma(left, right, total)
+            else:
+                scale = coming_scale
+                column = (begin + step) * STEP + (part + 1) * INPUTS
+                coming_scale = _scale(scales, of_sum, column, size_in, size_out, BLOCK_ROWS, BLOCK_COLUMNS)
+                nothing = gl.zeros([OUTPUTS, ROWS], gl.float32, PRODUCT)
+                total += warpgroup_mma(left, right, nothing, use_acc=False) * scale[:, None]
+    if BLOCK_ROWS == 0:
+        total = warpgroup_mma_wait(0, deps=[product])
 
     ALL: gl.constexpr = _layout(OUTPUTS, ROWS, num_warps)
     total = gl.convert_layout(total, ALL)
@@ -147,6 +173,8 @@ def _few_rows(
         if gl.atomic_add(counts + 2 * tile + 1, 1, sem="relaxed") == SPLITS - 1:
             gl.store(counts + 2 * tile, 0)  # for the next product
             gl.store(counts + 2 * tile + 1, 0)
+    if BLOCK_ROWS > 0 and BLOCK_COLUMNS == 0:
+        total *= scale_of_row[:, None]
     if NUM_SQUARES > 0:
         factor = gl.rsqrt(gl.sum(square, axis=0) / size_in + eps)
         total *= gl.convert_layout(factor, gl.SliceLayout(0, OUT))[None, :]
@@ -186,6 +214,33 @@ def _outputs(first, half, size_out, GATED: gl.constexpr, OUTPUTS: gl.constexpr, 
     return output
 
 
+@gluon.constexpr_function
+def _inputs_of_sum(step: int, block_rows: int, block_columns: int) -> int:
+    """How many inputs are summed up at a time: of FP8 no more than have a scale, or than registers hold."""
+    if block_rows == 0:
+        return step
+    return min(step, 128, block_columns or step)
+
+
+@gluon.jit
+def _widened(values, dtype: gl.constexpr):
+    """FP8 to 16 bits, exactly. By way of float32, which has fast instructions; what turns float16 to bfloat16
+    at once does a quarter as many."""
+    if dtype == gl.float16:
+        return values.to(gl.float16)
+    return values.to(gl.float16).to(gl.float32).to(dtype)
+
+
+@gluon.jit
+def _scale(
+    scales, output, column, size_in, size_out, BLOCK_ROWS: gl.constexpr, BLOCK_COLUMNS: gl.constexpr
+):
+    """The scales of these outputs for the block of inputs that this column is in."""
+    per_row = gl.cdiv(size_in, BLOCK_COLUMNS)
+    source = scales + output // BLOCK_ROWS * per_row + column // BLOCK_COLUMNS
+    return gl.load(source, mask=(output < size_out) & (column < size_in), other=0.0)
+
+
 @gluon.jit
 def _ask_for_input(x, to, ready, column, exists):
     """A step of the input."""
@@ -195,7 +250,9 @@ def _ask_for_input(x, to, ready, column, exists):
 @gluon.jit
 def _ask_for_weight(weight, to, ready, inputs, first, half, column, exists, GATED: gl.constexpr):
     """A step of the weight; `ready` waits for it and for the input that belongs to it."""
-    num_bytes: gl.constexpr = 2 * (to.shape[0] * to.shape[1] + inputs.shape[0] * inputs.shape[1])
+    num_bytes: gl.constexpr = (
+        to.shape[0] * to.shape[1] * to.dtype.primitive_bitwidth // 8 + 2 * inputs.shape[0] * inputs.shape[1]
+    )
     mbarrier.expect(ready, num_bytes, pred=exists)
     if GATED:
         count: gl.constexpr = to.shape[0] // 2
@@ -208,7 +265,12 @@ def _ask_for_weight(weight, to, ready, inputs, first, half, column, exists, GATE
 
 
 def multiply_few(
-    x: Tensor | Normed, weight: Tensor, bias: Tensor | None, rule: FewRows, gated: bool, target: Normed | None
+    x: Tensor | Normed,
+    weight: Tensor | Fp8Weight,
+    bias: Tensor | None,
+    rule: FewRows,
+    gated: bool,
+    target: Normed | None,
 ) -> Tensor:
     """See `skinny_kernel.multiply`. target: its x is what the product is added to; the rest is filled in."""
     squares = x.squares if isinstance(x, Normed) else None
@@ -216,6 +278,11 @@ def multiply_few(
     if isinstance(x, Normed):
         assert x.scaled is not None
         x = x.scaled
+    scales, block = x, (0, 0)
+    if isinstance(weight, Fp8Weight):
+        scales, block = weight.scales, weight.block
+        weight = weight.values
+        assert scales.is_contiguous()
     assert x.is_contiguous()
     assert weight.is_contiguous()
     size_out, size_in = weight.shape
@@ -241,6 +308,7 @@ def multiply_few(
     _few_rows[(num_tiles, rule.splits)](
         _blocks(x, rows, rule.step),
         _blocks(weight, rule.outputs // 2 if gated else rule.outputs, rule.step),
+        scales,
         x if squares is None else squares,
         x if bias is None else bias,
         out,
@@ -256,6 +324,8 @@ def multiply_few(
         steps_of_split,
         0 if squares is None else len(squares),
         NUM_SQUARES=0 if squares is None else triton.next_power_of_2(len(squares)),
+        BLOCK_ROWS=block[0],
+        BLOCK_COLUMNS=block[1] if block[1] < size_in else 0,
         HAS_BIAS=bias is not None,
         GATED=gated,
         ADDS=target is not None,
@@ -271,6 +341,7 @@ def multiply_few(
 
 
 def _blocks(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """A matrix of 16-bit elements as the copies take it, rows x columns at a time."""
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    """A matrix as the copies take it, rows x columns at a time."""
+    bits = 8 * tensor.element_size()
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=bits, rank=2)
     return TensorDescriptor.from_tensor(tensor, [rows, columns], layout)
