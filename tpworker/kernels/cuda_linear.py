@@ -9,8 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tpworker.kernels import few_rows, skinny_kernel
-from tpworker.kernels.operands import Normed
+from tpworker.kernels.fp8_linear import Fp8Linear
+from tpworker.kernels.operands import Fp8Weight, Matrix, Normed
 from tpworker.kernels.triton_kernels import add_norm, silu_mul
+
+
+def linear(weight: Tensor | Fp8Weight, bias: Tensor | None = None) -> Matrix:
+    """See `Operations.linear`."""
+    return Fp8Linear(weight, bias) if isinstance(weight, Fp8Weight) else CudaLinear(weight, bias)
 
 
 class CudaLinear:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tpworker.kernels import moe_kernels, moe_routing
-from tpworker.kernels.cuda_linear import CudaLinear as linear
+from tpworker.kernels.cuda_linear import linear
 from tpworker.kernels.logit_kernels import adjust, count_tokens
 from tpworker.kernels.logprob_kernel import logprob_parts
 from tpworker.kernels.mask_kernel import take_masks

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from tpworker.kernels.gluon import has_gluon
+from tpworker.kernels.operands import Fp8Weight
 
 MOST_ROWS = 64
+_SHORTEST_SUM = 16  # inputs that the matrix units take at a time: blocks of FP8 have no fewer
 SHARED_MEMORY = 227 << 10  # of a Hopper processor, for all programs there, and 1 KB of each more
 
 
@@ -25,9 +27,9 @@ class FewRows:
     stages: int = 4  # steps that are on their way
 
 
-def cut_few(num_rows: int, size_out: int, size_in: int, processors: int) -> FewRows:
-    """For a weight [out, in] on a GPU of so many processors."""
-    outputs, step = 64, 128 if num_rows <= 32 else 64
+def cut_few(num_rows: int, size_out: int, size_in: int, processors: int, element_size: int = 2) -> FewRows:
+    """For a weight [out, in] of elements of so many bytes, on a GPU of so many processors."""
+    outputs, step = 64, (128 if num_rows <= 32 else 64) * 2 // element_size
     programs, steps, splits = -(-size_out // outputs), -(-size_in // step), 1
     # Sharing a tile costs a microsecond or two; it pays where half of the processors would have nothing to
     # do, and where there is much to read.
@@ -39,7 +41,7 @@ def cut_few(num_rows: int, size_out: int, size_in: int, processors: int) -> FewR
     # Programs start early, on whichever processor has room, and none should have more than its share of
     # them: so each takes as much shared memory as lets no more fit.
     share = min(-(-programs // processors), 3)
-    stage = 2 * step * (outputs + padded(num_rows))
+    stage = step * (element_size * outputs + 2 * padded(num_rows))
     stages = (SHARED_MEMORY // (share + 1) - 1024) // stage + 1
     return FewRows(outputs, step, splits, stages=stages)
 
@@ -49,9 +51,15 @@ def padded(num_rows: int) -> int:
     return max(8, 1 << (num_rows - 1).bit_length())
 
 
-def can_multiply_few(weight: Tensor) -> bool:
+def can_multiply_few(weight: Tensor | Fp8Weight) -> bool:
     """Whether the kernel can run on this GPU, and can read the weight."""
-    return weight.shape[1] % 8 == 0 and weight.data_ptr() % 16 == 0 and _is_supported(weight.device)
+    if isinstance(weight, Fp8Weight):
+        columns = weight.block[1]
+        weight = weight.values
+        if columns < weight.shape[1] and (columns < _SHORTEST_SUM or columns & (columns - 1)):
+            return False
+    row = weight.shape[1] * weight.element_size()
+    return row % 16 == 0 and weight.data_ptr() % 16 == 0 and _is_supported(weight.device)
 
 
 @cache

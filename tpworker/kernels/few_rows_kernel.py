@@ -57,9 +57,8 @@ def _few_rows(
     stands left, and that is the weight. SPLITS programs that share a tile add up their sums for some of the
     rows each, in the same order always.
 
-    BLOCK_ROWS > 0: the weight is FP8, and so many rows of it have a scale in common, of BLOCK_COLUMNS inputs, or
-    of all if that is 0. It is read as bytes and becomes 16 bits wide in registers, which is exact; scales are
-    applied to sums.
+    BLOCK_ROWS > 0: the weight is FP8, and so many rows of it have a scale in common, of BLOCK_COLUMNS inputs
+    or, if that is 0, all of them. It becomes 16 bits wide in registers, exactly; scales are applied to sums.
 
     GATED: the weight's first half is gate and its second half up, and the result is silu(gate) * up: a tile
     has OUTPUTS / 2 rows of gate and then the same ones of up.
@@ -145,11 +144,11 @@ def _few_rows(
             elif BLOCK_COLUMNS == 0:
                 total = warpgroup_mma(left, right, total)
             else:
-                scale = coming_scale
+                sum_scale = coming_scale
                 column = (begin + step) * STEP + (part + 1) * INPUTS
                 coming_scale = _scale(scales, of_sum, column, size_in, size_out, BLOCK_ROWS, BLOCK_COLUMNS)
                 nothing = gl.zeros([OUTPUTS, ROWS], gl.float32, PRODUCT)
-                total += warpgroup_mma(left, right, nothing, use_acc=False) * scale[:, None]
+                total += warpgroup_mma(left, right, nothing, use_acc=False) * sum_scale[:, None]
     if BLOCK_ROWS == 0:
         total = warpgroup_mma_wait(0, deps=[product])
 
@@ -232,9 +231,7 @@ def _widened(values, dtype: gl.constexpr):
 
 
 @gluon.jit
-def _scale(
-    scales, output, column, size_in, size_out, BLOCK_ROWS: gl.constexpr, BLOCK_COLUMNS: gl.constexpr
-):
+def _scale(scales, output, column, size_in, size_out, BLOCK_ROWS: gl.constexpr, BLOCK_COLUMNS: gl.constexpr):
     """The scales of these outputs for the block of inputs that this column is in."""
     per_row = gl.cdiv(size_in, BLOCK_COLUMNS)
     source = scales + output // BLOCK_ROWS * per_row + column // BLOCK_COLUMNS
@@ -295,6 +292,7 @@ def multiply_few(
         out = torch.empty(num_rows, size_out // 2 if gated else size_out, dtype=x.dtype, device=x.device)
         next_norm = next_scaled = next_squares = out
     else:
+        assert target.x.shape == (num_rows, size_out)
         out, next_norm, next_scaled = target.x, target.weight, torch.empty_like(target.x)
         next_squares = torch.empty(num_tiles, num_rows, dtype=torch.float32, device=x.device)
         target.scaled, target.squares = next_scaled, next_squares
@@ -342,6 +340,6 @@ def multiply_few(
 
 def _blocks(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """A matrix as the copies take it, rows x columns at a time."""
-    bits = 8 * tensor.element_size()
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=bits, rank=2)
+    size = tensor.element_size()
+    layout = gl.NVMMASharedLayout(min(128, size * columns), element_bitwidth=8 * size, rank=2)
     return TensorDescriptor.from_tensor(tensor, [rows, columns], layout)

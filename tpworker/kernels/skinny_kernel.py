@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tpworker.kernels import pdl, triton_kernels
 from tpworker.kernels.few_rows import MOST_ROWS, FewRows, can_multiply_few, cut_few, num_processors
-from tpworker.kernels.operands import Normed
+from tpworker.kernels.operands import Fp8Weight, Normed
 from tpworker.kernels.pdl import start_next, wait
 
 # ------------------------------------------------------------------------------------- which one, and how
@@ -39,8 +39,8 @@ _SMALL = 8 << 20
 """Elements of a weight up to which one row has a kernel of its own."""
 
 
-def choose(num_rows: int, weight: Tensor, gated: bool) -> OneRow | FewRows | None:
-    """How to multiply so many rows with the weight [out, in]; None: the library does it.
+def choose(num_rows: int, weight: Tensor | Fp8Weight, gated: bool) -> OneRow | FewRows | None:
+    """How to multiply so many rows with the weight [out, in]; None: no kernel here does it.
 
     What was fastest for the matrices of Qwen3-0.6B and 8B, GLM-4.5-Air and ERNIE-4.5-21B-A3B, split over 1, 2
     and 4 ranks, on an H200.
@@ -48,6 +48,11 @@ def choose(num_rows: int, weight: Tensor, gated: bool) -> OneRow | FewRows | Non
     Args:
         gated: see `multiply`.
     """
+    if isinstance(weight, Fp8Weight):
+        if weight.dtype.itemsize != 2 or not 0 < num_rows <= MOST_ROWS or not can_multiply_few(weight):
+            return None
+        size_out, size_in = weight.values.shape
+        return cut_few(num_rows, size_out, size_in, num_processors(weight.values.device), 1)
     size_out, size_in = weight.shape
     if weight.element_size() != 2 or not 0 < num_rows <= MOST_ROWS:
         return None
@@ -61,7 +66,11 @@ def choose(num_rows: int, weight: Tensor, gated: bool) -> OneRow | FewRows | Non
 
 
 def multiply(
-    x: Tensor | Normed, weight: Tensor, bias: Tensor | None, rule: OneRow | FewRows, gated: bool = False
+    x: Tensor | Normed,
+    weight: Tensor | Fp8Weight,
+    bias: Tensor | None,
+    rule: OneRow | FewRows,
+    gated: bool = False,
 ) -> Tensor:
     """x [R, in] times weight [out, in] transposed, plus bias [out]: [R, out].
 
@@ -69,6 +78,7 @@ def multiply(
     as if they were stored in between.
     """
     if isinstance(rule, OneRow):
+        assert isinstance(weight, Tensor)
         return multiply_one(x, weight, bias, rule, gated, None)
     from tpworker.kernels.few_rows_kernel import multiply_few
 
@@ -78,12 +88,12 @@ def multiply(
 
 
 def multiply_add(
-    x: Tensor, weight: Tensor, bias: Tensor | None, rule: OneRow | FewRows, target: Normed
+    x: Tensor, weight: Tensor | Fp8Weight, bias: Tensor | None, rule: OneRow | FewRows, target: Normed
 ) -> None:
     """Add the product to target.x [R, out], in place."""
     assert target.x.is_contiguous()
-    assert target.x.shape == (len(x), len(weight))
     if isinstance(rule, OneRow):
+        assert isinstance(weight, Tensor)
         multiply_one(x, weight, bias, rule, False, target.x)
     else:
         from tpworker.kernels.few_rows_kernel import multiply_few

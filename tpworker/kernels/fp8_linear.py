@@ -1,0 +1,108 @@
+"""y = x Wᵀ + b on CUDA with a weight in FP8. Imports Triton.
+
+up to 64 rows   our kernel reads FP8 and multiplies in 16 bits: the product with what the weight stands for
+more            the library's FP8 product, on Hopper: each row is brought to FP8, by its greatest element
+                or, where the weight's scales are of blocks, by that of each 128 inputs
+otherwise       the weight is brought to 16 bits, each time
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tpworker.kernels import few_rows, fp8_kernels, skinny_kernel
+from tpworker.kernels.fp8_kernels import GROUP
+from tpworker.kernels.operands import Fp8Weight, Normed
+from tpworker.kernels.triton_kernels import add_norm, silu_mul
+
+
+class Fp8Linear:
+    """A weight in FP8. See `operands.Matrix`.
+
+    Args:
+        weight: values [out, in].
+        bias: [out] or None.
+    """
+
+    def __init__(self, weight: Fp8Weight, bias: Tensor | None = None) -> None:
+        few_rows.counters(weight.values.device)
+        self.weight = weight.values
+        self.bias = bias
+        self._fp8 = weight
+        self._right_scales = _right_scales(weight)
+
+    def __call__(self, x: Tensor | Normed) -> Tensor:
+        """[T, in] to [T, out]."""
+        return self._multiply(x, gated=False)
+
+    def gated(self, x: Tensor | Normed) -> Tensor:
+        """silu(gate) * up, [T, F], of a product [T, 2 F], gate then up."""
+        return self._multiply(x, gated=True)
+
+    def add_to(self, residual: Tensor, x: Tensor, norm_weight: Tensor, eps: float) -> Normed | None:
+        """See `Product.add_to`. The norm of many rows is left for the product that brings it to FP8."""
+        target = Normed(residual, norm_weight, eps)
+        rule = skinny_kernel.choose(len(x), self._fp8, gated=False)
+        if rule is None:
+            residual += self._multiply_many(x)
+            return target
+        if x.dtype == torch.float16:
+            return None  # the residual times the norm's weight, not yet divided, is beyond float16
+        skinny_kernel.multiply_add(x, self._fp8, self.bias, rule, target)
+        return target
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Every tensor that it holds."""
+        yield self._fp8.values
+        yield self._fp8.scales
+        if self.bias is not None:
+            yield self.bias
+
+    def _multiply(self, x: Tensor | Normed, gated: bool) -> Tensor:
+        rule = skinny_kernel.choose(len(x if isinstance(x, Tensor) else x.x), self._fp8, gated)
+        if rule is not None:
+            return skinny_kernel.multiply(x, self._fp8, self.bias, rule, gated)
+        y = self._multiply_many(x)
+        return silu_mul(y) if gated else y
+
+    def _multiply_many(self, x: Tensor | Normed) -> Tensor:
+        source = x if isinstance(x, Tensor) else x.x
+        num_rows = len(source)
+        if self._right_scales is None or source.dtype != torch.bfloat16 or num_rows <= few_rows.MOST_ROWS:
+            if isinstance(x, Normed):
+                x = add_norm(x.x, None, x.weight, x.eps)
+            return F.linear(x, fp8_kernels.dequantise(self._fp8, x.dtype), self.bias)
+        by_group = len(self._right_scales) > 1
+        values, scales = fp8_kernels.quantise(x, by_group)
+        y = torch._scaled_mm(values, self.weight.t(), scales, self._right_scales, out_dtype=source.dtype)[
+            :num_rows
+        ]
+        return y if self.bias is None else y.add_(self.bias)
+
+
+def _right_scales(weight: Fp8Weight) -> Tensor | None:
+    """A weight's scales as the library's product wants them; None: it has none for such a weight."""
+    size_out, size_in = weight.values.shape
+    if not _has_product(weight.values.device) or size_out % 16 or size_in % 16:
+        return None
+    if weight.block[0] == 1 and weight.block[1] >= size_in:
+        return weight.scales.view(1, size_out)
+    if weight.block != (GROUP, GROUP) or size_out % GROUP or size_in % GROUP:
+        return None
+    num_rows, num_columns = weight.scales.shape
+    padded = weight.scales.new_zeros(
+        num_rows, -(-num_columns // 4) * 4
+    )  # the library wants multiples of 16 bytes
+    padded[:, :num_columns] = weight.scales
+    return padded[:, :num_columns].t()
+
+
+@cache
+def _has_product(device: torch.device) -> bool:
+    """Whether torch has products in FP8, with scales of both kinds, for this GPU: for Hopper."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
