@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.absent_gpu import needs_triton, pretend
-from tpworker.kernels.operands import Cut, NewTokens, Normed
+from tpworker.kernels.operands import Cut, Fp8Weight, NewTokens, Normed
 
 pytestmark = needs_triton
 BF16 = torch.bfloat16
@@ -55,6 +55,27 @@ def test_products_of_few_rows(num_rows: int, size_in: int, size_out: int) -> Non
     rule = cut_few(num_rows, size_out, size_in, 132)
     x, weight = torch.empty(num_rows, size_in, dtype=BF16), torch.empty(size_out, size_in, dtype=BF16)
     bias, residual = torch.empty(size_out, dtype=BF16), torch.empty(num_rows, size_out, dtype=BF16)
+    normed = Normed(x, x[0], 1e-6, x, torch.empty(16, num_rows))
+
+    def work() -> None:
+        multiply_few(x, weight, bias, rule, False, None)
+        multiply_few(normed, weight, None, rule, True, None)
+        multiply_few(x, weight, None, rule, False, Normed(residual, bias, 1e-6))
+
+    compile_all(work, 3)
+
+
+@pytest.mark.parametrize("block", [(1, 4096), (128, 128), (64, 16)], ids=str)
+@pytest.mark.parametrize("num_rows", [1, 64])
+def test_products_of_few_rows_in_fp8(num_rows: int, block: tuple[int, int]) -> None:
+    from tpworker.kernels.few_rows import cut_few
+    from tpworker.kernels.few_rows_kernel import multiply_few
+
+    rule = cut_few(num_rows, 1024, 4096, 132, 1)
+    x, values = torch.empty(num_rows, 4096, dtype=BF16), torch.empty(1024, 4096, dtype=torch.float8_e4m3fn)
+    scales = torch.empty(1024 // block[0], 4096 // block[1])
+    weight = Fp8Weight(values, scales, block, BF16)
+    bias, residual = torch.empty(1024, dtype=BF16), torch.empty(num_rows, 1024, dtype=BF16)
     normed = Normed(x, x[0], 1e-6, x, torch.empty(16, num_rows))
 
     def work() -> None:
