@@ -34,6 +34,7 @@ from torch import Tensor
 
 from benchmarks.common.floors import BYTES_PER_SECOND, floor_bytes
 from benchmarks.common.options import positive
+from benchmarks.common.quantized import add_quantization, quantized
 from benchmarks.common.report import machine, save
 from tpworker.checkpoint.weights import dummy_weights
 from tpworker.ipc.messages import MAX_BARRED, MAX_BARRED_LENGTH, MAX_BIAS
@@ -74,6 +75,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=positive, nargs="+", default=[1, 16, 64, 256])
     parser.add_argument("--context", type=positive, default=650, help="tokens of each sequence")
     parser.add_argument("--block-size", type=positive, default=16)
+    add_quantization(parser)
     parser.add_argument("--rounds", type=positive, default=5, help="of 20 replays each; the median is told")
 
 
@@ -93,7 +95,7 @@ def run(options: argparse.Namespace) -> int:
 def measure_model(name: str, options: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
     """Every batch size of one model; prints its tables."""
     device = torch.device("cuda")
-    spec = read_spec(CONFIGS / name)
+    spec = quantized(read_spec(CONFIGS / name), options.quantization)
     shard = Shard.of(spec, 0, 1)
     weights = dummy_weights(spec, shard, torch.bfloat16, device)
     decoder = Decoder(spec, weights, shard, SoleRank(), options.context + 64)

@@ -23,9 +23,11 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.common.options import positive
+from benchmarks.common.quantized import add_quantization, quantized
 from benchmarks.common.report import machine, save
 from benchmarks.steps.kernels import CONFIGS
 from tpworker.checkpoint.weights import dummy_weights
+from tpworker.kernels.operands import Matrix
 from tpworker.model.batch import Batch
 from tpworker.model.decoder import Decoder
 from tpworker.model.families import ModelSpec, read_spec
@@ -81,6 +83,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         default=[Case(1, 512, 0), Case(2, 1024, 0), Case(8, 1024, 0), Case(1, 8192, 0), Case(1, 2048, 6144)],
     )
     parser.add_argument("--block-size", type=positive, default=16)
+    add_quantization(parser)
     parser.add_argument("--rounds", type=positive, default=7)
     parser.add_argument("--peak", type=float, default=790.0, help="TFLOP/s of a plain product (default: 790)")
     parser.add_argument("--profile", action="store_true", help="print the time by kernel")
@@ -91,7 +94,7 @@ def run(options: argparse.Namespace) -> int:
         print("a GPU is needed, and there is none here", file=sys.stderr)
         return 1
     console = Console(width=150)
-    spec = read_spec(CONFIGS / options.model)
+    spec = quantized(read_spec(CONFIGS / options.model), options.quantization)
     shard = Shard.of(spec, 0, 1)
     with torch.inference_mode():
         weights = dummy_weights(spec, shard, torch.bfloat16, DEVICE)
@@ -147,7 +150,7 @@ def batch_of(case: Case, block_size: int) -> Batch:
 
 
 def product_times(decoder: Decoder, tokens: int, rounds: int) -> dict[str, tuple[float, float]]:
-    """Of each product of a layer: seconds with the library alone, several layers' weights; operations."""
+    """Of each product of a layer, several layers' weights in turn: seconds, and operations."""
     layers = decoder.weights.layers[:8]
     found: dict[str, tuple[float, float]] = {}
     for name in ("qkv", "output", "gate_up", "down"):
@@ -155,13 +158,13 @@ def product_times(decoder: Decoder, tokens: int, rounds: int) -> dict[str, tuple
         for layer in layers:
             assert isinstance(layer.mlp, Mlp)
             owner = layer if name in ("qkv", "output") else layer.mlp
-            matrices.append(getattr(owner, name).weight)
-        size_out, size_in = matrices[0].shape
-        x = torch.randn(tokens, size_in, dtype=matrices[0].dtype, device=DEVICE)
+            matrices.append(getattr(owner, name))
+        size_out, size_in = matrices[0].weight.shape
+        x = torch.randn(tokens, size_in, dtype=torch.bfloat16, device=DEVICE)
 
-        def all_layers(x: Tensor = x, matrices: list[Tensor] = matrices) -> None:
+        def all_layers(x: Tensor = x, matrices: list[Matrix] = matrices) -> None:
             for matrix in matrices:
-                torch.nn.functional.linear(x, matrix)
+                matrix(x)
 
         seconds = statistics.median(times(all_layers, rounds)) / len(layers)
         found[name] = seconds, 2.0 * tokens * size_out * size_in
