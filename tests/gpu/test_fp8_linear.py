@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tests.gpu.test_kernels import DEVICE, HAS_GPU, IS_INTERPRETED, gate, hopper, near, randn
-from tpworker.kernels.operands import Fp8Weight, Normed
+from tpworker.kernels.operands import Fp8Weight, Gated, Normed
 from tpworker.model import composed_ops, fp8, layer_ops
 from tpworker.model.operations import operations_of
 
@@ -54,19 +54,23 @@ def product(x: Tensor, weight: Fp8Weight, bias: Tensor | None = None) -> Tensor:
 # ------------------------------------------------------------------------------- into FP8, and out of it
 
 
-@pytest.mark.parametrize("has_norm", [False, True])
+@pytest.mark.parametrize("before", ["", "norm", "gate"])
 @pytest.mark.parametrize("by_group", [False, True])
 @pytest.mark.parametrize("size", [96, 1152])
-def test_rows_in_fp8(size: int, by_group: bool, has_norm: bool) -> None:
+def test_rows_in_fp8(size: int, by_group: bool, before: str) -> None:
     """Each within half a step of E4M3, by the greatest of its row or group; a row of zeros is one."""
     from tpworker.kernels import fp8_kernels, triton_kernels
 
-    x = randn(5, size, dtype=DTYPE, scale=3.0).to(DEVICE)
+    x = randn(5, size * (1 + (before == "gate")), dtype=DTYPE, scale=3.0).to(DEVICE)
     x[1] *= 1000
     x[3] = 0
     norm = randn(size, dtype=DTYPE).to(DEVICE)
-    given = Normed(x, norm, 1e-6) if has_norm else x
-    expected = (triton_kernels.add_norm(x, None, norm, 1e-6) if has_norm else x).float()
+    given: Tensor | Normed | Gated = x
+    expected = x.float()
+    if before == "norm":
+        given, expected = Normed(x, norm, 1e-6), triton_kernels.add_norm(x, None, norm, 1e-6).float()
+    if before == "gate":
+        given, expected = Gated(x), triton_kernels.silu_mul(x).float()
     values, scales = fp8_kernels.quantise(given, by_group)
     width = fp8_kernels.GROUP if by_group else size
     assert scales.shape == (8 if by_group else 5, -(-size // width))
@@ -138,6 +142,8 @@ def test_products_of_few_rows(count: int, cut: dict[str, Any], block: tuple[int,
 @pytest.mark.parametrize("count", [1, 64, 65, 130, 600])
 def test_matrices(count: int, has_bias: bool, block: tuple[int, int]) -> None:
     """As the model uses them. From 65 rows on the input may be rounded to FP8, which has 3 bits."""
+    from tpworker.kernels import triton_kernels
+
     operations = operations_of(DEVICE)
     weight, x = fp8_weight(1024, 768, block), randn(count, 768).to(DEVICE)
     bias = randn(1024).to(DEVICE) if has_bias else None
@@ -145,12 +151,16 @@ def test_matrices(count: int, has_bias: bool, block: tuple[int, int]) -> None:
     expected = product(x, weight, bias).to(BF16)
     tolerance = 4e-2 if count > 64 else 5e-3
     near(matrix(x), expected, tolerance)
-    near(matrix.gated(x), gate(expected), 2 * tolerance)
+    gated = matrix.gated(x)
+    assert isinstance(gated, Gated) == (count > 64)
+    near(triton_kernels.computed(gated), gate(expected), 2 * tolerance)
     norm = randn(768).to(DEVICE)
     normed = operations.add_norm(x, None, norm, 1e-6)
     assert torch.equal(matrix(Normed(x, norm, 1e-6)), matrix(normed))
     residual = randn(count, 1024).to(DEVICE)
     summed = (residual + expected.float()).to(BF16)
+    both = randn(count, 2 * 768).to(DEVICE)
+    assert torch.equal(matrix(Gated(both)), matrix(triton_kernels.silu_mul(both)))
     target = matrix.add_to(residual, x, randn(1024).to(DEVICE), 1e-6)
     assert target is not None
     assert target.x is residual

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from tpworker.kernels import few_rows, skinny_kernel
 from tpworker.kernels.fp8_linear import Fp8Linear
-from tpworker.kernels.operands import Fp8Weight, Matrix, Normed
-from tpworker.kernels.triton_kernels import add_norm, silu_mul
+from tpworker.kernels.operands import Fp8Weight, Gated, Matrix, Normed
+from tpworker.kernels.triton_kernels import add_norm, computed, silu_mul
 
 
 def linear(weight: Tensor | Fp8Weight, bias: Tensor | None = None) -> Matrix:
@@ -33,22 +33,23 @@ class CudaLinear:
         self.weight = weight
         self.bias = bias
 
-    def __call__(self, x: Tensor | Normed) -> Tensor:
+    def __call__(self, x: Tensor | Normed | Gated) -> Tensor:
         """[T, in] to [T, out]."""
-        return self._multiply(x, gated=False)
+        return self._multiply(computed(x), gated=False)
 
     def gated(self, x: Tensor | Normed) -> Tensor:
         """silu(gate) * up, [T, F], of a product [T, 2 F], gate then up."""
         return self._multiply(x, gated=True)
 
-    def add_to(self, residual: Tensor, x: Tensor, norm_weight: Tensor, eps: float) -> Normed | None:
+    def add_to(self, residual: Tensor, x: Tensor | Gated, norm_weight: Tensor, eps: float) -> Normed | None:
         """See `Product.add_to`."""
-        if x.dtype == torch.float16:
+        rows = x.x if isinstance(x, Gated) else x
+        if rows.dtype == torch.float16:
             return None  # the residual times the norm's weight, not yet divided, is beyond float16
-        rule = skinny_kernel.choose(len(x), self.weight, gated=False)
+        rule = skinny_kernel.choose(len(rows), self.weight, gated=False)
         if rule is None:
             return None
-        target = Normed(residual, norm_weight, eps)
+        x, target = computed(x), Normed(residual, norm_weight, eps)
         skinny_kernel.multiply_add(x, self.weight, self.bias, rule, target)
         return target
 

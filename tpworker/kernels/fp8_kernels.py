@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tpworker.kernels import pdl
-from tpworker.kernels.operands import Fp8Weight, Normed
+from tpworker.kernels.operands import Fp8Weight, Gated, Normed
 from tpworker.kernels.pdl import start_next, wait
 
 GROUP = 128
@@ -24,10 +24,11 @@ _TILE = 64  # rows of a weight that a program dequantises
 @triton.jit
 def _quantise(
     x, norm, values, scales, eps, scales_stride, SIZE: tl.constexpr, HAS_NORM: tl.constexpr,
-    BY_GROUP: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, PDL: tl.constexpr,
+    IS_GATED: tl.constexpr, BY_GROUP: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program a row: x, or RMSNorm(x) * norm rounded as `add_norm` does it, over a scale that makes the
-    greatest element of the row, or of each group, E4M3's greatest, 448."""
+    """One program a row: x, or RMSNorm(x) * norm or silu(gate) * up, rounded as `add_norm` and `silu_mul` do
+    it; over a scale that makes the greatest element of the row, or of each group, E4M3's greatest, 448."""
     start_next(PDL)
     row = tl.program_id(0).to(tl.int64)
     group = tl.arange(0, GROUPS)
@@ -36,7 +37,11 @@ def _quantise(
     if HAS_NORM:
         weight = tl.load(norm + column, mask=inside, other=0.0).to(tl.float32)
     wait(PDL)
-    value = tl.load(x + row * SIZE + column, mask=inside, other=0.0).to(tl.float32)
+    source = x + row * (2 * SIZE if IS_GATED else SIZE) + column
+    value = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+    if IS_GATED:
+        up = tl.load(source + SIZE, mask=inside, other=0.0).to(tl.float32)
+        value = (value * tl.sigmoid(value) * up).to(x.dtype.element_ty).to(tl.float32)
     if HAS_NORM:
         squares = tl.sum(tl.sum(value * value, axis=1), axis=0)
         value = value * tl.rsqrt(squares / SIZE + eps) * weight
@@ -54,7 +59,7 @@ def _quantise(
     tl.store(values + row * SIZE + column, value.to(values.dtype.element_ty), mask=inside)
 
 
-def quantise(x: Tensor | Normed, by_group: bool) -> tuple[Tensor, Tensor]:
+def quantise(x: Tensor | Normed | Gated, by_group: bool) -> tuple[Tensor, Tensor]:
     """Rows [T, in] in FP8, and their scales.
 
     Returns:
@@ -62,14 +67,14 @@ def quantise(x: Tensor | Normed, by_group: bool) -> tuple[Tensor, Tensor]:
             wants; rows from T on are anything.
         scales: float32 [T', 1], or of each group [T', ceil(in / GROUP)], a column after the other.
     """
-    source = x.x if isinstance(x, Normed) else x
+    source = x if isinstance(x, Tensor) else x.x
     assert source.is_contiguous()
     num_rows, size = source.shape
+    size = size // 2 if isinstance(x, Gated) else size
     padded = -(-num_rows // 4) * 4 if by_group else num_rows
     num_groups = triton.cdiv(size, GROUP)
     values = torch.empty(padded, size, dtype=torch.float8_e4m3fn, device=source.device)
     scales = torch.empty(num_groups if by_group else 1, padded, dtype=torch.float32, device=source.device)
-    block = triton.next_power_of_2(size)
     _quantise[(num_rows,)](
         source,
         x.weight if isinstance(x, Normed) else source,
@@ -79,10 +84,11 @@ def quantise(x: Tensor | Normed, by_group: bool) -> tuple[Tensor, Tensor]:
         padded,
         SIZE=size,
         HAS_NORM=isinstance(x, Normed),
+        IS_GATED=isinstance(x, Gated),
         BY_GROUP=by_group,
         GROUPS=triton.next_power_of_2(num_groups),
         GROUP=GROUP,
-        num_warps=min(16, max(1, block // 512)),
+        num_warps=min(16, max(1, triton.next_power_of_2(size) // 512)),
         **pdl.options(),
     )
     return values, scales.t()

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from tpworker.kernels import few_rows, fp8_kernels, skinny_kernel
 from tpworker.kernels.fp8_kernels import GROUP
-from tpworker.kernels.operands import Fp8Weight, Normed
-from tpworker.kernels.triton_kernels import add_norm, silu_mul
+from tpworker.kernels.operands import Fp8Weight, Gated, Normed
+from tpworker.kernels.triton_kernels import add_norm, computed
 
 
 class Fp8Linear:
@@ -36,21 +36,29 @@ class Fp8Linear:
         self._fp8 = weight
         self._right_scales = _right_scales(weight)
 
-    def __call__(self, x: Tensor | Normed) -> Tensor:
+    def __call__(self, x: Tensor | Normed | Gated) -> Tensor:
         """[T, in] to [T, out]."""
-        return self._multiply(x, gated=False)
+        rule = self._rule(x, gated=False)
+        if rule is None:
+            return self._multiply_many(x)
+        return skinny_kernel.multiply(computed(x), self._fp8, self.bias, rule)
 
-    def gated(self, x: Tensor | Normed) -> Tensor:
-        """silu(gate) * up, [T, F], of a product [T, 2 F], gate then up."""
-        return self._multiply(x, gated=True)
+    def gated(self, x: Tensor | Normed) -> Tensor | Gated:
+        """silu(gate) * up, [T, F], of a product [T, 2 F], gate then up: of many rows it is left for the
+        product that brings it to FP8."""
+        rule = self._rule(x, gated=True)
+        if rule is None:
+            return Gated(self._multiply_many(x))
+        return skinny_kernel.multiply(x, self._fp8, self.bias, rule, gated=True)
 
-    def add_to(self, residual: Tensor, x: Tensor, norm_weight: Tensor, eps: float) -> Normed | None:
+    def add_to(self, residual: Tensor, x: Tensor | Gated, norm_weight: Tensor, eps: float) -> Normed | None:
         """See `Product.add_to`. The norm of many rows is left for the product that brings it to FP8."""
         target = Normed(residual, norm_weight, eps)
-        rule = skinny_kernel.choose(len(x), self._fp8, gated=False)
+        rule = self._rule(x, gated=False)
         if rule is None:
             residual += self._multiply_many(x)
             return target
+        x = computed(x)
         if x.dtype == torch.float16:
             return None  # the residual times the norm's weight, not yet divided, is beyond float16
         skinny_kernel.multiply_add(x, self._fp8, self.bias, rule, target)
@@ -63,20 +71,18 @@ class Fp8Linear:
         if self.bias is not None:
             yield self.bias
 
-    def _multiply(self, x: Tensor | Normed, gated: bool) -> Tensor:
-        rule = skinny_kernel.choose(len(x if isinstance(x, Tensor) else x.x), self._fp8, gated)
-        if rule is not None:
-            return skinny_kernel.multiply(x, self._fp8, self.bias, rule, gated)
-        y = self._multiply_many(x)
-        return silu_mul(y) if gated else y
+    def _rule(
+        self, x: Tensor | Normed | Gated, gated: bool
+    ) -> skinny_kernel.OneRow | few_rows.FewRows | None:
+        return skinny_kernel.choose(len(x if isinstance(x, Tensor) else x.x), self._fp8, gated)
 
-    def _multiply_many(self, x: Tensor | Normed) -> Tensor:
+    def _multiply_many(self, x: Tensor | Normed | Gated) -> Tensor:
         source = x if isinstance(x, Tensor) else x.x
         num_rows = len(source)
         if self._right_scales is None or source.dtype != torch.bfloat16 or num_rows <= few_rows.MOST_ROWS:
             if isinstance(x, Normed):
                 x = add_norm(x.x, None, x.weight, x.eps)
-            return F.linear(x, fp8_kernels.dequantise(self._fp8, x.dtype), self.bias)
+            return F.linear(computed(x), fp8_kernels.dequantise(self._fp8, source.dtype), self.bias)
         by_group = len(self._right_scales) > 1
         values, scales = fp8_kernels.quantise(x, by_group)
         y = torch._scaled_mm(values, self.weight.t(), scales, self._right_scales, out_dtype=source.dtype)[

@@ -31,6 +31,13 @@ class Normed:
 
 
 @dataclass(frozen=True, slots=True)
+class Gated:
+    """silu(gate) * up, [T, F], not computed yet."""
+
+    x: Tensor  # [T, 2 F], gate then up
+
+
+@dataclass(frozen=True, slots=True)
 class Fp8Weight:
     """A weight in FP8 (E4M3): element [i, j] stands for values[i, j] * scales[i // rows, j // columns].
 
@@ -59,15 +66,15 @@ class Matrix(Protocol):
     weight: Tensor
     bias: Tensor | None
 
-    def __call__(self, x: Tensor | Normed) -> Tensor:
+    def __call__(self, x: Tensor | Normed | Gated) -> Tensor:
         """[T, in] to [T, out]."""
         ...
 
-    def gated(self, x: Tensor | Normed) -> Tensor:
+    def gated(self, x: Tensor | Normed) -> Tensor | Gated:
         """silu(gate) * up, [T, F], of a product [T, 2 F], gate then up."""
         ...
 
-    def add_to(self, residual: Tensor, x: Tensor, norm_weight: Tensor, eps: float) -> Normed | None:
+    def add_to(self, residual: Tensor, x: Tensor | Gated, norm_weight: Tensor, eps: float) -> Normed | None:
         """See `Product.add_to`."""
         ...
 
@@ -85,7 +92,7 @@ class Product:
     """A product that is not computed yet."""
 
     linear: Matrix
-    x: Tensor  # [T, in]
+    x: Tensor | Gated  # [T, in]
 
     def add_to(self, residual: Tensor, weight: Tensor, eps: float) -> Normed | None:
         """Add it to residual [T, out], in place; None if a kernel each must do it, and nothing was done.

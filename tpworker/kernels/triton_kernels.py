@@ -12,16 +12,19 @@ and every size of an allocation follows from shapes, so all can be captured in a
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from tpworker.kernels import pdl
-from tpworker.kernels.operands import Places
+from tpworker.kernels.operands import Gated, Normed, Places
 from tpworker.kernels.pdl import start_next, wait
 
 _HEADS_TILE = 8  # heads of one program
+_Operand = TypeVar("_Operand", Tensor, Tensor | Normed)
 
 
 # ------------------------------------------------------------------------------------ residual and norm
@@ -274,6 +277,11 @@ def silu_mul(gate_up: Tensor) -> Tensor:
         gate_up, out, WIDTH=width, BLOCK=block, num_warps=4, **pdl.options()
     )
     return out
+
+
+def computed(x: _Operand | Gated) -> _Operand | Tensor:
+    """`silu_mul`, if it is left to be done."""
+    return silu_mul(x.x) if isinstance(x, Gated) else x
 
 
 # ------------------------------------------------------------------------------------------ FP8

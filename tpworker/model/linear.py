@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tpworker.kernels.operands import Fp8Weight, Normed
+from tpworker.kernels.operands import Fp8Weight, Gated, Normed
 from tpworker.model import layer_ops
 from tpworker.model.fp8 import dequantise
 
@@ -42,10 +42,12 @@ class Linear:
             plain = torch.ops.mkldnn._reorder_linear_weight(plain, _PACK_ROWS)
         self.weight: Tensor = plain
 
-    def __call__(self, x: Tensor | Normed) -> Tensor:
+    def __call__(self, x: Tensor | Normed | Gated) -> Tensor:
         """[T, in] to [T, out]."""
         if isinstance(x, Normed):
             x = layer_ops.norm(x.x, x.weight, x.eps)
+        elif isinstance(x, Gated):
+            x = layer_ops.silu_mul(x.x)
         if self.is_packed:
             return self._multiply_packed(x)
         return F.linear(x, self.weight if self.fp8 is None else dequantise(self.fp8), self.bias)
@@ -54,7 +56,7 @@ class Linear:
         """silu(gate) * up, [T, F], of a product [T, 2 F], gate then up."""
         return layer_ops.silu_mul(self(x))
 
-    def add_to(self, residual: Tensor, x: Tensor, norm_weight: Tensor, eps: float) -> Normed | None:
+    def add_to(self, residual: Tensor, x: Tensor | Gated, norm_weight: Tensor, eps: float) -> Normed | None:
         """See `Product.add_to`: here it takes a kernel each."""
         return None
 
