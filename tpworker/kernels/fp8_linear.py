@@ -83,8 +83,7 @@ class Fp8Linear:
             if isinstance(x, Normed):
                 x = add_norm(x.x, None, x.weight, x.eps)
             return F.linear(computed(x), fp8_kernels.dequantise(self._fp8, source.dtype), self.bias)
-        by_group = len(self._right_scales) > 1
-        values, scales = fp8_kernels.quantise(x, by_group)
+        values, scales = fp8_kernels.quantise(x, by_group=len(self._right_scales) > 1)
         y = torch._scaled_mm(values, self.weight.t(), scales, self._right_scales, out_dtype=source.dtype)[
             :num_rows
         ]
@@ -92,19 +91,25 @@ class Fp8Linear:
 
 
 def _right_scales(weight: Fp8Weight) -> Tensor | None:
-    """A weight's scales as the library's product wants them; None: it has none for such a weight."""
+    """A weight's scales as the library's product wants them; None: it has none for such a weight.
+
+    Returns:
+        float32 [1, out]: of output channels; or of 128 inputs each, [in / 128, out / 128] or, where blocks
+        have fewer rows, [in / 128, out].
+    """
     size_out, size_in = weight.values.shape
+    (rows, columns), scales = weight.block, weight.scales
     if not _has_product(weight.values.device) or size_out % 16 or size_in % 16:
         return None
-    if weight.block[0] == 1 and weight.block[1] >= size_in:
-        return weight.scales.view(1, size_out)
-    if weight.block != (GROUP, GROUP) or size_out % GROUP or size_in % GROUP:
+    if columns >= size_in:
+        return scales.repeat_interleave(rows, dim=0)[:size_out].view(1, size_out)
+    if columns != GROUP or size_in % GROUP:
         return None
-    num_rows, num_columns = weight.scales.shape
-    padded = weight.scales.new_zeros(
-        num_rows, -(-num_columns // 4) * 4
-    )  # the library wants multiples of 16 bytes
-    padded[:, :num_columns] = weight.scales
+    if rows != GROUP or size_out % GROUP:
+        return scales.repeat_interleave(rows, dim=0)[:size_out].t().contiguous()
+    num_rows, num_columns = scales.shape
+    padded = scales.new_zeros(num_rows, -(-num_columns // 4) * 4)  # the library wants multiples of 16 bytes
+    padded[:, :num_columns] = scales
     return padded[:, :num_columns].t()
 
 
