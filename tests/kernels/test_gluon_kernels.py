@@ -25,7 +25,7 @@ def absent_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(pdl, "is_supported", lambda: True)
     monkeypatch.setattr(few_rows_kernel, "num_processors", lambda device: 132)
-    monkeypatch.setattr(few_rows_kernel, "counters", lambda device: torch.zeros(264, dtype=torch.int32))
+    monkeypatch.setattr(few_rows_kernel, "counters", lambda device: torch.zeros(1056, dtype=torch.int32))
     pretend(monkeypatch)
 
 
@@ -68,10 +68,10 @@ def test_products_of_few_rows(num_rows: int, size_in: int, size_out: int) -> Non
 @pytest.mark.parametrize("block", [(1, 4096), (128, 128), (64, 16)], ids=str)
 @pytest.mark.parametrize("num_rows", [1, 64])
 def test_products_of_few_rows_in_fp8(num_rows: int, block: tuple[int, int]) -> None:
-    from tpworker.kernels.few_rows import cut_few
+    from tpworker.kernels.few_rows import cut_few_fp8
     from tpworker.kernels.few_rows_kernel import multiply_few
 
-    rule = cut_few(num_rows, 1024, 4096, 132, 1)
+    rule = cut_few_fp8(num_rows, 1024, 4096, 132)
     x, values = torch.empty(num_rows, 4096, dtype=BF16), torch.empty(1024, 4096, dtype=torch.float8_e4m3fn)
     scales = torch.empty(1024 // block[0], 4096 // block[1])
     weight = Fp8Weight(values, scales, block, BF16)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -13,6 +13,8 @@ from tpworker.kernels.operands import Fp8Weight
 
 MOST_ROWS = 64
 _SHORTEST_SUM = 16  # inputs that the matrix units take at a time: blocks of FP8 have no fewer
+_MOST_SHARE = 4  # programs of a processor, if they share tiles
+_OTHER = 3 << 10  # bytes of shared memory of each program besides its stages, at most
 SHARED_MEMORY = 227 << 10  # of a Hopper processor, for all programs there, and 1 KB of each more
 
 
@@ -25,11 +27,16 @@ class FewRows:
     splits: int = 1  # programs that share them, a power of two, no more than `padded` rows
     warps: int = 4
     stages: int = 4  # steps that are on their way
+    share: int = 1  # programs that a processor holds at the same time, if they share tiles
+
+    def stage_bytes(self, num_rows: int, element_size: int) -> int:
+        """Shared memory of a step of a weight whose elements have so many bytes, and of its input."""
+        return self.step * (element_size * self.outputs + 2 * padded(num_rows))
 
 
-def cut_few(num_rows: int, size_out: int, size_in: int, processors: int, element_size: int = 2) -> FewRows:
-    """For a weight [out, in] of elements of so many bytes, on a GPU of so many processors."""
-    outputs, step = 64, (128 if num_rows <= 32 else 64) * 2 // element_size
+def cut_few(num_rows: int, size_out: int, size_in: int, processors: int) -> FewRows:
+    """For a weight [out, in] of 16-bit elements on a GPU of so many processors."""
+    outputs, step = 64, 128 if num_rows <= 32 else 64
     programs, steps, splits = -(-size_out // outputs), -(-size_in // step), 1
     # Sharing a tile costs a microsecond or two; it pays where half of the processors would have nothing to
     # do, and where there is much to read.
@@ -41,9 +48,32 @@ def cut_few(num_rows: int, size_out: int, size_in: int, processors: int, element
     # Programs start early, on whichever processor has room, and none should have more than its share of
     # them: so each takes as much shared memory as lets no more fit.
     share = min(-(-programs // processors), 3)
-    stage = step * (element_size * outputs + 2 * padded(num_rows))
-    stages = (SHARED_MEMORY // (share + 1) - 1024) // stage + 1
-    return FewRows(outputs, step, splits, stages=stages)
+    cut = FewRows(outputs, step, splits)
+    return replace(cut, stages=(SHARED_MEMORY // (share + 1) - 1024) // cut.stage_bytes(num_rows, 2) + 1)
+
+
+def cut_few_fp8(num_rows: int, size_out: int, size_in: int, processors: int) -> FewRows:
+    """For a weight [out, in] in FP8 on a GPU of so many processors.
+
+    What is read is half of that in 16 bits, and each of it is converted, so it takes more warps to keep the
+    memory busy: up to four programs a processor, which share tiles until there are as many.
+    """
+    outputs, step = (64, 256) if num_rows <= 32 else (128, 128)
+    tiles, stage = -(-size_out // outputs), FewRows(outputs, step).stage_bytes(num_rows, 1)
+    splits, share = 1, min(-(-tiles // processors), _MOST_SHARE)
+    while 2 * splits <= padded(num_rows) and 4 * splits * step <= size_in:
+        more = -(-2 * splits * tiles // processors)
+        if more > _MOST_SHARE or most_stages(stage, more) < 2:
+            break
+        splits, share = 2 * splits, more
+    # See `cut_few`.
+    stages = min((SHARED_MEMORY // (share + 1) - 1024) // stage + 1, most_stages(stage, share))
+    return FewRows(outputs, step, splits, stages=stages, share=share)
+
+
+def most_stages(stage: int, share: int) -> int:
+    """Steps of so many bytes that each program has room for, if a processor is to hold so many programs."""
+    return (SHARED_MEMORY // share - _OTHER) // stage
 
 
 def padded(num_rows: int) -> int:
@@ -76,7 +106,7 @@ def counters(device: torch.device) -> Tensor:
 
     To be called before a graph is captured.
     """
-    return torch.zeros(2 * num_processors(device), dtype=torch.int32, device=device)
+    return torch.zeros(2 * _MOST_SHARE * num_processors(device), dtype=torch.int32, device=device)
 
 
 @cache

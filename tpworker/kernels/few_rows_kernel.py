@@ -28,9 +28,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from tpworker.kernels import pdl
-from tpworker.kernels.few_rows import FewRows, counters, num_processors, padded
+from tpworker.kernels.few_rows import FewRows, counters, most_stages, num_processors, padded
 from tpworker.kernels.operands import Fp8Weight, Normed
 from tpworker.kernels.pdl import start_next, wait
+
+_REGISTERS = 64 << 10
+"""Of a processor."""
 
 
 @gluon.constexpr_function
@@ -299,8 +302,9 @@ def multiply_few(
     partial = counts = x
     if rule.splits > 1:
         # Programs wait for each other, which ends only if a GPU holds them all at the same time: there are no
-        # more than processors, and one stream alone has such products.
-        assert num_tiles * rule.splits <= num_processors(x.device), (rule, size_out)
+        # more than its processors have room for, and one stream alone has such products.
+        assert num_tiles * rule.splits <= rule.share * num_processors(x.device), (rule, size_out)
+        assert rule.stages <= most_stages(rule.stage_bytes(num_rows, weight.element_size()), rule.share), rule
         partial = torch.empty(rule.splits, num_rows, size_out, dtype=torch.float32, device=x.device)
         counts = counters(x.device)
     _few_rows[(num_tiles, rule.splits)](
@@ -333,6 +337,7 @@ def multiply_few(
         SPLITS=rule.splits,
         STAGES=rule.stages,
         num_warps=rule.warps,
+        **({"maxnreg": _REGISTERS // (32 * rule.warps * rule.share) // 8 * 8} if rule.share > 1 else {}),
         **pdl.options(),
     )
     return out

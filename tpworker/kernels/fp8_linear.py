@@ -20,6 +20,10 @@ from tpworker.kernels.fp8_kernels import GROUP
 from tpworker.kernels.operands import Fp8Weight, Gated, Normed
 from tpworker.kernels.triton_kernels import add_norm, computed
 
+_FEW_ROWS, _FEW_OUTPUTS = 128, 4096
+"""Up to so many, the library shares the inputs of an output among programs where they have scales of groups,
+and takes 9 and 21 µs instead of 14 and 33, with 4096 outputs of 4096 and 12288 inputs."""
+
 
 class Fp8Linear:
     """A weight in FP8. See `operands.Matrix`.
@@ -35,6 +39,7 @@ class Fp8Linear:
         self.bias = bias
         self._fp8 = weight
         self._right_scales = _right_scales(weight)
+        self._right_scales_of_groups = _right_scales_of_groups(weight)
 
     def __call__(self, x: Tensor | Normed | Gated) -> Tensor:
         """[T, in] to [T, out]."""
@@ -83,10 +88,12 @@ class Fp8Linear:
             if isinstance(x, Normed):
                 x = add_norm(x.x, None, x.weight, x.eps)
             return F.linear(computed(x), fp8_kernels.dequantise(self._fp8, source.dtype), self.bias)
-        values, scales = fp8_kernels.quantise(x, by_group=len(self._right_scales) > 1)
-        y = torch._scaled_mm(values, self.weight.t(), scales, self._right_scales, out_dtype=source.dtype)[
-            :num_rows
-        ]
+        right_scales = self._right_scales
+        if num_rows <= _FEW_ROWS and self._right_scales_of_groups is not None:
+            right_scales = self._right_scales_of_groups
+        values, scales = fp8_kernels.quantise(x, by_group=len(right_scales) > 1)
+        y = torch._scaled_mm(values, self.weight.t(), scales, right_scales, out_dtype=source.dtype)
+        y = y[:num_rows]
         return y if self.bias is None else y.add_(self.bias)
 
 
@@ -105,12 +112,30 @@ def _right_scales(weight: Fp8Weight) -> Tensor | None:
         return scales.repeat_interleave(rows, dim=0)[:size_out].view(1, size_out)
     if columns != GROUP or size_in % GROUP:
         return None
-    if rows != GROUP or size_out % GROUP:
-        return scales.repeat_interleave(rows, dim=0)[:size_out].t().contiguous()
-    num_rows, num_columns = scales.shape
-    padded = scales.new_zeros(num_rows, -(-num_columns // 4) * 4)  # the library wants multiples of 16 bytes
-    padded[:, :num_columns] = scales
-    return padded[:, :num_columns].t()
+    if (
+        rows == GROUP and size_out % GROUP == 0 and size_in // GROUP % 4 == 0
+    ):  # a row of them: 16 bytes, or more
+        return scales.t()
+    return _of_groups(weight)
+
+
+def _right_scales_of_groups(weight: Fp8Weight) -> Tensor | None:
+    """The same where `_FEW_ROWS` have another product, which takes a scale for each output and 128 inputs."""
+    size_out, size_in = weight.values.shape
+    if size_out > _FEW_OUTPUTS or size_in % GROUP or weight.block[1] % GROUP:
+        return None
+    return None if _right_scales(weight) is None else _of_groups(weight)
+
+
+def _of_groups(weight: Fp8Weight) -> Tensor:
+    """The scale of each output and GROUP inputs, [in / GROUP, out]."""
+    size_out, size_in = weight.values.shape
+    of_rows = weight.scales.repeat_interleave(weight.block[0], dim=0)[:size_out]
+    return (
+        of_rows.repeat_interleave(max(1, weight.block[1] // GROUP), dim=1)[:, : size_in // GROUP]
+        .t()
+        .contiguous()
+    )
 
 
 @cache

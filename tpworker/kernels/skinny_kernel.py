@@ -19,7 +19,14 @@ import triton.language as tl
 from torch import Tensor
 
 from tpworker.kernels import pdl, triton_kernels
-from tpworker.kernels.few_rows import MOST_ROWS, FewRows, can_multiply_few, cut_few, num_processors
+from tpworker.kernels.few_rows import (
+    MOST_ROWS,
+    FewRows,
+    can_multiply_few,
+    cut_few,
+    cut_few_fp8,
+    num_processors,
+)
 from tpworker.kernels.operands import Fp8Weight, Normed
 from tpworker.kernels.pdl import start_next, wait
 
@@ -52,7 +59,7 @@ def choose(num_rows: int, weight: Tensor | Fp8Weight, gated: bool) -> OneRow | F
         if weight.dtype.itemsize != 2 or not 0 < num_rows <= MOST_ROWS or not can_multiply_few(weight):
             return None
         size_out, size_in = weight.values.shape
-        return cut_few(num_rows, size_out, size_in, num_processors(weight.values.device), 1)
+        return cut_few_fp8(num_rows, size_out, size_in, num_processors(weight.values.device))
     size_out, size_in = weight.shape
     if weight.element_size() != 2 or not 0 < num_rows <= MOST_ROWS:
         return None
