@@ -16,6 +16,7 @@ import torch
 
 from benchmarks.common.floors import BYTES_PER_SECOND, floor_bytes, floor_ms
 from benchmarks.common.options import num_stand_ins, why_not
+from benchmarks.common.quantized import quantized
 from benchmarks.common.report import told_ranks
 from benchmarks.common.timeline import main as draw
 from benchmarks.steps import gpu, stand_ins, table
@@ -284,6 +285,18 @@ def test_floors_of_the_models_measured() -> None:
     for model, ranks, batch, milliseconds in floors:
         spec = read_spec(ROOT / "benchmarks/configs" / model)
         assert floor_ms(spec, ranks, batch, 650) == pytest.approx(milliseconds, abs=0.01)
+
+
+def test_weights_in_fp8_are_half_the_bytes_to_read() -> None:
+    """But for the output head; scales and norms are little."""
+    spec = read_spec(ROOT / "benchmarks/configs/qwen3-8b")
+    assert quantized(spec, None) is spec
+    shard = Shard.of(spec, 0, 1)
+    head = 2 * spec.vocab_size * spec.hidden_size
+    layers = floor_bytes(spec, shard, 0) - head
+    for kind in ("fp8", "fp8-blocks"):
+        halves = floor_bytes(quantized(spec, kind), shard, 0) - head
+        assert halves == pytest.approx(layers / 2, rel=2e-3)
 
 
 def test_cells() -> None:
