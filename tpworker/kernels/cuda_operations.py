@@ -11,7 +11,7 @@ from tpworker.kernels.logit_kernels import adjust, count_tokens
 from tpworker.kernels.logprob_kernel import logprob_parts
 from tpworker.kernels.mask_kernel import take_masks
 from tpworker.kernels.ngram_kernel import look_up
-from tpworker.kernels.operands import Matrix, Routing, Stack
+from tpworker.kernels.operands import Fp8Weight, Matrix, Routing, Stack
 from tpworker.kernels.sampling_kernel import best_tokens
 from tpworker.kernels.slot_kernels import begin_decode, begin_mixed, finish_step
 from tpworker.kernels.triton_kernels import add_norm, norm_rotate_store, places, silu_mul
@@ -59,8 +59,8 @@ def experts(
     down: Stack,
 ) -> Tensor:
     """See `Operations.experts`; here weights are not packed, and all experts are one tensor."""
-    assert isinstance(gate_up, Tensor)
-    assert isinstance(down, Tensor)
+    assert isinstance(gate_up, Tensor | Fp8Weight)
+    assert isinstance(down, Tensor | Fp8Weight)
     return moe_kernels.experts(x, ids, weights, gate_up, down)
 
 

@@ -26,113 +26,67 @@ CUDA graph. Kernels start early (`pdl`). Without bfloat16 or float16 it is right
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from tpworker.kernels import pdl
+from tpworker.kernels.fp8_kernels import quantise
+from tpworker.kernels.moe_grouping import grouped, rows_of
+from tpworker.kernels.moe_plans import Plan, Tile, Weights, plan
 
-# ------------------------------------------------------------------------------------ who goes where
+__all__ = ["Plan", "Tile", "Weights", "experts", "experts_by", "plan"]
 
-
-@triton.jit(do_not_specialize=["num_choices", "num_tiles"])
-def _group(
-    ids, order, tiles, num_choices, num_tiles, STACKED: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """One program an expert: its choices in their order, and its tiles.
-
-    It counts the choices of all experts by itself: programs need not meet.
-
-    Args:
-        order: int32 [choices]: the choices, sorted by expert.
-        tiles: int32 [num_tiles, 3]: expert (-1: there is no such tile), its first place in `order`, and the
-            end of the expert's places.
-    """
-    pdl.start_next(PDL)
-    mine = tl.program_id(0)
-    expert = tl.arange(0, BLOCK)
-    column = tl.arange(0, CHUNK)
-    pdl.wait(PDL)
-    counts = tl.zeros([BLOCK], tl.int32)
-    start = 0
-    while start < num_choices:  # Triton's interpreter cannot count a `for` up to an argument
-        exists = start + column < num_choices
-        found = tl.load(ids + start + column, mask=exists, other=0)
-        counts += tl.histogram(found, BLOCK, mask=exists)
-        start += CHUNK
-    tiles_of = (counts + ROWS - 1) // ROWS
-    count = tl.sum(tl.where(expert == mine, counts, 0), axis=0)
-    first = tl.sum(tl.where(expert < mine, counts, 0), axis=0)
-    first_tile = tl.sum(tl.where(expert < mine, tiles_of, 0), axis=0)
-    own_tiles = (count + ROWS - 1) // ROWS
-    end = first + count
-    is_last = mine == STACKED - 1
-    start = 0
-    while start < num_tiles:
-        tile = start + column
-        out = tiles + (first_tile + tile) * 3
-        tl.store(out, tile * 0 + mine, mask=tile < own_tiles)
-        tl.store(out + 1, first + tile * ROWS, mask=tile < own_tiles)
-        tl.store(out + 2, tile * 0 + end, mask=tile < own_tiles)
-        is_unused = is_last & (tile >= first_tile + own_tiles) & (tile < num_tiles)
-        tl.store(tiles + tile * 3, tile * 0 - 1, mask=is_unused)
-        start += CHUNK
-    start = 0
-    while start < num_choices:
-        exists = start + column < num_choices
-        found = tl.load(ids + start + column, mask=exists, other=-1)
-        is_mine = (found == mine).to(tl.int32)
-        place = first + tl.cumsum(is_mine, axis=0) - 1
-        tl.store(order + place, start + column, mask=is_mine == 1)
-        first += tl.sum(is_mine, axis=0)
-        start += CHUNK
-
-
-@triton.jit
-def _rows_of(
-    slot, ids, order, tiles, num_tokens, WIDTH: tl.constexpr, WIDTH_BLOCK: tl.constexpr,
-    ROWS: tl.constexpr, SORTED: tl.constexpr,
-):  # fmt: skip
-    """A tile: its expert (-1: there is nothing to do), its choices [ROWS], and which of them exist.
-
-    If the choices are SORTED, slots are tiles of `_group`; else there is one for each expert, and ROWS is at
-    least the number of tokens: a token is at its own row.
-    """
-    row = tl.arange(0, ROWS)
-    if SORTED:
-        expert = tl.load(tiles + slot * 3)
-        start = tl.load(tiles + slot * 3 + 1)
-        end = tl.load(tiles + slot * 3 + 2)
-        exists = (start + row < end) & (expert >= 0)
-        choice = tl.load(order + start + row, mask=exists, other=0)
-    else:
-        column = tl.arange(0, WIDTH_BLOCK)[None, :]
-        choices = row[:, None] * WIDTH + column
-        found = tl.load(ids + choices, mask=(row[:, None] < num_tokens) & (column < WIDTH), other=-1)
-        choice = tl.sum(tl.where(found == slot, choices, 0), axis=1)
-        number = tl.sum((found == slot).to(tl.int32), axis=1)
-        exists = number > 0
-        expert = tl.where(tl.sum(number, axis=0) > 0, slot, -1)
-    return expert, choice, exists
-
+BY_BITS = True
 
 # --------------------------------------------------------------------------------------------- products
 
 
 @triton.jit
+def _widened(weight, dtype: tl.constexpr, BY_BITS: tl.constexpr):
+    """FP8 in 16 bits, exactly; what is not FP8, or is to be multiplied as FP8, as it is."""
+    if weight.dtype != tl.float8e4nv or dtype == tl.float8e4nv:
+        return weight
+    if BY_BITS and dtype == tl.bfloat16:
+        # Four at a time: bits of exponent and mantissa as bfloat16 has them, times 2^120, as its exponents
+        # count from -127, not -7. The instructions that convert go by way of float16 and float32.
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 a, b, s, t, c;
+            prmt.b32 a, 0, $2, 0x5040;
+            prmt.b32 b, 0, $2, 0x7060;
+            and.b32 s, a, 0x80008000;
+            and.b32 t, b, 0x80008000;
+            shr.b32 a, a, 4;
+            shr.b32 b, b, 4;
+            lop3.b32 a, a, 0x07f007f0, s, 0xea;
+            lop3.b32 b, b, 0x07f007f0, t, 0xea;
+            mov.b32 c, 0x7b807b80;
+            mul.rn.bf16x2 $0, a, c;
+            mul.rn.bf16x2 $1, b, c;
+            }""",
+            "=r,=r,r",
+            [weight],
+            dtype=tl.bfloat16,
+            is_pure=True,
+            pack=4,
+        )
+    return weight.to(dtype)
+
+
+@triton.jit
 def _product(
-    source, row_of, exists, OUTPUTS: tl.constexpr, ROWS: tl.constexpr, LENGTH: tl.constexpr,
-    STEP: tl.constexpr,
+    source, row_of, exists, scales, SCALE_COLUMNS: tl.constexpr, BY_BITS: tl.constexpr,
+    OUTPUTS: tl.constexpr, ROWS: tl.constexpr, LENGTH: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """Rows of a weight times rows of the input, LENGTH elements each: float32 [OUTPUTS, ROWS].
 
     Args:
         source, row_of: where the first STEP elements of each are, [OUTPUTS, STEP] and [STEP, ROWS].
         exists: which rows of the input do, [ROWS].
+        scales: where each row's first scale is, [OUTPUTS]; looked at if SCALE_COLUMNS inputs each have one:
+            of a step, which is applied to its sums, or of fewer, applied to each element.
     """
     step = tl.arange(0, STEP)
     total = tl.zeros([OUTPUTS, ROWS], tl.float32)
@@ -144,21 +98,60 @@ def _product(
             inside = start + step < LENGTH
             weight = tl.load(source + start, mask=inside[None, :], other=0.0)
             value = tl.load(row_of + start, mask=exists[None, :] & inside[:, None], other=0.0)
-        total = tl.dot(weight, value, total, input_precision="ieee")
+        if SCALE_COLUMNS == 0:
+            weight = _widened(weight, value.dtype, BY_BITS)
+            total = tl.dot(weight, value, total, input_precision="ieee")
+        elif SCALE_COLUMNS < STEP:
+            scale = tl.load(scales[:, None] + tl.minimum(start + step, LENGTH - 1)[None, :] // SCALE_COLUMNS)
+            weight = (weight.to(tl.float32) * scale).to(value.dtype)
+            total = tl.dot(weight, value, total, input_precision="ieee")
+        else:
+            weight = _widened(weight, value.dtype, BY_BITS)
+            scale = tl.load(scales + start // SCALE_COLUMNS)
+            total += tl.dot(weight, value, input_precision="ieee") * scale[:, None]
+    return total
+
+
+@triton.jit
+def _scales_of(
+    scales, expert, weight_row, OUT: tl.constexpr, IN: tl.constexpr, SCALE_ROWS: tl.constexpr,
+    SCALE_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Where each of an expert's rows has its first scale; of weights without scales not to be looked at."""
+    if SCALE_ROWS > 0:
+        of_row: tl.constexpr = 1 if SCALE_COLUMNS == 0 else (IN + SCALE_COLUMNS - 1) // SCALE_COLUMNS
+        of_expert: tl.constexpr = (OUT + SCALE_ROWS - 1) // SCALE_ROWS * of_row
+        scales += expert * of_expert + weight_row // SCALE_ROWS * of_row
+    else:
+        scales += weight_row * 0
+    return scales
+
+
+@triton.jit
+def _scaled(
+    total, scales, row_scales, row, exists, SCALE_ROWS: tl.constexpr, SCALE_COLUMNS: tl.constexpr,
+    IS_FP8: tl.constexpr,
+):  # fmt: skip
+    """A product's sums with the scales that all of a sum has in common: of its output, and of its input."""
+    if SCALE_ROWS > 0 and SCALE_COLUMNS == 0:
+        total *= tl.load(scales)[:, None]
+    if IS_FP8:
+        total *= tl.load(row_scales + row, mask=exists, other=0.0)[None, :]
     return total
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def _gate_up(
-    x, gate_up, act, ids, order, tiles, num_tokens, SIZE: tl.constexpr, INNER: tl.constexpr,
-    WIDTH: tl.constexpr, WIDTH_BLOCK: tl.constexpr, ROWS: tl.constexpr, SORTED: tl.constexpr,
-    BLOCK: tl.constexpr, STEP: tl.constexpr, PDL: tl.constexpr,
+    x, x_scales, gate_up, scales, act, ids, order, tiles, num_tokens, SCALE_ROWS: tl.constexpr,
+    SCALE_COLUMNS: tl.constexpr, IS_FP8: tl.constexpr, BY_BITS: tl.constexpr, SIZE: tl.constexpr,
+    INNER: tl.constexpr, WIDTH: tl.constexpr, WIDTH_BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    SORTED: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program a tile and BLOCK columns of act: their gate rows and their up rows in one product."""
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     pdl.wait(PDL)
     pdl.start_next(PDL)  # not before the wait: `_down` reads at once what was written before this kernel
-    expert, choice, exists = _rows_of(
+    expert, choice, exists = rows_of(
         tl.program_id(1), ids, order, tiles, num_tokens, WIDTH, WIDTH_BLOCK, ROWS, SORTED
     )
     if expert < 0:
@@ -169,7 +162,9 @@ def _gate_up(
     step = tl.arange(0, STEP)
     source = gate_up + expert.to(tl.int64) * (2 * INNER * SIZE) + weight_row[:, None] * SIZE + step[None, :]
     row_of = x + (choice // WIDTH).to(tl.int64)[None, :] * SIZE + step[:, None]
-    total = _product(source, row_of, exists, 2 * BLOCK, ROWS, SIZE, STEP)
+    scale = _scales_of(scales, expert, weight_row, 2 * INNER, SIZE, SCALE_ROWS, SCALE_COLUMNS)
+    total = _product(source, row_of, exists, scale, SCALE_COLUMNS, BY_BITS, 2 * BLOCK, ROWS, SIZE, STEP)
+    total = _scaled(total, scale, x_scales, choice // WIDTH, exists, SCALE_ROWS, SCALE_COLUMNS, IS_FP8)
     gate, up = tl.split(tl.permute(tl.reshape(total, (2, BLOCK, ROWS)), (2, 1, 0)))  # [ROWS, BLOCK] each
     result = gate * tl.sigmoid(gate) * up
     target = act + choice.to(tl.int64)[:, None] * INNER + column[None, :]
@@ -178,16 +173,18 @@ def _gate_up(
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def _down(
-    act, down, parts, weights, ids, order, tiles, num_tokens, SIZE: tl.constexpr, INNER: tl.constexpr,
-    WIDTH: tl.constexpr, WIDTH_BLOCK: tl.constexpr, ROWS: tl.constexpr, SORTED: tl.constexpr,
-    BLOCK: tl.constexpr, STEP: tl.constexpr, PDL: tl.constexpr,
+    act, act_scales, down, scales, parts, weights, ids, order, tiles, num_tokens, SCALE_ROWS: tl.constexpr,
+    SCALE_COLUMNS: tl.constexpr, IS_FP8: tl.constexpr, BY_BITS: tl.constexpr, SIZE: tl.constexpr,
+    INNER: tl.constexpr, WIDTH: tl.constexpr, WIDTH_BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    SORTED: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program a tile and BLOCK columns of parts.
 
-    Who goes where is read before the wait: when `_gate_up` lets this kernel start, it has waited for it.
+    Who goes where is read before the wait: when `_gate_up` lets this kernel start, or one between, it has
+    waited for it.
     """
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    expert, choice, exists = _rows_of(
+    expert, choice, exists = rows_of(
         tl.program_id(1), ids, order, tiles, num_tokens, WIDTH, WIDTH_BLOCK, ROWS, SORTED
     )
     if expert < 0:
@@ -196,10 +193,12 @@ def _down(
     pdl.wait(PDL)
     pdl.start_next(PDL)
     step = tl.arange(0, STEP)
-    source = down + expert.to(tl.int64) * (SIZE * INNER)
-    source += tl.minimum(column, SIZE - 1)[:, None] * INNER + step[None, :]
+    weight_row = tl.minimum(column, SIZE - 1)
+    source = down + expert.to(tl.int64) * (SIZE * INNER) + weight_row[:, None] * INNER + step[None, :]
     row_of = act + choice.to(tl.int64)[None, :] * INNER + step[:, None]
-    total = _product(source, row_of, exists, BLOCK, ROWS, INNER, STEP)
+    scale = _scales_of(scales, expert, weight_row, SIZE, INNER, SCALE_ROWS, SCALE_COLUMNS)
+    total = _product(source, row_of, exists, scale, SCALE_COLUMNS, BY_BITS, BLOCK, ROWS, INNER, STEP)
+    total = _scaled(total, scale, act_scales, choice, exists, SCALE_ROWS, SCALE_COLUMNS, IS_FP8)
     result = tl.trans(total) * share[:, None]
     target = parts + choice.to(tl.int64)[:, None] * SIZE + column[None, :]
     tl.store(target, result.to(parts.dtype.element_ty), mask=exists[:, None] & (column < SIZE)[None, :])
@@ -221,64 +220,27 @@ def _combine(parts, out, SIZE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.cons
     tl.store(out + token * SIZE + column, total.to(out.dtype.element_ty), mask=inside)
 
 
-@dataclass(frozen=True, slots=True)
-class Tile:
-    """How a product is cut up: BLOCK columns a program, STEP of the inner dimension at a time."""
-
-    block: int
-    step: int
-    num_warps: int
-    num_stages: int
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """How the experts' products are computed."""
-
-    rows: int
-    """Most choices of a tile, all of one expert."""
-    is_sorted: bool
-    """`_group` sorts the choices; else programs find them, among at most `rows` tokens."""
-    gate_up: Tile
-    down: Tile
-
-
-def plan(num_tokens: int, num_choices: int, num_stacked: int, dtype: torch.dtype) -> Plan:
-    """The fastest of a few dozen on an H200, for GLM-4.5-Air and ERNIE-4.5-21B-A3B at TP 4."""
-    if dtype == torch.float32:  # without matrix units, and twice the memory
-        tiles = (Tile(16, 32, 4, 2), Tile(32, 32, 4, 2))
-        return Plan(16, False, *tiles) if num_tokens <= 16 else Plan(32, True, *tiles)
-    if num_tokens <= 16:
-        return Plan(16, False, Tile(32, 128, 4, 3), Tile(128, 64, 4, 4))
-    if num_tokens <= 32:
-        return Plan(32, False, Tile(32, 128, 4, 4), Tile(128, 64, 4, 4))
-    if num_tokens <= 64:
-        return Plan(16, True, Tile(64, 128, 8, 3), Tile(128, 64, 4, 4))
-    if num_choices <= 32 * num_stacked:
-        return Plan(32, True, Tile(32, 64, 4, 4), Tile(64, 64, 4, 4))
-    if num_choices <= 96 * num_stacked:
-        return Plan(64, True, Tile(64, 64, 8, 4), Tile(128, 64, 4, 3))
-    return Plan(128, True, Tile(64, 64, 8, 3), Tile(128, 64, 4, 3))
-
-
-def experts(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def experts(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Weights, down: Weights) -> Tensor:
     """See `moe.experts`. Sums are in float32, act and each choice's weighted row are rounded to x's dtype."""
-    return experts_by(plan(len(x), ids.numel(), len(down), x.dtype), x, ids, weights, gate_up, down)
+    how = plan(len(x), ids.numel(), x.dtype, gate_up, down)
+    return experts_by(how, x, ids, weights, gate_up, down)
 
 
-def experts_by(plan: Plan, x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def experts_by(
+    plan: Plan, x: Tensor, ids: Tensor, weights: Tensor, gate_up: Weights, down: Weights
+) -> Tensor:
     """`experts`, in one of the ways to do it."""
-    for tensor in (x, ids, weights, gate_up, down):
+    for tensor in (x, ids, weights, *_tensors(gate_up), *_tensors(down)):
         assert tensor.is_contiguous()
     assert plan.is_sorted or len(x) <= plan.rows
     num_tokens, size = x.shape
-    num_stacked, _, inner = down.shape
+    num_stacked, _, inner = _tensors(down)[0].shape
     num_choices, width = ids.numel(), ids.shape[1]
     act = x.new_empty(num_choices, inner)
     parts = x.new_empty(num_choices, size)
     out = torch.empty_like(x)
     if plan.is_sorted:
-        order, tiles = _grouped(ids, num_stacked, plan.rows)
+        order, tiles = grouped(ids, num_stacked, plan.rows)
         num_slots = len(tiles)
     else:
         order = tiles = ids  # not looked at
@@ -290,35 +252,35 @@ def experts_by(plan: Plan, x: Tensor, ids: Tensor, weights: Tensor, gate_up: Ten
         "WIDTH_BLOCK": triton.next_power_of_2(width),
         "ROWS": plan.rows,
         "SORTED": plan.is_sorted,
+        "IS_FP8": plan.rounds_inputs,
+        "BY_BITS": BY_BITS,
         **pdl.options(),
     }
+    rows, row_scales = quantise(x, by_group=False) if plan.rounds_inputs else (x, x)
     _gate_up[(triton.cdiv(inner, plan.gate_up.block), num_slots)](
-        x,
-        gate_up,
+        rows,
+        row_scales,
+        *_tensors(gate_up),
         act,
         ids,
         order,
         tiles,
         num_tokens,
-        BLOCK=plan.gate_up.block,
-        STEP=plan.gate_up.step,
-        num_warps=plan.gate_up.num_warps,
-        num_stages=plan.gate_up.num_stages,
+        **plan.gate_up.options(gate_up),
         **kinds,
     )
+    rows, row_scales = quantise(act, by_group=False) if plan.rounds_inputs else (act, act)
     _down[(triton.cdiv(size, plan.down.block), num_slots)](
-        act,
-        down,
+        rows,
+        row_scales,
+        *_tensors(down),
         parts,
         weights,
         ids,
         order,
         tiles,
         num_tokens,
-        BLOCK=plan.down.block,
-        STEP=plan.down.step,
-        num_warps=plan.down.num_warps,
-        num_stages=plan.down.num_stages,
+        **plan.down.options(down),
         **kinds,
     )
     block = min(1024, triton.next_power_of_2(size))
@@ -328,24 +290,6 @@ def experts_by(plan: Plan, x: Tensor, ids: Tensor, weights: Tensor, gate_up: Ten
     return out
 
 
-def _grouped(ids: Tensor, num_stacked: int, rows: int) -> tuple[Tensor, Tensor]:
-    """`order` and `tiles` of `_group`; as many tiles as there can be at most."""
-    num_choices = ids.numel()
-    num_tiles = min(num_choices, (num_choices + num_stacked * (rows - 1)) // rows)
-    order = torch.empty_like(ids)
-    tiles = ids.new_empty(num_tiles, 3)
-    is_short = num_choices <= 4096
-    _group[(num_stacked,)](
-        ids,
-        order,
-        tiles,
-        num_choices,
-        num_tiles,
-        STACKED=num_stacked,
-        ROWS=rows,
-        BLOCK=triton.next_power_of_2(num_stacked),
-        CHUNK=1024 if is_short else 4096,
-        num_warps=4 if is_short else 8,
-        **pdl.options(),
-    )
-    return order, tiles
+def _tensors(weight: Weights) -> tuple[Tensor, Tensor]:
+    """Values and scales; a weight that has no scales stands for them, and nobody looks."""
+    return (weight, weight) if isinstance(weight, Tensor) else (weight.values, weight.scales)
