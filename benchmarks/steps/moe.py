@@ -1,7 +1,8 @@
 """What one mixture of experts costs a GPU: routing, and the experts of decode batches and of prefill chunks.
 
-Random weights in bfloat16, and random inputs, which the router sends to all experts alike; nothing is summed
-over ranks. The floor is the time that the weights of those experts that some token goes to need at 4.3 TB/s.
+Random weights, in bfloat16 or in FP8, and random inputs, which the router sends to all experts alike; nothing
+is summed over ranks. The floor is the time that the weights of those experts that some token goes to need at
+4.3 TB/s.
 Every figure is of one captured graph that holds several layers, with weights and inputs of their own, so that
 the L2 cache holds nothing of the next one. The columns:
 
@@ -9,7 +10,7 @@ the L2 cache holds nothing of the next one. The columns:
   route     the router alone
   experts   the experts alone, with those choices
   layer     both, and its ratio to the floor
-  library   the same from parts that torch has, grouped_mm for the products
+  library   the same from parts that torch has, grouped_mm for the products; of weights in bfloat16 only
 """
 
 from __future__ import annotations
@@ -30,11 +31,14 @@ from torch import Tensor
 
 from benchmarks.common.floors import BYTES_PER_SECOND
 from benchmarks.common.options import positive
+from benchmarks.common.quantized import add_quantization, quantized
 from benchmarks.common.report import machine, save
 from benchmarks.steps.kernels import CONFIGS, replay_ms
 from tpworker.kernels import cuda_operations
+from tpworker.kernels.moe_plans import Weights
+from tpworker.kernels.operands import Fp8Weight
 from tpworker.model import moe
-from tpworker.model.families import MoeSpec, read_spec
+from tpworker.model.families import MoeSpec, Quantization, read_spec
 from tpworker.model.tp import Shard
 
 _CYCLE_BYTES = 1 << 30  # of weights that a graph reads, at least: many times the L2 cache
@@ -46,6 +50,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--models", nargs="+", default=models, help="folders of configs/")
     parser.add_argument("--tp", type=positive, nargs="+", default=[4, 8, 2, 1], help="one rank is measured")
     parser.add_argument("--tokens", type=positive, nargs="+", default=[1, 4, 16, 64, 256, 575, 2048])
+    add_quantization(parser)
     parser.add_argument("--rounds", type=positive, default=5, help="of 20 replays each; the median is told")
 
 
@@ -58,7 +63,7 @@ def run(options: argparse.Namespace) -> int:
     torch.manual_seed(0)
     with torch.inference_mode():
         for name, size in itertools.product(options.models, options.tp):
-            layers = Layers.random(name, size)
+            layers = Layers.random(name, size, options.quantization)
             rows = []
             for count in options.tokens:
                 rows.append(measure(layers, count, options.rounds))
@@ -79,13 +84,13 @@ class Layers:
     spec: MoeSpec
     gates: list[Tensor]  # [E, D]
     bias: Tensor | None  # float32 [E]
-    gate_ups: list[Tensor]  # [E + S, 2 F, D]
-    downs: list[Tensor]  # [E + S, D, F]
+    gate_ups: list[Weights]  # [E + S, 2 F, D]
+    downs: list[Weights]  # [E + S, D, F]
 
     @classmethod
-    def random(cls, name: str, size: int) -> Layers:
+    def random(cls, name: str, size: int, quantization: str | None = None) -> Layers:
         """Of a model in configs/, at this TP."""
-        model = read_spec(CONFIGS / name)
+        model = quantized(read_spec(CONFIGS / name), quantization)
         spec, expert = model.moe, Shard.of(model, 0, size).expert
         assert spec is not None
         assert expert is not None
@@ -95,19 +100,22 @@ class Layers:
         def normal(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
             return torch.empty(shape, dtype=dtype, device="cuda").normal_(0, shape[-1] ** -0.5)
 
+        def stack(*shape: int) -> Weights:
+            return normal(*shape) if model.quantization is None else _random_fp8(shape, model.quantization)
+
         return cls(
             title=f"{name}, TP {size}: D {hidden}, {spec.num_experts} + {spec.num_shared} experts, F {width}",
             spec=spec,
             gates=[normal(spec.num_experts, hidden, dtype=gate_dtype) for _ in range(_SETS)],
             bias=torch.zeros(spec.num_experts, device="cuda") if spec.has_bias else None,
-            gate_ups=[normal(stacked, 2 * width, hidden) for _ in range(_SETS)],
-            downs=[normal(stacked, hidden, width) for _ in range(_SETS)],
+            gate_ups=[stack(stacked, 2 * width, hidden) for _ in range(_SETS)],
+            downs=[stack(stacked, hidden, width) for _ in range(_SETS)],
         )
 
     @property
     def expert_bytes(self) -> int:
         """Of the weights of one expert."""
-        return self.gate_ups[0][0].nbytes + self.downs[0][0].nbytes
+        return sum(_tensor(stacks[0])[0].nbytes for stacks in (self.gate_ups, self.downs))
 
     def inputs(self, count: int) -> list[Tensor]:
         """[T, D] each, for so many layers that their weights do not stay in the L2 cache."""
@@ -116,9 +124,25 @@ class Layers:
         hidden = self.gates[0].shape[1]
         return [torch.randn(count, hidden, device="cuda").bfloat16() for _ in range(num_layers)]
 
-    def with_weights(self, inputs: list[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    def with_weights(self, inputs: list[Tensor]) -> Iterator[tuple[Tensor, Tensor, Weights, Weights]]:
         """Each input with gate, gate_up and down of its layer."""
-        return zip(inputs, *map(itertools.cycle, (self.gates, self.gate_ups, self.downs)), strict=False)
+        layers = itertools.cycle(zip(self.gates, self.gate_ups, self.downs, strict=True))
+        return ((x, *layer) for x, layer in zip(inputs, layers, strict=False))
+
+
+def _tensor(weight: Weights) -> Tensor:
+    return weight.values if isinstance(weight, Fp8Weight) else weight
+
+
+def _random_fp8(shape: tuple[int, ...], quantization: Quantization) -> Fp8Weight:
+    """A weight [n, out, in] of any values but NaN, about as large as those in bfloat16."""
+    number, size_out, size_in = shape
+    rows, columns = (quantization.block,) * 2 if quantization.block else (1, size_in)
+    bits = torch.randint(0, 127, shape, dtype=torch.uint8, device="cuda")
+    bits |= torch.randint(0, 2, shape, dtype=torch.uint8, device="cuda") << 7
+    scales = torch.full((number, -(-size_out // rows), -(-size_in // columns)), 0.01, device="cuda")
+    scales *= size_in**-0.5
+    return Fp8Weight(bits.view(torch.float8_e4m3fn), scales, (rows, columns), torch.bfloat16)
 
 
 def measure(layers: Layers, count: int, rounds: int) -> dict[str, Any]:
@@ -146,15 +170,22 @@ def measure(layers: Layers, count: int, rounds: int) -> dict[str, Any]:
         ]
 
     def library() -> list[Tensor]:
-        return [library_layer(x, gate, bias, spec, *rest) for x, gate, *rest in layers.with_weights(inputs)]
+        return [
+            library_layer(x, gate, bias, spec, _tensor(gate_up), _tensor(down))
+            for x, gate, gate_up, down in layers.with_weights(inputs)
+        ]
 
     def microseconds(work: Callable[[], Any]) -> float:
         return 1000 * replay_ms(work, rounds)[0] / len(inputs)
 
     floor = 1e6 * touched * layers.expert_bytes / BYTES_PER_SECOND
-    row = {"title": layers.title, "tokens": count, "touched": touched, "floor_us": floor}
-    row |= {f"{work.__name__}_us": microseconds(work) for work in (route, experts, layer, library)}
-    return row | {"ratio": row["layer_us"] / floor, "library_ratio": row["library_us"] / floor}
+    row: dict[str, Any] = {"title": layers.title, "tokens": count, "touched": touched, "floor_us": floor}
+    row |= {f"{work.__name__}_us": microseconds(work) for work in (route, experts, layer)}
+    row |= {"ratio": row["layer_us"] / floor}
+    if isinstance(layers.downs[0], Fp8Weight):
+        return row
+    row |= {"library_us": microseconds(library)}
+    return row | {"library_ratio": row["library_us"] / floor}
 
 
 def library_layer(
@@ -185,9 +216,10 @@ def print_table(rows: list[dict[str, Any]], console: Console) -> None:
         "library_us",
         "library_ratio",
     )
-    for column in ("tokens", *columns):
+    present = [column for column in columns if column in rows[0]]
+    for column in ("tokens", *present):
         table.add_column(column.removesuffix("_us").replace("_", " "), justify="right")
     for row in rows:
-        cells = (f"{row[column]:.2f}" if "ratio" in column else f"{row[column]:.1f}" for column in columns)
+        cells = (f"{row[column]:.{2 if 'ratio' in column else 1}f}" for column in present)
         table.add_row(str(row["tokens"]), *cells)
     console.print(table)
