@@ -38,46 +38,21 @@ from tpworker.kernels.moe_plans import Plan, Tile, Weights, plan
 
 __all__ = ["Plan", "Tile", "Weights", "experts", "experts_by", "plan"]
 
-BY_BITS = True
-
 # --------------------------------------------------------------------------------------------- products
 
 
 @triton.jit
-def _widened(weight, dtype: tl.constexpr, BY_BITS: tl.constexpr):
+def _widened(weight, dtype: tl.constexpr):
     """FP8 in 16 bits, exactly; what is not FP8, or is to be multiplied as FP8, as it is."""
     if weight.dtype != tl.float8e4nv or dtype == tl.float8e4nv:
         return weight
-    if BY_BITS and dtype == tl.bfloat16:
-        # Four at a time: bits of exponent and mantissa as bfloat16 has them, times 2^120, as its exponents
-        # count from -127, not -7. The instructions that convert go by way of float16 and float32.
-        return tl.inline_asm_elementwise(
-            """{
-            .reg .b32 a, b, s, t, c;
-            prmt.b32 a, 0, $2, 0x5040;
-            prmt.b32 b, 0, $2, 0x7060;
-            and.b32 s, a, 0x80008000;
-            and.b32 t, b, 0x80008000;
-            shr.b32 a, a, 4;
-            shr.b32 b, b, 4;
-            lop3.b32 a, a, 0x07f007f0, s, 0xea;
-            lop3.b32 b, b, 0x07f007f0, t, 0xea;
-            mov.b32 c, 0x7b807b80;
-            mul.rn.bf16x2 $0, a, c;
-            mul.rn.bf16x2 $1, b, c;
-            }""",
-            "=r,=r,r",
-            [weight],
-            dtype=tl.bfloat16,
-            is_pure=True,
-            pack=4,
-        )
-    return weight.to(dtype)
+    # Instructions convert to float16 alone. Left to itself, Triton goes on with others, four times as slow.
+    return weight.to(tl.float16).to(tl.float32).to(dtype)
 
 
 @triton.jit
 def _product(
-    source, row_of, exists, scales, SCALE_COLUMNS: tl.constexpr, BY_BITS: tl.constexpr,
+    source, row_of, exists, scales, SCALE_COLUMNS: tl.constexpr,
     OUTPUTS: tl.constexpr, ROWS: tl.constexpr, LENGTH: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """Rows of a weight times rows of the input, LENGTH elements each: float32 [OUTPUTS, ROWS].
@@ -99,14 +74,14 @@ def _product(
             weight = tl.load(source + start, mask=inside[None, :], other=0.0)
             value = tl.load(row_of + start, mask=exists[None, :] & inside[:, None], other=0.0)
         if SCALE_COLUMNS == 0:
-            weight = _widened(weight, value.dtype, BY_BITS)
+            weight = _widened(weight, value.dtype)
             total = tl.dot(weight, value, total, input_precision="ieee")
         elif SCALE_COLUMNS < STEP:
             scale = tl.load(scales[:, None] + tl.minimum(start + step, LENGTH - 1)[None, :] // SCALE_COLUMNS)
             weight = (weight.to(tl.float32) * scale).to(value.dtype)
             total = tl.dot(weight, value, total, input_precision="ieee")
         else:
-            weight = _widened(weight, value.dtype, BY_BITS)
+            weight = _widened(weight, value.dtype)
             scale = tl.load(scales + start // SCALE_COLUMNS)
             total += tl.dot(weight, value, input_precision="ieee") * scale[:, None]
     return total
@@ -143,7 +118,7 @@ def _scaled(
 @triton.jit(do_not_specialize=["num_tokens"])
 def _gate_up(
     x, x_scales, gate_up, scales, act, ids, order, tiles, num_tokens, SCALE_ROWS: tl.constexpr,
-    SCALE_COLUMNS: tl.constexpr, IS_FP8: tl.constexpr, BY_BITS: tl.constexpr, SIZE: tl.constexpr,
+    SCALE_COLUMNS: tl.constexpr, IS_FP8: tl.constexpr, SIZE: tl.constexpr,
     INNER: tl.constexpr, WIDTH: tl.constexpr, WIDTH_BLOCK: tl.constexpr, ROWS: tl.constexpr,
     SORTED: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -163,7 +138,7 @@ def _gate_up(
     source = gate_up + expert.to(tl.int64) * (2 * INNER * SIZE) + weight_row[:, None] * SIZE + step[None, :]
     row_of = x + (choice // WIDTH).to(tl.int64)[None, :] * SIZE + step[:, None]
     scale = _scales_of(scales, expert, weight_row, 2 * INNER, SIZE, SCALE_ROWS, SCALE_COLUMNS)
-    total = _product(source, row_of, exists, scale, SCALE_COLUMNS, BY_BITS, 2 * BLOCK, ROWS, SIZE, STEP)
+    total = _product(source, row_of, exists, scale, SCALE_COLUMNS, 2 * BLOCK, ROWS, SIZE, STEP)
     total = _scaled(total, scale, x_scales, choice // WIDTH, exists, SCALE_ROWS, SCALE_COLUMNS, IS_FP8)
     gate, up = tl.split(tl.permute(tl.reshape(total, (2, BLOCK, ROWS)), (2, 1, 0)))  # [ROWS, BLOCK] each
     result = gate * tl.sigmoid(gate) * up
@@ -174,7 +149,7 @@ def _gate_up(
 @triton.jit(do_not_specialize=["num_tokens"])
 def _down(
     act, act_scales, down, scales, parts, weights, ids, order, tiles, num_tokens, SCALE_ROWS: tl.constexpr,
-    SCALE_COLUMNS: tl.constexpr, IS_FP8: tl.constexpr, BY_BITS: tl.constexpr, SIZE: tl.constexpr,
+    SCALE_COLUMNS: tl.constexpr, IS_FP8: tl.constexpr, SIZE: tl.constexpr,
     INNER: tl.constexpr, WIDTH: tl.constexpr, WIDTH_BLOCK: tl.constexpr, ROWS: tl.constexpr,
     SORTED: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -197,7 +172,7 @@ def _down(
     source = down + expert.to(tl.int64) * (SIZE * INNER) + weight_row[:, None] * INNER + step[None, :]
     row_of = act + choice.to(tl.int64)[None, :] * INNER + step[:, None]
     scale = _scales_of(scales, expert, weight_row, SIZE, INNER, SCALE_ROWS, SCALE_COLUMNS)
-    total = _product(source, row_of, exists, scale, SCALE_COLUMNS, BY_BITS, BLOCK, ROWS, INNER, STEP)
+    total = _product(source, row_of, exists, scale, SCALE_COLUMNS, BLOCK, ROWS, INNER, STEP)
     total = _scaled(total, scale, act_scales, choice, exists, SCALE_ROWS, SCALE_COLUMNS, IS_FP8)
     result = tl.trans(total) * share[:, None]
     target = parts + choice.to(tl.int64)[:, None] * SIZE + column[None, :]
@@ -253,7 +228,6 @@ def experts_by(
         "ROWS": plan.rows,
         "SORTED": plan.is_sorted,
         "IS_FP8": plan.rounds_inputs,
-        "BY_BITS": BY_BITS,
         **pdl.options(),
     }
     rows, row_scales = quantise(x, by_group=False) if plan.rounds_inputs else (x, x)
