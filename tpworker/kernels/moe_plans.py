@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -62,8 +63,8 @@ def plan(num_tokens: int, num_choices: int, dtype: torch.dtype, gate_up: Weights
         tiles = (Tile(16, 32, 4, 2), Tile(32, 32, 4, 2))
         return Plan(16, False, *tiles) if num_tokens <= 16 else Plan(32, True, *tiles)
     if isinstance(gate_up, Fp8Weight) and isinstance(down, Fp8Weight):
-        can_round = min(_inputs_of_scale(gate_up), _inputs_of_scale(down)) >= _SHORTEST_STEP
-        return _plan_fp8(num_tokens, num_choices, num_stacked, can_round)
+        inputs_of_scale = min(_inputs_of_scale(gate_up), _inputs_of_scale(down))
+        return _plan_fp8(num_tokens, num_choices / num_stacked, inputs_of_scale)
     if num_tokens <= 16:
         return Plan(16, False, Tile(32, 128, 4, 3), Tile(128, 64, 4, 4))
     if num_tokens <= 32:
@@ -77,19 +78,22 @@ def plan(num_tokens: int, num_choices: int, dtype: torch.dtype, gate_up: Weights
     return Plan(128, True, Tile(64, 64, 8, 3), Tile(128, 64, 4, 3))
 
 
-def _plan_fp8(num_tokens: int, num_choices: int, num_stacked: int, can_round: bool) -> Plan:
+def _plan_fp8(num_tokens: int, choices_of_expert: float, inputs_of_scale: float) -> Plan:
     """Of weights in FP8. Inputs of few tokens are multiplied as they are, and all where scales are many."""
-    if num_tokens <= 16:
-        return Plan(16, False, Tile(32, 128, 4, 4), Tile(64, 128, 4, 4))
+    narrow = Tile(32, 128, 4, 4), Tile(64, 128, 4, 4)
     if num_tokens <= 32:
-        return Plan(32, False, Tile(32, 128, 4, 4), Tile(128, 128, 8, 4))
+        return Plan(16 if num_tokens <= 16 else 32, False, *narrow)
     if num_tokens <= 64:
-        return Plan(16, True, Tile(64, 128, 8, 4), Tile(128, 128, 8, 4))
-    rows = 64 if num_choices <= 96 * num_stacked else 128
-    return Plan(rows, True, Tile(64, 128, 8, 3), Tile(128, 128, 8, 3), rounds_inputs=can_round)
+        return Plan(16, True, *narrow)
+    rounds = inputs_of_scale >= _SHORTEST_STEP
+    if choices_of_expert <= 24:
+        return Plan(32, True, Tile(64, 128, 4, 3), Tile(128, 128, 4, 3), rounds)
+    if choices_of_expert <= 96 or inputs_of_scale < math.inf:  # sums of each scale's inputs take registers
+        return Plan(64, True, Tile(64, 128, 4, 3), Tile(128, 128, 4, 3), rounds)
+    return Plan(128, True, Tile(64, 128, 4, 3), Tile(128, 128, 4, 3), rounds)
 
 
-def _inputs_of_scale(weight: Fp8Weight) -> int:
-    """How many inputs of an output have a scale in common, if they are not all there are."""
-    columns, size_in = weight.block[1], weight.values.shape[-1]
-    return columns if columns < size_in else max(columns, _SHORTEST_STEP)
+def _inputs_of_scale(weight: Fp8Weight) -> float:
+    """How many inputs of an output have a scale in common; infinite: all."""
+    columns = weight.block[1]
+    return columns if columns < weight.values.shape[-1] else math.inf
