@@ -2,11 +2,13 @@
 
 `experts` does what the function of this name in `tpworker.model.moe` does. A decode step touches most experts
 and gives each a few tokens, so a layer is the reading of their weights, and what can be saved is everything
-else: launches, waiting, weights that are read twice. There are three kernels, four with many tokens, behind
+else: launches, waiting, weights that are read twice. There are three kernels, more with many tokens, behind
 the two of moe_routing.py:
 
-    _group          many tokens only: sorts the choices by expert and cuts them into tiles of ROWS
+    group           many tokens only: sorts the choices by expert and cuts them into tiles of ROWS
+    quantise        many tokens times weights in FP8 only: brings x to FP8, each row by its greatest element
     _gate_up        first product and silu(gate) * up, one program a tile and some columns
+    quantise        as above, of act
     _down           second product, likewise, times the choice's weight
     _combine        sums each token's k + S rows in their order: no atomics, the same bits every time
 
@@ -14,7 +16,8 @@ A *choice* is a place in ids [T, k + S], flattened: a token and one of its exper
 [choices, D] have a row for each. Up to 32 tokens the programs find their expert's tokens themselves, in a few
 hundred ids, and nothing is sorted; programs of experts without tokens end at once, which costs no more than a
 list of the others would. The weights are the left operand of the products: the matrix units want 64 rows
-there, while 16 tokens are enough on the right.
+there, while 16 tokens are enough on the right; and the left operand may come from registers, where weights in
+FP8 are made 16 bits wide, exactly. Their scales are applied to sums: of all inputs, or of each block's.
 
 No size depends on values on the device and nothing is asked of the host, so all of it can be captured in a
 CUDA graph. Kernels start early (`pdl`). Without bfloat16 or float16 it is right, and slow.
