@@ -64,6 +64,7 @@ FLAGS = {
     "--port",
     "--prompt-lookup-max",
     "--prompt-lookup-min",
+    "--quantization",
     "--reasoning-parser",
     "--restart-window",
     "--root-path",
@@ -98,6 +99,7 @@ DOCTOR_FLAGS = {
     "--max-num-seqs",
     "--max-model-len",
     "--model",
+    "--quantization",
     "--speculative-method",
     "--tensor-parallel-size",
     "-h",
@@ -166,7 +168,7 @@ def test_every_option_gets_to_its_place() -> None:
         --root-path /llm/ --shutdown-timeout 2.5 --enable-force-include-usage --chat-template t.jinja
         --tool-call-parser hermes --reasoning-parser qwen3 --enable-sleep-mode --enable-weight-updates
         --speculative-method ngram --num-speculative-tokens 3 --prompt-lookup-max 6 --prompt-lookup-min 3
-        --kv-cache-dtype fp8 --target-itl 0.02 --target-ttft 2.5
+        --quantization fp8 --kv-cache-dtype fp8 --target-itl 0.02 --target-ttft 2.5
     """
     options = parse(*arguments.split())
     assert options.config == RuntimeConfig(
@@ -181,6 +183,7 @@ def test_every_option_gets_to_its_place() -> None:
         max_num_batched_tokens=80,
         lookahead=3,
         block_size=32,
+        quantization="fp8",
         kv_cache_dtype="fp8",
         target_itl=0.02,
         target_ttft=2.5,

@@ -8,6 +8,7 @@ import pytest
 
 from tests.cli.test_cli import DOCTOR_FLAGS, FLAGS, refused
 from tpworker.cli import habits, parse
+from tpworker.cli.habit_values import VALUES
 
 
 @pytest.mark.parametrize(
@@ -26,8 +27,8 @@ from tpworker.cli import habits, parse
         ),
         ("--enable-chunked-prefill", "--enable-chunked-prefill: always on"),
         ("--trust-remote-code", "--trust-remote-code: not needed: no code of a model's folder is ever run"),
-        ("--quantization fp8", "--quantization: not supported yet: weights are served in float32"),
-        ("-q fp8", "-q: not supported yet: weights are served in float32"),
+        ("--quantization-param-path x", "--quantization-param-path: not supported: weights are in float32"),
+        ("-q fp8", "-q: its name here is --quantization, and fp8 its value"),
         ("--tokenizer some/where", "--tokenizer: not supported: it is read from the model's folder"),
         (
             "--schedule-policy lpm",
@@ -77,10 +78,10 @@ def test_what_other_engines_have_is_answered_by_what_holds_here(
 
 
 def test_all_that_is_wrong_is_said_at_once(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = "a/b --tp 2 --enable-prefix-caching --port 5 --tp 4 --quantization x"
+    arguments = "a/b --tp 2 --enable-prefix-caching --port 5 --tp 4 --cpu-offload-gb 1"
     error = refused(capsys, "serve", *arguments.split())
     assert [one.partition(":")[0] for one in error.split("; ") if one.startswith("--")] == [
-        "--tp", "--enable-prefix-caching", "--quantization",
+        "--tp", "--enable-prefix-caching", "--cpu-offload-gb",
     ]  # fmt: skip
     assert refused(capsys, "doctor", "a/b", "--port", "80") == (
         "--port: an option of `tpworker serve` alone: leave it out"
@@ -90,9 +91,9 @@ def test_all_that_is_wrong_is_said_at_once(capsys: pytest.CaptureFixture[str]) -
 def test_the_table_of_habits_names_what_there_is() -> None:
     assert not (habits.NAMES.keys() | habits.FACTS.keys()) & (FLAGS | DOCTOR_FLAGS)
     assert not habits.NAMES.keys() & habits.FACTS.keys()
-    values = [said for values in habits.VALUES.values() for said in values.values()]
+    values = [said for values in VALUES.values() for said in values.values()]
     told = " ".join([*habits.NAMES.values(), *habits.FACTS.values(), *habits.FAMILIES, *values])
-    told += " ".join([*habits.COMMANDS.values(), *habits.VALUES])
+    told += " ".join([*habits.COMMANDS.values(), *VALUES])
     told = told.replace("hf download NAME --revision", "")
     assert set(re.findall(r"--[a-z][a-z-]*", told)) <= FLAGS
 
@@ -132,7 +133,7 @@ SHARED = {"--speculative-config", "--speculative-method"}
     ("words", "said"),
     [
         ("serve --dtype half", "argument --dtype: 'half': its name here is float16"),
-        ("serve --dtype fp8", "argument --dtype: 'fp8': not supported yet: weights are served in float32"),
+        ("serve --dtype fp8", "argument --dtype: 'fp8': not supported: weights are in float32"),
         ("serve --dtype x", "argument --dtype: invalid choice: 'x' (choose from"),
         (
             "serve --kv-cache-dtype fp8_e5m2",
@@ -153,7 +154,7 @@ def test_values_and_commands_of_others_are_answered_too(
     with pytest.raises(SystemExit):
         parse(words.split())
     assert said in capsys.readouterr().err
-    values = {flag: set(values) for flag, values in habits.VALUES.items()}
+    values = {flag: set(values) for flag, values in VALUES.items()}
     for flag, others in values.items():
         for value in others:
             with pytest.raises(SystemExit):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from tpworker.cli.habits import COMMANDS, FACTS, FAMILIES, NAMES, VALUES
+from tpworker.cli.habit_values import VALUES
+from tpworker.cli.habits import COMMANDS, FACTS, FAMILIES, NAMES
 from tpworker.errors import shown
 
 Flags = Mapping[str, bool]

@@ -78,10 +78,10 @@ _LOCAL = "not needed: ranks are processes of this machine, started by this one, 
 _PORTS = "not needed: processes talk without ports, and /metrics is on --port"
 _WITH_MODEL = "not supported: it is read from the model's folder, put another one there"
 _ONE_KIND = "not supported yet: tensor parallelism (-tp) on one machine is all there is"
-_QUANTISED = (
+QUANTISED = (
     "not supported: weights are in float32, bfloat16 or float16 (--dtype), or in FP8 (--quantization fp8)"
 )
-_DRAFT_MODEL = (
+DRAFT_MODEL = (
     "not supported: drafts come from n-grams (--speculative-method ngram) or from the model's own next-token "
     "layer (--speculative-method mtp)"
 )
@@ -216,12 +216,12 @@ FACTS = {
     "--kv-transfer-config": "not supported yet: prompts and decoding share the ranks",
     "--disable-hybrid-kv-cache-manager": _CHOSEN,
     "--file-storage-path": "not supported: there are no files, and no batches of them",
-    "--speculative-model": _DRAFT_MODEL,
-    "--spec-model": _DRAFT_MODEL,
-    "--speculative-draft-model-path": _DRAFT_MODEL,
-    "--speculative-draft-model-revision": _DRAFT_MODEL,
-    "--speculative-token-map": _DRAFT_MODEL,
-    "--speculative-draft-tensor-parallel-size": _DRAFT_MODEL,
+    "--speculative-model": DRAFT_MODEL,
+    "--spec-model": DRAFT_MODEL,
+    "--speculative-draft-model-path": DRAFT_MODEL,
+    "--speculative-draft-model-revision": DRAFT_MODEL,
+    "--speculative-token-map": DRAFT_MODEL,
+    "--speculative-draft-tensor-parallel-size": DRAFT_MODEL,
     "--speculative-eagle-topk": _DRAFT_TREE,
     "--speculative-ngram-min-bfs-breadth": _DRAFT_TREE,
     "--speculative-ngram-max-bfs-breadth": _DRAFT_TREE,
@@ -284,7 +284,7 @@ FACTS = {
     "--use-tqdm-on-load": "always on, on a terminal: leave it out",
     "--disable-sliding-window": "not supported: windows are as config.json says",
     "--disable-cascade-attn": _CHOSEN,
-    "--override-attention-dtype": _QUANTISED,
+    "--override-attention-dtype": QUANTISED,
     "--kv-cache-memory-bytes": _SIZED,
     "--prefix-caching-hash-algo": "not needed: the cache compares tokens, not hashes of them",
     "--radix-eviction-policy": "not an option: what was used longest ago is evicted first",
@@ -344,7 +344,7 @@ FAMILIES: Mapping[str, Sequence[str]] = {
         "--enable-flashinfer-", "--disable-flashinfer-", "--enable-nccl-", "--enable-symm-",
         "--enable-mscclpp", "--enable-torch-symm-", "--enable-p2p-", "--fp8-", "--fp4-", "--kernel-",
     ),
-    _QUANTISED: ("--quantization-", "--torchao-", "--modelopt-", "--kv-cache-scheme", "--calculate-kv-"),
+    QUANTISED: ("--quantization-", "--torchao-", "--modelopt-", "--kv-cache-scheme", "--calculate-kv-"),
     "not supported: text is generated, and nothing else": ("--pooler-", "--is-embedding", "--convert"),
     "not an option: --speculative-method and --num-speculative-tokens say all there is to say": (
         "--speculative-", "--spec-",
@@ -354,46 +354,6 @@ FAMILIES: Mapping[str, Sequence[str]] = {
 }  # fmt: skip
 """The same for all options that begin so, and are not in `NAMES` or `FACTS`."""
 
-VALUES: Mapping[str, Mapping[str, str]] = {
-    "--dtype": {
-        **dict.fromkeys(("half", "fp16"), "its name here is float16"),
-        **dict.fromkeys(("float", "fp32"), "its name here is float32"),
-        "bf16": "its name here is bfloat16",
-        **dict.fromkeys(("fp8", "float8", "int8", "int4", "fp4"), _QUANTISED),
-    },
-    "--kv-cache-dtype": {"fp8_e4m3": "its name here is fp8", "fp8_e5m2": "not supported: fp8 is E4M3 here"},
-    "--quantization": {
-        **dict.fromkeys(("compressed-tensors", "w8a8_fp8", "fbgemm_fp8", "fp8_e4m3"), "its name here is fp8"),
-        **dict.fromkeys(
-            ("awq", "gptq", "awq_marlin", "gptq_marlin", "bitsandbytes", "int8", "gguf"), _QUANTISED
-        ),
-    },
-    "--device": {
-        **dict.fromkeys(("gpu", "nvidia"), "its name here is cuda"),
-        **dict.fromkeys(
-            ("tpu", "xpu", "hpu", "rocm", "mps", "npu"), "not supported: ranks run on cuda or cpu"
-        ),
-    },
-    "--load-format": {
-        **dict.fromkeys(("safetensors", "hf"), "that is auto: leave it out"),
-        **dict.fromkeys(("pt", "gguf", "bitsandbytes", "npcache"), "not supported: weights are safetensors"),
-    },
-    "--scheduling-policy": {
-        "lpm": "not supported: who came first is first, and finds what the prefix cache has",
-        "fcfs+": "its name here is fcfs",
-    },
-    "--speculative-method": {
-        **dict.fromkeys(("eagle", "eagle3", "medusa", "draft_model", "mlp_speculator"), _DRAFT_MODEL),
-        **dict.fromkeys(("nextn", "NEXTN", "deepseek_mtp", "glm4_moe_mtp"), "its name here is mtp"),
-        **dict.fromkeys(("NGRAM", "[ngram]", "suffix"), "its name here is ngram"),
-    },
-    "--tool-call-parser": {
-        **dict.fromkeys(("llama3", "llama4_json", "llama"), "its name here is llama3_json"),
-        **dict.fromkeys(("qwen", "qwen25", "qwen3"), "its name here is hermes"),
-        **dict.fromkeys(("glm", "glm4", "glm4_moe"), "its name here is glm45"),
-    },
-}
-"""Of options that are here too: what others call a value, and what holds of it."""
 
 COMMANDS = {
     **dict.fromkeys(

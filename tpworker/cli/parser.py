@@ -111,8 +111,7 @@ def _add_model_options(group: _Group) -> None:
     )
     _add_ranks(group)
     _add_join_address(group)
-    _add_dtype(group)
-    _add_quantization(group)
+    _add_dtypes(group)
     _add_max_model_len(group)
     _add(
         group,
@@ -160,7 +159,7 @@ def _add_join_address(group: _Group) -> None:
     )
 
 
-def _add_dtype(group: _Group) -> None:
+def _add_dtypes(group: _Group) -> None:
     _add(
         group,
         "--dtype",
@@ -168,8 +167,6 @@ def _add_dtype(group: _Group) -> None:
         choices=["auto", "float32", "bfloat16", "float16"],
     )
 
-
-def _add_quantization(group: _Group) -> None:
     _add(
         group,
         "--quantization",
@@ -191,8 +188,7 @@ def _add_max_model_len(group: _Group) -> None:
 def _add_doctor_options(parser: argparse.ArgumentParser) -> None:
     _add_model(parser, "a folder, or a name on the hub that is in its cache: look whether it fits")
     _add_ranks(parser)
-    _add_dtype(parser)
-    _add_quantization(parser)
+    _add_dtypes(parser)
     _add_max_model_len(parser)
     _add(parser, "--load-format", "dummy: the weights' files need not be there", choices=["auto", "dummy"])
     _add_memory_options(parser)
