@@ -1,0 +1,91 @@
+"""Weights in FP8: what they stand for, how they are made, and models of them against transformers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Ernie4_5_MoeConfig, Glm4MoeConfig, Qwen3Config
+
+from tests.model.fp8_checkpoints import FORMS, publish
+from tests.model.helpers import Reference, tiny_model
+from tpworker.kernels.operands import Fp8Weight
+from tpworker.model.fp8 import E4M3, LARGEST, dequantise, quantise
+from tpworker.model.linear import Linear
+from tpworker.model.moe import experts
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 131,
+    "hidden_size": 72,  # two blocks of 32 and a quarter
+    "intermediate_size": 104,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+}
+CONFIGS: dict[str, Callable[[], Any]] = {
+    "dense": lambda: Qwen3Config(**SIZES),
+    "glm": lambda: Glm4MoeConfig(
+        **SIZES, moe_intermediate_size=40, n_routed_experts=4, num_experts_per_tok=2, n_shared_experts=2,
+        attention_bias=True, use_qk_norm=True,
+    ),
+    # Neighbours are rotated: rows of query and key heads change places, with their scales.
+    "ernie": lambda: Ernie4_5_MoeConfig(
+        **SIZES | {"head_dim": 24, "num_attention_heads": 4}, moe_intermediate_size=40, moe_num_experts=4,
+        moe_k=2,
+    ),
+}  # fmt: skip
+
+
+def test_a_weight_is_values_times_the_scales_of_their_blocks() -> None:
+    values = torch.randn(3, 5, 7).to(E4M3)
+    scales = torch.rand(3, 3, 2) + 0.5
+    weight = Fp8Weight(values, scales, (2, 4), torch.float32)
+    for i, j, k in ((0, 0, 0), (1, 1, 3), (1, 2, 4), (2, 4, 6)):
+        expected = values[i, j, k].float() * scales[i, j // 2, k // 4]
+        assert dequantise(weight)[i, j, k] == expected
+        assert dequantise(weight.of(i))[j, k] == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_made_weights_are_within_half_a_step_of_what_they_are_made_of(dtype: torch.dtype) -> None:
+    plain = (torch.randn(64, 96) * torch.logspace(-3, 2, 64)[:, None]).to(dtype)
+    plain[5] = 0
+    made = quantise(plain)
+    assert (made.values.dtype, made.block, made.dtype) == (E4M3, (1, 96), dtype)
+    assert made.values.float().abs().amax(dim=1).sub(LARGEST).abs().nonzero().tolist() == [[5]]
+    error = (made.values.float() * made.scales - plain.float()).abs()
+    # Three bits behind the first: 1 / 16 of the number; below 2 ** -6 steps are all alike.
+    assert (error <= plain.float().abs() / 16 + made.scales * 2**-10).all()
+    assert not dequantise(made)[5].any()
+
+
+def test_products_are_those_with_what_the_weights_stand_for() -> None:
+    weight = quantise(torch.randn(48, 32))
+    x, bias = torch.randn(5, 32), torch.randn(48)
+    linear = Linear(weight, bias)
+    torch.testing.assert_close(linear(x), x @ dequantise(weight).T + bias)
+    assert [t.dtype for t in linear.tensors()] == [E4M3, torch.float32, torch.float32]
+    gate_up, down = quantise(torch.randn(3, 8, 6)), quantise(torch.randn(3, 6, 4))
+    tokens = torch.randn(2, 6), torch.tensor([[0, 2], [1, 0]], dtype=torch.int32), torch.rand(2, 2)
+    expected = experts(*tokens, dequantise(gate_up), dequantise(down))
+    assert torch.equal(experts(*tokens, gate_up, down), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "form"), [("dense", "blocks"), ("glm", "channels"), ("ernie", "blocks"), ("ernie", "tensors")]
+)
+def test_models_of_published_weights_are_transformers_of_what_they_stand_for(
+    tmp_path: Path, name: str, form: str
+) -> None:
+    assert form in FORMS
+    tiny_model(tmp_path / "model", CONFIGS[name]())
+    folder = publish(tmp_path / "model", tmp_path, form)
+    reference = dataclasses.replace(Reference.of_folder(tmp_path / "plain"), folder=folder)
+    for size in (1, 2, 4):
+        reference.check(size)
