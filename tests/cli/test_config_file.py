@@ -75,7 +75,7 @@ def test_nothing_is_nothing(file: Path, text: str) -> None:
     ("text", "words"),
     [
         ("prot: 8000", "'--prot': no such option; is --port meant"),
-        ("tp: 2\nquantization: fp8", "--tp: the name here is -tp .*; --quantization: not supported yet"),
+        ("tp: 2\nrevision: main", "--tp: the name here is -tp .*; --revision: not supported"),
         ("json: true", "--json: an option of `tpworker doctor` alone"),
         ("config: other.yaml", "config: it has no place here"),
         ("help: true", "help: it has no place here"),

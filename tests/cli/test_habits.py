@@ -134,6 +134,7 @@ SHARED = {"--speculative-config", "--speculative-method"}
     [
         ("serve --dtype half", "argument --dtype: 'half': its name here is float16"),
         ("serve --dtype fp8", "argument --dtype: 'fp8': not supported: weights are in float32"),
+        ("serve --quantization fp8_e4m3", "argument --quantization: 'fp8_e4m3': its name here is fp8"),
         ("serve --dtype x", "argument --dtype: invalid choice: 'x' (choose from"),
         (
             "serve --kv-cache-dtype fp8_e5m2",

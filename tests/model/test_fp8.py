@@ -12,11 +12,18 @@ import torch
 from transformers import Ernie4_5_MoeConfig, Glm4MoeConfig, Qwen3Config
 
 from tests.model.fp8_checkpoints import FORMS, publish
-from tests.model.helpers import Reference, tiny_model
+from tests.model.helpers import CPU, Rank, Reference, Work, run_ranks, tiny_model
+from tpworker.checkpoint.weights import load_weights
 from tpworker.kernels.operands import Fp8Weight
+from tpworker.model.decoder import Decoder, KVCache
+from tpworker.model.families import FP8, read_spec
 from tpworker.model.fp8 import E4M3, LARGEST, dequantise, quantise
 from tpworker.model.linear import Linear
 from tpworker.model.moe import experts
+from tpworker.model.tp import Collectives, Shard
+from tpworker.runtime.loading import load_tokenizer
+
+TEXTS = Path(__file__).parents[2] / "benchmarks" / "speculation" / "texts"
 
 SIZES: dict[str, Any] = {
     "vocab_size": 131,
@@ -89,3 +96,35 @@ def test_models_of_published_weights_are_transformers_of_what_they_stand_for(
     reference = dataclasses.replace(Reference.of_folder(tmp_path / "plain"), folder=folder)
     for size in (1, 2, 4):
         reference.check(size)
+
+
+def perplexity(folder: Path, ids: list[int], quantization: str | None) -> float:
+    """Of token ids, in pieces of 512 of which each begins anew."""
+
+    def main(collectives: Collectives) -> float:
+        spec = read_spec(folder, quantization)
+        shard = Shard.of(spec, 0, 1)
+        weights = load_weights(folder, spec, shard, torch.float32, CPU)
+        cache = KVCache(spec, shard, 34, 16, torch.float32, CPU, spec.num_layers)
+        rank = Rank(Decoder(spec, weights, shard, collectives, 1024), cache, collectives)
+        losses = list[torch.Tensor]()
+        for start in range(0, len(ids) - 1, 512):
+            piece = ids[start : start + 513]
+            logits = rank.step([Work(0, 0, piece[:-1])], [list(range(1, 34))])
+            losses.append(
+                torch.nn.functional.cross_entropy(logits, torch.tensor(piece[1:]), reduction="none")
+            )
+        return float(torch.cat(losses).mean().exp())
+
+    return run_ranks(1, main)[0]
+
+
+def test_the_default_model_in_fp8_is_hardly_worse(real_model: Path) -> None:
+    text = "\n".join((TEXTS / name).read_text() for name in ("chat.txt", "code.txt", "copying.txt"))
+    tokenizer = load_tokenizer(real_model)
+    assert tokenizer is not None
+    ids = tokenizer.encode(text)[:1025]
+    plain, made = (perplexity(real_model, ids, quantization) for quantization in (None, FP8))
+    print(f"perplexity of {len(ids)} tokens: {plain:.3f}, in FP8 {made:.3f} ({made / plain:.4f})")
+    assert plain != made
+    assert made < 1.02 * plain

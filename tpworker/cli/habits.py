@@ -63,6 +63,7 @@ NAMES = {
     "--enable-memory-saver": "--enable-sleep-mode",
     "--tool-parser": "--tool-call-parser",
     "--spec-method": "--speculative-method",
+    "-q": "--quantization",
     "--spec-tokens": "--num-speculative-tokens",
 }
 """What has another name here."""
@@ -168,7 +169,6 @@ FACTS = {
     "--skip-tokenizer-init": "not needed: a model without a tokenizer takes token ids",
     "--revision": "not supported: `hf download NAME --revision …`, then --model FOLDER",
     "--download-dir": "not an option: the environment variable HF_HOME says where the hub's models lie",
-    "-q": "its name here is --quantization, and fp8 its value",
     "--cpu-offload-gb": "not supported: weights and KV cache stay on the device",
     "--pipeline-parallel-size": _ONE_KIND,
     "-pp": _ONE_KIND,
