@@ -399,6 +399,8 @@ def test_a_model_that_fits() -> None:
     assert tokens == pytest.approx(room, rel=0.01)
     assert "7.63 GiB of weights" in found["memory"].found
     assert "72.0 KiB a token" in found["memory"].found
+    found = model_checks(tensor_parallel_size=2, quantization="fp8")
+    assert "4.40 GiB of weights" in found["memory"].found
 
 
 def test_no_more_blocks_than_the_slots_can_use() -> None:

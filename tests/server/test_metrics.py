@@ -93,7 +93,8 @@ def test_what_is_served_and_on_what(start: Start) -> None:
     import tpworker
 
     told = (
-        'device="cpu",model="fake-model",speculative_method="none",tensor_parallel_size="1",'
+        'device="cpu",model="fake-model",quantization="none",speculative_method="none",'
+        'tensor_parallel_size="1",'
         f'version="{tpworker.__version__}"'
     )
     assert start().metric(f"tpworker_info{{{told}}}") == 1

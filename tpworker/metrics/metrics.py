@@ -114,6 +114,7 @@ class _RuntimeCollector(Collector):
             "model": model,
             "tensor_parallel_size": str(runtime.config.tensor_parallel_size),
             "device": runtime.device,
+            "quantization": runtime.quantization or "none",
             "speculative_method": runtime.speculation.method or "none",
         }
         return InfoMetricFamily("tpworker", "What is served, and on what.", info)

@@ -341,6 +341,7 @@ class ServerInfo(_Shape):
     max_total_num_tokens: int
     device: str
     dtype: str
+    quantization: str | None
     version: str
 
 

@@ -45,6 +45,7 @@ def add_sglang(app: FastAPI, front: Front) -> None:
             "max_total_num_tokens": runtime.stats().total_blocks * runtime.config.block_size,
             "device": runtime.device,
             "dtype": runtime.dtype,
+            "quantization": runtime.quantization or None,
             "version": version(),
         }
 
