@@ -13,7 +13,8 @@ from tpworker.kernels.operands import Fp8Weight
 
 MOST_ROWS = 64
 _SHORTEST_SUM = 16  # inputs that the matrix units take at a time: blocks of FP8 have no fewer
-_MOST_SHARE = 4  # programs of a processor, if they share tiles
+_MOST_SHARE = 1  # programs of a processor, if they share tiles of a weight in FP8
+_SMALL = 4 << 20  # elements of a weight
 _OTHER = 3 << 10  # bytes of shared memory of each program besides its stages, at most
 SHARED_MEMORY = 227 << 10  # of a Hopper processor, for all programs there, and 1 KB of each more
 
@@ -55,12 +56,18 @@ def cut_few(num_rows: int, size_out: int, size_in: int, processors: int) -> FewR
 def cut_few_fp8(num_rows: int, size_out: int, size_in: int, processors: int) -> FewRows:
     """For a weight [out, in] in FP8 on a GPU of so many processors.
 
-    What is read is half of that in 16 bits, and each of it is converted, so it takes more warps to keep the
-    memory busy: up to four programs a processor, which share tiles until there are as many.
+    What is read is half of that in 16 bits, and each of it is converted, which one program of four warps does
+    more slowly than memory delivers: where a processor has one, it has eight warps, if registers suffice.
     """
-    outputs, step = (64, 256) if num_rows <= 32 else (128, 128)
+    outputs, step, warps = 64, 256, 4
+    if size_out > outputs * processors:
+        step = 256 if num_rows <= 32 else 128
+    elif size_out * size_in <= _SMALL:
+        step = 128
+    elif num_rows <= 32:
+        outputs, warps = 128, 8
     tiles, stage = -(-size_out // outputs), FewRows(outputs, step).stage_bytes(num_rows, 1)
-    splits, share = 1, min(-(-tiles // processors), _MOST_SHARE)
+    splits, share = 1, min(-(-tiles // processors), 3)
     while 2 * splits <= padded(num_rows) and 4 * splits * step <= size_in:
         more = -(-2 * splits * tiles // processors)
         if more > _MOST_SHARE or most_stages(stage, more) < 2:
@@ -68,7 +75,7 @@ def cut_few_fp8(num_rows: int, size_out: int, size_in: int, processors: int) -> 
         splits, share = 2 * splits, more
     # See `cut_few`.
     stages = min((SHARED_MEMORY // (share + 1) - 1024) // stage + 1, most_stages(stage, share))
-    return FewRows(outputs, step, splits, stages=stages, share=share)
+    return FewRows(outputs, step, splits, warps, stages, share)
 
 
 def most_stages(stage: int, share: int) -> int:
@@ -104,9 +111,11 @@ def _is_supported(device: torch.device) -> bool:
 def counters(device: torch.device) -> Tensor:
     """int32 zeros, which every product leaves zeros again, for products one after the other.
 
+    Two for each tile that is shared, of which there are up to four a processor.
+
     To be called before a graph is captured.
     """
-    return torch.zeros(2 * _MOST_SHARE * num_processors(device), dtype=torch.int32, device=device)
+    return torch.zeros(8 * num_processors(device), dtype=torch.int32, device=device)
 
 
 @cache
