@@ -28,7 +28,7 @@ from tpworker.cli.habit_values import VALUES
         ("--enable-chunked-prefill", "--enable-chunked-prefill: always on"),
         ("--trust-remote-code", "--trust-remote-code: not needed: no code of a model's folder is ever run"),
         ("--quantization-param-path x", "--quantization-param-path: not supported: weights are in float32"),
-        ("-q fp8", "-q: its name here is --quantization, and fp8 its value"),
+        ("-q fp8", "-q: the name here is --quantization"),
         ("--tokenizer some/where", "--tokenizer: not supported: it is read from the model's folder"),
         (
             "--schedule-policy lpm",

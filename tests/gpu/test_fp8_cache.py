@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -20,7 +19,7 @@ from tests.gpu.test_kernels import (
     randn,
     reference_attention,
 )
-from tests.gpu.test_ring_attention import CUTS, LENGTHS, SHAPES, attend, newest
+from tests.gpu.test_ring_attention import LENGTHS, SHAPES
 from tpworker.kernels.operands import Places
 from tpworker.model import layer_ops
 from tpworker.model.attention import flash
@@ -54,44 +53,12 @@ def bytes_of(x: Tensor) -> Tensor:
     return x.cpu().view(torch.uint8)
 
 
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("cut", CUTS, ids=str)
-def test_the_ring_stores_and_reads_it(shape: Shape, cut: Any) -> None:
-    """Whole and in parts, long and short; the newest token too is attended to as it is stored."""
-    batch, queries, *cache = attention_case(shape, 16, LENGTHS, [])
-    queries = queries.to(BF16)
-    keys, values = (rounded(x) for x in cache)
-    expected = reference_attention(shape, batch, queries, keys, values).to(BF16)
-    there = batch_to(batch, DEVICE)
-    wide = keys.to(DEVICE), values.to(DEVICE)
-    heads, new = newest(there, queries.to(DEVICE), *wide)
-    narrow = wide[0].to(FP8), wide[1].to(FP8)
-    result = attend(cut, there.block_tables, there.lengths, heads, *narrow, new)
-    errors = (result.cpu().float() - expected.float()).norm(dim=1) / expected.float().norm(dim=1)
-    assert errors.max() < 1e-2, dict(zip(LENGTHS, errors.tolist(), strict=True))
-    for stored, held in zip(narrow, (keys, values), strict=True):
-        assert torch.equal(bytes_of(stored), bytes_of(held.to(FP8)))
-
-
-def test_what_the_ring_attends_to_is_rounded_before() -> None:
-    """A new value that FP8 does not have is as the next step reads it; beyond the range, the greatest."""
-    shape = SHAPES["16 on 8"]
-    batch, queries, keys, values = attention_case(shape, 16, [1], [])
-    keys, values = rounded(keys), torch.full_like(values, 1.03).to(BF16)
-    values[..., 0] = 1000.0
-    there = batch_to(batch, DEVICE)
-    wide = keys.to(DEVICE), values.to(DEVICE)
-    heads, new = newest(there, queries.to(BF16).to(DEVICE), *wide)
-    narrow = wide[0].to(FP8), torch.zeros_like(wide[1]).to(FP8)
-    result = attend(CUTS[0], there.block_tables, there.lengths, heads, *narrow, new).view(16, -1)
-    assert (result[:, 0] == FP8_LARGEST).all()
-    assert (result[:, 1:] == 1.0).all()
-
-
-@pytest.mark.parametrize("name", ["80 wide", "blocks of 8"])
-def test_the_other_kernel_reads_it(name: str) -> None:
-    shape, block_size = (Shape(0, 8, 2, 80, 0, 0), 16) if name == "80 wide" else (SHAPES["10 on 2"], 8)
-    batch, queries, *cache = attention_case(shape, block_size, [1, 17, 300, 64, 63, 650], [])
+@pytest.mark.parametrize("name", ["80 wide", "blocks of 8", "1 on 1", "16 on 8", "24 on 2"])
+def test_decode_attention_reads_it(name: str) -> None:
+    shape, block_size = SHAPES.get(name, SHAPES["10 on 2"]), 8 if name == "blocks of 8" else 16
+    if name == "80 wide":
+        shape = Shape(0, 8, 2, 80, 0, 0)
+    batch, queries, *cache = attention_case(shape, block_size, LENGTHS, [])
     queries = queries.to(BF16)
     keys, values = (rounded(x) for x in cache)
     expected = reference_attention(shape, batch, queries, keys, values).to(BF16)

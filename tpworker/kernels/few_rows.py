@@ -13,7 +13,7 @@ from tpworker.kernels.operands import Fp8Weight
 
 MOST_ROWS = 64
 _SHORTEST_SUM = 16  # inputs that the matrix units take at a time: blocks of FP8 have no fewer
-_MOST_SHARE = 1  # programs of a processor, if they share tiles of a weight in FP8
+_MOST_SHARE = 2  # programs of a processor, if they share tiles of a weight in FP8
 _SMALL = 4 << 20  # elements of a weight
 _OTHER = 3 << 10  # bytes of shared memory of each program besides its stages, at most
 SHARED_MEMORY = 227 << 10  # of a Hopper processor, for all programs there, and 1 KB of each more
@@ -56,16 +56,14 @@ def cut_few(num_rows: int, size_out: int, size_in: int, processors: int) -> FewR
 def cut_few_fp8(num_rows: int, size_out: int, size_in: int, processors: int) -> FewRows:
     """For a weight [out, in] in FP8 on a GPU of so many processors.
 
-    What is read is half of that in 16 bits, and each of it is converted, which one program of four warps does
-    more slowly than memory delivers: where a processor has one, it has eight warps, if registers suffice.
+    What is read is half of that in 16 bits, and each of it is converted, which one program of a processor
+    does more slowly than memory delivers: where tiles are few, each is shared until there are two.
     """
-    outputs, step, warps = 64, 256, 4
+    outputs, step = 64, 256
     if size_out > outputs * processors:
         step = 256 if num_rows <= 32 else 128
     elif size_out * size_in <= _SMALL:
         step = 128
-    elif num_rows <= 32:
-        outputs, warps = 128, 8
     tiles, stage = -(-size_out // outputs), FewRows(outputs, step).stage_bytes(num_rows, 1)
     splits, share = 1, min(-(-tiles // processors), 3)
     while 2 * splits <= padded(num_rows) and 4 * splits * step <= size_in:
@@ -75,7 +73,7 @@ def cut_few_fp8(num_rows: int, size_out: int, size_in: int, processors: int) -> 
         splits, share = 2 * splits, more
     # See `cut_few`.
     stages = min((SHARED_MEMORY // (share + 1) - 1024) // stage + 1, most_stages(stage, share))
-    return FewRows(outputs, step, splits, warps, stages, share)
+    return FewRows(outputs, step, splits, stages=stages, share=share)
 
 
 def most_stages(stage: int, share: int) -> int:

@@ -80,7 +80,7 @@ def plan(num_tokens: int, num_choices: int, dtype: torch.dtype, gate_up: Weights
 
 def _plan_fp8(num_tokens: int, choices_of_expert: float, inputs_of_scale: float) -> Plan:
     """Of weights in FP8. Inputs of few tokens are multiplied as they are, and all where scales are many."""
-    narrow = Tile(32, 128, 4, 4), Tile(64, 128, 4, 4)
+    narrow = Tile(32, 128, 4, 3), Tile(64, 128, 4, 3)
     if num_tokens <= 32:
         return Plan(16 if num_tokens <= 16 else 32, False, *narrow)
     if num_tokens <= 64:

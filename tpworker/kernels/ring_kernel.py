@@ -43,13 +43,6 @@ _LOG2_E = 1.4426950408889634
 _SUMS_PER_THREAD = 64  # that the last part has in registers when it puts the parts together
 
 
-@gluon.constexpr_function
-def _copy_layout(head_dim: int, each: int, warps: int) -> gl.BlockedLayout:
-    """Of a tile [warps, tokens, head_dim]: a thread has `each` elements, 16 bytes."""
-    chunks = head_dim // each
-    return gl.BlockedLayout([1, 1, each], [1, 32 // chunks, chunks], [warps, 1, 1], [2, 1, 0])
-
-
 @gluon.jit
 def _attend(
     heads, query_norm, key_norm, cos, sin, rows, keys, values, block_tables, lengths, sums, maxima, totals,
@@ -72,9 +65,6 @@ def _attend(
     """
     start_next(PDL)
     TILE: gl.constexpr = WARPS * SLAB
-    dtype: gl.constexpr = keys.dtype.element_ty  # of the cache
-    wide: gl.constexpr = heads.dtype.element_ty  # in which is computed
-    EACH: gl.constexpr = 128 // dtype.primitive_bitwidth  # elements of 16 bytes
     # Scores are [WARPS, SLAB, ROWS], what is attended [WARPS, HEAD_DIM, ROWS]: each warp for itself.
     mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1, 1], [1, 16, 8])
     chunks: gl.constexpr = HEAD_DIM // 8  # of 16 bytes
@@ -101,19 +91,19 @@ def _attend(
     is_last = part == num_active - 1
     block_table = block_tables + sequence * table_stride
 
-    PHASES: gl.constexpr = min(8, HEAD_DIM // EACH)
-    shared: gl.constexpr = gl.SwizzledSharedLayout(EACH, 8 // PHASES, PHASES, [2, 1, 0])
+    shared: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [2, 1, 0])
+    dtype: gl.constexpr = keys.dtype.element_ty
     key_ring = gl.allocate_shared_memory(dtype, [STAGES, WARPS, SLAB, HEAD_DIM], shared)
     value_ring = gl.allocate_shared_memory(dtype, [STAGES, WARPS, SLAB, HEAD_DIM], shared)
-    block = _block_of_slab(block_table, start, end, BLOCK_SIZE, SLAB, WARPS, HEAD_DIM, EACH)
+    block = _block_of_slab(block_table, start, end, BLOCK_SIZE, SLAB, WARPS, chunks)
     for stage in gl.static_range(STAGES - 1):
         next_block = _block_of_slab(
-            block_table, start + (stage + 1) * TILE, end, BLOCK_SIZE, SLAB, WARPS, HEAD_DIM, EACH
+            block_table, start + (stage + 1) * TILE, end, BLOCK_SIZE, SLAB, WARPS, chunks
         )
         _request(
             keys, values, block, start + stage * TILE, end, kv_head,
             key_ring.index(stage), value_ring.index(stage),
-            NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, SLAB, WARPS, EACH,
+            NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, SLAB, WARPS, chunks,
         )  # fmt: skip
         block = next_block
 
@@ -130,19 +120,11 @@ def _attend(
         heads, query_norm, key_norm, cos, sin, eps, sequence, first, num_rows, kv_head, row, column,
         HAS_NORM, ROTARY_DIM, NUM_KV_HEADS, GROUP, HEAD_DIM, WIDTH, TOKENS, PDL,
     )  # fmt: skip
-    narrow_keys, narrow_values = (), ()  # as steps to come find them in the cache, and so this one
-    for token in gl.static_range(WIDTH):
-        narrow_keys += (new_keys[token].to(dtype),)
-        narrow_values += (new_values[token].to(dtype),)
-    new_keys, new_values = (), ()
-    for token in gl.static_range(WIDTH):
-        new_keys += (narrow_keys[token].to(wide),)
-        new_values += (narrow_values[token].to(wide),)
     if is_last & (first == 0):
         for token in gl.static_range(WIDTH):
             to_cache = (places_of_new[token] * NUM_KV_HEADS + kv_head) * HEAD_DIM + column
-            gl.store(keys + to_cache, narrow_keys[token])
-            gl.store(values + to_cache, narrow_values[token])
+            gl.store(keys + to_cache, new_keys[token])
+            gl.store(values + to_cache, new_values[token])
     new_scores = ()
     for token in gl.static_range(WIDTH):
         score = gl.sum(query.to(gl.float32) * new_keys[token].to(gl.float32)[None, :], axis=1) * scale
@@ -163,16 +145,14 @@ def _attend(
     for tile in range(num_tiles):
         async_copy.wait_group(STAGES - 2)
         next_start = start + (tile + STAGES - 1) * TILE
-        next_block = _block_of_slab(
-            block_table, next_start + TILE, end, BLOCK_SIZE, SLAB, WARPS, HEAD_DIM, EACH
-        )
+        next_block = _block_of_slab(block_table, next_start + TILE, end, BLOCK_SIZE, SLAB, WARPS, chunks)
         free = (tile + STAGES - 1) % STAGES
         _request(
             keys, values, block, next_start, end, kv_head, key_ring.index(free), value_ring.index(free),
-            NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, SLAB, WARPS, EACH,
+            NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, SLAB, WARPS, chunks,
         )  # fmt: skip
         block = next_block
-        key_tile = key_ring.index(tile % STAGES).load(gl.DotOperandLayout(0, mma, 2)).to(wide)
+        key_tile = key_ring.index(tile % STAGES).load(gl.DotOperandLayout(0, mma, 2))
         scores = mma_v2(key_tile, query_operand, gl.zeros([WARPS, SLAB, ROWS], gl.float32, mma)) * scale
         scores = gl.where(start + tile * TILE + position < end, scores, float("-inf"))
         higher = gl.maximum(maximum, gl.max(scores, axis=1))
@@ -181,8 +161,7 @@ def _attend(
         total = total * shrink + weights
         maximum = higher
         value_tile = value_ring.index(tile % STAGES).permute((0, 2, 1)).load(gl.DotOperandLayout(0, mma, 2))
-        weights_operand = gl.convert_layout(weights.to(wide), as_operand)
-        attended = mma_v2(value_tile.to(wide), weights_operand, attended * shrink)
+        attended = mma_v2(value_tile, gl.convert_layout(weights.to(dtype), as_operand), attended * shrink)
     async_copy.wait_group(0)
 
     highest, total_of_part, sum_of_part = _of_all_warps(maximum, total, attended, by_row, WARPS, chunks)
@@ -221,10 +200,10 @@ def _attend(
 @gluon.jit
 def _block_of_slab(
     block_table, start, end, BLOCK_SIZE: gl.constexpr, SLAB: gl.constexpr, WARPS: gl.constexpr,
-    HEAD_DIM: gl.constexpr, EACH: gl.constexpr,
+    chunks: gl.constexpr,
 ):  # fmt: skip
     """The KV block of each warp's part of the tile that starts here, [WARPS]."""
-    copy: gl.constexpr = _copy_layout(HEAD_DIM, EACH, WARPS)
+    copy: gl.constexpr = gl.BlockedLayout([1, 1, 8], [1, 32 // chunks, chunks], [WARPS, 1, 1], [2, 1, 0])
     position = start + gl.arange(0, WARPS, layout=gl.SliceLayout(1, gl.SliceLayout(2, copy))) * SLAB
     return gl.load(block_table + position // BLOCK_SIZE, mask=position < end, other=0)
 
@@ -233,10 +212,10 @@ def _block_of_slab(
 def _request(
     keys, values, block, start, end, kv_head, key_buffer, value_buffer, NUM_KV_HEADS: gl.constexpr,
     HEAD_DIM: gl.constexpr, BLOCK_SIZE: gl.constexpr, SLAB: gl.constexpr, WARPS: gl.constexpr,
-    EACH: gl.constexpr,
+    chunks: gl.constexpr,
 ):  # fmt: skip
     """Have the tile that starts here copied into a buffer; zeros from `end` on, where nothing is read."""
-    copy: gl.constexpr = _copy_layout(HEAD_DIM, EACH, WARPS)
+    copy: gl.constexpr = gl.BlockedLayout([1, 1, 8], [1, 32 // chunks, chunks], [WARPS, 1, 1], [2, 1, 0])
     of_token: gl.constexpr = gl.SliceLayout(2, copy)
     warp = gl.arange(0, WARPS, layout=gl.SliceLayout(1, of_token))
     token = gl.arange(0, SLAB, layout=gl.SliceLayout(0, of_token))
@@ -371,7 +350,7 @@ def attend(
         CHUNK=max(1, min(parts, _SUMS_PER_THREAD * 32 * cut.warps // (real_rows * head_dim))),
         SLAB=_SLAB,
         SHORTEST=max(cut.shortest, _SLAB * cut.warps),
-        STAGES=cut.stages if keys.element_size() > 1 else 2 * cut.stages - 1,  # as many bytes on their way
+        STAGES=cut.stages,
         WARPS=cut.warps,
         num_warps=cut.warps,
         **pdl.options(),

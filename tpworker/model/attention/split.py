@@ -25,7 +25,6 @@ from torch import Tensor
 from tpworker.kernels.gluon import has_gluon
 from tpworker.kernels.operands import Cut, NewTokens, Partial
 from tpworker.model.batch import Batch
-from tpworker.model.kv_cache import FP8
 
 if TYPE_CHECKING:
     from tpworker.model.attention.backend import Attention
@@ -145,7 +144,7 @@ class SplitAttention:
     def _takes_ring(self, keys: Tensor, width: int) -> bool:
         """Whether `ring_kernel` takes this cache."""
         return (
-            keys.dtype in (torch.bfloat16, torch.float16, FP8)
+            keys.dtype in (torch.bfloat16, torch.float16)
             and torch.cuda.get_device_capability(keys.device) >= (8, 0)
             and self._fits_ring(width, keys.shape[1])
         )
