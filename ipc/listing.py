@@ -6,6 +6,7 @@ writes, tells a reader that it has caught it in the middle.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -77,11 +78,12 @@ class Listing:
 
     def _read(self) -> list[Listed]:
         found = []
-        for i in range(min(self._words[1], NUM_ENTRIES)):
-            number, arrived, num_prompt, num_output, is_running, size, *_ = (
-                entry := self._words[_FIRST + i * _ENTRY : _FIRST + (i + 1) * _ENTRY]
-            )
-            name = entry[_NAME:].tobytes()[: min(size, MAX_NAME)].decode(errors="ignore")
+        # Copied at once: part of a mapping that some thread holds keeps another from taking it away.
+        words = array("Q", self._words.tobytes())
+        for first in range(_FIRST, _FIRST + min(words[1], NUM_ENTRIES) * _ENTRY, _ENTRY):
+            number, arrived, num_prompt, num_output, is_running, size = words[first : first + 6]
+            padded = words[first + _NAME : first + _ENTRY].tobytes()
+            name = padded[: min(size, MAX_NAME)].decode(errors="ignore")
             found.append(Listed(number, name, arrived, num_prompt, num_output, bool(is_running)))
         return found
 

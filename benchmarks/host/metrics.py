@@ -29,7 +29,8 @@ from tpworker.ipc.arrays import pack_int32, pack_int64
 from tpworker.ipc.board import Board, Field, Span
 from tpworker.ipc.messages import SchedulerLoad, StepOutput, StepTiming
 from tpworker.metrics import Metrics
-from tpworker.observe.states import ProcessState, states_of
+from tpworker.observe.looking import look
+from tpworker.observe.snapshot import Snapshot
 from tpworker.outputs import Health, Listener, RequestRecord, Stats, StepRecord
 from tpworker.runtime.listeners import Listeners
 from tpworker.runtime.requests import Requests
@@ -64,8 +65,8 @@ class _Runtime:
     def stats(self) -> Stats:
         return Stats(9, 8, 1, 70, 100, 5, 4, 3, 2, 1, 0, 0, ())
 
-    def processes(self) -> tuple[ProcessState, ...]:
-        return states_of(self._board.rows())
+    def snapshot(self) -> Snapshot:
+        return look(self._board)
 
     def gpus(self) -> tuple[()]:
         return ()

@@ -7,7 +7,8 @@ import subprocess
 import sys
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,13 +25,14 @@ from tests.metrics.test_recorder import record, step
 from tests.server.fake_runtime import FakeRuntime
 from tpworker import Runtime, SamplingParams
 from tpworker.config import RuntimeConfig
-from tpworker.ipc.board import BOUNDS_NS, NUM_BUCKETS, SpanTimes
+from tpworker.ipc.board import BOUNDS_NS, Board, Field, Span
+from tpworker.ipc.child import board_names
 from tpworker.metrics import Metrics
-from tpworker.observe.states import ProcessState
+from tpworker.metrics.processes import process_metrics
+from tpworker.observe.looking import look
 from tpworker.outputs import Stats
 from tpworker.testing.fake_process import FAKE_RANKS, fake_model
 
-NOTHING = SpanTimes(0, (0,) * NUM_BUCKETS)
 LABELS = {"model_name": "fake-model", "engine": "0"}
 DRAFTS = RuntimeConfig(speculative_method="ngram", num_speculative_tokens=3)
 
@@ -175,34 +177,55 @@ def test_what_a_runtime_tells_is_found_under_both_names(metrics: Metrics, runtim
     assert value(metrics, "tpworker_steps_ahead_bucket", le="0.0") == 0
 
 
-def state(name: str, launched: int, **changes: object) -> ProcessState:
-    values = ProcessState(name, 1, launched, 40, 0, NOTHING, NOTHING, NOTHING, 1.5, 1 << 20)
-    return values._replace(**changes)  # type: ignore[arg-type]
+def board_of(num_ranks: int, waits_ns: Sequence[int]) -> Board:
+    """Of processes none of which is alive; rank 0 and the scheduler have taken so long, again and again."""
+    board = Board.create(board_names(num_ranks))
+    scheduler, *ranks = board.rows()
+    for row in board.rows():
+        row[Field.LAUNCHED], row[Field.COMPLETED] = 42, 40
+    ranks[-1][Field.LAST_ARRIVALS] = 7
+    for row, span in ((scheduler, Span.COMPOSE), (ranks[0], Span.PUBLISH), (ranks[0], Span.BARRIER)):
+        for waited in waits_ns:
+            row.took(span, waited)
+    return board
 
 
 def test_what_processes_say_on_the_board(metrics: Metrics, runtime: FakeRuntime) -> None:
-    waits = SpanTimes(5_000_000, (1, 0, 2, *[0] * (NUM_BUCKETS - 4), 1))
-    runtime.process_states = (
-        state("tpworker-scheduler", 42, compose=waits),
-        state("tpworker-rank0", 42, publish=waits, barrier=waits),
-        state("tpworker-rank1", 41, last_arrivals=7, cpu_seconds=None, resident_bytes=None),
-    )
-    assert value(metrics, "tpworker_steps_in_flight") == 2
-    assert value(metrics, "tpworker_barrier_last_arrivals_total", rank="0") == 0
-    assert value(metrics, "tpworker_barrier_last_arrivals_total", rank="1") == 7
-    for name, labels in (("barrier_wait", {"rank": "0"}), ("publish", {}), ("compose", {})):
-        buckets = {
-            le: value(metrics, f"tpworker_{name}_seconds_bucket", **labels, le=le)
-            for le in ("1e-06", "2e-06", "4e-06", str(BOUNDS_NS[-1] / 1e9), "+Inf")
-        }
-        assert [*buckets.values()] == [1, 1, 3, 3, 4]
-        assert value(metrics, f"tpworker_{name}_seconds_sum", **labels) == 0.005
-    assert value(metrics, "tpworker_barrier_wait_seconds_count", rank="1") == 0
-    assert value(metrics, "tpworker_process_cpu_seconds_total", process="tpworker-rank0") == 1.5
-    assert value(metrics, "tpworker_process_resident_memory_bytes", process="tpworker-scheduler") == 1 << 20
-    assert value(metrics, "tpworker_process_cpu_seconds_total", process="tpworker-rank1") is None
-    runtime.process_states = runtime.process_states[:2]
-    assert "barrier" not in metrics.text(), "one rank waits for nobody"
+    longer = 2 * BOUNDS_NS[-1]
+    with closing(board_of(2, (500, 3000, 3500, longer))) as runtime.board:
+        assert value(metrics, "tpworker_steps_in_flight") == 2
+        assert value(metrics, "tpworker_barrier_last_arrivals_total", rank="0") == 0
+        assert value(metrics, "tpworker_barrier_last_arrivals_total", rank="1") == 7
+        for name, labels in (("barrier_wait", {"rank": "0"}), ("publish", {}), ("compose", {})):
+            buckets = {
+                le: value(metrics, f"tpworker_{name}_seconds_bucket", **labels, le=le)
+                for le in ("1e-06", "2e-06", "4e-06", str(BOUNDS_NS[-1] / 1e9), "+Inf")
+            }
+            assert [*buckets.values()] == [1, 1, 3, 3, 4]
+            assert value(metrics, f"tpworker_{name}_seconds_sum", **labels) == (7000 + longer) / 1e9
+        assert value(metrics, "tpworker_barrier_wait_seconds_count", rank="1") == 0
+    with closing(board_of(1, ())) as runtime.board:
+        assert value(metrics, "tpworker_steps_in_flight") == 2
+        assert "barrier" not in metrics.text(), "one rank waits for nobody"
+
+
+def test_what_processes_use() -> None:
+    with closing(board_of(2, ())) as board:
+        seen = look(board)
+    scheduler = replace(seen.scheduler, cpu_seconds=1.5, memory_bytes=1 << 20)
+    ranks = seen.ranks[0], replace(seen.ranks[1], cpu_seconds=2.5, memory_bytes=1 << 21)
+    found = {
+        (sample.name, sample.labels["process"]): sample.value
+        for metric in process_metrics(replace(seen, scheduler=scheduler, ranks=ranks))
+        for sample in metric.samples
+        if "process" in sample.labels
+    }
+    assert found == {
+        ("tpworker_process_cpu_seconds_total", "tpworker-scheduler"): 1.5,
+        ("tpworker_process_cpu_seconds_total", "tpworker-rank1"): 2.5,
+        ("tpworker_process_resident_memory_bytes", "tpworker-scheduler"): 1 << 20,
+        ("tpworker_process_resident_memory_bytes", "tpworker-rank1"): 1 << 21,
+    }, "what has ended uses nothing"
 
 
 def test_before_it_is_known_what_is_served_there_is_nothing_of_it() -> None:

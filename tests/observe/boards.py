@@ -36,6 +36,7 @@ def busy_board(num_ranks: int = 2, **about: object) -> Board:
             row.took(Span.BARRIER, 2000 * (1 + rank))
         row[Field.LAST_ARRIVALS] = 100 if not rank else 0
     ranks[0].took(Span.PUBLISH, 30_000)
+    scheduler.took(Span.COMPOSE, 7_000)
     board.owner[Field.STATE] = 1 + RUNTIME_STATES.index("ready")
     board.owner[Field.RUNNING], board.owner[Field.WAITING] = 5, 3
     board.owner[Field.OUTPUT_TOKENS], board.owner[Field.FINISHED] = 1450, 12

@@ -11,11 +11,16 @@ import pytest
 
 from tests.observe.boards import MIB, busy_board
 from tests.observe.fake_nvml import FakeGpu, FakeNvml
-from tpworker.ipc.board import Board, Field, Phase
+from tpworker.ipc.board import NUM_BUCKETS, Board, Field, Phase
 from tpworker.ipc.child import board_names
 from tpworker.observe.looking import known_gpus, look, model_name, read_gpus, with_usage
 from tpworker.observe.nvml import Nvml
 from tpworker.observe.snapshot import Gpu, Rank, Snapshot, from_json, to_json
+
+
+def buckets(counts: tuple[int, ...]) -> dict[int, int]:
+    assert len(counts) == NUM_BUCKETS
+    return {bucket: count for bucket, count in enumerate(counts) if count}
 
 
 def test_what_a_board_says() -> None:
@@ -28,9 +33,12 @@ def test_what_a_board_says() -> None:
     assert (scheduler.free_blocks, scheduler.total_blocks) == (60, 100)
     assert (scheduler.gaps, scheduler.gap_seconds) == (90, pytest.approx(450e-6))
     assert (scheduler.publishes, scheduler.publish_seconds) == (1, pytest.approx(30e-6))
+    assert buckets(scheduler.publish_buckets) == {5: 1}, "up to 32 µs"
+    assert (scheduler.compose_seconds, buckets(scheduler.compose_buckets)) == (pytest.approx(7e-6), {3: 1})
     assert (first.phase, first.received, first.admitted, first.completed) == ("ready", 103, 102, 100)
     assert (first.barriers, first.barrier_seconds) == (100, pytest.approx(200e-6))
     assert (second.barriers, second.barrier_seconds) == (100, pytest.approx(400e-6))
+    assert [buckets(rank.barrier_buckets) for rank in seen.ranks] == [{1: 100}, {2: 100}]
     assert (first.last_arrivals, second.last_arrivals) == (100, 0)
     old, new = seen.requests
     assert (old.name, old.number, old.state, old.prompt_tokens, old.output_tokens) == (

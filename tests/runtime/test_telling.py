@@ -8,11 +8,14 @@ from contextlib import closing
 
 import pytest
 
+from tpworker.config import RuntimeConfig
 from tpworker.ipc.board import Board, Field
+from tpworker.ipc.child import board_names
 from tpworker.ipc.listing import NUM_ENTRIES
 from tpworker.outputs import RUNTIME_STATES, RuntimeState
 from tpworker.runtime import telling as telling_module
 from tpworker.runtime.intake import Intake
+from tpworker.runtime.observable import Observable
 from tpworker.runtime.telling import Telling
 
 
@@ -108,5 +111,26 @@ def test_who_sleeps_is_left_alone_until_there_are_processes_again(
         while told.num_written < count + 6:
             await asyncio.sleep(0.001)
         told.telling.close()
+
+    asyncio.run(main())
+
+
+class WithBoard(Observable):
+    board: Board
+
+    def _board(self) -> Board:
+        return self.board
+
+
+def test_a_snapshot_can_be_taken_in_any_thread_and_the_event_loops_alone_writes() -> None:
+    async def main() -> None:
+        runtime = WithBoard(RuntimeConfig(), None)
+        runtime._home.enter()
+        with closing(Board.create(board_names(2))) as runtime.board:
+            seen = await asyncio.to_thread(runtime.snapshot)
+            assert (seen.runtime.state, len(seen.ranks)) == ("starting", 2), "nobody has said so yet"
+            assert runtime.snapshot().runtime.state == "stopped"
+        gone = await asyncio.to_thread(runtime.snapshot)
+        assert (gone.runtime.state, gone.ranks) == ("stopped", ())
 
     asyncio.run(main())

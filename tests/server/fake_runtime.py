@@ -19,7 +19,6 @@ from tpworker.ipc.board import About, Board
 from tpworker.model.families.spec import ModelSpec, RopeSpec
 from tpworker.observe.looking import look, without_processes
 from tpworker.observe.snapshot import Snapshot, Whole
-from tpworker.observe.states import ProcessState
 from tpworker.observe.watch import GpuState
 from tpworker.outputs import (
     Health,
@@ -130,7 +129,6 @@ class FakeRuntime(Facts):
     the_tokenizer: Tokenizer | None = field(default_factory=byte_tokenizer)
     configured: RuntimeConfig = field(default_factory=RuntimeConfig)
     gpu_states: tuple[GpuState, ...] = ()
-    process_states: tuple[ProcessState, ...] = ()
     listeners: list[Listener] = field(default_factory=list)
     draft_tokens: tuple[int, ...] = ()
     accepted_tokens: tuple[int, ...] = ()
@@ -261,9 +259,6 @@ class FakeRuntime(Facts):
 
     def gpus(self) -> tuple[GpuState, ...]:
         return self.gpu_states
-
-    def processes(self) -> tuple[ProcessState, ...]:
-        return self.process_states
 
     def snapshot(self) -> Snapshot:
         if self.board is not None:

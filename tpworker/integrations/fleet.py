@@ -23,7 +23,6 @@ from tpworker.integrations.sums import Sums
 from tpworker.ipc.board import About
 from tpworker.observe.looking import without_processes
 from tpworker.observe.snapshot import Snapshot, Whole
-from tpworker.observe.states import ProcessState
 from tpworker.observe.watch import GpuState
 from tpworker.outputs import Health, Listener, RuntimeEvent, RuntimeState, Stats
 from tpworker.runtime.admission import Limits
@@ -186,10 +185,6 @@ class Fleet(Facts):
         return ()
 
     def gpus(self) -> tuple[GpuState, ...]:
-        """None: they are the replicas'."""
-        return ()
-
-    def processes(self) -> tuple[ProcessState, ...]:
         """None: they are the replicas'."""
         return ()
 

@@ -15,6 +15,7 @@ from tpworker.metrics.own import draft_metrics, fault_metrics, load_metrics, rec
 from tpworker.metrics.processes import process_metrics
 from tpworker.metrics.recorder import Recorder
 from tpworker.metrics.vllm import engine_metrics
+from tpworker.observe.looking import with_usage
 from tpworker.version import version
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ class _RuntimeCollector(Collector):
         yield from fault_metrics(runtime.health(), stats)
         if num_drafts:
             yield from draft_metrics(stats, recorder, num_drafts)
-        yield from process_metrics(runtime.processes())
+        yield from process_metrics(with_usage(runtime.snapshot(), {}))
         yield from gpu_metrics(runtime.gpus())
 
     def _info(self, model: str) -> Metric:

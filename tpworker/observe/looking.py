@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
-from tpworker.ipc.board import About, Board, Field, Phase, Row, Span
+from tpworker.ipc.board import About, Board, Field, Phase, Row, Span, SpanTimes
 from tpworker.observe import nvml
 from tpworker.observe.processes import usage_of
 from tpworker.observe.snapshot import Gpu, Process, Rank, Request, Scheduler, Snapshot, Whole
@@ -25,7 +25,7 @@ def look(board: Board) -> Snapshot:
         snapshot,
         age_seconds=snapshot.clock - board.about.created_ns / 1e9,
         generation=board.about.generation,
-        scheduler=_scheduler(scheduler, ranks[:1]),
+        scheduler=_scheduler(scheduler, ranks),
         ranks=tuple(_rank(number, row) for number, row in enumerate(ranks)),
         requests=tuple(
             Request(
@@ -82,8 +82,9 @@ def _whole(board: Board) -> Whole:
     )
 
 
-def _scheduler(row: Row, first_rank: Sequence[Row]) -> Scheduler:
-    published = [rank.times(Span.PUBLISH) for rank in first_rank]
+def _scheduler(row: Row, ranks: Sequence[Row]) -> Scheduler:
+    published = ranks[0].times(Span.PUBLISH) if ranks else SpanTimes(0, ())
+    composed = row.times(Span.COMPOSE)
     return Scheduler(
         pid=row[Field.PID],
         phase=_phase(row),
@@ -103,8 +104,11 @@ def _scheduler(row: Row, first_rank: Sequence[Row]) -> Scheduler:
         gaps=row[Field.NUM_GAPS],
         gap_seconds=row[Field.GAPS] / 1e9,
         busy_seconds=row[Field.BUSY] / 1e9,
-        publishes=sum(sum(times.counts) for times in published),
-        publish_seconds=sum(times.total_ns for times in published) / 1e9,
+        publishes=sum(published.counts),
+        publish_seconds=published.total_ns / 1e9,
+        publish_buckets=published.counts,
+        compose_seconds=composed.total_ns / 1e9,
+        compose_buckets=composed.counts,
     )
 
 
@@ -121,6 +125,7 @@ def _rank(number: int, row: Row) -> Rank:
         completed=row[Field.COMPLETED],
         barriers=sum(barrier.counts),
         barrier_seconds=barrier.total_ns / 1e9,
+        barrier_buckets=barrier.counts,
         last_arrivals=row[Field.LAST_ARRIVALS],
         weights_bytes=row[Field.WEIGHTS],
     )

@@ -58,6 +58,9 @@ class Rank(Process):
     barriers: int = 0
     """At which it has waited for others, and for how long in all."""
     barrier_seconds: float = 0.0
+    barrier_buckets: tuple[int, ...] = ()
+    """How many of these waits took how long, by the bounds in `ipc.board.BOUNDS_NS`; the last is those above
+    all of them. So are all buckets here."""
     last_arrivals: int = 0
     """Of these: to which it came last."""
     weights_bytes: int = 0
@@ -97,6 +100,10 @@ class Scheduler(Process):
     """Steps whose tokens rank 0 has sent."""
     publish_seconds: float = 0.0
     """From their ends on the device until then."""
+    publish_buckets: tuple[int, ...] = ()
+    compose_seconds: float = 0.0
+    """From the scheduler's waking up until the plans were sent that could be."""
+    compose_buckets: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

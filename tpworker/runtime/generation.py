@@ -22,7 +22,6 @@ from tpworker.ipc.deadlines import step_deadline
 from tpworker.ipc.messages import Message, Said, SchedulerReady, Stop
 from tpworker.ipc.patience import Patience
 from tpworker.ipc.streams import open_standard_descriptors
-from tpworker.observe.states import ProcessState, states_of
 from tpworker.runtime.faults import Fault
 from tpworker.runtime.group import Group
 from tpworker.runtime.keeping import Keeping
@@ -154,13 +153,6 @@ class Generation:
     def ranks(self) -> list[Row]:
         """The ranks' rows of the status board. Only until `stop`."""
         return self._supervisor.board.rows()[1:]
-
-    def states(self) -> tuple[ProcessState, ...]:
-        """How the scheduler and the ranks do; none once it is over. From any thread."""
-        try:
-            return states_of(self._supervisor.board.rows())
-        except ValueError:  # the board has been taken away
-            return ()
 
     @property
     def leftovers(self) -> list[str]:

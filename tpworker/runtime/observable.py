@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 
 from tpworker.config import RuntimeConfig
 from tpworker.errors import RuntimeSleeping, RuntimeStopped
@@ -11,7 +12,6 @@ from tpworker.ipc.board import About, Board
 from tpworker.ipc.trace import Teller
 from tpworker.observe.looking import look, without_processes
 from tpworker.observe.snapshot import Snapshot, Whole
-from tpworker.observe.states import ProcessState
 from tpworker.observe.tracing import MAX_BYTES, Tracing
 from tpworker.observe.watch import GpuState, GpuWatch
 from tpworker.outputs import Health, Listener, RuntimeEvent, RuntimeState, Stats, TraceSummary
@@ -165,6 +165,8 @@ class Observable(Facts):
     def snapshot(self) -> Snapshot:
         """What its processes do at this instant, as `tpworker top` shows it. Costs some microseconds for
         each; what they have used, and how GPUs do, is added by `observe.looking.with_usage`, in milliseconds.
+        From any thread: in another one than the event loop's, what it says of the runtime and of requests may
+        be a quarter of a second old.
 
         Raises:
             RuntimeStopped: as `stats`.
@@ -172,8 +174,10 @@ class Observable(Facts):
         self._home.check_process()  # the board is its parent's too, and would be told what is so here
         board = self._board()
         if board is not None:
-            self._telling.tell()
-            return look(board)
+            if self._home.astray() is None:  # one thread writes there
+                self._telling.tell()
+            with suppress(ValueError):  # the board has just been taken away
+                return look(board)
         stats = self.stats()
         return without_processes(
             About() if self._setup is None else self._setup.group.about,
@@ -198,16 +202,6 @@ class Observable(Facts):
         """
         self._home.check_process()
         return () if self._gpu_watch is None else self._gpu_watch.states()
-
-    def processes(self) -> tuple[ProcessState, ...]:
-        """How the scheduler and the ranks do; none before the start, and after the end. From any thread. It
-        asks the kernel of each: some 50 µs.
-
-        Raises:
-            RuntimeStopped: as `stats`.
-        """
-        self._home.check_process()
-        return () if self._processes is None else self._processes.generation.states()
 
     def _check_not_failed(self) -> None:
         """Raises RuntimeFailed: it has."""
