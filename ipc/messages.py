@@ -284,7 +284,7 @@ class BatchPlan:
 class StepTiming:
     """When a step was launched by the host, and ran on the device. Part of `StepResult`, `StepOutput`.
 
-    CLOCK_MONOTONIC of rank 0's host, nanoseconds. The step gap is `started` less the step before's `ended`.
+    CLOCK_MONOTONIC of rank 0's host, nanoseconds. For the step gap see `outputs.step_gap`.
     """
 
     launched: Nanoseconds

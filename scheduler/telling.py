@@ -10,6 +10,7 @@ import time
 
 from tpworker.ipc.board import Field, Row
 from tpworker.ipc.messages import StepTiming
+from tpworker.outputs import step_gap
 from tpworker.scheduler.composer import Composer
 from tpworker.scheduler.drafting import Drafting
 from tpworker.scheduler.inflight import InFlight
@@ -41,9 +42,9 @@ class Telling:
         """A step has been answered, and has yielded so many tokens that count."""
         self._num_prefilled += plan.num_prefill_tokens
         self._num_output += num_tokens
-        if plan.num_decodes:  # before others there may have been no request at all
+        if (gap := step_gap(plan.num_decodes, timing.started, self._last_ended)) is not None:
             self._num_gaps += 1
-            self._gaps += max(0, timing.started - self._last_ended)
+            self._gaps += gap
         self._busy += max(0, timing.ended - timing.started)
         self._last_ended = timing.ended
 

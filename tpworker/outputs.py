@@ -172,9 +172,7 @@ class RequestRecord(NamedTuple):
 
 class StepRecord(NamedTuple):
     """One step, as rank 0's device saw it. Times are CLOCK_MONOTONIC in nanoseconds (`time.monotonic_ns`).
-
-    The step gap, in which the device had nothing to do, is `started_ns` less the step before's `ended_ns`.
-    """
+    Between one and the next is the step gap, see `step_gap`."""
 
     step: int
     num_prefill_tokens: int
@@ -184,6 +182,19 @@ class StepRecord(NamedTuple):
     ended_ns: int
     num_drafts: int = 0
     """Of each request that decodes, at most: the step checked so many tokens more of it."""
+
+
+def step_gap(num_decodes: int, started_ns: int, last_ended_ns: int) -> int | None:
+    """The step gap: for how long the device had nothing to do before a step, in nanoseconds.
+
+    Args:
+        num_decodes, started_ns: of the step.
+        last_ended_ns: when the step before it ended.
+
+    Returns:
+        None where it decodes nothing: before such steps there may have been no request at all.
+    """
+    return max(0, started_ns - last_ended_ns) if num_decodes else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ import psutil
 
 from benchmarks.common.cpu import Usage, busy_seconds
 from tpworker import Runtime, SamplingParams
+from tpworker.outputs import StepRecord, step_gap
 from tpworker.testing.fake_process import FAKE_RANKS, fake_model
 
 PARTS = ("scheduler", "rank 0", "other ranks", "runtime")
@@ -133,7 +134,7 @@ class Driven:
             a_step("queued", 1e6),
             a_step("sleeps", 1),
             [(step.started_ns - previous.started_ns) / 1e6 for previous, step in pairwise(records)],
-            [(step.started_ns - previous.ended_ns) / 1e3 for previous, step in pairwise(records)],
+            [gap / 1e3 for gap in map(_gap, records, records[1:]) if gap is not None],
             max(0.0, busy - sum(after[pid].cpu - before[pid].cpu for pid in before)) / seconds,
         )
 
@@ -145,3 +146,7 @@ def _part(name: str) -> str:
     if "scheduler" in name:
         return "scheduler"
     return "rank 0" if name.endswith("rank0") else "other ranks"
+
+
+def _gap(before: StepRecord, step: StepRecord) -> int | None:
+    return step_gap(step.num_decodes, step.started_ns, before.ended_ns)

@@ -44,7 +44,7 @@ from tpworker.bench.lengths import Lengths
 from tpworker.bench.load import Level, Measured, run_level
 from tpworker.bench.plan import Plan
 from tpworker.bench.records import Record
-from tpworker.outputs import StepRecord
+from tpworker.outputs import StepRecord, step_gap
 
 ROOT = Path(__file__).resolve().parents[2]
 IDLE_AFTER = 2.0
@@ -251,15 +251,13 @@ def _measures(server: Server) -> dict[str, list[float]]:
 
 
 def step_gaps(steps: Sequence[StepRecord]) -> list[float]:
-    """Seconds between the end of a step and the start of the next, sorted.
-
-    Only before steps that decode: before others there may have been no request at all.
-    """
-    return sorted(
-        (after.started_ns - before.ended_ns) / 1e9
+    """Those of steps that follow each other, in seconds, sorted."""
+    gaps = (
+        step_gap(after.num_decodes, after.started_ns, before.ended_ns)
         for before, after in pairwise(steps)
-        if after.step == before.step + 1 and after.num_decodes
+        if after.step == before.step + 1
     )
+    return sorted(gap / 1e9 for gap in gaps if gap is not None)
 
 
 def _print(servers: Sequence[Server], options: argparse.Namespace, where: dict[str, Any]) -> None:

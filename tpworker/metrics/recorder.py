@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from tpworker.config import MAX_LOOKAHEAD
 from tpworker.metrics.histogram import Histogram
-from tpworker.outputs import Listener, RequestRecord, RuntimeEvent, StepRecord
+from tpworker.outputs import Listener, RequestRecord, RuntimeEvent, StepRecord, step_gap
 
 # All bounds of vLLM are here, so that who asks for one of them finds it. Ours are finer at the lower end.
 _FIRST_TOKEN = (
@@ -118,10 +118,11 @@ class Recorder(Listener):
     def on_step(self, step: StepRecord) -> None:
         self.step_tokens.observe(step.num_prefill_tokens + step.num_decodes)
         self.step.observe((step.ended_ns - step.started_ns) / 1e9)
-        # Before steps that decode nothing there may have been no request at all.
-        if self.last_step is not None and step.num_decodes:
-            self.gap.observe(max(0, step.started_ns - self.last_step.ended_ns) / 1e9)
-            self.ahead.observe(sum(ended_ns > step.launched_ns for ended_ns in self._ends_ns))
+        if self.last_step is not None:
+            gap = step_gap(step.num_decodes, step.started_ns, self.last_step.ended_ns)
+            if gap is not None:
+                self.gap.observe(gap / 1e9)
+                self.ahead.observe(sum(ended_ns > step.launched_ns for ended_ns in self._ends_ns))
         self.last_step = step
         self._ends_ns.append(step.ended_ns)
 
