@@ -33,7 +33,6 @@ import setproctitle
 from tpworker.ipc.codec import MessageError, Within, pack_dataclass, unpack_dataclass
 from tpworker.ipc.messages import (
     MAX_BLOCKS,
-    MAX_RANKS,
     MAX_SEQUENCE,
     MAX_SLOTS,
     Generation,
@@ -45,6 +44,7 @@ from tpworker.ipc.outside import Outside
 from tpworker.ipc.standby import MAX_BOOT_BYTES, Forked, serve, take_control
 from tpworker.ipc.streams import leave, make_output_safe
 from tpworker.logs import TEXT, make_formatter
+from tpworker.values import MAX_RANKS
 
 RANK_NAME = "tpworker-rank{}"
 SCHEDULER_NAME = "tpworker-scheduler"

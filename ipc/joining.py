@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from tpworker.ipc.codec import MessageError, Within, pack_dataclass, unpack_dataclass
-from tpworker.ipc.messages import MAX_RANKS, Name, Rank
+from tpworker.ipc.messages import Name, Rank
+from tpworker.values import MAX_RANKS
 
 MAX_HELLO_BYTES = 1 << 16
 BYE = b"bye "

@@ -23,11 +23,11 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from tpworker.ipc.codec import Within
+from tpworker.values import MAX_RANKS
 
 PROTOCOL_VERSION = 6
 
 MAX_STEP = 2**62
-MAX_RANKS = 64
 MAX_SLOTS = 4096
 MAX_BLOCKS = 1 << 30
 MAX_SEQUENCE = 1 << 22  # tokens of one request, prompt and output together

@@ -19,9 +19,9 @@ import pytest
 import torch
 
 from tpworker import ConfigError, InvalidRequest, Runtime, RuntimeConfig, SamplingParams, SyncRuntime
-from tpworker.config import MAX_PROMPT_LOOKUP, MAX_SPECULATIVE_TOKENS
+from tpworker.config import MAX_NUM_SEQS, MAX_PROMPT_LOOKUP, MAX_SPECULATIVE_TOKENS
 from tpworker.ipc.child import MAX_LOOKUP, pack_boot
-from tpworker.ipc.messages import MAX_DRAFTS
+from tpworker.ipc.messages import MAX_DRAFTS, MAX_SLOTS
 from tpworker.keywords import OPTIONS, SAMPLING
 from tpworker.runtime.settings import scheduler_settings
 from tpworker.sampling_params import MAX_BIAS, MAX_CHOICES, choice_seed
@@ -367,8 +367,9 @@ def test_targets_are_times(name: str) -> None:
             RuntimeConfig(**{name: value})
 
 
-def test_the_bounds_of_drafts_are_those_of_messages() -> None:
+def test_bounds_are_those_of_messages() -> None:
     assert (MAX_SPECULATIVE_TOKENS, MAX_PROMPT_LOOKUP) == (MAX_DRAFTS, MAX_LOOKUP)
+    assert MAX_NUM_SEQS == MAX_SLOTS
 
 
 def test_each_choice_has_a_seed_of_its_own_and_the_first_the_requests() -> None:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from tpworker.errors import ConfigError, shown
 from tpworker.keywords import OPTIONS, Named
 from tpworker.kv_events_config import KvEventsConfig, kv_events_config
-from tpworker.values import MAX_SEED, dtype_name, is_address, is_utf8, number, string
+from tpworker.values import MAX_RANKS, MAX_SEED, dtype_name, is_address, is_utf8, number, string
 
 DeviceName = Literal["auto", "cpu", "cuda"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
@@ -197,7 +197,8 @@ class RuntimeConfig(Named):
             "join_address",
             "1 to 64 of letters, digits, '.', '_' and '-'; leave it out to have the ranks started here",
         )
-        self._check(1 <= self.tensor_parallel_size <= 64, "tensor_parallel_size", "from 1 to 64")
+        num_ranks = self.tensor_parallel_size
+        self._check(1 <= num_ranks <= MAX_RANKS, "tensor_parallel_size", f"from 1 to {MAX_RANKS}")
         self._check(self.device in ("auto", "cpu", "cuda"), "device", "auto, cpu or cuda")
         dtypes = "auto", "float32", "bfloat16", "float16"
         named = f" (here it is {_DTYPES[self.dtype]})" if self.dtype in _DTYPES else ""

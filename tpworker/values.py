@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 from tpworker.errors import ConfigError, shown
 
 MAX_SEED = 2**63 - 1
+MAX_RANKS = 64
 
 
 def is_utf8(text: str) -> bool:

@@ -15,7 +15,7 @@ import time
 from typing import NoReturn
 
 from tpworker.cli.log_options import say
-from tpworker.cli.rank_options import MAX_RANKS, RankOptions
+from tpworker.cli.rank_options import RankOptions
 from tpworker.errors import ConfigError, RuntimeFailed
 from tpworker.ipc.codec import MessageError
 from tpworker.ipc.joining import (
@@ -34,6 +34,7 @@ from tpworker.ipc.spawn import child_environment
 from tpworker.observe.gpus import find_all_gpus
 from tpworker.observe.launch import find_launch
 from tpworker.observe.nvml import find_gpus
+from tpworker.values import MAX_RANKS
 from tpworker.version import version
 
 ANSWER_SECONDS = 30.0

@@ -7,9 +7,8 @@ from typing import Any
 
 from tpworker.cli.arguments import integer, number
 from tpworker.errors import ConfigError, shown
-from tpworker.values import is_address
+from tpworker.values import MAX_RANKS, is_address
 
-MAX_RANKS = 64
 MOST_SECONDS = 86400.0
 
 
