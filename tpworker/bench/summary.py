@@ -137,21 +137,21 @@ class Summary:
         good = [record for record in records if record.error is None]
         began, ended = min(one.began for one in measured), max(one.ended for one in measured)
         return cls(
-            load_of(level),
-            max(1e-9, ended - began),
-            len(records),
-            dict(Counter(record.error for record in records if record.error is not None)),
-            sum(record.num_prompt for record in good),
-            sum(record.num_cached for record in good),
-            sum(record.num_output for record in good),
-            sum(record.num_output < record.num_wanted for record in good),
-            all(record.is_counted for record in good),
-            Spread.of(record.ttft for record in good),
-            Spread.of(record.tpot for record in good),
-            Spread.of(interval for record in good for interval in record.intervals),
-            Spread.of(record.e2e for record in good),
-            sum(map(goals.are_met, good)) if goals else None,
-            Client.of(measured),
+            load=load_of(level),
+            seconds=max(1e-9, ended - began),
+            num_requests=len(records),
+            errors=dict(Counter(record.error for record in records if record.error is not None)),
+            num_prompt=sum(record.num_prompt for record in good),
+            num_cached=sum(record.num_cached for record in good),
+            num_output=sum(record.num_output for record in good),
+            num_short=sum(record.num_output < record.num_wanted for record in good),
+            is_counted=all(record.is_counted for record in good),
+            ttft=Spread.of(record.ttft for record in good),
+            tpot=Spread.of(record.tpot for record in good),
+            itl=Spread.of(interval for record in good for interval in record.intervals),
+            e2e=Spread.of(record.e2e for record in good),
+            num_good=sum(map(goals.are_met, good)) if goals else None,
+            client=Client.of(measured),
         )
 
     @property

@@ -66,22 +66,22 @@ class Recorder:
         last = choice.last or RequestOutput(self._request_id, "", (), None, None, 0, 0, 0)
         self._listeners.on_request_end(
             RequestRecord(
-                self._request_id,
-                index,
-                None if error is not None else last.finish_reason or "abort",
-                error,
-                last.num_prompt_tokens,
-                last.num_cached_tokens,
-                last.num_output_tokens,
-                last.num_draft_tokens,
-                last.num_accepted_tokens,
-                num_moves,
-                self._arrived,
-                self._submitted,
-                None,  # the replica's clock may be another machine's
-                choice.first_token,
-                choice.last_token,
-                time.monotonic(),
-                self._sampling,
+                request_id=self._request_id,
+                index=index,
+                finish_reason=None if error is not None else last.finish_reason or "abort",
+                error=error,
+                num_prompt_tokens=last.num_prompt_tokens,
+                num_cached_tokens=last.num_cached_tokens,
+                num_output_tokens=last.num_output_tokens,
+                num_draft_tokens=last.num_draft_tokens,
+                num_accepted_tokens=last.num_accepted_tokens,
+                num_resumed=num_moves,
+                arrived=self._arrived,
+                submitted=self._submitted,
+                started=None,  # the replica's clock may be another machine's
+                first_token=choice.first_token,
+                last_token=choice.last_token,
+                ended=time.monotonic(),
+                sampling=self._sampling,
             )
         )

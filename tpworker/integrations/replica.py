@@ -137,15 +137,15 @@ class Replica:
         runtime = self._runtime
         stats = replace(runtime.stats(), recent_steps=())
         return Told(
-            self._name,
-            runtime.health(),
-            stats,
-            runtime.device,
-            runtime.dtype,
-            runtime.vocab_size,
-            runtime.max_model_len,
-            runtime.max_num_seqs,
-            stats.total_blocks * runtime.config.block_size,
+            name=self._name,
+            health=runtime.health(),
+            stats=stats,
+            device=runtime.device,
+            dtype=runtime.dtype,
+            vocab_size=runtime.vocab_size,
+            max_model_len=runtime.max_model_len,
+            max_num_seqs=runtime.max_num_seqs,
+            kv_tokens=stats.total_blocks * runtime.config.block_size,
         )
 
     def check(self) -> None:

@@ -83,18 +83,49 @@ class Wiring:
 
     def scheduler_boot(self) -> SchedulerBoot:
         """What the scheduler is told."""
+        group = self.group
         return SchedulerBoot(
-            self.group.generation, SCHEDULER_NAME, self.log_level, 0, self.group.num_ranks,
-            self.runtime_address, self.plan_addresses, self.result_address, self.board_fd, self.masks_fd,
-            self.group.scheduler, self.blocks_fd, self.log_format, self.group.trace_fd,
-        )  # fmt: skip
+            generation=group.generation,
+            name=SCHEDULER_NAME,
+            log_level=self.log_level,
+            report_fd=0,
+            num_ranks=group.num_ranks,
+            runtime_address=self.runtime_address,
+            plan_addresses=self.plan_addresses,
+            result_address=self.result_address,
+            board_fd=self.board_fd,
+            masks_fd=self.masks_fd,
+            settings=group.scheduler,
+            blocks_fd=self.blocks_fd,
+            log_format=self.log_format,
+            trace_fd=group.trace_fd,
+        )
 
     def rank_boot(self, rank: int, kept_fd: int, num_sharing: int) -> RankBoot:
         """What a rank is told."""
+        group = self.group
         return RankBoot(
-            self.group.generation, RANK_NAME.format(rank), self.log_level, 0, rank, self.group.num_ranks,
-            self.plan_addresses[rank], self.result_address, self.barrier_fd, self.board_fd, self.meeting_fd,
-            self.masks_fd, self.store_fd, self.group.model, self.group.rank, kept_fd, self.keeper_address,
-            self.log_format, self.group.trace_fd, self.group.weights_fd, self.group.weights_number,
-            num_sharing, self.rank_gpus,
-        )  # fmt: skip
+            generation=group.generation,
+            name=RANK_NAME.format(rank),
+            log_level=self.log_level,
+            report_fd=0,
+            rank=rank,
+            num_ranks=group.num_ranks,
+            plan_address=self.plan_addresses[rank],
+            result_address=self.result_address,
+            barrier_fd=self.barrier_fd,
+            board_fd=self.board_fd,
+            meeting_fd=self.meeting_fd,
+            masks_fd=self.masks_fd,
+            store_fd=self.store_fd,
+            model=group.model,
+            settings=group.rank,
+            kept_fd=kept_fd,
+            keeper_address=self.keeper_address,
+            log_format=self.log_format,
+            trace_fd=group.trace_fd,
+            weights_fd=group.weights_fd,
+            weights_number=group.weights_number,
+            num_sharing=num_sharing,
+            gpus=self.rank_gpus,
+        )

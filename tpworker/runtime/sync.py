@@ -379,17 +379,20 @@ def _completion(outputs: list[RequestOutput]) -> Completion:
     """All outputs of one choice as one."""
     last = outputs[-1]
     assert last.finish_reason is not None
+    logprobs = tuple(one for output in outputs for one in output.logprobs or ())
     return Completion(
-        last.request_id,
-        "".join(output.text for output in outputs),
-        tuple(token for output in outputs for token in output.token_ids),
-        last.finish_reason,
-        last.stop_reason,
-        last.num_prompt_tokens,
-        last.num_cached_tokens,
-        last.index,
-        None if last.logprobs is None else tuple(one for output in outputs for one in output.logprobs or ()),
-        next((output.prompt_logprobs for output in outputs if output.prompt_logprobs is not None), None),
-        last.num_draft_tokens,
-        last.num_accepted_tokens,
+        request_id=last.request_id,
+        text="".join(output.text for output in outputs),
+        token_ids=tuple(token for output in outputs for token in output.token_ids),
+        finish_reason=last.finish_reason,
+        stop_reason=last.stop_reason,
+        num_prompt_tokens=last.num_prompt_tokens,
+        num_cached_tokens=last.num_cached_tokens,
+        index=last.index,
+        logprobs=None if last.logprobs is None else logprobs,
+        prompt_logprobs=next(
+            (output.prompt_logprobs for output in outputs if output.prompt_logprobs is not None), None
+        ),
+        num_draft_tokens=last.num_draft_tokens,
+        num_accepted_tokens=last.num_accepted_tokens,
     )
