@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,6 +38,7 @@ from tpworker.bench.load import Level, Measured, run_level
 from tpworker.bench.records import Record
 from tpworker.bench.report import compare
 from tpworker.bench.summary import Goals, Spread, Summary
+from tpworker.bench.worker import run_processes
 from tpworker.errors import ConfigError
 
 
@@ -189,6 +191,23 @@ def test_several_processes_share_a_level(capsys: pytest.CaptureFixture[str], tmp
     prompts = [tuple(asked.body["prompt"]) for asked in raw.asked if asked.body and asked.body.get("stream")]
     assert len(set(prompts)) == len(prompts) == 7
     assert json.loads(file.read_text())["levels"][0]["num_output"] == 21
+
+
+def test_a_process_that_cannot_be_started_leaves_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[asyncio.subprocess.Process] = []
+    start = asyncio.create_subprocess_exec
+
+    async def third_fails(*command: Any, **options: Any) -> asyncio.subprocess.Process:
+        if len(started) == 2:
+            raise BlockingIOError("no more processes")
+        started.append(await start(*command, **options))
+        return started[-1]
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", third_fails)
+    level = Level(number=1, concurrency=3, num_requests=3)
+    with pytest.raises(BlockingIOError):
+        asyncio.run(run_processes(Address.of("http://127.0.0.1:1"), None, plan(), level, 3))
+    assert [process.returncode for process in started] == [-signal.SIGKILL] * 2
 
 
 def test_a_tpworker_server(capsys: pytest.CaptureFixture[str]) -> None:

@@ -40,8 +40,10 @@ async def run_processes(
     if num_processes == 1:
         return [await run_level(address, api_key, plan, level)]
     job = {"address": dataclasses.asdict(address), "api_key": api_key, "plan": plan.to_json()}
-    workers = [await _Worker.start() for _ in range(num_processes)]
+    workers: list[_Worker] = []
     try:
+        for _ in range(num_processes):
+            workers.append(await _Worker.start())
         for share, worker in enumerate(workers):
             part = level.shared(share, num_processes)
             worker.send({**job, "level": dataclasses.asdict(part)})
