@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
@@ -12,6 +13,9 @@ from tpworker.errors import ConfigError, shown
 
 MAX_SEED = 2**63 - 1
 MAX_RANKS = 64
+
+_AUTHORITY = re.compile(r"(\[[^\s\[\]]+\]|[^\s\[\]\\:]+)(:\d*)?")
+"""A host, IPv6 in brackets, and a port."""
 
 
 def is_utf8(text: str) -> bool:
@@ -52,12 +56,20 @@ def server_url(text: str) -> ServerUrl:
         port = parts.port
     except ValueError:  # brackets that do not match, a port that is none
         parts, port = urlsplit(""), None
-    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
+    authority = parts.netloc.rpartition("@")[2]
+    is_web = parts.scheme in ("http", "https")
+    if not is_web or not parts.hostname or port == 0 or not _AUTHORITY.fullmatch(authority):
         raise ConfigError(f"{shown(text)} is no URL of a server: as http://127.0.0.1:8000")
     path = parts.path.rstrip("/").removesuffix("/v1")
-    authority = parts.netloc.rpartition("@")[2]
     usual = 443 if parts.scheme == "https" else 80
     return ServerUrl(parts.scheme, parts.hostname, port or usual, authority, path)
+
+
+def is_server_url(text: str) -> bool:
+    """Whether `server_url` takes it."""
+    with suppress(ConfigError):
+        return bool(server_url(text))
+    return False
 
 
 def plain(value: Any) -> Any:

@@ -333,6 +333,8 @@ def test_origins() -> None:
     assert parse("--allowed-origins", *two).allowed_origins == two
     assert parse("--allowed-origins", " ".join(two)).allowed_origins == two
     assert parse("--allowed-origins", json.dumps(two)).allowed_origins == two
+    own = ("http://[::1]:8000", "chrome-extension://abc", "null")
+    assert parse("--allowed-origins", *own).allowed_origins == own
     assert parse("--allowed-origins", "*", "--port", "1").allowed_origins == ("*",)
     assert parse("--allowed-origins", '["*"]').allowed_origins == ("*",)
     assert parse().allowed_origins == ()
@@ -341,6 +343,8 @@ def test_origins() -> None:
         "a.example",
         "https://*.example",
         "https://A.example",
+        "http://[::1",
+        "https://a.example:99999",
         "[1]",
         "[",
         "[]",

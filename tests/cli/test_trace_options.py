@@ -25,6 +25,9 @@ def test_traces_are_none_unless_asked_for() -> None:
         (["--otlp-endpoint", "http://a", "--ask", "a"], "--otlp-endpoint has no effect with --ask"),
         (["--otlp-endpoint", "host:4318"], "must be the URL of a collector"),
         (["--otlp-endpoint", "grpc://host"], "must be the URL of a collector"),
+        (["--otlp-endpoint", "http://[::1"], "must be the URL of a collector"),
+        (["--otlp-endpoint", "http://host:99999"], "must be the URL of a collector"),
+        (["--otlp-endpoint", "http://host/v1?x=1"], "must be the URL of a collector"),
         (["--otlp-endpoint", "http://host:4317"], "port 4317 is that of OTLP over gRPC.*take port 4318"),
     ],
 )

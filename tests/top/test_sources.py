@@ -133,7 +133,10 @@ def test_urls(url: str, expected: str) -> None:
     assert top_url(url) == expected
 
 
-@pytest.mark.parametrize("url", ["ftp://h", "http://", "http:///top", "http://[::1", "http://h:0"])
+@pytest.mark.parametrize(
+    "url",
+    ["ftp://h", "http://", "http:///top", "http://[::1", "http://h:0", "http://a b", "http://[::1]x"],
+)
 def test_what_is_no_url_of_a_server(url: str) -> None:
     with pytest.raises(ConfigError, match="no URL of a server"):
         top_url(url)

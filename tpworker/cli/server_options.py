@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tpworker.errors import ConfigError, shown
+from tpworker.values import is_server_url
 
 API_KEY_VARIABLE = "TPWORKER_API_KEY"
 """The one environment variable of ours: a key on the command line is shown by `ps` to everyone."""
@@ -181,12 +182,17 @@ def parse_origins(words: Sequence[str]) -> tuple[str, ...]:
     if not origins:
         raise ConfigError("--allowed-origins has no origin: leave it out, or give one as https://host:port")
     for origin in origins:
-        if origin not in ("*", "null") and not _ORIGIN.fullmatch(origin):
+        if origin not in ("*", "null") and not _is_origin(origin):
             raise ConfigError(
                 f"--allowed-origins {origin!r}: browsers send scheme://host or scheme://host:port, in small "
                 "letters and without a path; * alone is any"
             )
     return tuple(origins)
+
+
+def _is_origin(text: str) -> bool:
+    is_web = text.startswith(("http://", "https://"))
+    return _ORIGIN.fullmatch(text) is not None and (not is_web or is_server_url(text))
 
 
 def add_web_options(group: Any) -> None:

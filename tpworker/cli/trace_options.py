@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tpworker.errors import ConfigError, shown
+from tpworker.values import is_server_url
 
 if TYPE_CHECKING:
     from tpworker.runtime.runtime import Runtime
 
-_URL = re.compile(r"https?://[^\s/?#]+(/[^\s?#]*)?")
 _GRPC_PORT = ":4317"
 
 
@@ -67,7 +67,7 @@ def trace_options_in(given: dict[str, Any], serves: bool) -> TraceOptions:
 
 
 def _check(endpoint: str) -> None:
-    if not _URL.fullmatch(endpoint):
+    if not is_server_url(endpoint) or re.search(r"[\s?#]", endpoint):
         raise ConfigError(
             f"--otlp-endpoint {shown(endpoint)}: must be the URL of a collector, as http://127.0.0.1:4318"
         )
