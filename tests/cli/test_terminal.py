@@ -80,6 +80,7 @@ def test_what_is_ready_is_told_with_where_the_time_went() -> None:
         served_name="model",
         speculation=Speculation.of(RuntimeConfig()),
         device="cpu",
+        quantization="",
         dtype="float32",
         has_tokenizer=True,
         tokenizer=SimpleNamespace(has_chat_template=True),
