@@ -275,7 +275,9 @@ def test_the_requirements_are_those_of_the_project() -> None:
         "metrics": libraries.METRICS,
         "default-model": libraries.DEFAULT_MODEL,
         "otlp": libraries.OTLP,
+        "ray": libraries.RAY,
     }
+    assert {*said, "cuda", "dev"} == {"install_requires", *setup["options.extras_require"]}
     for key, packages in said.items():
         section = "options" if key == "install_requires" else "options.extras_require"
         wanted = [line for line in setup[section][key].split("\n") if line]
@@ -290,6 +292,7 @@ def test_the_requirements_are_those_of_the_project() -> None:
         ("pyzmq", "26.0.0rc1", None, ""),
         ("fastapi", None, "warning", "not installed: no HTTP server without it"),
         ("gguf", None, "warning", "the default model"),
+        ("ray", "2.9.3", "warning", "2.9.3 is too old, 2.60 is needed: no tpworker.integrations.ray without"),
     ],
 )
 def test_packages_that_are_missing_or_too_old(

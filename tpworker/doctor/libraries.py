@@ -16,6 +16,8 @@ class Package(NamedTuple):
 
     name: str
     least: tuple[int, ...] = ()
+    extra: str = ""
+    """Of its own, that is to be installed with it."""
 
 
 REQUIRED = (
@@ -42,6 +44,7 @@ SERVER = (
 )
 DEFAULT_MODEL = (Package("gguf", (0, 17)),)
 OTLP = (Package("opentelemetry-sdk", (1, 30)), Package("opentelemetry-exporter-otlp-proto-http", (1, 30)))
+RAY = (Package("ray", (2, 60), "serve"),)
 
 
 def check_libraries(device: str, is_default_model: bool) -> Iterator[Check]:
@@ -59,8 +62,12 @@ def check_libraries(device: str, is_default_model: bool) -> Iterator[Check]:
             DEFAULT_MODEL,
             "the default model, where it is not here yet, cannot be converted",
         )
-    if any(_version(package) for package in OTLP):  # whoever has none of it, does not want it
-        optional["otlp"] = OTLP, "no --otlp-endpoint without it"
+    for extra, wanted, effect in (
+        ("otlp", OTLP, "no --otlp-endpoint without it"),
+        ("ray", RAY, "no tpworker.integrations.ray without it"),
+    ):
+        if any(map(_version, wanted)):  # whoever has none of it, does not want it
+            optional[extra] = wanted, effect
     for extra, (packages, effect) in optional.items():
         for package in packages:
             found = _version(package)
@@ -144,7 +151,8 @@ def _state(found: str | None, package: Package) -> str:
 
 
 def _requirement(package: Package) -> str:
-    return f"{package.name}>={_dotted(package.least)}" if package.least else package.name
+    name = f"{package.name}[{package.extra}]" if package.extra else package.name
+    return f"{name}>={_dotted(package.least)}" if package.least else name
 
 
 def _dotted(numbers: tuple[int, ...]) -> str:
