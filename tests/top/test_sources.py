@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import closing
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -26,13 +24,6 @@ from tpworker.top.sources import Absent, BoardSource, Ended, UrlSource, told, to
 
 
 def test_a_process_is_followed_through_a_recovery() -> None:
-    """In a process of its own: in the tests' there may be boards that others have left open."""
-    code = "from tests.top.test_sources import follow; follow()"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-
-
-def follow() -> None:
     first = busy_board(generation=0)
     with closing(BoardSource(os.getpid())) as source:
         seen = source.read()
