@@ -8,6 +8,8 @@ import shutil
 import subprocess
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,13 @@ import yaml
 from prometheus_client import CollectorRegistry
 
 from tests.deploy.promql import asked
-from tests.metrics.test_metrics import state
+from tests.metrics.test_metrics import board_of
 from tests.observe.fake_nvml import FakeNvml
 from tests.server.fake_runtime import FakeRuntime
 from tests.server.test_metrics import gpu_states
 from tpworker.config import RuntimeConfig
-from tpworker.metrics import Metrics
+from tpworker.metrics import Metrics, metrics
+from tpworker.observe.snapshot import Snapshot
 from tpworker.server.timing import FrontMetrics
 
 ROOT = Path(__file__).parents[2]
@@ -39,6 +42,13 @@ def rules() -> list[dict[str, Any]]:
     return [rule for group in groups for rule in group["rules"]]
 
 
+def used(seen: Snapshot, gpus: object) -> Snapshot:
+    """As if its processes were alive."""
+    usage: dict[str, Any] = {"cpu_seconds": 1.5, "memory_bytes": 1 << 20}
+    ranks = tuple(replace(rank, **usage) for rank in seen.ranks)
+    return replace(seen, scheduler=replace(seen.scheduler, **usage), ranks=ranks)
+
+
 @pytest.fixture(scope="module")
 def page() -> Page:
     """Of each metric of a server that has all of them: its labels, and what these say."""
@@ -47,12 +57,14 @@ def page() -> Page:
         draft_tokens=(2, 1),
         accepted_tokens=(1, 1),
         gpu_states=gpu_states(FakeNvml(["GPU-a"])),
-        process_states=tuple(state(f"tpworker-{name}", 1) for name in ("scheduler", "rank0", "rank1")),
     )
     registry: CollectorRegistry = Metrics(runtime).registry  # type: ignore[arg-type]
     registry.register(FrontMetrics())
     found: Page = defaultdict(lambda: defaultdict(set))
-    for metric in registry.collect():
+    with closing(board_of(2, (500,))) as runtime.board, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics, "with_usage", used)
+        collected = list(registry.collect())
+    for metric in collected:
         for sample in metric.samples:
             found[sample.name].update()
             for label, value in sample.labels.items():
