@@ -10,9 +10,23 @@ and their number is kept. A word of the header says whether anybody wants to kno
 looks at it once a step. The memory is a memfd of the runtime's for all generations: what a process has told
 before it died is there still, and the next one goes on behind it.
 
-Where memory is weakly ordered (AArch64, POWER, RISC-V), to see a head does not mean to see the record before
-it. So the reader takes what was behind the head at its look before: between two looks it sleeps for
-milliseconds, after which a store of then has long been seen by everybody.
+Why it is right, also where memory is weakly ordered (AArch64, POWER, RISC-V)
+
+- Nothing torn: head, tail and the word of the header are aligned words, each written by one side alone, and
+  one access of the CPU (see SharedWords). Records are not, and are never read while they are written.
+- A record is read once it is there. To see a head does not mean to see the record before it, and Python has
+  no fence. So the reader takes what was before the head at its look before, and sleeps for milliseconds
+  between two looks: when a head is seen, the stores before it have been carried out, and each is seen by
+  everybody in finite time, far less than that, whatever becomes of its thread. Nor can the reader have loaded
+  the record earlier than that, since to sleep is to enter the kernel.
+- It is not written over while it is read. The reader stores its tail behind the record's loads, and the
+  writer stores the next record there behind its load of that tail. Both stores are behind a branch on what
+  was loaded (a Python integer is made in a way that depends on its value; the writer compares), and such a
+  store is never performed before the load (a control dependency), on any of these CPUs.
+- What is seen late does no harm: an old tail, also that from before the switch, has a record lost and
+  counted; an old switch, a step left out or one more told.
+- A process that is killed leaves a head that counts whole records. The next one of its name begins when it
+  has been reaped, so that all its stores are seen.
 """
 
 from __future__ import annotations
