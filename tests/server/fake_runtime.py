@@ -15,7 +15,7 @@ from tokenizers import Tokenizer as Backend
 from tests.server.fake_records import Record
 from tpworker.config import RuntimeConfig
 from tpworker.errors import InvalidRequest, QueueFull, RuntimeFailed, RuntimeStopped
-from tpworker.ipc.board import About, Board
+from tpworker.ipc.board import Board
 from tpworker.model.families.spec import ModelSpec, RopeSpec
 from tpworker.observe.looking import look, without_processes
 from tpworker.observe.snapshot import Snapshot, Whole
@@ -263,8 +263,7 @@ class FakeRuntime(Facts):
     def snapshot(self) -> Snapshot:
         if self.board is not None:
             return look(self.board)
-        about = self._setup.group.about if self._setup is not None else About()
-        return without_processes(about, Whole(state=self.state, running=self.num_open))
+        return without_processes(self._about, Whole(state=self.state, running=self.num_open))
 
     def health(self) -> Health:
         return Health(self.state, self.error)

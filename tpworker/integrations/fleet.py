@@ -20,9 +20,8 @@ from tpworker.integrations.records import Recorder
 from tpworker.integrations.relay import Ask, Open, Outputs, Relay
 from tpworker.integrations.replica import Told
 from tpworker.integrations.sums import Sums
-from tpworker.ipc.board import About
 from tpworker.observe.looking import without_processes
-from tpworker.observe.snapshot import Snapshot, Whole
+from tpworker.observe.snapshot import Snapshot
 from tpworker.observe.watch import GpuState
 from tpworker.outputs import Health, Listener, RuntimeEvent, RuntimeState, Stats
 from tpworker.runtime.admission import Limits
@@ -30,6 +29,7 @@ from tpworker.runtime.facts import Facts
 from tpworker.runtime.listeners import Listeners
 from tpworker.runtime.loading import in_daemon_thread, load_tokenizer_of
 from tpworker.runtime.start import Served, find, set_up
+from tpworker.runtime.statistics import whole_of
 from tpworker.runtime.tokenisers import SHORT_CHARS, Tokenisers
 from tpworker.sampling_params import SamplingParams, checked
 
@@ -190,19 +190,7 @@ class Fleet(Facts):
 
     def snapshot(self) -> Snapshot:
         """What all replicas have done together; of processes, there are none here."""
-        stats = self.stats()
-        done = {name: getattr(stats, name) for name in ("running", "waiting", "output_tokens", "finished")}
-        return without_processes(
-            About() if self._setup is None else self._setup.group.about,
-            Whole(
-                pid=os.getpid(),
-                state=self.health().state,
-                **done,
-                aborted=stats.aborted,
-                restarts=stats.restarts,
-                resumed=stats.resumed_requests,
-            ),
-        )
+        return without_processes(self._about, whole_of(self.stats(), self.health().state))
 
     @property
     def is_tracing(self) -> bool:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from tpworker.config import RuntimeConfig
 from tpworker.errors import RuntimeStopped
+from tpworker.ipc.board import About
 from tpworker.runtime.loading import FoundModel
 from tpworker.runtime.settings import Speculation
 from tpworker.runtime.start import Served, Setup
@@ -45,6 +46,11 @@ class Facts:
         """Of weights: 'fp8', whether the checkpoint has them so or `RuntimeConfig.quantization` asks for it;
         '' if they are not quantised, or before the start."""
         return "" if self._setup is None or self._setup.model.spec.quantization is None else "fp8"
+
+    @property
+    def _about(self) -> About:
+        """What a status board would tell."""
+        return About() if self._setup is None else self._setup.group.about
 
     @property
     def speculation(self) -> Speculation:

@@ -8,10 +8,10 @@ from contextlib import suppress
 
 from tpworker.config import RuntimeConfig
 from tpworker.errors import RuntimeSleeping, RuntimeStopped
-from tpworker.ipc.board import About, Board
+from tpworker.ipc.board import Board
 from tpworker.ipc.trace import Teller
 from tpworker.observe.looking import look, without_processes
-from tpworker.observe.snapshot import Snapshot, Whole
+from tpworker.observe.snapshot import Snapshot
 from tpworker.observe.tracing import MAX_BYTES, Tracing
 from tpworker.observe.watch import GpuState, GpuWatch
 from tpworker.outputs import Health, Listener, RuntimeEvent, RuntimeState, Stats, TraceSummary
@@ -24,7 +24,7 @@ from tpworker.runtime.listeners import EventListener, Listeners
 from tpworker.runtime.loading import in_daemon_thread
 from tpworker.runtime.processes import Processes
 from tpworker.runtime.sleeping import Sleeping
-from tpworker.runtime.statistics import stats_of
+from tpworker.runtime.statistics import stats_of, whole_of
 from tpworker.runtime.steps import Steps
 from tpworker.runtime.telling import Telling
 
@@ -178,21 +178,7 @@ class Observable(Facts):
                 self._telling.tell()
             with suppress(ValueError):  # the board has just been taken away
                 return look(board)
-        stats = self.stats()
-        return without_processes(
-            About() if self._setup is None else self._setup.group.about,
-            Whole(
-                pid=os.getpid(),
-                state=self.health().state,
-                running=stats.running,
-                waiting=stats.waiting,
-                output_tokens=stats.output_tokens,
-                finished=stats.finished,
-                aborted=stats.aborted,
-                restarts=stats.restarts,
-                resumed=stats.resumed_requests,
-            ),
-        )
+        return without_processes(self._about, whole_of(self.stats(), self.health().state))
 
     def gpus(self) -> tuple[GpuState, ...]:
         """How the ranks' GPUs do, at most a second old; none on the CPU, and before the start.

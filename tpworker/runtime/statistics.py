@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
 from tpworker.ipc.messages import SchedulerLoad
-from tpworker.outputs import Stats
+from tpworker.observe.snapshot import Whole
+from tpworker.outputs import RuntimeState, Stats
 from tpworker.runtime.intake import Intake
 from tpworker.runtime.processes import Processes
 from tpworker.runtime.steps import Steps
@@ -34,4 +37,19 @@ def stats_of(
         resumed_requests=num_resumed,
         lost=() if processes is None else tuple(sorted(processes.lost.items())),
         last_recovery_seconds=None if processes is None else processes.last_recovery_seconds,
+    )
+
+
+def whole_of(stats: Stats, state: RuntimeState) -> Whole:
+    """The same as a snapshot tells it of a runtime in this process."""
+    return Whole(
+        pid=os.getpid(),
+        state=state,
+        running=stats.running,
+        waiting=stats.waiting,
+        output_tokens=stats.output_tokens,
+        finished=stats.finished,
+        aborted=stats.aborted,
+        restarts=stats.restarts,
+        resumed=stats.resumed_requests,
     )
