@@ -7,7 +7,6 @@ transformers'. None of them is accepted and ignored.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -188,5 +187,7 @@ class Named:
 def _instead(cls: type[Named], name: str) -> str:
     if name in cls._elsewhere:
         return cls._elsewhere[name]
+    import difflib  # not before there is something to be said
+
     near = difflib.get_close_matches(name, [*cls.__dataclass_fields__], n=1, cutoff=0.7)
     return f"is {near[0]} meant?" if near else f"its fields are {', '.join(cls.__dataclass_fields__)}"

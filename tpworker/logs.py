@@ -20,7 +20,7 @@ FORMATS = (TEXT, JSON)
 
 _OWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 """What each record has; the rest was given with `extra`."""
-_PLAIN = re.compile(r"[^\s\"'=\\\x00-\x20\x7f-\U0010ffff]+")
+_PLAIN = re.compile(r"[!#-&(-<>-\[\]-~]+")  # ASCII but for blanks, quotes, = and \
 _WIPE = "\r\x1b[2K"
 _INDENT = "    "
 _encode = json.JSONEncoder(default=str, allow_nan=False).encode  # in ASCII: nothing in it can break a line

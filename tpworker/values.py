@@ -14,7 +14,7 @@ from tpworker.errors import ConfigError, shown
 MAX_SEED = 2**63 - 1
 MAX_RANKS = 64
 
-_AUTHORITY = re.compile(r"(\[[^\s\[\]]+\]|[^\s\[\]\\:]+)(:\d*)?")
+_AUTHORITY = r"(\[[^\s\[\]]+\]|[^\s\[\]\\:]+)(:\d*)?"
 """A host, IPv6 in brackets, and a port."""
 
 
@@ -58,7 +58,7 @@ def server_url(text: str) -> ServerUrl:
         parts, port = urlsplit(""), None
     authority = parts.netloc.rpartition("@")[2]
     is_web = parts.scheme in ("http", "https")
-    if not is_web or not parts.hostname or port == 0 or not _AUTHORITY.fullmatch(authority):
+    if not is_web or not parts.hostname or port == 0 or not re.fullmatch(_AUTHORITY, authority):
         raise ConfigError(f"{shown(text)} is no URL of a server: as http://127.0.0.1:8000")
     path = parts.path.rstrip("/").removesuffix("/v1")
     usual = 443 if parts.scheme == "https" else 80
