@@ -47,7 +47,7 @@ _MODEL_LEN = 131072
 class _Runtime:
     """As much of a runtime as `Metrics` asks for: one that serves, and whose processes are all this one."""
 
-    device, dtype, served_name, max_model_len = "cpu", "float32", "model", _MODEL_LEN
+    device, dtype, quantization, served_name, max_model_len = "cpu", "float32", "", "model", _MODEL_LEN
     config = RuntimeConfig(tensor_parallel_size=_RANKS, speculative_method="mtp")
     speculation = Speculation.of(config)
     events = ()
