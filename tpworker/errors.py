@@ -100,6 +100,11 @@ def shown(value: object) -> str:
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 20]}...{text[-17:]}"
 
 
+def printable(text: str) -> str:
+    """What can be shown on one line of a terminal, whatever it holds: what others say may be anything."""
+    return "".join(char if char.isprintable() else "?" for char in text)
+
+
 def one_line(text: str, longest: int) -> str:
     """What another library says, on one line and shortened to so many characters."""
     text = " ".join(text.split())

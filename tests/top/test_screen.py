@@ -9,10 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.top.snapshots import gpu, snapshot
+from tpworker.errors import printable
 from tpworker.observe.snapshot import Rank, Request, Scheduler, Snapshot, Whole
 from tpworker.top.rates import History, rates_of
 from tpworker.top.screen import frame
-from tpworker.top.text import bar, count, duration, in_ascii, percent, plain, rate, size, span
+from tpworker.top.text import bar, count, duration, in_ascii, percent, rate, size, span
 
 
 def shown(width: int = 80, height: int | None = 24, note: str = "q quits", **group: object) -> list[str]:
@@ -112,7 +113,7 @@ def test_no_frame_is_too_large_and_nothing_in_it_is_no_text(
         (span(4.21e-6), "4.2 µs"), (span(999.7e-6), "1.0 ms"), (span(0.0123), "12 ms"), (span(2), "2.0 s"),
         (duration(4.2), "4.2s"), (duration(192), "3:12"), (duration(18192), "5:03:12"),
         (duration(187200), "2d04h"), (bar(0.5, 4), "██░░"), (bar(7, 3), "███"), (bar(None, 2), "░░"),
-        (plain("a\x1b[31m\n\u202eb"), "a?[31m??b"), (in_ascii("4 µs █░ é"), "4 us #. ?"),
+        (printable("a\x1b[31m\n\u202eb"), "a?[31m??b"), (in_ascii("4 µs █░ é"), "4 us #. ?"),
     ],
 )  # fmt: skip
 def test_figures(told: str, text: str) -> None:

@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from rich.cells import cell_len, set_cell_size
 from rich.text import Text
 
+from tpworker.errors import printable
 from tpworker.observe.snapshot import Process, Rank, Snapshot
 from tpworker.top.rates import RankRates, Rates
-from tpworker.top.text import NOTHING, bar, count, duration, percent, plain, rate, size, span
+from tpworker.top.text import NOTHING, bar, count, duration, percent, rate, size, span
 
 LABEL, VALUE, HEAD = "dim", "bold", "underline"
 STATES = {"ready": "green", "running": "green", "failed": "bold red", "stopped": "red"}
@@ -75,7 +76,7 @@ def frame(
         if note:
             lines += [Text()] * (height - 1 - len(lines))
     if note:
-        lines.append(Text(plain(note), LABEL))
+        lines.append(Text(printable(note), LABEL))
     for line in lines:
         line.truncate(width, overflow="ellipsis")
     return lines
@@ -96,11 +97,11 @@ def _title(snapshot: Snapshot, width: int) -> Text:
     parts = [f"{snapshot.device} {snapshot.dtype}".strip(), f"pid {whole.pid}" if whole.pid else ""]
     if snapshot.age_seconds:
         parts.append(f"since {duration(snapshot.age_seconds)}")
-    state = plain(whole.state)
+    state = printable(whole.state)
     right = Text(state, STATES.get(state, "yellow"))
     left = Text.assemble(
-        (f"tpworker {plain(snapshot.version)}", VALUE), "  ", (plain(snapshot.model), "cyan"), "  ",
-        ("  ".join(part for part in map(plain, parts) if part), LABEL),
+        (f"tpworker {printable(snapshot.version)}", VALUE), "  ", (printable(snapshot.model), "cyan"), "  ",
+        ("  ".join(part for part in map(printable, parts) if part), LABEL),
     )  # fmt: skip
     left.truncate(max(0, width - len(state) - 1), overflow="ellipsis", pad=True)
     return left + " " + right
@@ -196,7 +197,7 @@ _ALWAYS = ("process", "state", "step", "CPU", "memory")
 def _line(name: str, state: str, step: int | None, process: Process, cpu: float | None) -> dict[str, str]:
     return dict.fromkeys(_WEIGHTS, "") | {
         "process": name,
-        "state": plain(state),
+        "state": printable(state),
         "step": "" if step is None else f"{step:,}",
         "CPU": NOTHING if cpu is None else f"{cpu:.0f}%",
         "memory": size(process.memory_bytes),
@@ -225,8 +226,8 @@ def _rank_line(rank: Rank, rates: RankRates) -> dict[str, str]:
 def _requests(snapshot: Snapshot, width: int, number: int) -> list[Text]:
     shown = snapshot.requests[:number]
     columns = [
-        Column("oldest requests", [plain(one.name) for one in shown], 100, is_left=True, may_shrink=True),
-        Column("state", [plain(one.state) for one in shown], 90, is_left=True),
+        Column("oldest requests", [printable(one.name) for one in shown], 100, is_left=True, may_shrink=True),
+        Column("state", [printable(one.state) for one in shown], 90, is_left=True),
         Column("age", [duration(one.age_seconds) for one in shown], 99),
         Column("prompt", [count(one.prompt_tokens) for one in shown], 80),
         Column("output", [count(one.output_tokens) for one in shown], 85),

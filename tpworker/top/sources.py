@@ -11,14 +11,14 @@ import urllib.request
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 
-from tpworker.errors import ConfigError
+from tpworker.errors import ConfigError, printable
 from tpworker.ipc.board import About
 from tpworker.observe.attach import Attached, NoBoard, attach
 from tpworker.observe.looking import known_gpus, look, model_name, read_gpus, with_usage
 from tpworker.observe.nvml import Gpu, Nvml, NvmlUnavailable
 from tpworker.observe.processes import started
 from tpworker.observe.snapshot import Snapshot, from_json
-from tpworker.top.text import duration, plain
+from tpworker.top.text import duration
 from tpworker.values import server_url
 
 ANSWER_SECONDS = 5.0
@@ -166,5 +166,5 @@ def told(choices: Iterable[tuple[int, About]], now_ns: int) -> list[str]:
     for number, (pid, about) in enumerate(choices, 1):
         device = f"{len(about.gpus)} GPUs" if len(about.gpus) > 1 else about.device
         age = duration((now_ns - about.created_ns) / 1e9)
-        lines.append(f"{number:3}  pid {pid:<8} {plain(model_name(about.model))}, {device}, since {age}")
+        lines.append(f"{number:3}  pid {pid:<8} {printable(model_name(about.model))}, {device}, since {age}")
     return lines

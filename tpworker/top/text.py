@@ -8,11 +8,6 @@ NOTHING = "–"
 _ASCII = str.maketrans({"–": "-", "µ": "u", "·": "-", "█": "#", "░": ".", "…": "~", "°": " ", "×": "x"})
 
 
-def plain(text: str) -> str:
-    """What can be shown on one line, whatever it holds: names are clients', and may be anything."""
-    return "".join(char if char.isprintable() else "?" for char in text)
-
-
 def in_ascii(text: str) -> str:
     """For terminals that have nothing else; as long as before."""
     return text.translate(_ASCII).encode("ascii", "replace").decode()
