@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from tpworker.errors import ConfigError, shown
 
@@ -60,9 +60,17 @@ def server_url(text: str) -> ServerUrl:
     is_web = parts.scheme in ("http", "https")
     if not is_web or not parts.hostname or port == 0 or not re.fullmatch(_AUTHORITY, authority):
         raise ConfigError(f"{shown(text)} is no URL of a server: as http://127.0.0.1:8000")
-    path = parts.path.rstrip("/").removesuffix("/v1")
+    try:  # names and paths in any script, in the letters that travel
+        host = parts.hostname.encode("idna").decode()
+    except UnicodeError as error:
+        raise ConfigError(
+            f"{shown(text)} is no URL of a server: its host's name cannot be one ({error})"
+        ) from None
+    if not authority.isascii():
+        authority = host if port is None else f"{host}:{port}"
+    path = quote(parts.path.rstrip("/").removesuffix("/v1"), safe="/%:@!$&'()*+,;=~")
     usual = 443 if parts.scheme == "https" else 80
-    return ServerUrl(parts.scheme, parts.hostname, port or usual, authority, path)
+    return ServerUrl(parts.scheme, host, port or usual, authority, path)
 
 
 def is_server_url(text: str) -> bool:

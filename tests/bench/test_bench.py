@@ -6,6 +6,8 @@ import asyncio
 import io
 import json
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +25,7 @@ from tests.bench.raw_server import (
     Piece,
     RawServer,
     delta,
+    event,
     plain,
     raw_server,
     stream,
@@ -180,6 +183,44 @@ def test_nothing_is_answered(capsys: pytest.CaptureFixture[str]) -> None:
     assert "2 failed: status 500" in told
 
 
+def test_what_was_measured_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Ctrl-C in the second level; and what the server says is shown as it is, markup and all."""
+    file = tmp_path / "out.json"
+    count = iter(range(1000))
+
+    def answer(asked: Asked) -> list[Piece]:
+        if asked.path == "/v1/models":
+            return [plain({"data": [{"id": "a[/b]\x1b[2J"}]})]
+        if not (asked.body and asked.body.get("stream")):
+            return openai(asked)
+        if (number := next(count)) == 4:
+            signal.raise_signal(signal.SIGINT)
+        return list(stream(event(error={"code": "[/x]"}))) if number == 1 else openai(asked)
+
+    words = "--concurrency", "1", "2", "--num-requests", "4", "--warmup", "0", "--json", str(file)
+    with serving(answer) as raw:
+        told = bench(raw.url, *words, capsys=capsys, status=128 + signal.SIGINT)
+        assert "a[/b]?[2J, completions" in told
+        assert "1 failed: error in the stream: [/x]" in told
+        assert [level["load"] for level in json.loads(file.read_text())["levels"]] == ["1 at a time"]
+        file.unlink()
+    assert "does not answer" in bench(raw.url, *words, capsys=capsys, status=1)
+    assert not file.exists(), "nothing was measured, and a file is there"
+
+
+def test_a_full_disk(capfd: pytest.CaptureFixture[str]) -> None:
+    with serving(openai) as raw:
+        words = "--concurrency", "1", "--num-requests", "1", "--warmup", "0", "--json", "/dev/full"
+        assert cli.main(["bench", raw.url, *words]) == 2
+        assert "--json '/dev/full' cannot be written: No space left" in capfd.readouterr().err
+        command = [sys.executable, "-m", "tpworker", "bench", raw.url, *words[:-2]]
+        with open("/dev/full", "w") as full:
+            done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (
+        1, "tpworker: what it tells cannot be written: No space left on device\n"
+    )  # fmt: skip
+
+
 def test_several_processes_share_a_level(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     file = tmp_path / "out.json"
     with serving(openai) as raw:
@@ -324,6 +365,7 @@ def test_the_client_says_when_it_was_the_bottleneck(cpu: float, lag: float, trou
         (["http://h", "--endpoint", "chat", "--text"], "--text has no effect"),
         (["http://h", "--extra-body", '{"n": 2}'], "n is the benchmark's own"),
         (["http://h", "--json", "/nowhere/x"], "--json '/nowhere/x' cannot be written"),
+        (["http://h", "--plot", "/tmp/x.y"], "--plot '/tmp/x.y': its name must end in one of ."),
         (["http://h", "--processes", "65"], "--processes 65: must be from 1 to 64"),
         (["http://h", "--output-len", "x"], "--output-len 'x': must be tokens"),
     ],
@@ -333,7 +375,7 @@ def test_mistakes(words: list[str], message: str, capsys: pytest.CaptureFixture[
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("value", ["[]", "{", "[" * 100_000])
+@pytest.mark.parametrize("value", ["[]", "{", "[" * 100_000, '{"top_p": NaN}'])
 def test_a_body_that_is_no_object(value: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["bench", "http://h", "--extra-body", value])

@@ -30,6 +30,7 @@ from tpworker.bench.connection import Address, Connection, Pool
 from tpworker.bench.records import Record
 from tpworker.errors import ConfigError
 
+UNTIL_THE_END = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n"
 OUTPUT = (text("a"), text("b"), text("", "stop"), usage(7, 3, 2))
 
 
@@ -126,7 +127,26 @@ def test_wherever_it_is_cut(name: str, cuts: list[int]) -> None:
         (stream(b"data: {\n\n"), "event that is not OpenAI's"),
         (stream(event(choices=7)), "event that is not OpenAI's"),
         ([b"SSH-2.0\r\n\r\n"], "bad HTTP: no status line"),
-        ([STREAM, b"xyz\r\n"], "bad HTTP: invalid literal"),
+        ([STREAM, b"xyz\r\n"], "bad HTTP: no size of a chunk"),
+        ([STREAM, b"-5\r\n12345"], "bad HTTP: no size of a chunk"),
+        ([STREAM, b"1" * 5000], "bad HTTP: a line without an end"),
+        ([STREAM, chunk(b"data: " + b"x" * (17 << 20))], "bad HTTP: an event without an end"),
+        ([b"HTTP/1.1 200 OK\r\nContent-Length: -7\r\n\r\n"], "bad HTTP: no length of a body"),
+        (stream(b"data: " + b"[" * 200_000 + b"\n\n"), "event that is not OpenAI's"),
+        (stream(event(error={"code": "\x1b[2J\n"})), "error in the stream: ?[2J?"),
+        ([STREAM, chunk(text("a") + text("b")), END], "stream that ends before its output does"),
+        ([UNTIL_THE_END, text("a"), None], "stream that ends before its output does"),
+        (stream(), "stream without output"),
+        (stream(usage(7, 3)), "stream without output"),
+        (stream(text("a"), event(choices=[], usage=[1])), "usage that is no numbers"),
+        (stream(text("a"), usage(7, "3")), "usage that is no numbers"),  # type: ignore[arg-type]
+        (stream(text("a"), usage(7, float("nan"))), "usage that is no numbers"),  # type: ignore[arg-type]
+        (stream(text("a"), usage(7, -3)), "usage that is no numbers"),
+        (stream(text("a"), usage(10**400, 3)), "usage that is no numbers"),
+        (
+            stream(text("a"), event(choices=[], usage={"prompt_tokens_details": [1]})),
+            "usage that is no numbers",
+        ),
     ],
 )
 def test_what_goes_wrong_has_a_kind(pieces: Sequence[bytes | float | None], error: str) -> None:
@@ -212,7 +232,17 @@ def test_fetch() -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["h:8000", "ftp://h", "http://", "http://h:0", "http://h:99999", "http://[::1"]
+    "url",
+    [
+        "h:8000",
+        "ftp://h",
+        "http://",
+        "http://h:0",
+        "http://h:99999",
+        "http://[::1",
+        "http://.h",
+        f"http://{'a' * 64}",
+    ],
 )
 def test_what_is_no_url(url: str) -> None:
     with pytest.raises(ConfigError, match="no URL of a server"):
@@ -221,4 +251,5 @@ def test_what_is_no_url(url: str) -> None:
 
 def test_urls() -> None:
     assert Address.of("http://[::1]:80/llm/v1/") == Address("::1", 80, False, "/llm", "[::1]:80")
+    assert Address.of("http://ü:1/ü €") == Address("xn--tda", 1, False, "/%C3%BC%20%E2%82%AC", "xn--tda:1")
     assert Address.of("https://user@h") == Address("h", 443, True, "", "h")

@@ -8,6 +8,7 @@ import json
 import secrets
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from tpworker.bench.report import compare, show, to_json, what_is_asked
 from tpworker.bench.summary import Goals, Summary, load_of
 from tpworker.bench.target import Target, find_out
 from tpworker.bench.worker import run_processes
+from tpworker.errors import ConfigError, shown
 
 WARM_UP_OUTPUT = 16
 """Tokens of output at most while it is warmed up."""
@@ -73,35 +75,69 @@ def run_bench(options: BenchOptions) -> int:
         Unreachable: the server does not answer.
     """
     if options.picture is not None:
-        check_can_draw()
-    for file in (options.json_file, options.picture):
+        check_can_draw(options.picture)
+    for flag, file in (("--json", options.json_file), ("--plot", options.picture)):
         if file is not None:
-            Path(file).touch()  # hours of measuring shall not end in an error
+            _check_writable(flag, Path(file))  # hours of measuring shall not end in an error
     is_terminal = sys.stdout.isatty()
     width = None if is_terminal else PLAIN_WIDTH
     console = Console(highlight=False, emoji=False, soft_wrap=not is_terminal, width=width)
     bench = _Bench(options, console)
-    results = asyncio.run(bench.run())
-    summaries = [summary for summary, _ in results]
-    if len(summaries) > 1:
-        compare(summaries, console)
-    if options.json_file is not None:
-        data = to_json(options.url, bench.target, bench.plan, results)
-        Path(options.json_file).write_text(json.dumps(data, indent=1) + "\n")
-    if options.picture is not None:
-        draw(Path(options.picture), what_is_asked(bench.plan, bench.target), summaries)
-    return 0 if any(summary.num_done for summary in summaries) else 1
+    try:
+        asyncio.run(bench.run())
+        if len(bench.summaries) > 1:
+            compare(bench.summaries, console)
+    finally:  # Ctrl-C, or that nobody reads the tables any more, costs the level that is under way
+        if bench.results:
+            bench.write()
+    return 0 if any(summary.num_done for summary in bench.summaries) else 1
+
+
+def _check_writable(flag: str, file: Path) -> None:
+    """Leaves it as it is: nothing, if there is none. Raises ConfigError."""
+    was_there = file.exists()
+    with _writing(flag, file):
+        file.open("a").close()
+        if not was_there:
+            file.unlink()
+
+
+@contextmanager
+def _writing(flag: str, file: Path) -> Iterator[None]:
+    """Raises ConfigError: it cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"{flag} {shown(str(file))} cannot be written: {error.strerror or error}") from None
 
 
 class _Bench:
     target: Target
     plan: Plan
+    results: list[tuple[Summary, Sequence[Measured]]]
+    """Of the levels that have ended."""
 
     def __init__(self, options: BenchOptions, console: Console) -> None:
         self._options, self._console = options, console
         self._address = Address.of(options.url)
+        self.results = []
 
-    async def run(self) -> list[tuple[Summary, Sequence[Measured]]]:
+    @property
+    def summaries(self) -> list[Summary]:
+        return [summary for summary, _ in self.results]
+
+    def write(self) -> None:
+        """The files that are wanted, with the levels that have ended. Raises ConfigError: they cannot be."""
+        options = self._options
+        if options.json_file is not None:
+            data = to_json(options.url, self.target, self.plan, self.results)
+            with _writing("--json", Path(options.json_file)):
+                Path(options.json_file).write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
+        if options.picture is not None:
+            with _writing("--plot", Path(options.picture)):
+                draw(Path(options.picture), what_is_asked(self.plan, self.target), self.summaries)
+
+    async def run(self) -> None:
         options = self._options
         pool = Pool(self._address, options.api_key)
         self.target = await find_out(
@@ -113,18 +149,16 @@ class _Bench:
         )
         pool.close()
         self.plan = self._plan()
-        self._console.print(what_is_asked(self.plan, self.target))
+        self._console.print(what_is_asked(self.plan, self.target), markup=False)
         if options.warm_up:
             await self._warm_up()
-        results: list[tuple[Summary, Sequence[Measured]]] = []
-        for level in self._levels(results):
+        for level in self._levels():
             if sys.stderr.isatty():  # and nothing that moves: it would take its part of the processor
                 print(f"{load_of(level)} …", file=sys.stderr)
             measured = await self._run(self.plan, level)
             summary = Summary.of(level, measured, options.goals)
+            self.results.append((summary, measured))
             show(summary, self._console)
-            results.append((summary, measured))
-        return results
 
     def _plan(self) -> Plan:
         options, target = self._options, self.target
@@ -146,13 +180,13 @@ class _Bench:
             extra=options.extra,
         )
 
-    def _levels(self, results: Sequence[tuple[Summary, Sequence[Measured]]]) -> Iterator[Level]:
+    def _levels(self) -> Iterator[Level]:
         """One after the other; what comes of those before is known when the next is asked for."""
         options = self._options
         number = _WARM_UP
         for concurrency in options.concurrency:
             yield self._level(number := number + 1, concurrency=concurrency)
-        most = max((summary.requests_per_second for summary, _ in results), default=0.0)
+        most = max((summary.requests_per_second for summary in self.summaries), default=0.0)
         rates = [*options.rates, *(share * most for share in options.shares if most)]
         for rate in rates:
             yield self._level(number := number + 1, rate=rate)

@@ -9,8 +9,10 @@ from typing import Any
 
 from tpworker.bench.connection import Pool, RequestLost, Response
 from tpworker.bench.records import Record
+from tpworker.errors import printable
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+_MOST_TOKENS = 1 << 40  # nobody has more; and figures of them are floats
 _WORDS = ("content", "reasoning_content", "reasoning", "tool_calls", "refusal")
 
 
@@ -27,6 +29,7 @@ class AnswerReader:
         self._texts: list[str] | None = [] if keeps_text else None
         self._num_pieces = 0
         self._ended: float | None = None
+        self._is_whole = False  # its end has been told
         self._usage: dict[str, Any] | None = None
 
     @property
@@ -42,6 +45,7 @@ class AnswerReader:
             event = event[event.index(b"\ndata:") + 1 :]
         data = event[5:].strip()
         if data == b"[DONE]":
+            self._is_whole = True
             return
         try:
             told = json.loads(data)
@@ -51,7 +55,7 @@ class AnswerReader:
                 self._take(choice, now)
             if told.get("usage"):
                 self._usage = told["usage"]
-        except (ValueError, TypeError, AttributeError):
+        except (ValueError, TypeError, AttributeError, RecursionError):
             self._record.error = self._record.error or "event that is not OpenAI's"
         except RequestLost as error:
             self._record.error = self._record.error or str(error)
@@ -59,6 +63,7 @@ class AnswerReader:
     def _take(self, choice: dict[str, Any], now: float) -> None:
         record = self._record
         self._ended = now
+        self._is_whole = self._is_whole or choice.get("finish_reason") is not None
         delta = choice.get("delta")
         if delta is None:
             text = choice.get("text") or ""
@@ -85,6 +90,8 @@ class AnswerReader:
         if not response.is_stream:
             record.error = "answer that is no stream"
             return
+        if record.error is None:
+            record.error = self._what_is_missing()
         if record.first is None:  # all that came was its end, as of a token that is no text
             record.first = record.last = self._ended
         usage = self._usage
@@ -92,14 +99,31 @@ class AnswerReader:
         if usage is None:
             record.num_output = self._num_pieces
             return
-        record.num_output = usage.get("completion_tokens") or 0
-        record.num_prompt = usage.get("prompt_tokens") or 0
-        record.num_cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+        try:
+            record.num_output = count_of(usage.get("completion_tokens"))
+            record.num_prompt = count_of(usage.get("prompt_tokens"))
+            record.num_cached = count_of((usage.get("prompt_tokens_details") or {}).get("cached_tokens"))
+        except (ValueError, AttributeError):
+            record.error = record.error or "usage that is no numbers of tokens"
+
+    def _what_is_missing(self) -> str | None:
+        if self._ended is None:
+            return "stream without output"
+        return None if self._is_whole else "stream that ends before its output does"
+
+
+def count_of(told: Any) -> int:
+    """A number of tokens as a server tells it. Raises ValueError: it can be none."""
+    if told is None:
+        return 0
+    if type(told) is not int or not 0 <= told <= _MOST_TOKENS:
+        raise ValueError("no number of tokens")
+    return told
 
 
 def _kind(error: Any) -> str:
     kind = error.get("code") or error.get("type") if isinstance(error, dict) else None
-    return f"error in the stream: {str(kind)[:60]}" if kind else "error in the stream"
+    return f"error in the stream: {printable(str(kind)[:60])}" if kind else "error in the stream"
 
 
 async def perform(
@@ -145,5 +169,5 @@ async def fetch(
         raise RequestLost(f"no answer within {timeout:g} s") from None
     try:
         return response.status, json.loads(bytes(response.body))
-    except ValueError:
+    except (ValueError, RecursionError):
         return response.status, None

@@ -7,6 +7,7 @@ a stream of events each is handed on as it arrives, with the time at which it di
 from __future__ import annotations
 
 import asyncio
+import re
 import ssl
 import time
 from collections.abc import Callable
@@ -15,7 +16,10 @@ from dataclasses import dataclass, field
 from tpworker.values import server_url
 
 _MAX_HEAD = 1 << 16
-_MAX_BODY = 1 << 24  # of what is no stream of events
+_MAX_BODY = 1 << 24  # of what is no stream of events, and of one event
+_MAX_LINE = 1 << 12  # of what tells how long a chunk is, and of what may follow the last one
+
+_HEX, _DIGITS = re.compile(rb"[0-9A-Fa-f]{1,15}"), re.compile("[0-9]{1,18}")
 
 OnEvent = Callable[[bytes, float], None]
 """Told the lines of an event, and when it came: time.monotonic()."""
@@ -140,7 +144,7 @@ class Connection(asyncio.Protocol):
         if headers.get("transfer-encoding", "").lower() == "chunked":
             self._parse = self._parse_chunk_size
         elif "content-length" in headers:
-            self._left, self._parse = int(headers["content-length"]), self._parse_body
+            self._left, self._parse = _body_length(headers["content-length"]), self._parse_body
         else:
             self.is_reusable, self._parse = False, self._parse_to_the_end
         return True
@@ -150,7 +154,7 @@ class Connection(asyncio.Protocol):
         response, at = self._response, data.find(b"\r\n")
         if at < 1 or not response.is_stream or response.body or not data.endswith(b"\n\n\r\n"):
             return False
-        if data.find(b"\n\n") != len(data) - 4 or int(data[:at].partition(b";")[0], 16) != len(data) - at - 4:
+        if data.find(b"\n\n") != len(data) - 4 or _chunk_size(data[:at]) != len(data) - at - 4:
             return False
         assert self._on_event is not None
         self._on_event(data[at + 2 : -4], self._now)
@@ -169,10 +173,10 @@ class Connection(asyncio.Protocol):
         return False
 
     def _parse_chunk_size(self) -> bool:
-        end = self._buffer.find(b"\r\n")
+        end = self._end_of_line()
         if end < 0:
             return False
-        self._left = int(self._buffer[:end].partition(b";")[0], 16)
+        self._left = _chunk_size(self._buffer[:end])
         del self._buffer[: end + 2]
         self._parse = self._parse_chunk if self._left else self._parse_trailer
         return True
@@ -186,7 +190,7 @@ class Connection(asyncio.Protocol):
         return True
 
     def _parse_trailer(self) -> bool:
-        end = self._buffer.find(b"\r\n")
+        end = self._end_of_line()
         if end < 0:
             return False
         del self._buffer[: end + 2]
@@ -194,6 +198,13 @@ class Connection(asyncio.Protocol):
             return True
         self._end()
         return bool(self._buffer)
+
+    def _end_of_line(self) -> int:
+        """Where it is; -1: not here yet."""
+        end = self._buffer.find(b"\r\n", 0, _MAX_LINE)
+        if end < 0 and len(self._buffer) >= _MAX_LINE:
+            raise ValueError("a line without an end")
+        return end
 
     def _end(self) -> None:
         self._parse = self._parse_head
@@ -203,6 +214,7 @@ class Connection(asyncio.Protocol):
         """What is here of the body, as far as it goes."""
         response, buffer = self._response, self._buffer
         body = response.body
+        unseen = max(0, len(body) - 3)  # from where on there may be the end of an event
         body += buffer[: self._left]
         taken = min(self._left, len(buffer))
         del buffer[:taken]
@@ -211,13 +223,28 @@ class Connection(asyncio.Protocol):
             if len(body) > _MAX_BODY:
                 raise ValueError("an answer without an end")
             return
-        if b"\r" in body:
+        if body.find(b"\r", unseen) >= 0:
             body[:] = body.replace(b"\r\n", b"\n")
         assert self._on_event is not None
-        while (end := body.find(b"\n\n")) >= 0:
-            event = bytes(body[:end])
+        while (end := body.find(b"\n\n", unseen)) >= 0:
+            unseen, event = 0, bytes(body[:end])
             del body[: end + 2]
             self._on_event(event, self._now)
+        if len(body) > _MAX_BODY:
+            raise ValueError("an event without an end")
+
+
+def _chunk_size(line: bytes | bytearray) -> int:
+    digits = line.partition(b";")[0].strip()
+    if not _HEX.fullmatch(digits):
+        raise ValueError("no size of a chunk")
+    return int(digits, 16)
+
+
+def _body_length(told: str) -> int:
+    if not _DIGITS.fullmatch(told):
+        raise ValueError("no length of a body")
+    return int(told)
 
 
 @dataclass(frozen=True, slots=True)

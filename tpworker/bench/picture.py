@@ -8,13 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from tpworker.bench.summary import Summary
-from tpworker.errors import ConfigError
+from tpworker.errors import ConfigError, shown
 
 
-def check_can_draw() -> None:
-    """Raises ConfigError: the library that draws is not there."""
+def check_can_draw(file: str) -> None:
+    """Raises ConfigError: the library that draws is not there, or does not draw files of that name."""
     if importlib.util.find_spec("matplotlib") is None:
         raise ConfigError("--plot needs matplotlib, which is not installed: pip install matplotlib")
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    kinds = sorted(FigureCanvasBase.filetypes)
+    if Path(file).suffix.lower().removeprefix(".") not in kinds:
+        raise ConfigError(f"--plot {shown(file)}: its name must end in one of .{', .'.join(kinds)}")
 
 
 def draw(path: Path, title: str, summaries: Sequence[Summary]) -> None:
@@ -41,7 +46,7 @@ def draw(path: Path, title: str, summaries: Sequence[Summary]) -> None:
         one.set_ylim(bottom=0)
         for side in ("top", "right"):
             one.spines[side].set_visible(False)
-    figure.suptitle(title, fontsize=9)
+    figure.suptitle(title, fontsize=9, parse_math=False)  # names of models may hold dollars
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

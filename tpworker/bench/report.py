@@ -8,12 +8,14 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from tpworker.bench.load import Measured
 from tpworker.bench.plan import Plan
 from tpworker.bench.summary import Spread, Summary
 from tpworker.bench.target import Target
+from tpworker.errors import printable
 from tpworker.version import version
 
 
@@ -29,7 +31,8 @@ def what_is_asked(plan: Plan, target: Target) -> str:
             prompts += f" behind {plan.shared_prefix} that all share"
     turns = f", conversations of {plan.turns} turns" if plan.turns > 1 else ""
     eos = "" if plan.ignore_eos else " at most"
-    return f"{target.model}, {endpoint}: {prompts}, {plan.output_len} out{eos}{turns}; seed {plan.seed}"
+    asked = f"{prompts}, {plan.output_len} out{eos}{turns}; seed {plan.seed}"
+    return f"{printable(target.model)}, {endpoint}: {asked}"
 
 
 def show(summary: Summary, console: Console) -> None:
@@ -56,7 +59,7 @@ def show(summary: Summary, console: Console) -> None:
     if table.row_count:
         console.print(table)
     for kind, count in sorted(summary.errors.items(), key=lambda item: -item[1]):
-        console.print(f"  [red]{count} failed[/]: {kind}", markup=True)
+        console.print(f"  [red]{count} failed[/]: {escape(kind)}")
     console.print(
         f"  client: {client.num_processes} process{'es' * (client.num_processes > 1)}, {client.cpu:.0%} of "
         f"a core, event loop late by {1e3 * client.lag_p50:.1f} ms (p50), {1e3 * client.lag_p99:.1f} ms (p99)"

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tpworker.bench.client import CHAT, COMPLETIONS, fetch
+from tpworker.bench.client import CHAT, COMPLETIONS, count_of, fetch
 from tpworker.bench.connection import Pool, RequestLost
 from tpworker.bench.plan import WORDS
-from tpworker.errors import ConfigError, TpworkerError
+from tpworker.errors import ConfigError, TpworkerError, printable
 
 _USUAL_IDS = (1000, 20_000)
 """Tokens that nearly every model has, where the server does not tell how many there are."""
@@ -90,7 +90,7 @@ def _check(status: int, answer: Any, path: str) -> None:
 def _message(answer: Any) -> str:
     error = answer.get("error", answer) if isinstance(answer, Mapping) else answer
     message = error.get("message", error) if isinstance(error, Mapping) else error
-    return " ".join(str(message).split())[:300]
+    return printable(" ".join(str(message).split())[:300])
 
 
 async def _token_ids(pool: Pool, model: str) -> tuple[int, int] | None:
@@ -122,7 +122,7 @@ async def _num_tokens(pool: Pool, model: str, is_chat: bool, num_words: int) -> 
     status, answer = await fetch(pool, "POST", path, {"model": model, **said, "max_tokens": 1})
     _check(status, answer, path)
     try:
-        return int(answer["usage"]["prompt_tokens"])
+        return count_of(answer["usage"]["prompt_tokens"])
     except (KeyError, TypeError, ValueError):
         raise ConfigError(
             f"{path} does not say how many tokens a prompt has (usage.prompt_tokens): its prompts are to "

@@ -7,6 +7,7 @@ when it is needed.
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
 import os
@@ -52,13 +53,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
             say(str(error), logging.ERROR)
             return 1
         except BrokenPipeError:  # whoever read the answer has left
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _forget_stdout()
             return 1
-        except Exception:
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                _forget_stdout()
+                say(f"what it tells cannot be written: {error.strerror}", logging.ERROR)
+                return 1
             if format_in_use() == TEXT:
                 raise  # Python tells of it
             logging.getLogger("tpworker.cli").critical("this is a bug", exc_info=True)
             return 1
+
+
+def _forget_stdout() -> None:
+    """What is still to be written there is not, nor at Python's end: it would fail once more."""
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, sys.stdout.fileno())
+    os.close(devnull)
 
 
 def _run(words: Sequence[str], log: ExitStack) -> int:

@@ -44,10 +44,14 @@ def integer(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{shown(text)} must be a whole number below 2**63") from None
 
 
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"there is no {constant} in JSON")
+
+
 def json_object(text: str) -> dict[str, Any]:
     """For `type=`."""
     try:
-        value = json.loads(text)
+        value = json.loads(text, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
         raise argparse.ArgumentTypeError(f"{shown(text)} is no JSON: {error}") from None
     if not isinstance(value, dict):
