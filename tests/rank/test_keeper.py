@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import resource
 import socket
 import threading
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from tests.conftest import eventually
 from tpworker.ipc.codec import pack_dataclass, unpack_dataclass
+from tpworker.rank import keeper
 from tpworker.rank.driver import Driver, DriverError
 from tpworker.rank.keeper import (
     AS_IT_IS,
@@ -153,6 +157,29 @@ def test_other_users_are_not_answered(served: Served, monkeypatch: pytest.Monkey
     monkeypatch.setattr("tpworker.rank.keeper.os.getuid", lambda: 12345)
     with served.connect() as client:
         assert client.recv(10) == b""
+
+
+def test_without_descriptors_it_waits_and_does_not_spin(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[float] = []
+
+    def wait(seconds: float) -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        waited.append(seconds)
+
+    monkeypatch.setattr(keeper, "time", SimpleNamespace(sleep=wait))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as late:
+        late.settimeout(20)
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+            late.connect(f"\0{served.address}")
+            eventually(lambda: bool(waited))
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        assert ask(late, AreaRequest(0, "kv", 70)).error == ""
+    assert waited == [keeper._NO_DESCRIPTORS_SECONDS]
 
 
 # ----------------------------------------------------------------------------------- the rank's side

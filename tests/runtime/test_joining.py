@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import resource
 import secrets
 import socket
+import time
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -140,9 +143,52 @@ def test_another_version_is_refused_in_words_that_it_can_read(place: Place) -> N
     assert place.say(b"GET / HTTP/1.1").startswith(b"-it did not say who it is")
 
 
-def test_another_user_is_refused(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(joining, "peer_of", lambda connection: (peer_of(connection)[0], 12345))
-    assert place.refusal().startswith(f"it is of user 12345, and the runtime of user {os.getuid()}")
+def test_another_user_takes_no_descriptor(
+    place: Place, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Who says nothing would hold one for seconds; and is told by its own side whose the runtime is."""
+    with monkeypatch.context() as patch:
+        patch.setattr(joining, "peer_of", lambda connection: (peer_of(connection)[0], 12345))
+        for _ in range(3):
+            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as other:
+                other.settimeout(20)
+                other.connect(socket_address(place.joining.name))
+                assert other.recv(1) == b""
+    assert caplog.text.count("a process of user 12345 is not let in") == 1
+    place.join()
+
+
+def test_who_does_not_wait_for_the_answer_has_no_place(place: Place) -> None:
+    hasty = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with place.joining._lock, hasty:  # it is not answered before it has left
+        hasty.connect(socket_address(place.joining.name))
+        hasty.send(pack_hello(replace(HELLO, rank=1), version()))
+    place.join(rank=1)
+    assert place.joining.missing() == [0]
+
+
+def test_without_descriptors_it_waits_and_does_not_spin(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[float] = []
+
+    def wait(seconds: float) -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        waited.append(seconds)
+
+    monkeypatch.setattr(joining, "time", SimpleNamespace(sleep=wait, monotonic=time.monotonic))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as late:
+        late.settimeout(20)
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+            late.connect(socket_address(place.joining.name))
+            eventually(lambda: bool(waited))
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        late.send(pack_hello(HELLO, version()))
+        assert unpack_answer(late.recv(1 << 16)).rank == 0
+    assert waited == [joining._NO_DESCRIPTORS_SECONDS]
 
 
 def test_who_says_nothing_holds_up_nobody(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,12 +12,14 @@ imports no torch: a context on each GPU is all that it costs, some hundreds of M
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import select
 import socket
 import struct
 import sys
+import time
 from dataclasses import dataclass
 from typing import Annotated, NoReturn, Protocol
 
@@ -30,6 +32,7 @@ from tpworker.rank.driver import HANDLE_BYTES, Driver, DriverError
 MAX_MESSAGE_BYTES = 1 << 17
 
 _MAX_AREA_BYTES = 1 << 50
+_NO_DESCRIPTORS_SECONDS = 0.1  # after which it is looked whether some are free
 
 AS_IT_IS = -1
 
@@ -153,7 +156,9 @@ class Front:
     def _accept(self) -> socket.socket | None:
         try:
             client, _ = self._listener.accept()
-        except OSError:  # it has left already
+        except OSError as error:  # it has left already; or no descriptors are free
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                time.sleep(_NO_DESCRIPTORS_SECONDS)  # it waits, and would be found again and again
             return None
         credentials = client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
         _, uid, _ = struct.unpack("3i", credentials)

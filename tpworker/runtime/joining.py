@@ -48,6 +48,7 @@ HELLO_SECONDS = 10.0
 """How long who has connected may take to say who it is."""
 
 _BACKLOG = 64
+_NO_DESCRIPTORS_SECONDS = 0.1  # after which it is looked whether some are free
 
 
 class NotJoined(Exception):
@@ -79,6 +80,7 @@ class Joining:
         self._joined: dict[int, OutsideStandby] = {}
         self._replaced: list[OutsideStandby] = []  # have ended
         self._silent: dict[int, tuple[socket.socket, float]] = {}  # have not said hello, and since when
+        self._others: set[int] = set()  # users who must not join, and tried
         self._lock = threading.Lock()
         self._is_closed = False
         with GUARD, contextlib.ExitStack() as undo:
@@ -205,22 +207,37 @@ class Joining:
                     del self._silent[fd]  # by now it is closed, or a standby's
 
     def _accept(self) -> socket.socket | None:
-        with GUARD:
-            try:
+        try:
+            with GUARD:
                 connection, _ = self._listener.accept()
-            except OSError:  # it has left already; or no descriptors are free
-                return None
-            self._silent[connection.fileno()] = connection, time.monotonic()
+                self._silent[connection.fileno()] = connection, time.monotonic()
+        except OSError as error:  # it has left already; or no descriptors are free
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                time.sleep(_NO_DESCRIPTORS_SECONDS)  # it waits, and would be found again and again
+            return None
         connection.setblocking(False)
-        return connection
+        _, uid = peer_of(connection)
+        if uid == os.getuid():
+            return connection
+        if uid not in self._others:  # each is told of once: they could come at will
+            self._others.add(uid)
+            logger.warning(
+                "a process of user %d is not let in at %r: ranks must be of user %d",
+                uid,
+                self.name,
+                os.getuid(),
+            )
+        del self._silent[connection.fileno()]
+        connection.close()
+        return None
 
     def _greet(self, connection: socket.socket) -> None:
         """Takes who has connected as a rank, or says why not."""
         answer: Accepted | str
-        pid, uid = peer_of(connection)
+        pid, _ = peer_of(connection)
         try:
             hello = unpack_hello(connection.recv(MAX_HELLO_BYTES), version())
-            answer = self._why_not(hello, pid, uid) or self._take(hello, connection)
+            answer = self._why_not(hello, pid) or self._take(hello, connection)
         except AnotherVersion as other:
             answer = (
                 f"it is tpworker {other}, and the runtime {version()}: start it with the same installation"
@@ -231,17 +248,13 @@ class Joining:
             if (tell := self.on_change) is not None:
                 tell()
             return
-        logger.warning(
-            "a process that wants to join %r is refused (pid %d, user %d): %s", self.name, pid, uid, answer
-        )
+        logger.warning("a process that wants to join %r is refused (pid %d): %s", self.name, pid, answer)
         with contextlib.suppress(OSError):
             connection.send(pack_answer(answer))
         connection.close()
 
-    def _why_not(self, hello: Hello, pid: int, uid: int) -> str:
+    def _why_not(self, hello: Hello, pid: int) -> str:
         """Why this process can be no rank at all; '': it can."""
-        if uid != os.getuid():
-            return f"it is of user {uid}, and the runtime of user {os.getuid()}: start both as the same"
         if pid != hello.pid:
             return (
                 f"it says it is pid {hello.pid}, and is {pid or 'not to be seen'} from here: ranks must be "
@@ -273,12 +286,16 @@ class Joining:
                 if obstacle:
                     return obstacle
             standby = OutsideStandby(rank, hello, gpu, connection)
+            level = logging.getLogger("tpworker").getEffectiveLevel()
+            accepted = Accepted(rank, standby.name, self._module, self._device, format_in_use(), level)
+            try:
+                connection.send(pack_answer(accepted))
+            except OSError:  # it did not wait for that: nothing can be forked from it, though it may live
+                standby.leave_to_parent()
+                raise
             if (before := self._joined.pop(rank, None)) is not None:
                 self._replaced.append(before)  # a generation may end that is forked of it
             self._joined[rank] = standby
-            level = logging.getLogger("tpworker").getEffectiveLevel()
-            accepted = Accepted(rank, standby.name, self._module, self._device, format_in_use(), level)
-            connection.send(pack_answer(accepted))
         logger.info(
             "rank %d has joined: pid %d, on %s", rank, hello.pid, gpu or f"{len(hello.cpus)} CPUs"
         )  # fmt: skip
