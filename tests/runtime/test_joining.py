@@ -251,6 +251,7 @@ def test_ranks_share_the_cpus_that_they_have_in_common(place: Place) -> None:
 def test_a_fork_keeps_no_connection_open(place: Place) -> None:
     """Or who has joined would not see that the runtime is gone, while a fork of its process lives."""
     place.join()
+    eventually(lambda: not place.joining._silent)  # who has joined is answered a moment before
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as silent:
         silent.connect(socket_address(place.joining.name))
         eventually(lambda: bool(place.joining._silent))
