@@ -271,6 +271,16 @@ def test_the_limit_of_descriptors_is_raised(run: Run) -> None:
     assert re.search(rf"Max open files\s+{4096 + 100 + 4 + 256 + 8}\s+20000", limits)
 
 
+def test_too_few_descriptors_are_refused_at_once(run: Run) -> None:
+    process = run("--port", "0", limits=(64, 99))
+    assert process.end()[0] == 2
+    assert (
+        "99 files may be open (the hard limit of `ulimit -n`), and a server needs at least" in process.errors
+    )
+    process = run("--port", "0", limits=(64, 120))
+    assert httpx.get(f"{process.url()}/health", timeout=WAIT_S).json() == {"status": "ready"}
+
+
 def test_what_is_no_http_does_not_fill_the_log(run: Run) -> None:
     process = run("--port", "0")
     address = "127.0.0.1", int(process.url().rpartition(":")[2])

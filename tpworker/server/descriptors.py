@@ -6,6 +6,7 @@ import resource
 from contextlib import suppress
 
 from tpworker.config import RuntimeConfig
+from tpworker.errors import ConfigError
 from tpworker.runtime.settings import StepSizes
 
 NUM_IDLE = 4096
@@ -15,6 +16,8 @@ NUM_RESERVED = 256
 connections that have been accepted before it was seen that they are too many, and NUM_SURPLUS more."""
 _NUM_RESERVED_PER_RANK = 4  # pipes and a process handle
 _NUM_LEAST = 16
+_NUM_NEEDED = 96
+"""Besides those of ranks: with fewer, starts, answers and even ZeroMQ fail in the middle."""
 
 
 def raise_descriptor_limit(config: RuntimeConfig) -> None:
@@ -22,10 +25,20 @@ def raise_descriptor_limit(config: RuntimeConfig) -> None:
 
     For a process that is the server's own. Its children inherit the limit: none of them uses select(), for
     whose sake alone the usual limit is low, and NCCL wants many for itself.
+
+    Raises:
+        ConfigError: the hard limit is so low that no server can run.
     """
     wanted = _num_wanted(config) + _num_reserved(config)
+    needed = _NUM_NEEDED + _NUM_RESERVED_PER_RANK * config.tensor_parallel_size
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY:
+        if hard < needed:
+            raise ConfigError(
+                f"{hard} files may be open (the hard limit of `ulimit -n`), and a server needs at least "
+                f"{needed}, and better {wanted}: raise it (in a container --ulimit nofile=, under systemd "
+                "LimitNOFILE=)"
+            )
         wanted = min(wanted, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         with suppress(OSError, ValueError):  # what cannot be raised, is what holds
