@@ -33,6 +33,7 @@ BENCHMARKS = {
     ),
     "host": ("host.host", "what a step costs the host, with a fake device"),
     "hosts": ("hosts.hosts", "what two hosts would cost a step: plans and barriers between namespaces"),
+    "http": ("host.http", "what a token costs from the scheduler to a client's socket, with a fake device"),
     "metrics": ("host.metrics", "what metrics cost: a token, a step, a scrape"),
     "serve": ("serving.serve", "a real model over HTTP, overlap off and on"),
     "rows": ("serving.rows", "kinds of load against any OpenAI-compatible server, or two servers compared"),

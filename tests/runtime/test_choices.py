@@ -27,9 +27,10 @@ from tpworker import (
 )
 from tpworker.ipc.arrays import unpack_int32
 from tpworker.ipc.messages import Abort, Failed, Submit
+from tpworker.runtime.bell import Bell
 from tpworker.runtime.choices import Choices
 from tpworker.runtime.logprobs import LogprobRecord
-from tpworker.runtime.requests import Bell, Requests
+from tpworker.runtime.requests import Requests
 from tpworker.sampling_params import choice_seed
 
 pytestmark = pytest.mark.usefixtures("nothing_left")

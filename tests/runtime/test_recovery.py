@@ -73,7 +73,7 @@ def request(number: int) -> Request:
 def go_on(requests: list[Request], tokens: int) -> None:
     for each in requests:
         for _ in range(tokens):
-            each.append(1)
+            each.received.append(1)
 
 
 @given(st.integers(1, 300), st.data())

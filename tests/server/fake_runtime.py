@@ -31,6 +31,8 @@ from tpworker.outputs import (
     TokenLogprobs,
 )
 from tpworker.runtime.admission import Limits, check_priority, fit, pack_prompt, resolve_sampling
+from tpworker.runtime.bell import Turns
+from tpworker.runtime.collector import Collector, GeneratorCollector
 from tpworker.runtime.facts import Facts
 from tpworker.runtime.group import Group
 from tpworker.runtime.loading import FoundModel
@@ -153,6 +155,7 @@ class FakeRuntime(Facts):
         self.start_times = None
         self.output_tokens = self.prompt_tokens = 0
         self._fault = asyncio.Event()
+        self._turns = Turns()
         self._idle = asyncio.Event()
         self._idle.set()
         self._up = asyncio.Event()  # not while it recovers
@@ -330,6 +333,9 @@ class FakeRuntime(Facts):
             self.num_open -= sampling.n
             if not self.num_open:
                 self._idle.set()
+
+    async def collect(self, *arguments: Any, **options: Any) -> Collector:
+        return GeneratorCollector(self.generate(*arguments, **options), self._turns)
 
     async def prepare(
         self, work: Callable[[], T], num_requests: int = 1, num_chars: int = 0, blame: str = "prompt"

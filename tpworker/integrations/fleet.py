@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tpworker.config import RuntimeConfig
 from tpworker.errors import ConfigError, QueueFull, RuntimeStopped
@@ -25,6 +25,8 @@ from tpworker.observe.snapshot import Snapshot
 from tpworker.observe.watch import GpuState
 from tpworker.outputs import Health, Listener, RuntimeEvent, RuntimeState, Stats
 from tpworker.runtime.admission import Limits
+from tpworker.runtime.bell import Turns
+from tpworker.runtime.collector import Collector, GeneratorCollector
 from tpworker.runtime.facts import Facts
 from tpworker.runtime.listeners import Listeners
 from tpworker.runtime.loading import in_daemon_thread, load_tokenizer_of
@@ -57,6 +59,7 @@ class Fleet(Facts):
         self._max_open = max_open
         self._sums = Sums()
         self._tokenisers = Tokenisers()
+        self._turns = Turns()
         self._listeners = Listeners()
         self._num_open = 0
         self._num_preparing = 0
@@ -144,6 +147,10 @@ class Fleet(Facts):
             self._num_open -= sampling.n
             self._sums.num_moves += relay.num_moves
             recorder.close(relay.num_moves, error)
+
+    async def collect(self, prompt: str | Sequence[int], *arguments: Any, **options: Any) -> Collector:
+        """See `Runtime.collect`."""
+        return GeneratorCollector(self.generate(prompt, *arguments, **options), self._turns)
 
     async def reset_prefix_cache(self) -> None:
         """See `Runtime.reset_prefix_cache`: of all replicas."""

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable
 
 from tpworker.outputs import RequestOutput, RequestRecord
-from tpworker.runtime.requests import Bell, Request
+from tpworker.runtime.bell import Bell
+from tpworker.runtime.requests import Request
 from tpworker.sampling_params import SamplingParams
 
 
@@ -42,17 +44,35 @@ class Choices:
             Exception: what `Request.fail` was told, once all that had arrived is taken.
         """
         while not self._round:
-            for request in self._next():
-                if request.has_arrived():
-                    self._round.append(request)
+            self._round += self.arrived()
             if not self._round:
-                self._check()
                 await self._bell.listen()
         request = self._round.popleft()
+        return request, self.take_from(request)
+
+    def arrived(self) -> list[Request]:
+        """Those of which something has come; what the first tells of the prompt comes before all else. Errors
+        as in `take`, if there are none."""
+        found = [request for request in self.unended if request.has_arrived()]
+        if found and found[0].index and self._first_is_awaited():
+            found = []
+        if not found:
+            self._check()
+        return found
+
+    def take_from(self, request: Request) -> RequestOutput:
+        """What has come of one of these."""
         output = request.take()
         if output.finish_reason is not None:
             self.unended.remove(request)
-        return request, output
+        return output
+
+    def listen(self, on_news: Callable[[], None], num_awaited: int) -> None:
+        """From now on `on_news` is called when something has come: for a choice's first token, then whenever
+        so many have not been taken, and for its end."""
+        for request in self.requests:
+            request.num_awaited = num_awaited
+        self._bell.on_ring = on_news
 
     def record(self, request: Request) -> RequestRecord:
         """Of one of them, which was submitted and has ended now."""
@@ -80,11 +100,10 @@ class Choices:
             sampling=self.sampling,
         )
 
-    def _next(self) -> list[Request]:
-        """Whose output may come next: of all; but the first one's comes first if it tells of the prompt."""
+    def _first_is_awaited(self) -> bool:
+        """Whether the first has to tell of the prompt still."""
         first = self.requests[0]
-        tells = first.logprobs is not None and not first.logprobs.is_prompt_told
-        return [first] if tells and first in self.unended else self.unended
+        return first.logprobs is not None and not first.logprobs.is_prompt_told and first in self.unended
 
     def _check(self) -> None:
         """Raises why no more will come, if that is known."""

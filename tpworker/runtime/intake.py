@@ -25,13 +25,14 @@ from tpworker.ipc.arrays import pack_int32, unpack_int32
 from tpworker.ipc.messages import NO_LOGPROBS, Sampling, Submit
 from tpworker.outputs import RequestOutput, RequestRecord
 from tpworker.runtime.admission import check_priority, fit, pack_prompt, resolve_sampling
+from tpworker.runtime.bell import Bell, Turns
 from tpworker.runtime.choices import Choices
 from tpworker.runtime.delivered import check_delivered, go_on_behind
 from tpworker.runtime.dispatch import Dispatch
 from tpworker.runtime.grammars import Grammars
 from tpworker.runtime.listeners import Listeners
 from tpworker.runtime.logprobs import LogprobRecord
-from tpworker.runtime.requests import Bell, Request, Requests
+from tpworker.runtime.requests import Request, Requests
 from tpworker.runtime.start import Served
 from tpworker.runtime.tokenisers import SHORT_CHARS, Tokenisers
 from tpworker.sampling_params import SamplingParams, choice_seed
@@ -67,6 +68,8 @@ class Intake:
         """Those that the scheduler may still say something about."""
         self.dispatch = Dispatch(self.requests, in_flight)
         """Where they go, once they are checked."""
+        self.turns = Turns()
+        """Of consumers that are called."""
         self.num_finished = 0
         self.num_aborted = 0
         self._max_queue = max_queue
@@ -308,11 +311,21 @@ class Intake:
             self._ended(choices, request)
         return output
 
+    def take_all(self, choices: Choices) -> list[RequestOutput]:
+        """What has come already. Errors as in `Choices.take`."""
+        taken = []
+        for request in choices.arrived():
+            output = choices.take_from(request)
+            if output.finish_reason is not None:
+                self._ended(choices, request)
+            taken.append(output)
+        return taken
+
     def abort(self, request_id: str) -> None:
         """Ends a request, each choice with an output that says so. Unknown ids are ignored."""
         choices = self._open.get(request_id)
         if choices is not None:
-            for request in choices.unended:
+            for request in list(choices.unended):  # who is told may take it at once
                 self.dispatch.withdraw(request)
                 request.end("abort")
 

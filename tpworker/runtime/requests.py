@@ -4,8 +4,8 @@
     StepOutput ──┤ position known already? drop. a gap? fault. next? append, ring  ├──► Request ──► take()
                  └─────────────────────────────────────────────────────────────────┘
 
-Delivering a token costs an append and, once a step, waking the consumer that waits for it. Everything
-else, detokenising above all, is done in `take`, when the consumer comes to fetch what has arrived.
+Delivering a token costs an append and, once a step, telling the consumer. Everything else, detokenising
+above all, is done in `take`, when the consumer comes to fetch what has arrived.
 
 Each choice of a client's request (`SamplingParams.n`) is a request here, in all counts too; `Choices` puts
 them together for their consumer.
@@ -15,7 +15,6 @@ All of this belongs to one event loop's thread.
 
 from __future__ import annotations
 
-import asyncio
 import time
 from array import array
 from collections.abc import Callable, Iterable, Sequence
@@ -26,6 +25,7 @@ from tpworker.errors import RequestFailed
 from tpworker.ipc.arrays import pack_int32, unpack_int32, unpack_int64, unpack_logprobs
 from tpworker.ipc.messages import Failed, StepOutput, Submit
 from tpworker.outputs import FinishReason, RequestOutput
+from tpworker.runtime.bell import Bell
 from tpworker.runtime.listeners import Listeners
 from tpworker.runtime.logprobs import LogprobRecord
 from tpworker.runtime.times import Times
@@ -36,27 +36,6 @@ if TYPE_CHECKING:
 
 class GapError(Exception):
     """A token came that is not the next one of its request: one was lost."""
-
-
-class Bell:
-    """Wakes the one consumer of a request, or of several."""
-
-    __slots__ = ("waiter",)
-
-    def __init__(self) -> None:
-        self.waiter: asyncio.Future[None] | None = None
-        """Of a consumer that waits, and has not been woken."""
-
-    def ring(self) -> None:
-        """Something has changed. The consumer is woken if it waits, and has not been woken already."""
-        waiter, self.waiter = self.waiter, None
-        if waiter is not None and not waiter.done():
-            waiter.set_result(None)
-
-    def listen(self) -> asyncio.Future[None]:
-        """Done when it rings. What has changed before must have been looked at."""
-        self.waiter = asyncio.get_running_loop().create_future()
-        return self.waiter
 
 
 class Request:
@@ -71,7 +50,7 @@ class Request:
     """
 
     __slots__ = (
-        "_bell",
+        "bell",
         "error",
         "finish",
         "first",
@@ -81,6 +60,7 @@ class Request:
         "logprobs",
         "num_accepted",
         "num_at_crash",
+        "num_awaited",
         "num_cached",
         "num_crashes",
         "num_drafts",
@@ -144,10 +124,12 @@ class Request:
         """What has come of logprobs; None: not asked for."""
         self.wants_tokens = True
         """False: max_tokens is 0. A step yields a token at least; that one is nobody's."""
+        self.num_awaited = 1
+        """After its first token, its consumer wants to hear of so many at a time."""
         self.num_looked_at = 0  # of the received
         self.num_taken = 0
         """Of the tokens: its consumer has got so many. Those that do not count are not among them."""
-        self._bell = bell or Bell()
+        self.bell = bell or Bell()
 
     @property
     def num_received(self) -> int:
@@ -165,22 +147,16 @@ class Request:
             is_resumed=self.was_running,
         )
 
-    def append(self, token: int) -> None:
-        """The next token has arrived; its logprobs, if they are asked for, have already."""
-        self.received.append(token)
-        if self._bell.waiter is not None:  # seldom: a consumer may have many choices
-            self._bell.ring()
-
     def end(self, finish: FinishReason) -> None:
         """No more tokens will come. The first reason counts."""
         if self.finish is None:
             self.finish = finish
-        self._bell.ring()
+        self.bell.ring()
 
     def fail(self, error: Callable[[], Exception]) -> None:
         """No more tokens will come, because of an error."""
         self.error = error
-        self._bell.ring()
+        self.bell.ring()
 
     def has_arrived(self) -> bool:
         """Whether there is something to take."""
@@ -325,6 +301,22 @@ class Requests:
             triples = list(triples)
             self._deliver_logprobs(output, triples)
             self._count_drafts(output, triples)
+        bells: dict[Bell, None] = {}
+        try:
+            self._append(triples, output.step, bells)
+            for finish in output.finished:
+                request = by_number.get(numbers[finish.index])
+                if request is not None:
+                    self.close(request)
+                    request.end("stop" if finish.reason == "stop" else "length")
+        finally:
+            for bell in bells:
+                bell.ring()
+
+    def _append(self, triples: Iterable[tuple[int, int, int]], step: int, bells: dict[Bell, None]) -> None:
+        """Each token (number, position, token) to its request. `bells` are then those to ring, once all has
+        been told: nobody is to hear of a token before the end that comes with it."""
+        by_number = self._by_number
         now, is_told = time.monotonic(), bool(self._listeners)
         waits: list[float] = []  # of those who get their first
         behind: list[tuple[Request, int, float]] = []  # of the others
@@ -340,26 +332,24 @@ class Requests:
                     if times.last_token is None:
                         times.first_token = now
                         waits.append(now - times.arrived)
+                        bells[request.bell] = None
                     elif is_told:
                         behind.append((request, expected, now - times.last_token))
                     times.last_token = now
-                request.append(token)
+                    if expected - request.num_looked_at >= request.num_awaited - 1:
+                        bells[request.bell] = None
+                request.received.append(token)
                 delivered += 1
             elif position > expected:
                 raise GapError(
                     f"request {request.request_id!r}: the token at position {position} came, "
-                    f"but that at {expected} never did (step {output.step})"
+                    f"but that at {expected} never did (step {step})"
                 )
         self.num_output_tokens += delivered
         if waits and is_told:
             self._listeners.on_first_tokens(waits)
         if behind:
             self._listeners.on_tokens([(len(r.received) - before, seconds) for r, before, seconds in behind])
-        for finish in output.finished:
-            request = by_number.get(numbers[finish.index])
-            if request is not None:
-                self.close(request)
-                request.end("stop" if finish.reason == "stop" else "length")
 
     def _deliver_logprobs(self, output: StepOutput, triples: Sequence[tuple[int, int, int]]) -> None:
         """Of those of a step's tokens (number, position, token) that will be delivered."""

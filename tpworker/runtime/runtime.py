@@ -15,7 +15,6 @@ import logging
 import os
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
-from functools import partial
 from typing import Any, NoReturn, TypeVar
 
 from tpworker.config import RuntimeConfig
@@ -27,6 +26,7 @@ from tpworker.observe.start import StartTimes
 from tpworker.observe.watch import GpuWatch
 from tpworker.outputs import RequestOutput, RuntimeEvent
 from tpworker.runtime.changeable import Changeable
+from tpworker.runtime.collector import RequestCollector
 from tpworker.runtime.faults import Fault
 from tpworker.runtime.generation import Generation, StartFailed
 from tpworker.runtime.loading import Progress
@@ -272,21 +272,40 @@ class Runtime(Changeable):
             RuntimeFailed: processes died, hung, diverged or raised too often; names the last one.
             TypeError: `sampling` is something else.
         """
+        options: dict[str, Any] = {"default_max_tokens": default_max_tokens, "delivered": delivered}
+        collector = await self.collect(prompt, sampling, request_id=request_id, **options)
+        try:
+            while True:
+                output = await collector.next()
+                if collector.is_over:
+                    break
+                yield output
+        finally:
+            collector.close()
+        yield output
+
+    async def collect(
+        self,
+        prompt: str | Sequence[int],
+        sampling: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        default_max_tokens: int | None = None,
+        delivered: Sequence[int] = (),
+    ) -> RequestCollector:
+        """The same for who would rather be called when something has come than wait for it in a task. Returns
+        when it has been submitted; it is to be closed. Arguments and errors are those of `generate`."""
         sampling = checked(sampling)
         self._check_taking(sampling.n)
         choices = self._intake.reserve(request_id, sampling.n)
         self._telling.wake()
+        collector = RequestCollector(self._home, self._intake, choices)
         try:
             await self._intake.submit(choices, prompt, sampling, default_max_tokens, delivered)
-            while True:
-                self._home.check()
-                output = await self._intake.take(choices)
-                if not choices.unended:
-                    break
-                yield output
-        finally:
-            self._home.call(partial(self._intake.close, choices))
-        yield output
+        except BaseException:
+            collector.close()
+            raise
+        return collector
 
     async def prepare(
         self, work: Callable[[], T], num_requests: int = 1, num_chars: int = 0, blame: str = "prompt"

@@ -3,6 +3,11 @@
 Nothing is sent before the first output has come, so that whatever is refused until then has its status. But a
 stream of events does not stay silent, however long its outputs take: a queue, or a runtime that recovers, may
 hold them up for longer than a proxy or a client waits for a byte.
+
+    step ─► on_news ─┬─ begun, and the client reads: take, write, past the layers of the app
+                     └─ else: the task is woken ─► take, send
+
+So a token of a stream wakes no task and goes through no layer: what those see are begin and end.
 """
 
 from __future__ import annotations
@@ -10,19 +15,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from tpworker.errors import InvalidRequest, RuntimeSleeping, RuntimeStopped
 from tpworker.outputs import RequestOutput
+from tpworker.runtime.collector import Collector
+from tpworker.server.connection import WRITER, BodyWriter
 from tpworker.server.errors import describe, internal_error
 from tpworker.server.formats import Format
 from tpworker.server.gate import HALF_CLOSED, OUTCOME
 from tpworker.server.leaving import CUT, client_left
-from tpworker.server.merge import Outputs, merge
 from tpworker.server.timing import Timing
 
 logger = logging.getLogger(__name__)
@@ -36,11 +42,11 @@ SILENCE_S = 5.0
 
 
 class Answer(Response):
-    """Sends what some streams of outputs give, one prompt each. A client that leaves ends them."""
+    """Sends what comes of some requests, one prompt each. A client that leaves ends them."""
 
     def __init__(
         self,
-        streams: Sequence[Outputs],
+        asks: Sequence[Callable[[], Awaitable[Collector]]],
         answer_format: Format,
         timing: Timing,
         *,
@@ -49,21 +55,26 @@ class Answer(Response):
     ) -> None:
         """
         Args:
-            streams: one a prompt, with all its choices.
+            asks: submit one each, with all its choices.
             answer_format: how they are written.
             timing: is told when tokens come.
             stream: whether as events.
             reword: what a client is told of what the runtime refuses.
         """
         super().__init__()
-        self._streams = streams
+        self._asks = asks
         self._format = answer_format
         self._timing = timing
         self._stream = stream
         self._reword = reword
-        count = len(streams) * answer_format.num_generated
+        count = len(asks) * answer_format.num_generated
         keeps_tokens = not stream and answer_format.tells_tokens
         self._choices = [answer_format.choice(keeps_tokens) for _ in range(count)]
+        self._collectors: list[tuple[int, Collector]] = []  # with the number of the first choice of each
+        self._opened: set[int] = set()  # choices of which events have told
+        self._news: asyncio.Future[None] | None = None  # what the task waits for
+        self._failure: Exception | None = None  # came behind what had to be sent first
+        self._writer: BodyWriter | None = None
         self._is_begun = False  # as a stream of events
         self._is_over = False  # nothing is to be sent any more
         self._sent_at = time.monotonic()
@@ -90,29 +101,32 @@ class Answer(Response):
             with suppress(asyncio.CancelledError, Exception):  # raised above, or of no interest any more
                 await answering
 
-    def _book(self, index: int, output: RequestOutput) -> None:
-        if output.finish_reason == "abort":
-            raise RuntimeStopped(CUT)
-        self._choices[index].add(output)
-        self._timing.add(index, output)
-
     async def _send_whole(self, send: Send) -> None:
         texts: list[list[str]] = [[] for _ in self._choices]
-        async with aclosing(merge(self._streams, self._format.num_generated)) as batches:
-            async for batch in batches:
-                for index, output in batch.items():
-                    self._book(index, output)
+        async with self._collecting():
+            while True:
+                for index, output in self._taken():
                     texts[index].append(output.text)
+                if self._is_all_taken():
+                    break
+                await self._wait()
         body = self._format.body(["".join(parts) for parts in texts], self._choices).encode()
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
     async def _send_events(self, scope: Scope, send: Send) -> None:
+        self._writer = scope.get("extensions", {}).get(WRITER)
         try:
-            async with aclosing(self._events()) as events:
-                async for event in events:
-                    await self._send_part(event.encode(), send)
+            async with self._collecting():
+                while True:
+                    if part := self._events():
+                        await self._send_part(part, send)
+                    elif self._is_all_taken():
+                        break
+                    else:
+                        await self._wait()
+            await self._send_part(self._format.closing(self._choices).encode(), send)
         except Exception as error:
             if not self._is_begun:
                 self._is_over = True  # it has a status, and no comment may take that away now
@@ -160,18 +174,73 @@ class Answer(Response):
         is_over = isinstance(error, RuntimeStopped) and not isinstance(error, RuntimeSleeping)
         return RuntimeStopped(CUT) if is_over else error
 
-    async def _events(self) -> AsyncGenerator[str, None]:
-        """The events of all choices; one string for what is there at once."""
-        opened: set[int] = set()
-        async with aclosing(merge(self._streams, self._format.num_generated)) as batches:
-            async for batch in batches:
-                events = []
-                for index, output in batch.items():
-                    self._book(index, output)
-                    if index not in opened:
-                        opened.add(index)
-                        events.append(self._format.opening(index, self._choices))
-                    events.append(self._format.event(index, output, self._choices))
-                if text := "".join(events):
-                    yield text
-        yield self._format.closing(self._choices)
+    # ------------------------------------------------------------------------ what comes
+
+    @asynccontextmanager
+    async def _collecting(self) -> AsyncIterator[None]:
+        """Submits all requests, and ends them."""
+        try:
+            for ask in self._asks:
+                collector = await ask()
+                self._collectors.append((len(self._collectors) * self._format.num_generated, collector))
+                collector.listen(self._on_news, is_whole=not self._stream)
+            yield
+        finally:
+            for _, collector in self._collectors:
+                await collector.aclose()
+
+    def _on_news(self) -> None:
+        """Sends what has come, if that can be done here; else the task does."""
+        if self._news is None or self._news.done():
+            return  # it does not wait: it will look by itself
+        if self._is_begun and self._writer is not None and self._writer.is_free:
+            try:
+                if part := self._events():
+                    self._sent_at = time.monotonic()
+                    self._writer.write(part)
+                if not self._is_all_taken():
+                    return
+            except Exception as error:
+                self._failure = error
+        self._news.set_result(None)
+
+    async def _wait(self) -> None:
+        """Until the task has something to do. All that has come has been taken just before."""
+        self._news = asyncio.get_running_loop().create_future()
+        await self._news
+
+    def _is_all_taken(self) -> bool:
+        if self._failure is not None:
+            return False
+        return all(collector.is_over for _, collector in self._collectors)
+
+    def _events(self) -> bytes:
+        """The events of all that has come."""
+        events = []
+        for index, output in self._taken():
+            if index not in self._opened:
+                self._opened.add(index)
+                events.append(self._format.opening(index, self._choices))
+            events.append(self._format.event(index, output, self._choices))
+        return "".join(events).encode()
+
+    def _taken(self) -> list[tuple[int, RequestOutput]]:
+        """What has come, each with the number of its choice. Once a stream has begun, an error that comes
+        behind something is raised the next time."""
+        if self._failure is not None:
+            raise self._failure
+        taken: list[tuple[int, RequestOutput]] = []
+        try:
+            for first, collector in self._collectors:
+                for output in collector.take():
+                    index = first + output.index
+                    if output.finish_reason == "abort":
+                        raise RuntimeStopped(CUT)
+                    self._choices[index].add(output)
+                    self._timing.add(index, output)
+                    taken.append((index, output))
+        except Exception as error:
+            if not (taken and self._is_begun):
+                raise
+            self._failure = error
+        return taken

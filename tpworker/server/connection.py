@@ -44,6 +44,9 @@ _LOOK_S = 0.25  # how often such a connection is looked at
 NUM_SURPLUS = 64
 """Connections beyond the most that there may be: they get probes answered, and everything else refused."""
 
+WRITER = "tpworker.writer"
+"""An extension of a request's scope: its `BodyWriter`."""
+
 _TCP_CLOSE = 7  # the state of a socket whose peer has reset it: the first byte of Linux' tcp_info
 
 
@@ -71,6 +74,31 @@ class Crowd:
                 del self._waiting[connection]
                 return True
         return False
+
+
+class BodyWriter:
+    """Sends more of the body of an answer that has begun, past the layers of the app."""
+
+    def __init__(self, connection: Connection) -> None:
+        """
+        Args:
+            connection: whose request has just begun.
+        """
+        self._cycle, self._transport = connection.cycle, connection.transport
+        # Else the body ends with the connection, and is sent as it is.
+        self._is_chunked = connection.cycle.scope["http_version"] == "1.1"
+
+    @property
+    def is_free(self) -> bool:
+        """Whether the answer may go on, and nothing of it waits for the client to read."""
+        cycle = self._cycle
+        if cycle.flow.write_paused or cycle.disconnected or not cycle.response_started:
+            return False
+        return not (cycle.response_complete or self._transport.is_closing())
+
+    def write(self, part: bytes) -> None:
+        """Sends more of a body whose length has not been told; `is_free` must hold."""
+        self._transport.write(b"%x\r\n%b\r\n" % (len(part), part) if self._is_chunked else part)
 
 
 class Connection(H11Protocol):
@@ -232,6 +260,7 @@ class Connection(H11Protocol):
         if self.scope is not before:  # a request has begun, and the app has not run yet
             extensions = cast("dict[str, Any]", self.scope).setdefault("extensions", {})
             extensions[HALF_CLOSED] = asyncio.Event()
+            extensions[WRITER] = BodyWriter(self)
 
     def eof_received(self) -> bool:  # type: ignore[override]
         """The client will send no more. True: it gets its answer all the same.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from tpworker.errors import InvalidRequest, RuntimeFailed, RuntimeSleeping, RuntimeStopped
@@ -118,9 +119,13 @@ class Front:
         name = answer_format.request_id
         # What stands behind the name can be no part of another one's: X-Request-Id has no spaces.
         ids = [name] if len(prompts) == 1 else [f"{name} prompt {i}" for i in range(len(prompts))]
-        streams = [
-            self.runtime.generate(
-                prompt, sampling, request_id=request_id, default_max_tokens=body.default_max_tokens
+        asks = [
+            partial(
+                self.runtime.collect,
+                prompt,
+                sampling,
+                request_id=request_id,
+                default_max_tokens=body.default_max_tokens,
             )
             for prompt, request_id in zip(prompts, ids, strict=True)
         ]
@@ -131,4 +136,4 @@ class Front:
                 decode = None if self.tokenizer is None else self.tokenizer.decode
                 entry.prompt = shown_prompt(prompts[0], decode, max_chars)
             self._log.follow(entry)
-        return Answer(streams, answer_format, timing, stream=bool(body.stream), reword=body.in_its_words)
+        return Answer(asks, answer_format, timing, stream=bool(body.stream), reword=body.in_its_words)

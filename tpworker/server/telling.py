@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from json.encoder import encode_basestring
 from typing import Any
 
 from tpworker.outputs import RequestOutput, TokenLogprobs
@@ -17,7 +18,7 @@ encode = json.JSONEncoder(ensure_ascii=False).encode
 
 def quote(value: object) -> str:
     """As JSON. Escapes also what clients that read line by line may take for the end of one."""
-    quoted = encode(value)
+    quoted = encode_basestring(value) if isinstance(value, str) else encode(value)
     if quoted.isascii():
         return quoted
     return quoted.replace("\x85", "\\u0085").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
@@ -79,8 +80,10 @@ class Choice:
         if self.keeps_tokens:
             self.token_ids += output.token_ids
             self.logprobs += output.logprobs or ()
-        self.prompt_logprobs = output.prompt_logprobs or self.prompt_logprobs
-        self.sum_logprobs += sum(one.logprob for one in output.logprobs or ())
+        if output.prompt_logprobs:
+            self.prompt_logprobs = output.prompt_logprobs
+        if output.logprobs:
+            self.sum_logprobs += sum(one.logprob for one in output.logprobs)
 
 
 def usage(choices: Sequence[Choice], num_choices: int = 1) -> dict[str, Any]:

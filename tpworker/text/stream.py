@@ -191,6 +191,8 @@ class TextStream:
             return TextDelta("", None, 0)
         characters, stops = self._characters, self._stops
         if stops is None:
+            if len(token_ids) == 1:
+                return TextDelta(characters(token_ids[0]), None, 1)
             return TextDelta("".join([characters(i) for i in token_ids]), None, len(token_ids))
         shown = []
         for count, token_id in enumerate(token_ids, start=1):

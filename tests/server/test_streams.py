@@ -1,0 +1,148 @@
+"""Streams of events past the layers of the app: what clients get is the same."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections.abc import Callable
+
+import pytest
+
+from tests.server.conftest import LiveServer
+from tests.server.fake_runtime import FakeRuntime
+from tests.server.test_hostile import exchange, head
+from tpworker.server.connection import BodyWriter
+
+Start = Callable[..., LiveServer]
+TEXT = "".join(chr(0x61 + i % 26) for i in range(3000)) + '—\u2028\x00"\\é'
+
+
+@pytest.fixture
+def num_written(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """How many parts have been written past the layers."""
+    count, write = 0, BodyWriter.write
+
+    def counted(self: BodyWriter, part: bytes) -> None:
+        nonlocal count
+        count += 1
+        write(self, part)
+
+    monkeypatch.setattr(BodyWriter, "write", counted)
+    return lambda: count
+
+
+def request(version: str = "1.1", path: str = "/v1/completions", **more: object) -> bytes:
+    asked = {"prompt": "a", "messages": [{"role": "user", "content": "a"}], "stream": True, **more}
+    del asked["messages" if path.endswith("/completions") and "chat" not in path else "prompt"]
+    body = json.dumps(asked).encode()
+    kind = {"Content_Type": "application/json", "Content_Length": str(len(body))}
+    sent = head("POST", path, Host="x", Connection="close", **kind) + body
+    return sent.replace(b"HTTP/1.1", f"HTTP/{version}".encode())
+
+
+def body_of(answer: bytes) -> bytes:
+    """Without headers, and without chunks' marks if there are any."""
+    headers, _, body = answer.partition(b"\r\n\r\n")
+    assert headers.startswith(b"HTTP/1.1 200")
+    if b"transfer-encoding: chunked" not in headers.lower():
+        return body
+    whole = b""
+    while body:
+        size, _, body = body.partition(b"\r\n")
+        whole, end, body = whole + body[: int(size, 16)], body[int(size, 16) :][:2], body[int(size, 16) + 2 :]
+        assert end == b"\r\n"
+        if not int(size, 16):
+            break
+    assert not body, "the last chunk is empty, and nothing comes behind it"
+    return whole
+
+
+def events_of(answer: bytes) -> list[dict[str, object]]:
+    *events, end, nothing = body_of(answer).decode().split("\n\n")
+    assert (end, nothing) == ("data: [DONE]", "")
+    return [json.loads(event.removeprefix("data: ")) for event in events]
+
+
+def text_of(answer: bytes) -> str:
+    choices = [event["choices"][0] for event in events_of(answer)]  # type: ignore[index]
+    assert [choice["finish_reason"] for choice in choices] == [None] * (len(choices) - 1) + ["stop"]
+    return "".join(choice["text"] for choice in choices)
+
+
+@pytest.mark.parametrize("version", ["1.1", "1.0"])
+def test_each_version_of_http_gets_the_whole_text(
+    start: Start, num_written: Callable[[], int], version: str
+) -> None:
+    server = start(FakeRuntime(reply=lambda prompt: TEXT, longest=5000))
+    answer = exchange(server, request(version, max_tokens=4000))
+    assert text_of(answer) == TEXT
+    assert num_written() > 1000
+    assert (b"chunked" in answer.partition(b"\r\n\r\n")[0]) == (version == "1.1")
+
+
+def test_what_an_event_holds_is_the_same_as_in_the_layers(
+    start: Start, monkeypatch: pytest.MonkeyPatch, num_written: Callable[[], int]
+) -> None:
+    server = start(FakeRuntime(reply=lambda prompt: TEXT[-40:]))
+    asked = [
+        {},
+        {"n": 2},
+        {"path": "/v1/chat/completions", "n": 2, "stream_options": {"include_usage": True}},
+        {"stream_options": {"include_usage": True, "continuous_usage_stats": True}},
+        {"logprobs": 1, "return_token_ids": True},
+    ]
+
+    def answers() -> list[dict[tuple[int, str], str]]:
+        told = []
+        for more in asked:
+            texts: dict[tuple[int, str], str] = {}
+            for event in events_of(exchange(server, request(max_tokens=99, **more))):  # type: ignore[arg-type]
+                for choice in event["choices"]:  # type: ignore[attr-defined]
+                    for name, value in choice.get("delta", choice).items():
+                        key = choice["index"], name
+                        texts[key] = texts.get(key, "") + str(value if value is not None else "")
+            told.append(texts)
+        return told
+
+    past = answers()
+    assert num_written() > 50
+    before = num_written()
+    monkeypatch.setattr(BodyWriter, "is_free", property(lambda self: False))
+    assert [
+        {k: v for k, v in each.items() if k[1] in ("text", "content", "finish_reason")} for each in answers()
+    ] == [{k: v for k, v in each.items() if k[1] in ("text", "content", "finish_reason")} for each in past]
+    assert num_written() == before
+
+
+def test_for_who_reads_slowly_tokens_wait_and_come_together(
+    start: Start, num_written: Callable[[], int]
+) -> None:
+    length = 60_000
+    server = start(FakeRuntime(reply=lambda prompt: "x" * length, longest=length + 9))
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.settimeout(60)
+        client.connect(server.address)
+        client.sendall(request(max_tokens=length))
+        answer = client.recv(4096)
+        written = -1
+        while written != (written := num_written()):  # until nothing is written any more: buffers are full
+            time.sleep(0.5)
+        assert server.call(lambda: server.runtime.num_open) == 1
+        while part := client.recv(1 << 20):
+            answer += part
+    assert text_of(answer) == "x" * length
+    assert len(events_of(answer)) < length / 2
+
+
+def test_a_client_that_leaves_in_the_middle_ends_its_request(start: Start) -> None:
+    server = start(FakeRuntime(reply=lambda prompt: "x" * 100_000, longest=100_009))
+    with socket.create_connection(server.address) as client:
+        client.sendall(request(max_tokens=100_000))
+        assert client.recv(4096)
+    deadline = time.monotonic() + 20
+    while server.call(lambda: server.runtime.num_open):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert server.runtime.aborted
