@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import os
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +21,9 @@ from tpworker import Runtime
 from tpworker.checkpoint.default_model import ensure_default_model
 from tpworker.errors import ModelError
 from tpworker.ipc.channels import Channel, new_address
+
+# A client makes a context of its own, and reading the authorities takes 40 ms: for thousands of clients, minutes.
+ssl.create_default_context = functools.cache(ssl.create_default_context)
 
 VOCAB_SIZE = 300
 
