@@ -150,7 +150,7 @@ def test_truth_of_any_library_is_a_bool_and_no_number(true: Any) -> None:
 @pytest.mark.parametrize(
     "value",
     [np.array([5]), torch.tensor([5]), np.array([0.5]), "5", [5], 5j, object(), np.datetime64(5, "s")],
-    ids=repr,
+    ids=lambda value: type(value).__name__,
 )
 def test_what_is_no_number_is_refused(value: Any) -> None:
     for name in NUMBERS:
