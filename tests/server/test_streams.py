@@ -130,6 +130,7 @@ def test_for_who_reads_slowly_tokens_wait_and_come_together(
         while written != (written := num_written()):  # until nothing is written any more: buffers are full
             time.sleep(0.5)
         assert server.call(lambda: server.runtime.num_open) == 1
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
         while part := client.recv(1 << 20):
             answer += part
     assert text_of(answer) == "x" * length

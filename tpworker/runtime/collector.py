@@ -70,7 +70,13 @@ class RequestCollector:
         self._choices.listen(partial(self._intake.turns.call, on_news), SELDOM if is_seldom else 1)
 
     def take(self) -> Sequence[RequestOutput]:
-        return self._intake.take_all(self._choices) if self._choices.unended else ()
+        choices, taken = self._choices, []
+        for request in choices.arrived() if choices.unended else ():
+            output = choices.take_from(request)
+            if output.finish_reason is not None:
+                self._intake.ended(choices, request)
+            taken.append(output)
+        return taken
 
     async def next(self) -> RequestOutput:
         """The next output, as soon as there is one; it must not be over. Errors as in `take`."""

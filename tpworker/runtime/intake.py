@@ -308,18 +308,8 @@ class Intake:
         """The next output of a request some choice of which has not ended. Errors as in `Choices.take`."""
         request, output = await choices.take()
         if output.finish_reason is not None:
-            self._ended(choices, request)
+            self.ended(choices, request)
         return output
-
-    def take_all(self, choices: Choices) -> list[RequestOutput]:
-        """What has come already. Errors as in `Choices.take`."""
-        taken = []
-        for request in choices.arrived():
-            output = choices.take_from(request)
-            if output.finish_reason is not None:
-                self._ended(choices, request)
-            taken.append(output)
-        return taken
 
     def abort(self, request_id: str) -> None:
         """Ends a request, each choice with an output that says so. Unknown ids are ignored."""
@@ -338,9 +328,9 @@ class Intake:
         """Its consumer has all it will get, or wants no more."""
         del self._open[choices.request_id]
         for request in choices.unended:
-            self._ended(choices, request)
+            self.ended(choices, request)
 
-    def _ended(self, choices: Choices, request: Request) -> None:
+    def ended(self, choices: Choices, request: Request) -> None:
         """The consumer has all it will get of this choice."""
         self._num_open -= 1
         self.dispatch.withdraw(request)

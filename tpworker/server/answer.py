@@ -16,7 +16,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -70,7 +70,8 @@ class Answer(Response):
         count = len(asks) * answer_format.num_generated
         keeps_tokens = not stream and answer_format.tells_tokens
         self._choices = [answer_format.choice(keeps_tokens) for _ in range(count)]
-        self._collectors: list[tuple[int, Collector]] = []  # with the number of the first choice of each
+        # Those that are not over, with the number of the first choice of each.
+        self._collectors: list[tuple[int, Collector]] = []
         self._opened: set[int] = set()  # choices of which events have told
         self._news: asyncio.Future[None] | None = None  # what the task waits for
         self._failure: Exception | None = None  # came behind what had to be sent first
@@ -179,15 +180,12 @@ class Answer(Response):
     @asynccontextmanager
     async def _collecting(self) -> AsyncIterator[None]:
         """Submits all requests, and ends them."""
-        try:
-            for ask in self._asks:
-                collector = await ask()
-                self._collectors.append((len(self._collectors) * self._format.num_generated, collector))
+        async with AsyncExitStack() as stack:
+            for number, ask in enumerate(self._asks):
+                collector = await stack.enter_async_context(aclosing(await ask()))
+                self._collectors.append((number * self._format.num_generated, collector))
                 collector.listen(self._on_news, is_whole=not self._stream)
             yield
-        finally:
-            for _, collector in self._collectors:
-                await collector.aclose()
 
     def _on_news(self) -> None:
         """Sends what has come, if that can be done here; else the task does."""
@@ -210,9 +208,7 @@ class Answer(Response):
         await self._news
 
     def _is_all_taken(self) -> bool:
-        if self._failure is not None:
-            return False
-        return all(collector.is_over for _, collector in self._collectors)
+        return not self._collectors and self._failure is None
 
     def _events(self) -> bytes:
         """The events of all that has come."""
@@ -230,6 +226,7 @@ class Answer(Response):
         if self._failure is not None:
             raise self._failure
         taken: list[tuple[int, RequestOutput]] = []
+        is_any_over = False
         try:
             for first, collector in self._collectors:
                 for output in collector.take():
@@ -239,8 +236,11 @@ class Answer(Response):
                     self._choices[index].add(output)
                     self._timing.add(index, output)
                     taken.append((index, output))
+                is_any_over |= collector.is_over
         except Exception as error:
             if not (taken and self._is_begun):
                 raise
             self._failure = error
+        if is_any_over:
+            self._collectors = [one for one in self._collectors if not one[1].is_over]
         return taken

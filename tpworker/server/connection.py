@@ -90,11 +90,10 @@ class BodyWriter:
 
     @property
     def is_free(self) -> bool:
-        """Whether the answer may go on, and nothing of it waits for the client to read."""
+        """Of an answer that has begun and has not ended: whether its client is there, and has read enough for
+        more to be sent."""
         cycle = self._cycle
-        if cycle.flow.write_paused or cycle.disconnected or not cycle.response_started:
-            return False
-        return not (cycle.response_complete or self._transport.is_closing())
+        return not (cycle.flow.write_paused or cycle.disconnected or self._transport.is_closing())
 
     def write(self, part: bytes) -> None:
         """Sends more of a body whose length has not been told; `is_free` must hold."""

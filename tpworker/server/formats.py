@@ -54,7 +54,7 @@ class Format:
         self._head = f"data: {json.dumps(self._envelope(self._chunk_object))[:-1]}, "
         self._tail = ', "usage": null}\n\n' if telling.usage else "}\n\n"
         self._is_plain = not (self.tells_tokens or telling.continuous_usage)
-        self._frames: dict[int, tuple[str, str]] = {}  # by choice: what is around the text of an event
+        self._frames: dict[int, tuple[str, str]] = {}  # by choice, see `_frame`
 
     def _envelope(self, kind: str) -> dict[str, Any]:
         return {"id": self.request_id, "object": kind, "created": self._created, "model": self._model}
@@ -100,21 +100,22 @@ class Format:
     def event(self, index: int, output: RequestOutput, choices: Sequence[Choice]) -> str:
         """The event for what is new of a choice; '' where there is nothing that it tells."""
         if self._is_plain and output.finish_reason is None:
-            return self._plain_event(index, output.text, choices) if output.text else ""
+            if not output.text:
+                return ""
+            head, tail = self._frames.get(index) or self._frame(index, choices)
+            return f"{head}{quote(output.text)}{tail}"
         if not (output.text or output.finish_reason or (self.tells_tokens and output.token_ids)):
             return ""
         rest = self._rest(output, output.finish_reason)
         logprobs = self._event_logprobs(output, choices[index])
         return self._event(index, self._written(output.text), rest, choices, logprobs=logprobs)
 
-    def _plain_event(self, index: int, text: str, choices: Sequence[Choice]) -> str:
-        """Of text alone: all but that is the same in each."""
-        frame = self._frames.get(index)
-        if frame is None:
-            event = self._event(index, self._written("text"), GOES_ON, choices)
-            head, _, tail = event.rpartition(quote("text"))
-            frame = self._frames[index] = head, tail
-        return f"{frame[0]}{quote(text)}{frame[1]}"
+    def _frame(self, index: int, choices: Sequence[Choice]) -> tuple[str, str]:
+        """What is around the text in an event of text alone: the same in each of a choice."""
+        event = self._event(index, self._written("text"), GOES_ON, choices)
+        head, _, tail = event.rpartition(quote("text"))
+        self._frames[index] = head, tail
+        return head, tail
 
     def _rest(self, output: RequestOutput, finish_reason: str | None) -> str:
         """Fields of a choice in a chunk, besides its text and its logprobs."""
