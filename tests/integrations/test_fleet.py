@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +16,11 @@ import pytest
 from tests.integrations.told import DeadOnce, told_by
 from tests.server.fake_runtime import FakeRuntime, byte_tokenizer
 from tpworker import ConfigError, Listener, QueueFull, RequestRecord, Runtime, RuntimeConfig, SamplingParams
+from tpworker.integrations import fleet as module
 from tpworker.integrations.fleet import Fleet
 from tpworker.integrations.relay import Outputs
+from tpworker.integrations.replica import Told
+from tpworker.integrations.sums import MOST_MISSED, Sums
 from tpworker.server.app import create_app
 from tpworker.server.options import FrontOptions
 
@@ -177,3 +181,67 @@ def test_health_and_sums_are_those_of_the_replicas_there_are(model: Path) -> Non
         fleet.close()
 
     asyncio.run(asyncio.wait_for(main(), 60))
+
+
+def test_replicas_are_asked_for_ever_whatever_that_raises(
+    model: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An exception that nobody thought of is said once while it lasts, and the next time again."""
+    monkeypatch.setattr(module, "HEAR_SECONDS", 0.0)
+
+    async def main() -> None:
+        runtime = FakeRuntime()
+        fleet = await fleet_of(DeadOnce([runtime], -1), model)
+        answers: list[Any] = [ValueError("odd"), OSError("odder"), None, [told_by(runtime, "b")]]
+        answers += [KeyError("again"), []]
+        asked: list[str] = []
+        all_asked = asyncio.Event()
+
+        async def tell_all(front: str) -> list[Told] | None:
+            if len(asked) == len(answers):
+                all_asked.set()
+                await asyncio.sleep(3600)
+            asked.append(front)
+            answer = answers[len(asked) - 1]
+            if isinstance(answer, Exception):
+                raise answer
+            return cast("list[Told] | None", answer)
+
+        hearing = asyncio.create_task(fleet.keep_hearing(tell_all))
+        await all_asked.wait()
+        assert not hearing.done()
+        hearing.cancel()
+        assert asked == [fleet.name] * len(answers)
+        assert fleet.health().summary == "there is no replica"
+        fleet.close()
+
+    with caplog.at_level(logging.INFO, "tpworker.integrations"):
+        asyncio.run(asyncio.wait_for(main(), 60))
+    assert [record.levelname for record in caplog.records] == ["ERROR", "INFO"] * 2
+    causes = [record.exc_info[1] for record in caplog.records if record.exc_info]
+    assert [str(cause) for cause in causes] == ["odd", "'again'"]
+
+
+def test_replicas_that_are_gone_for_good_are_forgotten_and_their_counts_are_not() -> None:
+    """However many there have been: counters never fall, and one that is only late counts once."""
+    sums = Sums()
+    template = told_by(FakeRuntime(), "stays")
+    counts: list[int] = []
+
+    def hear(*names: str) -> None:
+        stats = replace(template.stats, output_tokens=10, accepted_tokens=(3, 1), lost=(("rank", 2),))
+        sums.hear([replace(template, name=name, stats=stats) for name in names])
+        counts.append(sums.stats(0).output_tokens)
+
+    for number in range(20):
+        hear("stays", "late", f"replica-{number}")
+    for _ in range(MOST_MISSED):
+        hear("stays")
+    hear("stays", "late")
+    for _ in range(MOST_MISSED):
+        hear("stays", "late")
+    assert set(sums._last) == {"stays", "late"} == set(sums._missed)
+    assert counts == sorted(counts)
+    stats = sums.stats(0)
+    assert (stats.output_tokens, stats.accepted_tokens, stats.lost) == (220, (66, 22), (("rank", 44),))
+    assert stats.total_blocks == 2 * template.stats.total_blocks

@@ -116,6 +116,29 @@ def test_what_a_front_has_asked_that_is_gone_is_dropped(monkeypatch: pytest.Monk
     asyncio.run(main())
 
 
+def test_what_nobody_asked_for_by_name_is_not_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a front nobody says again and again that it is there: whoever asked closes the stream."""
+    now = 0.0
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now))
+    runtime = Told()
+    replica = replica_of(runtime)
+
+    async def main() -> None:
+        nonlocal now
+        found: list[Item] = []
+        async for item in replica.items(Ask((65, 66), SamplingParams(seed=1))):
+            found.append(item)
+            now += 100
+        assert all(isinstance(item, RequestOutput) for item in found)
+        assert len(found) > 3
+        items = replica.items(Ask((65, 66), SamplingParams(seed=1)))
+        await anext(items)
+        await items.aclose()
+        assert (runtime.num_open, len(runtime.aborted)) == (0, 1)
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize(
     "error",
     [InvalidRequest("no", "n"), PromptTooLong("long", "prompt"), QueueFull("full"), RequestFailed("so")],

@@ -6,6 +6,8 @@ create_app(fleet) ──► Fleet.generate ──► Relay ──► open(ask) �
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import os
 import secrets
 from collections.abc import Awaitable, Callable, Sequence
@@ -36,6 +38,10 @@ from tpworker.runtime.tokenisers import SHORT_CHARS, Tokenisers
 from tpworker.sampling_params import SamplingParams, checked
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+HEAR_SECONDS = 2.0
+"""How often a front asks all replicas how they do."""
 
 
 class Fleet(Facts):
@@ -99,6 +105,29 @@ class Fleet(Facts):
     def hear(self, told: Sequence[Told]) -> None:
         """What the replicas that there are have told just now."""
         self._sums.hear(told)
+
+    async def keep_hearing(self, tell_all: Callable[[str], Awaitable[Sequence[Told] | None]]) -> None:
+        """Asks all replicas how they do, for ever: they take a front that does not for gone.
+
+        Args:
+            tell_all: what `Replica.tell` says to a front of this name, of all that there are; None: not known
+                this time. Whatever it raises is logged when it begins, and costs this time only.
+        """
+        fails = False
+        while True:
+            await asyncio.sleep(HEAR_SECONDS)
+            try:
+                told = await tell_all(self.name)
+                if told is not None:
+                    self.hear(told)
+            except Exception:
+                if not fails:
+                    logger.exception("replicas could not be asked how they do; they are asked again")
+                fails = True
+            else:
+                if fails:
+                    logger.info("replicas can be asked how they do again")
+                fails = False
 
     # ------------------------------------------------------------------------------ requests
 

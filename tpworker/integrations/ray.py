@@ -46,10 +46,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-HEAR_SECONDS = 2.0
-"""How often a front asks all replicas how they do."""
 TELL_SECONDS = 10.0
-"""For which it waits."""
+"""For which a front waits for all replicas to say how they do."""
 HEALTH_TIMEOUT_S = 10.0
 """After three of which without an answer Serve gives a replica up."""
 HEALTH_PERIOD_S = 2.0
@@ -169,7 +167,7 @@ class Front:
         self._options = options
         self._fleet = Fleet(config, self._open, self._call_all, max_open)
         await self._fleet.start(await group.tell.remote(self._fleet.name))
-        self._hearing = asyncio.create_task(self._hear())
+        self._hearing = asyncio.create_task(self._fleet.keep_hearing(self._tell_all))
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """For Serve."""
@@ -202,19 +200,17 @@ class Front:
         except DeploymentUnavailableError as error:
             raise RuntimeStopped("there is no replica: try again later") from error
 
-    async def _hear(self) -> None:
-        """Asks all replicas how they do, for ever."""
-        while True:
-            await asyncio.sleep(HEAR_SECONDS)
-            try:
-                answers = await self._group.broadcast("tell", self._fleet.name).results_async(
-                    timeout_s=TELL_SECONDS, return_exceptions=True
-                )
-            except DeploymentUnavailableError:
-                answers = []  # there is none
-            except (RayError, TimeoutError):
-                continue  # one is too busy to answer: that it is gone is for Serve to say
-            self._fleet.hear([one for one in answers if isinstance(one, Told)])
+    async def _tell_all(self, front: str) -> list[Told] | None:
+        """How all replicas do; None: one is too busy to answer. That it is gone is for Serve to say."""
+        try:
+            answers = await self._group.broadcast("tell", front).results_async(
+                timeout_s=TELL_SECONDS, return_exceptions=True
+            )
+        except DeploymentUnavailableError:
+            return []  # there is none
+        except (RayError, TimeoutError):
+            return None
+        return [one for one in answers if isinstance(one, Told)]
 
     async def __del__(self) -> None:
         """Serve calls it, once no request is open."""

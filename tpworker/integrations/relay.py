@@ -53,7 +53,8 @@ class Ask:
     default_max_tokens: int | None = None
     delivered: tuple[int, ...] = ()
     front: str = ""
-    """Who asks: a front that tells replicas again and again that it is there."""
+    """Who asks: a front that tells replicas again and again that it is there, or it is gone. Empty: none, and
+    the request goes on until whoever asked closes the stream."""
 
 
 Open = Callable[[Ask], Outputs]

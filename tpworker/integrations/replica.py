@@ -97,7 +97,8 @@ class Replica:
         outputs = self._runtime.generate(
             ask.prompt, ask.sampling, default_max_tokens=ask.default_max_tokens, delivered=ask.delivered
         )
-        self._hear_of(ask.front)
+        if ask.front:
+            self._hear_of(ask.front)
         self._num_streams += 1
         try:
             async with aclosing(outputs):
@@ -127,6 +128,8 @@ class Replica:
         self._heard[front] = now
 
     def _is_gone(self, front: str) -> bool:
+        if not front:
+            return False  # nobody says that it is there: whoever asked closes the stream
         when = self._heard.get(front)
         return when is None or time.monotonic() - when > FRONT_SECONDS
 
