@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from transformers import Ernie4_5_MoeConfig, Glm4MoeConfig, Qwen3Config
 from tests.model.fp8_checkpoints import FORMS, publish
 from tests.model.helpers import CPU, Rank, Reference, Work, run_ranks, tiny_model
 from tpworker.checkpoint.weights import load_weights
+from tpworker.errors import ConfigError
 from tpworker.kernels.operands import Fp8Weight
 from tpworker.model.decoder import Decoder, KVCache
 from tpworker.model.families import FP8, read_spec
-from tpworker.model.fp8 import E4M3, LARGEST, dequantise, quantise
+from tpworker.model.fp8 import E4M3, LARGEST, check_gpu, dequantise, quantise
 from tpworker.model.linear import Linear
 from tpworker.model.moe import experts
 from tpworker.model.tp import Collectives, Shard
@@ -47,6 +49,20 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         moe_k=2,
     ),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize(("capability", "is_refused"), [((8, 6), True), ((8, 9), False), ((9, 0), False)])
+def test_gpus_from_ada_on_have_fp8(
+    capability: tuple[int, int], is_refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "this GPU")
+    gpu = torch.device("cuda", 0)
+    check_gpu(gpu, weights=False, cache=False)
+    check_gpu(CPU, weights=True, cache=True)
+    for weights, cache in ((True, False), (False, True), (True, True)):
+        with pytest.raises(ConfigError) if is_refused else nullcontext():
+            check_gpu(gpu, weights, cache)
 
 
 def test_a_weight_is_values_times_the_scales_of_their_blocks() -> None:

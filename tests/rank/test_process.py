@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from tests.conftest import TINY_CONFIG
 from tests.model.helpers import SPEC
 from tpworker.errors import ConfigError
 from tpworker.ipc.board import Board, Field
@@ -20,7 +23,7 @@ from tpworker.model.kv_cache import KVCache
 from tpworker.model.tp import Shard
 from tpworker.rank import process
 from tpworker.rank.kept import HostMemory
-from tpworker.rank.process import agree_on_cache, in_thread, prepare
+from tpworker.rank.process import agree_on_cache, in_thread, load_shard, prepare
 
 CPU = torch.device("cpu")
 BLOCK_BYTES = KVCache.bytes_per_block(SPEC, Shard.of(SPEC, 0, 1), 16, torch.float32)
@@ -194,3 +197,23 @@ def test_graphs_are_captured_beforehand_at_the_first_start_alone(
     runner: Any = Prepared()
     prepare(boot, runner, row)
     assert events == prepared
+
+
+@pytest.mark.parametrize(
+    ("quantization", "kv_cache_dtype", "words"),
+    [
+        ("fp8", "auto", r"^weights in FP8: A100 \(compute capability 8\.0\).*8\.9 or later does: take a"),
+        (None, "fp8", r"^kv_cache_dtype=fp8: A100 \(compute capability 8\.0\).*: leave the option out"),
+    ],
+)  # fmt: skip
+def test_a_gpu_that_knows_no_fp8_is_refused_before_anything_is_loaded(
+    quantization: str | None, kv_cache_dtype: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A100")
+    (tmp_path / "config.json").write_text(json.dumps(TINY_CONFIG))
+    settings = SimpleNamespace(quantization=quantization, kv_cache_dtype=kv_cache_dtype)
+    boot: Any = SimpleNamespace(model=str(tmp_path), settings=settings)
+    device: Any = SimpleNamespace(torch_device=torch.device("cuda", 0))
+    with pytest.raises(ConfigError, match=words):
+        load_shard(boot, device, *[None] * 2)  # type: ignore[list-item]  # it comes to neither

@@ -42,6 +42,7 @@ from tpworker.ipc.wire import expect
 from tpworker.kernels.operands import HostMasks
 from tpworker.model.decoder import Decoder
 from tpworker.model.families import ModelSpec, read_spec
+from tpworker.model.fp8 import check_gpu
 from tpworker.model.kv_cache import KVCache, cache_dtype
 from tpworker.model.tp import Collectives, Shard
 from tpworker.model.weights import DecoderWeights
@@ -60,9 +61,7 @@ SWITCH_INTERVAL = 50e-6
 """Seconds after which a thread must let another have the GIL: launch thread and publisher take turns."""
 
 LINGER_SECONDS = 1.0
-
 _GIB = 1 << 30
-
 T = TypeVar("T")
 
 
@@ -280,10 +279,11 @@ def load_shard(
 
     Raises:
         ModelError: the folder is not a model that is supported, or is broken.
-        ConfigError: there is no memory for it.
+        ConfigError: there is no memory for it, or the GPU has no FP8.
     """
-    folder, settings = Path(boot.model), boot.settings
+    folder, settings, here = Path(boot.model), boot.settings, device.torch_device
     spec = read_spec(folder, settings.quantization)
+    check_gpu(here, weights=spec.quantization is not None, cache=settings.kv_cache_dtype == "fp8")
     shard = Shard.of(spec, boot.rank, boot.num_ranks)
     dtype: torch.dtype = getattr(torch, spec.dtype if settings.dtype == "auto" else settings.dtype)
 
@@ -295,7 +295,7 @@ def load_shard(
         "with_mtp": settings.speculative_method == "mtp",
         "kept": kept if kept.keeps("weights") else None,
     }
-    admit, here = partial(check_room, boot, device), device.torch_device
+    admit = partial(check_room, boot, device)
     if settings.load_format == "dummy":
         weights = dummy_weights(spec, shard, dtype, here, settings.seed, progress, admit, **more)
     else:

@@ -6,12 +6,10 @@ import logging
 
 import torch
 
-from tpworker.errors import ConfigError
 from tpworker.model.attention import flash
 from tpworker.model.attention.backend import Attention, Scores
 from tpworker.model.attention.paged import PagedAttention
 from tpworker.model.attention.split import SplitAttention
-from tpworker.model.kv_cache import FP8
 
 __all__ = ["Attention", "PagedAttention", "Scores", "choose"]
 
@@ -34,19 +32,10 @@ def choose(
         dtype: of queries.
         scores: None: plain ones. Our own kernel takes no others.
         kv_dtype: of keys and values; None: the same.
-
-    Raises:
-        ConfigError: keys and values are in FP8, which this GPU does not know.
     """
     reference = PagedAttention(num_heads, num_kv_heads, head_dim, dtype, scores)
     if device.type == "cpu":
         return reference
-    capability = torch.cuda.get_device_capability(device)
-    if kv_dtype == FP8 and capability < (8, 9):
-        raise ConfigError(
-            f"kv_cache_dtype=fp8: {torch.cuda.get_device_name(device)} (compute capability "
-            f"{'.'.join(map(str, capability))}) does not convert FP8; 8.9 or later does. Leave the option out"
-        )
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     reason = flash.why_not(head_dim, dtype, device, scores)
     if reference.scores != Scores.plain(head_dim):
