@@ -17,6 +17,7 @@ from opentelemetry.sdk.trace.export import SpanExportResult
 from tests.conftest import eventually
 from tests.observe.collector import collecting, values
 from tests.observe.test_tracing import record
+from tpworker.observe import otlp
 from tpworker.observe.otlp import Exporter, RequestSpans, _Hushed, _Told, endpoint_url
 from tpworker.sampling_params import SamplingParams
 from tpworker.server.tracing import TraceContext
@@ -125,9 +126,30 @@ def test_a_collector_that_is_down_costs_a_line_in_the_log(
                 spans.on_request_end(record(str(number)))
             eventually(lambda: bool(caplog.records))
             exporter.close()
-    (line,) = [one.getMessage() for one in caplog.records]
+    line, last = [one.getMessage() for one in caplog.records]
     assert "spans could not be sent to http://127.0.0.1:" in line
     assert "requests are not affected (" in line
+    assert last.startswith("32 of 32 spans have not reached http://127.0.0.1:")
+    assert last.endswith("are lost (Failed to export spans batch due to timeout, max retries or shutdown.)")
+
+
+def test_spans_that_a_collector_does_not_take_before_the_end_are_counted(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes the connection, and says nothing: who serves does not wait for it. Spans that the queue has no
+    room for meanwhile count too."""
+    monkeypatch.setattr(otlp, "END_SECONDS", 0.1)
+    monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "10")
+    monkeypatch.setenv("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "10")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        exporter = Exporter(f"http://127.0.0.1:{listener.getsockname()[1]}")
+        spans = RequestSpans(exporter.tracer())
+        for number in range(10):
+            spans.on_request_end(record(str(number)))
+        exporter.close()
+        (line,) = [one.getMessage() for one in caplog.records]
+        assert line.startswith("40 of 40 spans have not reached http://127.0.0.1:")
+        assert line.endswith("are lost (it has not answered within 0.1 s)")
 
 
 def test_how_many_spans_were_lost_is_told_of_each_time_by_itself(caplog: pytest.LogCaptureFixture) -> None:

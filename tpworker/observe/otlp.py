@@ -21,7 +21,7 @@ from typing import Any
 
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import Resource
-from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExportResult
 from opentelemetry.trace import SpanKind, Status, StatusCode, Tracer, get_current_span, set_span_in_context
 
@@ -128,20 +128,32 @@ class Exporter:
         self._talk = _Hushed()
         for name in _TALKERS:
             logging.getLogger(name).addFilter(self._talk)
-        inner = OTLPSpanExporter(endpoint_url(endpoint))
-        self._provider.add_span_processor(BatchSpanProcessor(_Told(inner, endpoint, self._talk)))
+        self._endpoint = endpoint
+        self._told = _Told(OTLPSpanExporter(endpoint_url(endpoint)), endpoint, self._talk)
+        self._batches = _Counted(self._told)
+        self._provider.add_span_processor(self._batches)
 
     def tracer(self) -> Any:
         """A tracer, for `RequestSpans`."""
         return self._provider.get_tracer("tpworker", version())
 
     def close(self) -> None:
-        """Sends what is left; in END_SECONDS, or not."""
+        """Sends what is left, for up to END_SECONDS; the log says how many spans have come to nothing."""
         closing = threading.Thread(target=self._provider.shutdown, name="tpworker-otlp", daemon=True)
         closing.start()
         closing.join(END_SECONDS)
         for name in _TALKERS if not closing.is_alive() else ():  # else there is more to be said
             logging.getLogger(name).removeFilter(self._talk)
+        num_ended = self._batches.num_ended
+        if lost := num_ended - self._told.num_sent:
+            late = f"it has not answered within {END_SECONDS:g} s"
+            logger.warning(
+                "%d of %d spans have not reached %s by the end, and are lost (%s)",
+                lost,
+                num_ended,
+                self._endpoint,
+                late if closing.is_alive() else self._talk.last,
+            )
 
 
 def _resource() -> Resource:
@@ -171,6 +183,17 @@ class _Hushed(logging.Filter):
         return False
 
 
+class _Counted(BatchSpanProcessor):  # type: ignore[misc]  # the library is not typed
+    """Counts the spans that it is to send: those that its queue has no room for leave no other trace."""
+
+    num_ended = 0
+
+    def on_end(self, span: ReadableSpan) -> None:
+        super().on_end(span)
+        if span.context is not None and span.context.trace_flags.sampled:
+            self.num_ended += 1
+
+
 class _Told:
     """A SpanExporter around another one: logs that a collector cannot be reached, and that it can again."""
 
@@ -178,6 +201,7 @@ class _Told:
         self._inner = inner
         self._endpoint = endpoint
         self._talk = talk
+        self.num_sent = 0
         self._num_lost = 0
         self._told_at: float | None = None
 
@@ -194,7 +218,9 @@ class _Told:
                     self._endpoint,
                     self._talk.last,
                 )
-        elif self._told_at is not None:
+            return result
+        self.num_sent += len(spans)
+        if self._told_at is not None:
             logger.warning("spans reach %s again; %d were lost", self._endpoint, self._num_lost)
             self._num_lost, self._told_at = 0, None
         return result
