@@ -303,3 +303,25 @@ def test_tensors_of_a_head_that_are_missing_are_told_of_before_a_process_is_star
         find_model(mtp, lambda text, part: None)
     assert {check.subject: check.state for check in check_model(mtp, "cpu", ())}["weights"] == "missing"
     find_model(dataclasses.replace(mtp, speculative_method=None), lambda text, part: None)
+
+
+def test_a_process_does_not_grow_with_the_runtimes_that_it_starts(real_model: Path) -> None:
+    """What reading a tokenizer took is the system's again, whichever threads read it."""
+    program = """
+import asyncio, sys
+import psutil
+from tpworker import Runtime
+
+async def start_and_stop() -> None:
+    rank, scheduler = "tests.children.idle_rank", "tpworker.testing.fake_scheduler"
+    async with Runtime(sys.argv[1], rank_module=rank, scheduler_module=scheduler):
+        pass
+
+for _ in range(6):
+    asyncio.run(start_and_stop())
+    print(psutil.Process().memory_info().rss >> 20)
+"""
+    command = [sys.executable, "-c", program, str(real_model)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=60, check=True)
+    sizes = [int(size) for size in done.stdout.split()]
+    assert max(sizes) < sizes[0] + 60, f"MiB after each: {sizes}"
