@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import pytest
 
 from tests.children.poisonable_rank import POISON
 from tests.integration.conftest import VOCAB
+from tests.integration.guided import EOS, TOKENIZER
 from tpworker import RequestFailed, RequestOutput, Runtime, SamplingParams
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
@@ -135,6 +138,53 @@ def test_a_resumed_request_computes_its_prompt_no_second_time(folder: Path) -> N
             again = [step for step in runtime.stats().recent_steps[first:] if step.num_prefill_tokens]
             assert sum(step.num_prefill_tokens for step in again) <= 8 + 3
             assert runtime.stats().restarts == 1
+
+    asyncio.run(asyncio.wait_for(main(), 120))
+
+
+def slow_schema(number: int) -> dict[str, Any]:
+    """One of many that are unlike, each of which takes a tenth of a second to compile."""
+
+    def part(name: str) -> dict[str, Any]:
+        return {"type": "object", "properties": {name: {"type": "string"}}, "required": [name]}
+
+    return {"allOf": [{"anyOf": [part(f"k{number}_{i}_{j}") for j in range(4)]} for i in range(5)]}
+
+
+@pytest.mark.parametrize("victim", ["tpworker-rank0", "tpworker-scheduler"])
+def test_grammars_that_are_being_compiled_are_again(folder: Path, tmp_path: Path, victim: str) -> None:
+    """The scheduler compiles one at a time: when the first answer begins, others have not come to that."""
+    model = shutil.copytree(folder, tmp_path / "model")
+    TOKENIZER.save(str(model / "tokenizer.json"))
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": EOS}))
+
+    async def main() -> None:
+        begun = asyncio.Event()
+        async with Runtime(model, dtype="float32", num_kv_blocks=200) as runtime:
+
+            async def text(number: int) -> str:
+                params = SamplingParams(
+                    max_tokens=12, temperature=0.0, structured_outputs={"json": slow_schema(number)}
+                )
+                got = ""
+                async for output in runtime.generate([number, 5, 7], params):
+                    begun.set()
+                    got += output.text
+                return got
+
+            async def all_texts() -> list[str]:
+                return await asyncio.gather(*(text(number) for number in range(5)))
+
+            asking = asyncio.ensure_future(all_texts())
+            await begun.wait()
+            assert runtime.stats().running < 5
+            found = {child.name(): child for child in psutil.Process().children(recursive=True)}
+            found[victim].send_signal(signal.SIGKILL)
+            texts = await asking
+            stats = runtime.stats()
+            assert (stats.open, stats.restarts, stats.aborted) == (0, 1, 0)
+            assert texts == await all_texts(), "they are known now, and nobody is killed"
+            assert all(text.startswith("{") for text in texts)
 
     asyncio.run(asyncio.wait_for(main(), 120))
 
