@@ -22,7 +22,7 @@ from tpworker.checkpoint.default_model import ensure_default_model
 from tpworker.errors import ModelError
 from tpworker.ipc.channels import Channel, new_address
 
-# A client makes a context of its own, and reading the authorities takes 40 ms: for thousands of clients, minutes.
+# Each client makes a context, and reading the authorities takes 40 ms: minutes, for thousands of clients.
 ssl.create_default_context = functools.cache(ssl.create_default_context)
 
 VOCAB_SIZE = 300

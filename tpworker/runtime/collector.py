@@ -12,6 +12,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing, suppress
 from functools import partial
+from itertools import chain
 from typing import Protocol
 
 from tpworker.outputs import RequestOutput
@@ -105,7 +106,7 @@ class GeneratorCollector:
             turns: in which consumers are called.
         """
         self._turns = turns
-        self._ready: dict[int, RequestOutput] = {}  # by choice
+        self._ready: dict[int, list[RequestOutput]] = {}  # by choice
         self._on_news: Callable[[], None] | None = None
         self._pumping = asyncio.create_task(self._pump(outputs))
 
@@ -115,8 +116,8 @@ class GeneratorCollector:
     def take(self) -> Sequence[RequestOutput]:
         if not self._ready and self._pumping.done():
             self._pumping.result()  # raises what has ended it
-        taken, self._ready = list(self._ready.values()), {}
-        return taken
+        ready, self._ready = self._ready, {}
+        return [_joined(outputs) for outputs in ready.values()]
 
     @property
     def is_over(self) -> bool:
@@ -131,8 +132,7 @@ class GeneratorCollector:
         try:
             async with aclosing(outputs) as stream:
                 async for output in stream:
-                    before = self._ready.get(output.index)
-                    self._ready[output.index] = output if before is None else _joined(before, output)
+                    self._ready.setdefault(output.index, []).append(output)
                     self._tell()
         finally:
             asyncio.get_running_loop().call_soon(self._tell)  # once this task is done
@@ -142,10 +142,16 @@ class GeneratorCollector:
             self._turns.call(self._on_news)
 
 
-def _joined(first: RequestOutput, second: RequestOutput) -> RequestOutput:
-    return second._replace(
-        text=first.text + second.text,
-        token_ids=first.token_ids + second.token_ids,
-        logprobs=None if second.logprobs is None else (first.logprobs or ()) + second.logprobs,
-        prompt_logprobs=first.prompt_logprobs or second.prompt_logprobs,
+def _joined(outputs: Sequence[RequestOutput]) -> RequestOutput:
+    """Of one choice, as one."""
+    *_, last = outputs
+    if len(outputs) == 1:
+        return last
+    return last._replace(
+        text="".join(one.text for one in outputs),
+        token_ids=tuple(chain.from_iterable(one.token_ids for one in outputs)),
+        logprobs=None
+        if last.logprobs is None
+        else tuple(chain.from_iterable(one.logprobs or () for one in outputs)),
+        prompt_logprobs=next((one.prompt_logprobs for one in outputs if one.prompt_logprobs), None),
     )
