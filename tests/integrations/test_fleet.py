@@ -110,7 +110,7 @@ def test_all_that_the_front_asks_of_a_runtime_a_fleet_has() -> None:
             if path.name not in ("serve.py", "sleeping.py"):
                 asked |= set(re.findall(r"\b_?runtime\.([a-z_]+)", path.read_text()))
     has = {name for name in asked if hasattr(Runtime, name)} - {"start", "stop", "drain"}
-    assert {"generate", "prepare", "reset_prefix_cache", "stats"} <= has
+    assert {"collect", "prepare", "reset_prefix_cache", "stats"} <= has
     assert not [name for name in has if not hasattr(Fleet, name)]
 
 
