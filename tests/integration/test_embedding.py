@@ -80,8 +80,8 @@ def test_a_running_runtime_says_so_in_a_fork_which_leaves_it_alone(tmp_path: Pat
         said("abort", lambda: runtime.abort("a"))
         said("next", lambda: next(outputs))
         print(runtime.health().state, "this is process" in runtime.health().error)
-        arguments = {"generate": [[1]], "collect": [[1]], "prepare": [int], "abort": ["a"], "start_trace": ["/nowhere/trace"]}
-        arguments["update_weights"] = ["/nowhere"]
+        arguments = {"generate": [[1]], "collect": [[1]], "prepare": [int], "abort": ["a"]}
+        arguments |= {"start_trace": ["/nowhere/trace"], "update_weights": ["/nowhere"]}
         for name in sys.argv[2:]:
             said("inner " + name, lambda: asyncio.run(call(getattr(inner, name), *arguments.get(name, ()))))
         with os.scandir("/proc/self/fd") as folder:
