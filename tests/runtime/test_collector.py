@@ -5,16 +5,19 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from tests.runtime.test_requests import step
-from tpworker import InvalidRequest, Runtime, SamplingParams
+from tpworker import InvalidRequest, RequestFailed, Runtime, SamplingParams
+from tpworker.ipc.messages import Failed
 from tpworker.outputs import RequestOutput
 from tpworker.runtime.bell import Bell, Turns
 from tpworker.runtime.choices import Choices
-from tpworker.runtime.collector import SELDOM, Collector, GeneratorCollector
+from tpworker.runtime.collector import SELDOM, Collector, GeneratorCollector, RequestCollector
+from tpworker.runtime.home_loop import HomeLoop
+from tpworker.runtime.intake import Intake
 from tpworker.runtime.requests import GapError, Request, Requests
 from tpworker.testing.fake_process import FAKE_RANKS, fake_model
 
@@ -109,6 +112,46 @@ def test_an_abort_is_told_to_a_consumer_that_takes_at_once(model: Path) -> None:
             await collector.aclose()
 
     asyncio.run(asyncio.wait_for(main(), 60))
+
+
+class Home:
+    """Any event loop."""
+
+    def check(self) -> None: ...
+
+    def call(self, function: Callable[[], None]) -> None:
+        function()
+
+
+@pytest.mark.parametrize("others", [0, 1])
+def test_an_error_in_the_turn_of_other_outputs_is_told_behind_them(others: int) -> None:
+    """Also that of one choice, while the other goes on."""
+
+    async def main() -> list[str]:
+        intake, bell, told = Intake(10, 0, "fcfs", 1), Bell(), []
+        requests = [intake.requests.open("a", bell=bell)]
+        requests += [intake.requests.open("a", requests[0], index, bell) for index in range(1, 1 + others)]
+        choices = Choices(requests, bell)
+        choices.sampling = SamplingParams(n=1 + others)
+        collector = RequestCollector(cast(HomeLoop, Home()), intake, choices)
+
+        def on_news() -> None:
+            try:
+                told.extend("token" for output in collector.take() if output.token_ids)
+            except RequestFailed as error:
+                told.append(str(error))
+
+        collector.listen(on_news)
+        intake.requests.deliver(step((requests[-1], 0, 5)))
+        intake.requests.fail(Failed(0, requests[0].number, "poison"))
+        for _ in range(5):
+            await asyncio.sleep(0)
+        return told
+
+    token, *errors = asyncio.run(main())
+    assert token == "token"
+    assert len(errors) == 1
+    assert "poison" in errors[0]
 
 
 # --------------------------------------------------------------------------- bells and turns
@@ -241,10 +284,12 @@ def test_an_error_of_a_generator_comes_behind_what_it_gave_and_closes_it() -> No
     streams = Streams()
 
     async def main() -> None:
-        collector = GeneratorCollector(streams.of("bad", "a!"), Turns())
+        collector, news = GeneratorCollector(streams.of("bad", "a!"), Turns()), asyncio.Event()
         await asyncio.sleep(0.01)
+        collector.listen(news.set)
         assert [one.text for one in collector.take()] == ["a"]
         assert not collector.is_over
+        await asyncio.wait_for(news.wait(), 10)  # there is more to take, though nothing comes any more
         for _ in range(2):
             with pytest.raises(ZeroDivisionError):
                 collector.take()

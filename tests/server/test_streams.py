@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ import pytest
 from tests.server.conftest import LiveServer
 from tests.server.fake_runtime import FakeRuntime
 from tests.server.test_hostile import exchange, head
+from tpworker.errors import RequestFailed
+from tpworker.outputs import RequestOutput
 from tpworker.server.connection import BodyWriter, Connection
 
 Start = Callable[..., LiveServer]
@@ -152,3 +155,63 @@ def test_a_client_that_leaves_in_the_middle_ends_its_request(start: Start) -> No
         assert time.monotonic() < deadline
         time.sleep(0.01)
     assert server.runtime.aborted
+
+
+class Scripted:
+    """A collector: in each of the script's turns it gives outputs, or raises."""
+
+    num_turns = 0
+    """That have begun, of all collectors at once."""
+
+    def __init__(self, turns: list[list[RequestOutput] | Exception]) -> None:
+        self._turns = turns
+
+    def listen(self, on_news: Callable[[], None], *, is_whole: bool = False) -> None:
+        def turn() -> None:
+            Scripted.num_turns += 1
+            on_news()
+
+        for number in range(len(self._turns)):
+            asyncio.get_running_loop().call_later(0.05 * (1 + number), turn)
+
+    def take(self) -> Sequence[RequestOutput]:
+        if not Scripted.num_turns:
+            return ()
+        given = self._turns[Scripted.num_turns - 1]
+        if isinstance(given, Exception):
+            raise given
+        self._turns[Scripted.num_turns - 1] = []
+        return given
+
+    is_over = False
+
+    async def aclose(self) -> None: ...
+
+
+def token(text: str) -> RequestOutput:
+    return RequestOutput("r", text, (7,), None, None, 1, 0, 1)
+
+
+@pytest.mark.parametrize("text", ["more", ""])
+def test_an_error_in_the_turn_of_another_prompts_output_ends_the_stream(
+    start: Start, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    """Whether there is something to send before it or not."""
+    server = start()
+    monkeypatch.setattr(Scripted, "num_turns", 0)
+    failing = Scripted([[token("two")], RequestFailed("it cannot go on")])
+    monkeypatch.setattr(failing, "listen", lambda *arguments, **options: None)
+    collectors = iter([Scripted([[token("one")], [token(text)]]), failing])
+
+    async def collect(*arguments: Any, **options: Any) -> Scripted:
+        return next(collectors)
+
+    monkeypatch.setattr(server.runtime, "collect", collect)
+    with socket.create_connection(server.address) as client:
+        client.settimeout(20)
+        client.sendall(request(prompt=["a", "b"]))
+        answer = b""
+        while part := client.recv(65536):
+            answer += part
+    assert b"it cannot go on" in answer
+    assert (b'"more"' in answer) == bool(text)

@@ -74,6 +74,14 @@ class Choices:
             request.num_awaited = num_awaited
         self._bell.on_ring = on_news
 
+    def has_failed(self) -> bool:
+        """Whether one that has not ended has an error."""
+        return any(request.error is not None for request in self.unended)
+
+    def ring(self) -> None:
+        """Has their consumer look again."""
+        self._bell.ring()
+
     def record(self, request: Request) -> RequestRecord:
         """Of one of them, which was submitted and has ended now."""
         times = request.times

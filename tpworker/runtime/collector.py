@@ -36,10 +36,11 @@ class Collector(Protocol):
         """
 
     def take(self) -> Sequence[RequestOutput]:
-        """What has come, of each choice as one output. None: nothing has since the last time.
+        """What has come, of each choice as one output. Empty: nothing has since the last time.
 
         Raises:
-            Exception: what `Runtime.generate` raises, when all that came before it has been taken.
+            Exception: what `Runtime.generate` raises, when all that came before it has been taken; of that,
+                too, it is told.
         """
 
     @property
@@ -77,6 +78,8 @@ class RequestCollector:
             if output.finish_reason is not None:
                 self._intake.ended(choices, request)
             taken.append(output)
+        if taken and choices.has_failed():
+            choices.ring()  # an error is not taken yet, and nothing else may come
         return taken
 
     async def next(self) -> RequestOutput:
@@ -116,6 +119,8 @@ class GeneratorCollector:
     def take(self) -> Sequence[RequestOutput]:
         if not self._ready and self._pumping.done():
             self._pumping.result()  # raises what has ended it
+        if self._pumping.done():
+            self._tell()  # what has ended it is not taken yet, and nothing else will come
         ready, self._ready = self._ready, {}
         return [_joined(outputs) for outputs in ready.values()]
 

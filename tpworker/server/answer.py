@@ -105,12 +105,11 @@ class Answer(Response):
     async def _send_whole(self, send: Send) -> None:
         texts: list[list[str]] = [[] for _ in self._choices]
         async with self._collecting():
-            while True:
+            while self._collectors:
                 for index, output in self._taken():
                     texts[index].append(output.text)
-                if self._is_all_taken():
-                    break
-                await self._wait()
+                if self._expects_more():
+                    await self._wait()
         body = self._format.body(["".join(parts) for parts in texts], self._choices).encode()
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
@@ -120,12 +119,10 @@ class Answer(Response):
         self._writer = scope.get("extensions", {}).get(WRITER)
         try:
             async with self._collecting():
-                while True:
+                while self._collectors or self._failure is not None:
                     if part := self._events():
                         await self._send_part(part, send)
-                    elif self._is_all_taken():
-                        break
-                    else:
+                    elif self._expects_more():
                         await self._wait()
             await self._send_part(self._format.closing(self._choices).encode(), send)
         except Exception as error:
@@ -196,7 +193,7 @@ class Answer(Response):
                 if part := self._events():
                     self._sent_at = time.monotonic()
                     self._writer.write(part)
-                if not self._is_all_taken():
+                if self._expects_more():
                     return
             except Exception as error:
                 self._failure = error
@@ -207,8 +204,10 @@ class Answer(Response):
         self._news = asyncio.get_running_loop().create_future()
         await self._news
 
-    def _is_all_taken(self) -> bool:
-        return not self._collectors and self._failure is None
+    def _expects_more(self) -> bool:
+        """Whether something has to come before the task has more to do; else all has been taken, or an error
+        waits to be raised."""
+        return bool(self._collectors) and self._failure is None
 
     def _events(self) -> bytes:
         """The events of all that has come."""
