@@ -90,7 +90,13 @@ def run(options: argparse.Namespace) -> int:
     where["others"] = others.share()
     _print(cells, options, where)
     rows = [
-        {"kind": kind, "streams": streams, "tokens/s": w.tokens_per_second, "cpu_us_a_token": w.cpu}
+        {
+            "kind": kind,
+            "streams": streams,
+            "tokens/s": w.tokens_per_second,
+            "events": w.events,
+            "cpu_us_a_token": w.cpu,
+        }
         for (kind, streams), windows in cells.items()
         for w in windows
     ]

@@ -261,6 +261,20 @@ def test_metrics(tmp_path: Path) -> None:
     assert set(written["call_ns"]) == {"step", "request", "span", "scrape"}
 
 
+def test_http(tmp_path: Path) -> None:
+    small = ["--streams", "2", "--kinds", "chat", "whole", "--rounds", "1", "--seconds", "1"]
+    done = bench("http", *small, "--max-tokens", "20", "--json", str(tmp_path / "http.json"))
+    assert done.returncode == 0, done.stderr
+    assert "CPU time of a token" in done.stdout
+    chat, whole = json.loads((tmp_path / "http.json").read_text())["windows"]
+    assert (chat["kind"], whole["kind"]) == ("chat", "whole")
+    assert chat["events"] > 0.5
+    assert whole["events"] == 0
+    for window in (chat, whole):
+        assert set(window["cpu_us_a_token"]) == {"HTTP", "clients", "scheduler", "rank"}
+        assert window["tokens/s"] > 0
+
+
 def test_step_gaps_are_those_with_work_to_do() -> None:
     def step(number: int, num_decodes: int, started: int, ended: int) -> StepRecord:
         return StepRecord(number, 0, num_decodes, 0, started, ended)

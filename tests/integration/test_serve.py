@@ -247,7 +247,8 @@ def test_kill_9_of_the_server_takes_everything_along(start_server: Start, real_m
 
 
 def test_eight_ranks_on_this_machine(start_server: Start, real_model: Path) -> None:
-    server = start_server("-tp", "8", "--device", "cpu", "--max-num-seqs", "2")
+    # In bfloat16 the first token is a tie of two on some processors, and the other answer has no end.
+    server = start_server("-tp", "8", "--device", "cpu", "--dtype", "float32", "--max-num-seqs", "2")
     answer = client(server).chat.completions.create(model=MODEL, messages=FRANCE, temperature=0)  # type: ignore[arg-type]
     assert answer.choices[0].message.content == "The capital of France is Paris."
     assert server.stop() == 0, server.stderr
